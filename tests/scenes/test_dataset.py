@@ -1,0 +1,94 @@
+"""Preference datasets of rendered scenes."""
+
+import numpy as np
+import pytest
+from datasets import Image, Value
+
+from trl_spatial.scenes import SPLITS, make_preference_dataset, parse_description
+from trl_spatial.scenes.checking import check_scene
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return make_preference_dataset(60, seed=1)
+
+
+def test_columns_and_types(dataset):
+    columns = ["prompt", "chosen", "rejected", "perturbed_prompt", "level", "operations", "relations", "seed"]
+    assert dataset.column_names == columns
+    assert isinstance(dataset.features["chosen"], Image) and dataset.features["prompt"] == Value("string")
+    assert dataset[0]["chosen"].size == dataset[0]["rejected"].size == (64, 64)
+
+
+def test_each_image_shows_its_own_text_and_not_the_other(dataset):
+    for row in dataset:
+        graph, perturbed = parse_description(row["prompt"]), parse_description(row["perturbed_prompt"])
+        assert check_scene(row["chosen"], graph).is_correct, row["prompt"]
+        assert check_scene(row["rejected"], perturbed).is_correct, row["perturbed_prompt"]
+        assert not check_scene(row["chosen"], perturbed).is_correct
+        assert not check_scene(row["rejected"], graph).is_correct
+
+
+def test_the_record_tells_what_was_changed(dataset):
+    for row in dataset:
+        before = {str(relation) for relation in parse_description(row["prompt"]).relations}
+        after = {str(relation) for relation in parse_description(row["perturbed_prompt"]).relations}
+        assert {operation["before"] for operation in row["operations"]} == before - after
+        assert {operation["after"] for operation in row["operations"]} == after - before
+        assert row["level"] == len(row["operations"])
+        assert {f"{r['relation']}({', '.join(r['arguments'])})" for r in row["relations"]} == before
+
+
+def test_a_pair_depends_on_seed_split_and_index_only(dataset):
+    assert make_preference_dataset(60, seed=1, num_proc=2)[:]["prompt"] == dataset[:]["prompt"]
+    one = make_preference_dataset(20, seed=1)
+    for column in ("chosen", "rejected"):
+        for a, b in zip(one[column], dataset[:20][column], strict=True):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    assert make_preference_dataset(20, seed=2)[:]["prompt"] != one[:]["prompt"]
+
+
+def test_both_directions_exchange_the_roles():
+    rows = make_preference_dataset(10, seed=3, both_directions=True)
+    assert len(rows) == 20
+    for first, second in zip(rows.select(range(0, 20, 2)), rows.select(range(1, 20, 2)), strict=True):
+        assert (first["prompt"], first["perturbed_prompt"]) == (second["perturbed_prompt"], second["prompt"])
+        np.testing.assert_array_equal(np.asarray(first["chosen"]), np.asarray(second["rejected"]))
+
+
+def test_no_set_of_objects_is_in_two_splits():
+    def objects(split):
+        rows = make_preference_dataset(60, split=split, seed=0)
+        graphs = [parse_description(prompt) for prompt in rows["prompt"]]
+        return {frozenset((e.color, e.shape) for e in graph.entities) for graph in graphs}
+
+    found = [objects(split) for split in SPLITS]
+    assert not found[0] & found[1] and not found[0] & found[2] and not found[1] & found[2]
+
+
+def test_levels_relations_and_size_are_as_asked():
+    rows = make_preference_dataset(
+        24, levels=(2,), num_relations=(2, 3), relations=("left_of", "above"), image_size=48, length="long"
+    )
+    assert set(rows["level"]) == {2}
+    assert rows[0]["chosen"].size == (48, 48)
+    kinds = {relation["relation"] for relations in rows["relations"] for relation in relations}
+    assert kinds <= {"left_of", "right_of", "above", "below"}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_pairs": 0}, "num_pairs=0"),
+        ({"split": "dev"}, "split='dev'"),
+        ({"levels": (5,)}, "levels=\\(5,\\)"),
+        ({"num_objects": (1, 3)}, "num_objects=\\(1, 3\\)"),
+        ({"num_relations": (1, 99)}, "num_relations=\\(1, 99\\)"),
+        ({"relations": ("beyond",)}, "beyond"),
+        ({"length": "endless"}, "length='endless'"),
+        ({"image_size": 3}, "image_size=3"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_preference_dataset(**{"num_pairs": 1, **options})

@@ -1,0 +1,43 @@
+"""An exact small world: scene graphs, their words, their pictures, and a checker that reads the pictures."""
+
+from .dataset import make_preference_dataset
+from .graph import COLORS, SPLITS, Entity, Relation, SceneGraph, mirror, sample_entities
+from .layout import LayoutError, PlacedObject, is_placeable, place_scene, place_together, sample_radii
+from .perturbation import Operation, perturb, sample_graph
+from .relations import REGIONS, RELATIONS, LocatedObject, RelationKind, Verdict
+from .rendering import Style, render_layout, render_scene, sample_style
+from .shapes import SHAPES
+from .wording import describe_scene, parse_description
+
+
+__all__ = [
+    "COLORS",
+    "REGIONS",
+    "RELATIONS",
+    "SHAPES",
+    "SPLITS",
+    "Entity",
+    "LayoutError",
+    "LocatedObject",
+    "Operation",
+    "PlacedObject",
+    "Relation",
+    "RelationKind",
+    "SceneGraph",
+    "Style",
+    "Verdict",
+    "describe_scene",
+    "is_placeable",
+    "make_preference_dataset",
+    "mirror",
+    "parse_description",
+    "perturb",
+    "place_scene",
+    "place_together",
+    "render_layout",
+    "render_scene",
+    "sample_entities",
+    "sample_graph",
+    "sample_radii",
+    "sample_style",
+]

@@ -1,0 +1,196 @@
+"""Preference datasets of rendered scenes: pairs of images that differ in one to three relations."""
+
+import io
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from datasets import Dataset, Features, Image, List, Value
+
+from .graph import SPLITS, Relation, SceneGraph
+from .layout import place_together
+from .perturbation import Operation, perturb, sample_graph
+from .relations import RELATIONS
+from .rendering import MIN_IMAGE_SIZE, render_layout, sample_style
+from .wording import LENGTHS, describe_scene
+
+
+FEATURES = Features(
+    {
+        "prompt": Value("string"),
+        "chosen": Image(),
+        "rejected": Image(),
+        "perturbed_prompt": Value("string"),
+        "level": Value("int32"),
+        "operations": List({"operation": Value("string"), "before": Value("string"), "after": Value("string")}),
+        "relations": List({"relation": Value("string"), "arguments": List(Value("string"))}),
+        "seed": Value("int64"),
+    }
+)
+
+
+def make_preference_dataset(
+    num_pairs: int,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    levels: Sequence[int] = (1, 2, 3),
+    num_objects: tuple[int, int] = (2, 4),
+    num_relations: tuple[int, int] = (1, 4),
+    relations: Sequence[str] = tuple(RELATIONS),
+    length: str | None = None,
+    image_size: int = 64,
+    both_directions: bool = False,
+    num_proc: int | None = None,
+) -> Dataset:
+    """
+    Make pairs of rendered scenes: the chosen image shows what the prompt says, in the rejected one some relations are
+    changed. Both share sizes, shades and background. Which of the two graphs of a pair is the prompt's is a coin flip, so
+    that neither an image nor a text alone tells which one wins.
+
+    Args:
+        num_pairs (`int`):
+            Number of pairs.
+        split (`str`, *optional*, defaults to `"train"`):
+            `"train"`, `"validation"` or `"test"`. No set of colored shapes is in two splits.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed. Pair `i` depends on the seed, the split and `i` only, not on the number of processes.
+        levels (`Sequence[int]`, *optional*, defaults to `(1, 2, 3)`):
+            Numbers of changed relations, each equally often.
+        num_objects (`tuple[int, int]`, *optional*, defaults to `(2, 4)`):
+            Least and largest number of objects.
+        num_relations (`tuple[int, int]`, *optional*, defaults to `(1, 4)`):
+            Least and largest number of relations in the prompt.
+        relations (`Sequence[str]`, *optional*):
+            Kinds of relations. Defaults to all of `RELATIONS`.
+        length (`str`, *optional*):
+            `"short"` or `"long"` prompts. By default one in two is long.
+        image_size (`int`, *optional*, defaults to `64`):
+            Width and height of the images, in pixels.
+        both_directions (`bool`, *optional*, defaults to `False`):
+            Whether every pair is given twice: also with the perturbed prompt and the images exchanged. The result has
+            `2 * num_pairs` rows then.
+        num_proc (`int`, *optional*):
+            Number of processes.
+
+    Returns:
+        `Dataset` with the columns `prompt`, `chosen`, `rejected`, `perturbed_prompt`, `level`, `operations`, `relations`
+        and `seed`.
+    """
+    _check_arguments(num_pairs, split, levels, num_objects, num_relations, relations, length, image_size)
+    options = {
+        "split": split,
+        "levels": tuple(levels),
+        "num_objects": tuple(num_objects),
+        "num_relations": tuple(num_relations),
+        "relations": tuple(relations),
+        "length": length,
+        "image_size": image_size,
+        "both_directions": both_directions,
+    }
+    num_shards = max(num_proc or 1, 1)
+    shards = [part.tolist() for part in np.array_split(np.arange(num_pairs), num_shards) if len(part)]
+    return Dataset.from_generator(
+        _generate_pairs,
+        features=FEATURES,
+        gen_kwargs={"shards": shards, "seed": seed, "options": options},
+        num_proc=len(shards) if len(shards) > 1 else None,
+        split=split,
+    )
+
+
+def _check_arguments(num_pairs, split, levels, num_objects, num_relations, relations, length, image_size) -> None:
+    if num_pairs < 1:
+        raise ValueError(f"num_pairs={num_pairs} must be at least 1.")
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} must be one of {list(SPLITS)}.")
+    if length is not None and length not in LENGTHS:
+        raise ValueError(f"length={length!r} must be one of {LENGTHS}, or None for a mixture.")
+    if image_size < MIN_IMAGE_SIZE:
+        raise ValueError(f"image_size={image_size} is too small to show shapes; use at least {MIN_IMAGE_SIZE}.")
+    if unknown := [name for name in relations if name not in RELATIONS]:
+        raise ValueError(f"relations has unknown kinds {unknown}; choose from {list(RELATIONS)}.")
+    if not levels or not all(1 <= level <= num_relations[1] for level in levels):
+        raise ValueError(
+            f"levels={tuple(levels)} must be between 1 and the largest num_relations, {num_relations[1]}."
+        )
+    if not 2 <= num_objects[0] <= num_objects[1]:
+        raise ValueError(f"num_objects={num_objects} must be a range (least, largest) with at least 2 objects.")
+    pairs = num_objects[1] * (num_objects[1] - 1) // 2
+    if not 1 <= num_relations[0] <= num_relations[1] <= pairs + num_objects[1]:
+        raise ValueError(
+            f"num_relations={num_relations} must be a range (least, largest); {num_objects[1]} objects have at most "
+            f"{pairs} pairs and {num_objects[1]} places."
+        )
+
+
+def _generate_pairs(shards: list[list[int]], seed: int, options: dict) -> Iterator[dict]:
+    for index in itertools.chain.from_iterable(shards):
+        yield from _make_pair(index, seed, **options)
+
+
+def _make_pair(
+    index, seed, *, split, levels, num_objects, num_relations, relations, length, image_size, both_directions
+) -> list[dict]:
+    """Rows of one pair: one, or two with both directions."""
+    pair_seed = int(np.random.SeedSequence([seed, list(SPLITS).index(split), index]).generate_state(1, np.uint32)[0])
+    rng = np.random.default_rng(pair_seed)
+    level = levels[rng.integers(len(levels))]
+    graphs, layouts, operations = _sample_pair(rng, level, num_objects, num_relations, relations, split)
+    if rng.random() < 0.5:
+        graphs, layouts, operations = graphs[::-1], layouts[::-1], _reverse(operations)
+    style = sample_style(graphs[0].entities, rng)
+    images = [_encode(render_layout(layout, style, image_size)) for layout in layouts]
+    wording, chosen_length = int(rng.integers(2**31)), length or LENGTHS[rng.integers(2)]
+    texts = [describe_scene(graph, seed=wording, length=chosen_length) for graph in graphs]
+    rows = [_row(texts, images, graphs[0], level, operations, pair_seed)]
+    if both_directions:
+        rows.append(_row(texts[::-1], images[::-1], graphs[1], level, _reverse(operations), pair_seed))
+    return rows
+
+
+def _reverse(operations: list[Operation]) -> list[Operation]:
+    return [Operation(o.operation, o.after, o.before) for o in operations]
+
+
+def _sample_pair(rng, level, num_objects, num_relations, relations, split):
+    """A graph and its perturbation, a layout of each, and the operations."""
+    for _ in range(100):
+        count = int(rng.integers(max(num_relations[0], level), num_relations[1] + 1))
+        # enough objects that so many different pairs exist
+        least = next(n for n in itertools.count(num_objects[0]) if n * (n - 1) // 2 >= count or n == num_objects[1])
+        objects = int(rng.integers(least, num_objects[1] + 1))
+        try:
+            graph = sample_graph(rng, num_objects=objects, num_relations=count, relations=relations, split=split)
+            perturbed, operations = perturb(graph, rng, level)
+            return [graph, perturbed], place_together([graph, perturbed], rng), operations
+        except ValueError:
+            continue  # no consistent graph, no valid change or no room in this draw; the next one may
+    raise ValueError(
+        f"No pair with {level} changes, {num_objects} objects and {num_relations} relations of kinds {list(relations)} "
+        "was found. Allow more objects, fewer relations or more kinds."
+    )
+
+
+def _encode(image) -> dict:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def _row(texts, images, graph: SceneGraph, level: int, operations: list[Operation], seed: int) -> dict:
+    return {
+        "prompt": texts[0],
+        "chosen": images[0],
+        "rejected": images[1],
+        "perturbed_prompt": texts[1],
+        "level": level,
+        "operations": [{"operation": o.operation, "before": str(o.before), "after": str(o.after)} for o in operations],
+        "relations": [_relation_row(relation) for relation in graph.relations],
+        "seed": seed,
+    }
+
+
+def _relation_row(relation: Relation) -> dict:
+    arguments = [str(entity) for entity in relation.arguments] + ([relation.region] if relation.region else [])
+    return {"relation": relation.name, "arguments": arguments}

@@ -1,0 +1,246 @@
+"""Placing a scene graph on the canvas: difference constraints, solved exactly.
+
+Every relation is a choice between a few lists of bounds on differences of coordinates, and so is keeping two objects
+apart. For one choice of each, the tightest implied bounds decide whether a layout exists, and any coordinate inside its
+implied interval extends to a whole layout: drawing them one by one never has to be undone (Dechter, Meiri and Pearl,
+"Temporal constraint networks", 1991).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .graph import RADII, Entity, SceneGraph
+from .relations import CANVAS, RELATIONS, Bound, Slot, X, Y
+
+
+# Distance between objects that no relation lets touch, and between objects and the border, in canvas units.
+CLEARANCE = 0.035
+BORDER = 0.015
+# Branches to try before a graph counts as too crowded; a solvable graph of six objects needs a few dozen.
+MAX_BRANCHES = 1500
+
+
+class LayoutError(ValueError):
+    """A scene graph that no layout satisfies, or none was found for."""
+
+
+@dataclass(frozen=True)
+class PlacedObject:
+    """
+    One object on the canvas.
+
+    Args:
+        entity ([`Entity`]):
+            What it is.
+        x (`float`), y (`float`):
+            Center, in canvas units.
+        radius (`float`):
+            Half the width and half the height, in canvas units.
+    """
+
+    entity: Entity
+    x: float
+    y: float
+    radius: float
+
+
+class _DifferenceSystem:
+    """Upper bounds on all differences of coordinates, kept as tight as what was added implies."""
+
+    def __init__(self, upper: np.ndarray):
+        self.upper = upper  # (2, num_objects + 1, num_objects + 1): position[j] - position[i] <= upper[axis, i, j]
+
+    @classmethod
+    def empty(cls, num_objects: int) -> "_DifferenceSystem":
+        upper = np.full((2, num_objects + 1, num_objects + 1), np.inf)
+        upper[:, range(num_objects + 1), range(num_objects + 1)] = 0.0
+        return cls(upper)
+
+    def copy(self) -> "_DifferenceSystem":
+        return _DifferenceSystem(self.upper.copy())
+
+    def add(self, bound: Bound) -> bool:
+        """Add a bound; `False` if it contradicts the others."""
+        axis, lower, upper, minimum = bound
+        distances = self.upper[axis]
+        if -minimum >= distances[upper, lower]:
+            return True
+        if distances[lower, upper] < minimum:
+            return False
+        through = distances[:, upper, None] + (-minimum) + distances[None, lower, :]
+        np.minimum(distances, through, out=distances)
+        return True
+
+    def implies(self, bound: Bound) -> bool:
+        return -bound.minimum >= self.upper[bound.axis, bound.upper, bound.lower]
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """Draw positions `(num_objects, 2)`: each coordinate uniform in what the ones before leave it."""
+        num_objects = self.upper.shape[1] - 1
+        positions = np.empty((num_objects, 2))
+        for axis in (X, Y):
+            for index in rng.permutation(num_objects):
+                low, high = -self.upper[axis, index, CANVAS], self.upper[axis, CANVAS, index]
+                value = low + (high - low) * rng.random()
+                self.add(Bound(axis, CANVAS, index, value))
+                self.add(Bound(axis, index, CANVAS, -value))
+                positions[index, axis] = value
+        return positions
+
+
+def sample_radii(graphs: Sequence[SceneGraph], rng: np.random.Generator, freedom: float = 1.0) -> dict[Entity, float]:
+    """
+    Draw the sizes of the objects, such that they fit every one of several graphs over the same objects. Images of a
+    pair share their sizes, or the sizes would tell the two apart.
+
+    Args:
+        graphs (`Sequence[SceneGraph]`):
+            Graphs over the same entities.
+        rng (`np.random.Generator`):
+            Source of the draw.
+        freedom (`float`, *optional*, defaults to `1.0`):
+            Share of the possible sizes to draw from, the smallest first; 0 gives the smallest.
+
+    Returns:
+        `dict[Entity, float]`: half the width of every object, in canvas units.
+
+    Raises:
+        [`LayoutError`]: if a size word and a relation, or two relations, ask for different sizes.
+    """
+    # many objects have to be smaller to leave room for each other
+    crowding = min(1.0, (4.5 / len(graphs[0].entities)) ** 0.5)
+    ranges = {
+        entity: RADII[entity.size] if entity.size else tuple(max(r * crowding, 0.075) for r in RADII[None])
+        for entity in graphs[0].entities
+    }
+    constrained = {entity for entity in ranges if entity.size}
+    for graph in graphs:
+        for relation in graph.relations:
+            for entity, role in zip(relation.arguments, RELATIONS[relation.name].radius_ranges or (), strict=False):
+                low, high = ranges[entity] if entity in constrained else role
+                ranges[entity] = max(low, role[0]), min(high, role[1])
+                constrained.add(entity)
+                if ranges[entity][0] > ranges[entity][1]:
+                    raise LayoutError(
+                        f"The {entity} cannot have the size that {relation} needs, {role}, and the one said of it or "
+                        f"needed by another relation, {(low, high)}. Change the size word or the relation."
+                    )
+    return {entity: float(rng.uniform(low, low + freedom * (high - low))) for entity, (low, high) in ranges.items()}
+
+
+def place_scene(graph: SceneGraph, radii: dict[Entity, float], rng: np.random.Generator) -> list[PlacedObject]:
+    """
+    Place the objects of a graph such that every relation holds clearly and no two objects touch that need not.
+
+    Args:
+        graph ([`SceneGraph`]):
+            What to place.
+        radii (`dict[Entity, float]`):
+            Half the width of every object, in canvas units.
+        rng (`np.random.Generator`):
+            Source of the draw: the same state gives the same layout.
+
+    Returns:
+        `list[PlacedObject]`: the objects in drawing order, those behind first.
+
+    Raises:
+        [`LayoutError`]: if no layout satisfies the graph.
+    """
+    entities = list(graph.entities)
+    index = {entity: i for i, entity in enumerate(entities)}
+    sizes = [radii[entity] for entity in entities]
+    system = _DifferenceSystem.empty(len(entities))
+    for i, radius in enumerate(sizes):
+        for axis in (X, Y):
+            system.add(Bound(axis, CANVAS, i, radius + BORDER))
+            if not system.add(Bound(axis, i, CANVAS, radius + BORDER - 1.0)):
+                raise LayoutError(f"The {entities[i]} of radius {radius:.2f} is larger than the canvas.")
+    choices, apart = [], {(i, j) for j in range(len(entities)) for i in range(j)}
+    for relation in graph.relations:
+        kind = RELATIONS[relation.name]
+        slots = [Slot(index[entity], radii[entity], entity.shape) for entity in relation.arguments]
+        choices.append(kind.place(slots, relation.region))
+        if kind.is_overlapping:
+            apart.discard(tuple(sorted(slot.index for slot in slots)))
+    choices.sort(key=len)  # what has no alternative comes first and narrows the rest
+    for i, j in sorted(apart):
+        distance = sizes[i] + sizes[j] + CLEARANCE
+        choices.append([[Bound(axis, *pair, distance)] for axis in (X, Y) for pair in ((i, j), (j, i))])
+    solved = _choose(system, choices, rng, [MAX_BRANCHES])
+    if solved is None:
+        raise LayoutError(f"No layout satisfies {[str(relation) for relation in graph.relations]} at once.")
+    positions = solved.draw(rng)
+    placed = [PlacedObject(e, float(x), float(y), r) for e, (x, y), r in zip(entities, positions, sizes, strict=True)]
+    return [placed[i] for i in _drawing_order(graph, index, rng)]
+
+
+def _choose(system: _DifferenceSystem, choices: list, rng: np.random.Generator, budget: list[int]):
+    """Depth-first search for one alternative of every choice that are consistent together."""
+    if not choices:
+        return system
+    alternatives, *rest = choices
+    # nothing to choose where one alternative already holds
+    if any(all(system.implies(bound) for bound in alternative) for alternative in alternatives):
+        return _choose(system, rest, rng, budget)
+    for k in rng.permutation(len(alternatives)):
+        budget[0] -= 1
+        if budget[0] < 0:
+            return None
+        trial = system.copy()
+        if all(trial.add(bound) for bound in alternatives[k]):
+            solved = _choose(trial, rest, rng, budget)
+            if solved is not None:
+                return solved
+    return None
+
+
+def _drawing_order(graph: SceneGraph, index: dict[Entity, int], rng: np.random.Generator) -> list[int]:
+    """Indices of the entities, those behind first; an object takes part in one overlap at most."""
+    depth = dict(enumerate(rng.random(len(index))))
+    for relation in graph.relations:
+        if relation.name in ("front_of", "inside"):
+            depth[index[relation.arguments[0]]] = 2.0
+        elif relation.name in ("behind", "contains"):
+            depth[index[relation.arguments[1]]] = 2.0
+    return sorted(depth, key=depth.__getitem__)
+
+
+def place_together(
+    graphs: Sequence[SceneGraph], rng: np.random.Generator, num_draws: int = 20
+) -> list[list[PlacedObject]]:
+    """
+    Place several graphs over the same objects, with the same sizes of the objects in every layout.
+
+    Args:
+        graphs (`Sequence[SceneGraph]`):
+            Graphs over the same entities.
+        rng (`np.random.Generator`):
+            Source of the draw.
+        num_draws (`int`, *optional*, defaults to `20`):
+            Draws of the sizes, from smaller and smaller ones: in a crowded scene some leave no room.
+
+    Returns:
+        `list[list[PlacedObject]]`: a layout of every graph, objects in drawing order.
+
+    Raises:
+        [`LayoutError`]: if no layout was found.
+    """
+    for draw in range(num_draws):
+        radii = sample_radii(graphs, rng, freedom=1.0 - draw / num_draws)
+        try:
+            return [place_scene(graph, radii, rng) for graph in graphs]
+        except LayoutError:
+            if draw == num_draws - 1:
+                raise
+    raise ValueError(f"num_draws={num_draws} must be at least 1.")
+
+
+def is_placeable(graphs: Sequence[SceneGraph], rng: np.random.Generator) -> bool:
+    """Whether every one of several graphs over the same objects has a layout with one draw of the objects' sizes."""
+    try:
+        place_together(graphs, rng, num_draws=1)
+    except LayoutError:
+        return False
+    return True

@@ -1,0 +1,182 @@
+"""Sampling consistent scene graphs, and changing one to three of their relations."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .graph import Relation, SceneGraph, sample_entities
+from .layout import is_placeable
+from .relations import MIRRORED_REGIONS, REGIONS, RELATIONS
+
+
+_ATTEMPTS = 200
+
+
+@dataclass(frozen=True)
+class Operation:
+    """
+    One change of one relation.
+
+    Args:
+        operation (`str`):
+            `"swap"` (arguments exchanged), `"flip"` (opposite relation), `"move"` (another place or distance) or
+            `"slot_swap"` (two objects exchange their slots in a row or around a middle).
+        before ([`Relation`]):
+            The relation as it was.
+        after ([`Relation`]):
+            The relation as it is now.
+    """
+
+    operation: str
+    before: Relation
+    after: Relation
+
+
+def sample_graph(
+    rng: np.random.Generator,
+    *,
+    num_objects: int = 3,
+    num_relations: int = 2,
+    relations: Sequence[str] = tuple(RELATIONS),
+    split: str | None = None,
+    size_probability: float = 0.0,
+) -> SceneGraph:
+    """
+    Draw a consistent scene graph: one that can be placed on a canvas.
+
+    Args:
+        rng (`np.random.Generator`):
+            Source of the draw.
+        num_objects (`int`, *optional*, defaults to `3`):
+            Number of objects.
+        num_relations (`int`, *optional*, defaults to `2`):
+            Number of relations; two objects are related at most once, and an object is at one region at most.
+        relations (`Sequence[str]`, *optional*):
+            Kinds of relations to draw from, each equally often where they fit. Defaults to all.
+        split (`str`, *optional*):
+            Draw from this split only, see [`~SceneGraph.split`].
+        size_probability (`float`, *optional*, defaults to `0.0`):
+            Probability that an object is given a size word.
+
+    Returns:
+        [`SceneGraph`]: the graph.
+    """
+    for name in relations:
+        if name not in RELATIONS:
+            raise ValueError(f"Unknown relation {name!r} in `relations`; choose from {list(RELATIONS)}.")
+    for _ in range(_ATTEMPTS):
+        entities = sample_entities(rng, num_objects, split, size_probability)
+        chosen: list[Relation] = []
+        for _ in range(20 * num_relations):
+            if len(chosen) == num_relations:
+                break
+            relation = _sample_relation(rng, entities, chosen, relations)
+            if relation is not None:
+                chosen.append(relation)
+        graph = SceneGraph(entities, tuple(chosen))
+        if len(chosen) == num_relations and is_placeable([graph], rng):
+            return graph
+    raise ValueError(
+        f"No consistent graph of num_objects={num_objects} and num_relations={num_relations} of kinds {list(relations)} "
+        f"in {_ATTEMPTS} attempts. Ask for fewer relations, more objects or more kinds."
+    )
+
+
+def _sample_relation(rng, entities, chosen, names) -> Relation | None:
+    """Draw one more relation, or `None` if the draw does not fit what is there."""
+    kind = RELATIONS[names[rng.integers(len(names))]]
+    mentioned = {entity for relation in chosen for entity in relation.arguments}
+    # objects that nothing is said of come first
+    order = sorted(rng.permutation(len(entities)), key=lambda i: entities[i] in mentioned)
+    size = kind.num_arguments
+    if len(entities) < size:
+        return None
+    arguments = [entities[i] for i in order[:size]]
+    arguments = tuple(arguments[i] for i in rng.permutation(size))
+    region = list(REGIONS)[rng.integers(len(REGIONS))] if kind.name == "at" else None
+    relation = Relation(kind.name, arguments, region)
+    if _pairs(relation) & {pair for other in chosen for pair in _pairs(other)}:
+        return None
+    if kind.is_overlapping and any(
+        RELATIONS[other.name].is_overlapping and set(other.arguments) & set(arguments) for other in chosen
+    ):
+        return None
+    return relation
+
+
+def _pairs(relation: Relation) -> set[frozenset]:
+    """What the relation speaks about: pairs of its objects, or its only object."""
+    if len(relation.arguments) == 1:
+        return {frozenset(relation.arguments)}
+    return {frozenset((a, b)) for a in relation.arguments for b in relation.arguments if a != b}
+
+
+def _changes(relation: Relation) -> list[Operation]:
+    """All changes of one relation that contradict it."""
+    kind, arguments = RELATIONS[relation.name], relation.arguments
+    if relation.name == "at":
+        mirrored = MIRRORED_REGIONS.get(relation.region)
+        return [
+            Operation("flip" if region == mirrored else "move", relation, Relation("at", arguments, region))
+            for region in REGIONS
+            if region != relation.region
+        ]
+    if len(arguments) > 2:
+        # the middle of `between` is its first argument; in a row neighbors exchange
+        swaps = [(0, 1), (0, 2)] if relation.name == "between" else [(i, i + 1) for i in range(len(arguments) - 1)]
+        changes = []
+        for i, j in swaps:
+            order = list(arguments)
+            order[i], order[j] = order[j], order[i]
+            changes.append(Operation("slot_swap", relation, Relation(relation.name, tuple(order))))
+        return changes
+    changes = []
+    if not kind.is_symmetric:
+        changes.append(Operation("swap", relation, Relation(relation.name, arguments[::-1])))
+    if kind.opposite is not None:
+        name = "flip" if kind.opposite == kind.inverse else "move"
+        changes.append(Operation(name, relation, Relation(kind.opposite, arguments)))
+    return changes
+
+
+def perturb(graph: SceneGraph, rng: np.random.Generator, num_changes: int = 1) -> tuple[SceneGraph, list[Operation]]:
+    """
+    Change some relations of a graph and hold the rest.
+
+    Every change contradicts the relation it replaces, and the new graph is consistent with the same objects at the same
+    sizes: hence no changed relation was implied by the unchanged ones.
+
+    Args:
+        graph ([`SceneGraph`]):
+            A consistent graph.
+        rng (`np.random.Generator`):
+            Source of the draw.
+        num_changes (`int`, *optional*, defaults to `1`):
+            Number of relations to change.
+
+    Returns:
+        `tuple[SceneGraph, list[Operation]]`: the new graph and the record of the changes.
+
+    Raises:
+        `ValueError`: if the graph has too few relations, or none can be changed consistently.
+    """
+    if not 1 <= num_changes <= len(graph.relations):
+        raise ValueError(
+            f"num_changes={num_changes} must be between 1 and the number of relations, {len(graph.relations)}."
+        )
+    for _ in range(_ATTEMPTS):
+        relations, operations = list(graph.relations), []
+        for i in rng.permutation(len(relations))[:num_changes]:
+            changes = _changes(relations[i])
+            # first the operation, then one of its ways: the many regions of `at` are one `move`
+            kinds = sorted({change.operation for change in changes})
+            kind = kinds[rng.integers(len(kinds))]
+            ways = [change for change in changes if change.operation == kind]
+            operation = ways[rng.integers(len(ways))]
+            relations[i] = operation.after
+            operations.append(operation)
+        perturbed = SceneGraph(graph.entities, tuple(relations))
+        if is_placeable([graph, perturbed], rng):
+            return perturbed, operations
+    raise ValueError(f"No consistent way to change {num_changes} of {[str(r) for r in graph.relations]} was found.")

@@ -1,0 +1,531 @@
+"""The spatial relations: for each its logic, its wording, how to place it and how to check it.
+
+Adding a relation is adding one entry to `RELATIONS`. Positions are in canvas units: x to the right, y down, both from 0
+to 1; left and right are the viewer's, "in front" is nearer to the viewer.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+from .shapes import hiding_offset
+
+
+class Verdict(StrEnum):
+    """What a rule says about one relation in one image."""
+
+    SATISFIED = "satisfied"
+    VIOLATED = "violated"
+    UNDECIDABLE = "undecidable"
+
+
+@dataclass(frozen=True)
+class LocatedObject:
+    """
+    One object as found in an image. Its outline is the fitted one: where another object hides a part, the hidden part
+    belongs to the outline but not to the mask.
+
+    Args:
+        color (`str`):
+            Name of the color, a key of `COLORS`.
+        shape (`str`):
+            Name of the shape, one of `SHAPES`.
+        x (`float`), y (`float`):
+            Center of the outline, in canvas units.
+        radius (`float`):
+            Half the width of the outline, in canvas units.
+        completeness (`float`):
+            Share of the outline's area that is visible, in `[0, 1]`.
+        mask (`np.ndarray` of shape `(height, width)` and type `bool`):
+            Visible pixels.
+    """
+
+    color: str
+    shape: str
+    x: float
+    y: float
+    radius: float
+    completeness: float
+    mask: np.ndarray
+
+
+class Bound(NamedTuple):
+    """`position[upper] - position[lower] >= minimum` along `axis` (0: x, 1: y); index `CANVAS` stands for 0."""
+
+    axis: int
+    lower: int
+    upper: int
+    minimum: float
+
+
+class Slot(NamedTuple):
+    """An object to be placed: its index, its radius in canvas units, its shape."""
+
+    index: int
+    radius: float
+    shape: str
+
+
+CANVAS = -1
+X, Y = 0, 1
+
+Rule = Callable[[Sequence[LocatedObject], str | None], tuple[Verdict, str]]
+Placement = Callable[[Sequence[Slot], str | None], list[list[Bound]]]
+
+
+# Rules: located objects → verdict and reason. Between the two thresholds a rule abstains.
+
+
+def _graded(value: float, satisfied_from: float, violated_to: float, text: str) -> tuple[Verdict, str]:
+    if value >= satisfied_from:
+        return Verdict.SATISFIED, text
+    if value <= violated_to:
+        return Verdict.VIOLATED, text
+    return Verdict.UNDECIDABLE, f"{text}: too close to call"
+
+
+def _gap(a: LocatedObject, b: LocatedObject) -> float:
+    """Distance between the two bounding boxes, 0 where they touch or overlap."""
+    gaps = [max(abs(p - q) - a.radius - b.radius, 0.0) for p, q in ((a.x, b.x), (a.y, b.y))]
+    return float(np.hypot(*gaps))
+
+
+def _enclosed_share(inner: LocatedObject, outer: LocatedObject) -> float:
+    """Share of `inner`'s visible pixels that lie in holes of `outer`."""
+    filled = ndimage.binary_fill_holes(outer.mask)
+    return float((inner.mask & filled).sum() / max(inner.mask.sum(), 1))
+
+
+def _check_left_of(objects, region):
+    a, b = objects
+    distance = b.x - a.x
+    return _graded(distance, 0.06, 0.02, f"its center is {distance:+.2f} to the left")
+
+
+def _check_above(objects, region):
+    a, b = objects
+    lift, gap = b.y - a.y, (b.y - b.radius) - (a.y + a.radius)
+    if lift <= 0.02:
+        return Verdict.VIOLATED, f"its center is {lift:+.2f} higher"
+    return _graded(gap, -0.035, -1.0, f"the vertical gap is {gap:+.2f}")
+
+
+def _check_on(objects, region):
+    a, b = objects
+    gap, shift = (b.y - b.radius) - (a.y + a.radius), abs(a.x - b.x)
+    text = f"the vertical gap is {gap:+.2f}, the sideways shift {shift:.2f}"
+    if a.y >= b.y or gap >= 0.09 or shift >= a.radius + b.radius:
+        return Verdict.VIOLATED, text
+    if abs(gap) <= 0.05 and shift <= b.radius + 0.02:
+        return Verdict.SATISFIED, text
+    return Verdict.UNDECIDABLE, f"{text}: contact is unclear"
+
+
+def _check_inside(objects, region):
+    share = _enclosed_share(*objects)
+    return _graded(share, 0.9, 0.5, f"{share:.0%} of it is enclosed")
+
+
+def _check_front_of(objects, region):
+    a, b = objects
+    if _gap(a, b) > 0.0:
+        return Verdict.UNDECIDABLE, "the two do not overlap, so their depth order cannot be seen"
+    difference = a.completeness - b.completeness
+    text = f"{a.completeness:.0%} of it and {b.completeness:.0%} of the other are visible"
+    return _graded(difference, 0.08, -0.08, text)
+
+
+def _check_near(objects, region):
+    gap = _gap(*objects)
+    return _graded(-gap, -0.14, -0.22, f"the gap is {gap:.2f}")
+
+
+def _check_next_to(objects, region):
+    a, b = objects
+    share = max(_enclosed_share(a, b), _enclosed_share(b, a))
+    if share >= 0.5:
+        return Verdict.VIOLATED, f"{share:.0%} of one is enclosed by the other"
+    return _check_near(objects, region)
+
+
+def _check_far_from(objects, region):
+    gap = _gap(*objects)
+    return _graded(gap, 0.28, 0.18, f"the gap is {gap:.2f}")
+
+
+def _check_between(objects, region):
+    a, b, c = (np.array([o.x, o.y]) for o in objects)
+    length = float(np.hypot(*(c - b)))
+    if length < 0.1:
+        return Verdict.UNDECIDABLE, "the two outer objects are at the same place"
+    direction = (c - b) / length
+    along = float((a - b) @ direction) / length
+    aside = float(abs((a - b)[0] * direction[1] - (a - b)[1] * direction[0]))
+    text = f"it is {along:.0%} of the way and {aside:.2f} aside"
+    if 0.2 <= along <= 0.8 and aside <= 0.15:
+        return Verdict.SATISFIED, text
+    if not 0.1 < along < 0.9 or aside >= 0.25:
+        return Verdict.VIOLATED, text
+    return Verdict.UNDECIDABLE, f"{text}: too close to call"
+
+
+# Every region is a cell of a 3 × 3 grid: (column, row).
+REGIONS = {
+    "top left corner": (0, 0),
+    "top right corner": (2, 0),
+    "bottom left corner": (0, 2),
+    "bottom right corner": (2, 2),
+    "left edge": (0, 1),
+    "right edge": (2, 1),
+    "top edge": (1, 0),
+    "bottom edge": (1, 2),
+    "center": (1, 1),
+}
+_CELL_CENTERS = (0.0, 0.5, 1.0)
+# The regions a flip turns into each other; the center has no opposite.
+MIRRORED_REGIONS = {
+    name: next(other for other, cell in REGIONS.items() if cell == (2 - column, 2 - row))
+    for name, (column, row) in REGIONS.items()
+    if name != "center"
+}
+
+
+def _check_at(objects, region):
+    (a,) = objects
+    # distance of the center from the cell's middle line; the outer cells reach to the border
+    off = max(
+        abs(position - _CELL_CENTERS[cell]) - (0.0 if cell == 1 else 0.2)
+        for position, cell in zip((a.x, a.y), REGIONS[region], strict=True)
+    )
+    return _graded(-off, -0.15, -0.19, f"its center is at ({a.x:.2f}, {a.y:.2f})")
+
+
+def _check_row_order(objects, region):
+    spread = max(o.y for o in objects) - min(o.y for o in objects)
+    steps = [after.x - before.x for before, after in zip(objects[:-1], objects[1:], strict=True)]
+    text = f"the smallest step to the right is {min(steps):+.2f}, the row's height spread {spread:.2f}"
+    if min(steps) <= 0.02 or spread >= 0.3:
+        return Verdict.VIOLATED, text
+    if min(steps) >= 0.06 and spread <= 0.2:
+        return Verdict.SATISFIED, text
+    return Verdict.UNDECIDABLE, f"{text}: too close to call"
+
+
+# Placements: slots → alternatives, each a list of bounds that hold together. They demand more than the rules do, so that a
+# placed relation is never a close call.
+
+
+def _within(axis: int, lower: int, upper: int, minimum: float, maximum: float) -> list[Bound]:
+    return [Bound(axis, lower, upper, minimum), Bound(axis, upper, lower, -maximum)]
+
+
+def _place_left_of(slots, region):
+    a, b = slots
+    return [[Bound(X, a.index, b.index, max(0.75 * (a.radius + b.radius), 0.13))]]
+
+
+def _place_above(slots, region):
+    a, b = slots
+    return [[Bound(Y, a.index, b.index, a.radius + b.radius + 0.03)]]
+
+
+def _place_on(slots, region):
+    # hardly shifted, so that the contact is at the top of round and pointed supports too
+    a, b = slots
+    reach = a.radius + b.radius
+    return [_within(Y, a.index, b.index, reach, reach + 0.004) + _within(X, a.index, b.index, -0.02, 0.02)]
+
+
+def _place_inside(slots, region):
+    inner, outer = slots
+    if outer.shape == "triangle":
+        return []  # no room
+    # a square's corner stays inside a diamond: |x| + |y| <= radius
+    slack = max((outer.radius - 2 * inner.radius) / 2 - 0.008, 0.0)
+    return [[bound for axis in (X, Y) for bound in _within(axis, outer.index, inner.index, -slack, slack)]]
+
+
+# Share of the object behind that is hidden: enough to see the order, little enough to recognize the object.
+HIDDEN_SHARE = 0.35
+
+
+def _place_front_of(slots, region):
+    front, behind = slots
+    radius = (front.radius + behind.radius) / 2
+    alternatives = []
+    for axis in (X, Y):
+        for sign in (-1, 1):
+            if (front.shape, behind.shape, axis, sign) == ("square", "triangle", Y, 1):
+                continue  # a square before the foot of a triangle leaves a smaller, whole triangle: it looks like "on"
+            offset = radius * hiding_offset(front.shape, behind.shape, axis, sign, HIDDEN_SHARE)
+            first, second = (behind, front) if sign == 1 else (front, behind)
+            along = _within(axis, first.index, second.index, 0.95 * offset, 1.05 * offset)
+            aside = _within(1 - axis, first.index, second.index, -0.06 * radius, 0.06 * radius)
+            alternatives.append(along + aside)
+    return alternatives
+
+
+def _place_next_to(slots, region):
+    a, b = slots
+    reach, aside = a.radius + b.radius, 0.6 * min(a.radius, b.radius)
+    return [
+        _within(axis, first.index, second.index, reach + 0.035, reach + 0.09)
+        + _within(1 - axis, first.index, second.index, -aside, aside)
+        for axis in (X, Y)
+        for first, second in ((a, b), (b, a))
+    ]
+
+
+def _place_far_from(slots, region):
+    a, b = slots
+    return [
+        [Bound(axis, first.index, second.index, a.radius + b.radius + 0.33)]
+        for axis in (X, Y)
+        for first, second in ((a, b), (b, a))
+    ]
+
+
+def _place_between(slots, region):
+    middle, *ends = slots
+    return [
+        [
+            *_within(1 - axis, first.index, second.index, -0.06, 0.06),
+            *_within(1 - axis, first.index, middle.index, -0.04, 0.04),
+            Bound(axis, first.index, middle.index, first.radius + middle.radius + 0.035),
+            Bound(axis, middle.index, second.index, middle.radius + second.radius + 0.035),
+        ]
+        for axis in (X, Y)
+        for first, second in (ends, ends[::-1])
+    ]
+
+
+def _place_at(slots, region):
+    (a,) = slots
+    bounds = []
+    for axis, cell in zip((X, Y), REGIONS[region], strict=True):
+        minimum, maximum = ((0.0, 0.27), (0.42, 0.58), (0.73, 1.0))[cell]
+        bounds += _within(axis, CANVAS, a.index, minimum, maximum)
+    return [bounds]
+
+
+def _place_row_order(slots, region):
+    bounds = []
+    for a, b in zip(slots[:-1], slots[1:], strict=True):
+        bounds.append(Bound(X, a.index, b.index, a.radius + b.radius + 0.035))
+    for other in slots[1:]:
+        bounds += _within(Y, slots[0].index, other.index, -0.04, 0.04)
+    return [bounds]
+
+
+def _swapped(function):
+    """The same rule or placement with its two arguments exchanged."""
+
+    def swapped(items, region):
+        return function(items[::-1], region)
+
+    return swapped
+
+
+@dataclass(frozen=True)
+class RelationKind:
+    """
+    Everything the world knows about one relation.
+
+    Args:
+        name (`str`):
+            Identifier, as in data sets and logs.
+        phrases (`tuple[str, ...]`):
+            Wordings; `{0}`, `{1}`, `{2}` are the arguments, `{all}` the list of all, `{region}` the region. Every wording
+            belongs to one relation only, so that text can be parsed back.
+        check (`Callable`):
+            The rule: `(objects, region)` → ([`Verdict`], reason).
+        place (`Callable`):
+            The placement: `(slots, region)` → alternatives of bounds; none if there is no way.
+        inverse (`str`, *optional*):
+            The relation that says the same with the two arguments exchanged.
+        opposite (`str`, *optional*):
+            The relation that contradicts it with the same arguments.
+        is_symmetric (`bool`, *optional*, defaults to `False`):
+            Whether exchanging the two arguments changes nothing.
+        is_transitive (`bool`, *optional*, defaults to `False`):
+            Whether `r(a, b)` and `r(b, c)` give `r(a, c)`.
+        num_arguments (`int`, *optional*, defaults to `2`):
+            Number of arguments; the smallest number for `row_order`, which takes more.
+        radius_ranges (`tuple[tuple[float, float], ...]`, *optional*):
+            Size that each argument must have for the relation to be visible, in canvas units.
+        is_overlapping (`bool`, *optional*, defaults to `False`):
+            Whether the arguments may touch or cover each other; all other objects are kept apart. An object takes part
+            in at most one such relation.
+    """
+
+    name: str
+    phrases: tuple[str, ...]
+    check: Rule
+    place: Placement
+    inverse: str | None = None
+    opposite: str | None = None
+    is_symmetric: bool = False
+    is_transitive: bool = False
+    num_arguments: int = 2
+    radius_ranges: tuple[tuple[float, float], ...] | None = None
+    is_overlapping: bool = False
+
+
+_SIMILAR = ((0.12, 0.13), (0.12, 0.13))
+_INNER, _OUTER = (0.07, 0.085), (0.19, 0.22)
+
+RELATIONS: dict[str, RelationKind] = {
+    kind.name: kind
+    for kind in (
+        RelationKind(
+            name="left_of",
+            phrases=("{0} is to the left of {1}", "{0} is left of {1}", "{0} sits on the left side of {1}"),
+            check=_check_left_of,
+            place=_place_left_of,
+            inverse="right_of",
+            opposite="right_of",
+            is_transitive=True,
+        ),
+        RelationKind(
+            name="right_of",
+            phrases=("{0} is to the right of {1}", "{0} is right of {1}", "{0} sits on the right side of {1}"),
+            check=_swapped(_check_left_of),
+            place=_swapped(_place_left_of),
+            inverse="left_of",
+            opposite="left_of",
+            is_transitive=True,
+        ),
+        RelationKind(
+            name="above",
+            phrases=("{0} is above {1}", "{0} is higher up than {1}", "{0} floats over {1}"),
+            check=_check_above,
+            place=_place_above,
+            inverse="below",
+            opposite="below",
+            is_transitive=True,
+        ),
+        RelationKind(
+            name="below",
+            phrases=("{0} is below {1}", "{0} is lower down than {1}", "{0} is beneath {1}"),
+            check=_swapped(_check_above),
+            place=_swapped(_place_above),
+            inverse="above",
+            opposite="above",
+            is_transitive=True,
+        ),
+        RelationKind(
+            name="on",
+            phrases=("{0} is on {1}", "{0} stands on top of {1}", "{0} rests on {1}"),
+            check=_check_on,
+            place=_place_on,
+            inverse="under",
+            opposite="under",
+            is_overlapping=True,
+        ),
+        RelationKind(
+            name="under",
+            phrases=("{0} is under {1}", "{0} is directly under {1}", "{0} carries {1}"),
+            check=_swapped(_check_on),
+            place=_swapped(_place_on),
+            inverse="on",
+            opposite="on",
+            is_overlapping=True,
+        ),
+        RelationKind(
+            name="inside",
+            phrases=("{0} is inside {1}", "{0} is enclosed by {1}", "{0} lies within {1}"),
+            check=_check_inside,
+            place=_place_inside,
+            inverse="contains",
+            opposite="next_to",
+            is_transitive=True,
+            radius_ranges=(_INNER, _OUTER),
+            is_overlapping=True,
+        ),
+        RelationKind(
+            name="contains",
+            phrases=("{0} contains {1}", "{0} encloses {1}", "{0} surrounds {1}"),
+            check=_swapped(_check_inside),
+            place=_swapped(_place_inside),
+            inverse="inside",
+            opposite="next_to",
+            is_transitive=True,
+            radius_ranges=(_OUTER, _INNER),
+            is_overlapping=True,
+        ),
+        RelationKind(
+            name="front_of",
+            phrases=("{0} is in front of {1}", "{0} stands in front of {1}", "{0} partly hides {1}"),
+            check=_check_front_of,
+            place=_place_front_of,
+            inverse="behind",
+            opposite="behind",
+            is_transitive=True,
+            radius_ranges=_SIMILAR,
+            is_overlapping=True,
+        ),
+        RelationKind(
+            name="behind",
+            phrases=("{0} is behind {1}", "{0} stands behind {1}", "{0} is partly hidden by {1}"),
+            check=_swapped(_check_front_of),
+            place=_swapped(_place_front_of),
+            inverse="front_of",
+            opposite="front_of",
+            is_transitive=True,
+            radius_ranges=_SIMILAR,
+            is_overlapping=True,
+        ),
+        RelationKind(
+            name="near",
+            phrases=("{0} is near {1}", "{0} is close to {1}"),
+            check=_check_near,
+            place=_place_next_to,
+            inverse="near",
+            opposite="far_from",
+            is_symmetric=True,
+        ),
+        RelationKind(
+            name="next_to",
+            phrases=("{0} is next to {1}", "{0} is beside {1}"),
+            check=_check_next_to,
+            place=_place_next_to,
+            inverse="next_to",
+            opposite="far_from",
+            is_symmetric=True,
+        ),
+        RelationKind(
+            name="far_from",
+            phrases=("{0} is far from {1}", "{0} is far away from {1}"),
+            check=_check_far_from,
+            place=_place_far_from,
+            inverse="far_from",
+            opposite="near",
+            is_symmetric=True,
+        ),
+        RelationKind(
+            name="between",
+            phrases=("{0} is between {1} and {2}", "{0} is in the middle between {1} and {2}"),
+            check=_check_between,
+            place=_place_between,
+            num_arguments=3,
+        ),
+        RelationKind(
+            name="at",
+            phrases=("{0} is at the {region}", "{0} is placed at the {region}"),
+            check=_check_at,
+            place=_place_at,
+            num_arguments=1,
+        ),
+        RelationKind(
+            name="row_order",
+            phrases=("{all} stand in a row from left to right", "{all} form a row from left to right"),
+            check=_check_row_order,
+            place=_place_row_order,
+            num_arguments=3,
+        ),
+    )
+}

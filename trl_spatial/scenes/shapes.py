@@ -1,0 +1,54 @@
+"""The outlines of the world's shapes."""
+
+from functools import lru_cache
+
+import numpy as np
+
+
+SHAPES = ("circle", "square", "triangle", "diamond")
+
+
+def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
+    """
+    Signed distance to the outline of a shape, negative inside, exact next to the edges.
+
+    Args:
+        shape (`str`):
+            `"circle"`, `"square"`, `"triangle"` (apex up) or `"diamond"`.
+        dx (`np.ndarray`), dy (`np.ndarray`):
+            Offset from the shape's center, broadcast against each other.
+        radius (`float`):
+            Half the width and half the height of the shape, in the unit of the offsets.
+
+    Returns:
+        `np.ndarray`: the distances, in the unit of the offsets.
+    """
+    if shape == "circle":
+        return np.sqrt(dx**2 + dy**2) - radius
+    if shape == "square":
+        return np.maximum(np.abs(dx), np.abs(dy)) - radius
+    if shape == "diamond":
+        return (np.abs(dx) + np.abs(dy) - radius) / np.sqrt(2.0)
+    if shape == "triangle":
+        slope = (2.0 * np.abs(dx) - (dy + radius)) / np.sqrt(5.0)
+        return np.maximum(slope, dy - radius)
+    raise ValueError(f"No outline for shape {shape!r}; choose one of {SHAPES}.")
+
+
+def hidden_share(front: str, behind: str, dx: float, dy: float, resolution: int = 200) -> float:
+    """Share of the shape `behind` that `front`, of the same radius and shifted by `(dx, dy)` radii, covers."""
+    grid = (np.arange(resolution) + 0.5) / resolution * 2 - 1
+    back = signed_distance(behind, grid, grid[:, None], 1.0) < 0
+    cover = signed_distance(front, grid - dx, grid[:, None] - dy, 1.0) < 0
+    return float((back & cover).sum() / back.sum())
+
+
+@lru_cache(maxsize=None)
+def hiding_offset(front: str, behind: str, axis: int, sign: int, share: float) -> float:
+    """Shift along an axis (0: x, 1: y), in radii, at which `front` covers a given share of `behind`."""
+    low, high = 0.0, 2.0  # everything or less is covered at 0, nothing at 2
+    for _ in range(20):
+        middle = (low + high) / 2
+        shift = (sign * middle, 0.0) if axis == 0 else (0.0, sign * middle)
+        low, high = (middle, high) if hidden_share(front, behind, *shift) > share else (low, middle)
+    return (low + high) / 2
