@@ -1,0 +1,183 @@
+"""Oracles: scipy.stats, closed forms, coverage of known truths, and symmetries."""
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from trl_spatial.evaluation.statistics import (
+    accuracy_interval,
+    area_under_roc_curve,
+    bootstrap_interval,
+    expected_calibration_error,
+    reliability_bins,
+)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+class TestAccuracyInterval:
+    @pytest.mark.parametrize("confidence", [0.5, 0.95, 0.99])
+    @pytest.mark.parametrize(("num_correct", "num_pairs"), [(0, 1), (0, 50), (7, 20), (1900, 2000), (50, 50)])
+    def test_equals_scipy(self, num_correct, num_pairs, confidence):
+        interval = accuracy_interval(np.arange(num_pairs) < num_correct, confidence)
+        theirs = scipy.stats.binomtest(num_correct, num_pairs).proportion_ci(confidence, method="wilson")
+        assert interval.estimate == num_correct / num_pairs
+        assert (interval.low, interval.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+        assert 0 <= interval.low <= interval.estimate <= interval.high <= 1
+
+    def test_a_tie_counts_half(self):
+        assert accuracy_interval([0.5, 0.5, 1, 0]) == accuracy_interval([0, 1, 1, 0])
+
+    @pytest.mark.parametrize(
+        ("correct", "confidence", "message"),
+        [
+            ([], 0.95, r"correct has shape \(0,\)"),
+            ([[1, 0]], 0.95, r"correct has shape \(1, 2\)"),
+            ([1, 2], 0.95, r"correct\[1\] is 2.0: use values between 0 and 1"),
+            ([1, np.nan], 0.95, r"correct\[1\] is nan"),
+            ([1, 0], 95, "confidence is 95: use a value between 0 and 1"),
+        ],
+    )
+    def test_unusable_argument(self, correct, confidence, message):
+        with pytest.raises(ValueError, match=message):
+            accuracy_interval(correct, confidence)
+
+
+class TestBootstrapInterval:
+    def test_of_a_mean_equals_the_normal_interval(self, rng):
+        values = rng.normal(3.0, 2.0, size=2000)
+        interval = bootstrap_interval(values, rng=rng)
+        half_width = 1.96 * values.std() / np.sqrt(2000)
+        assert interval.estimate == values.mean()
+        assert interval.low == pytest.approx(values.mean() - half_width, abs=0.1 * half_width)
+        assert interval.high == pytest.approx(values.mean() + half_width, abs=0.1 * half_width)
+
+    def test_copies_of_a_sample_tell_nothing_new(self, rng):
+        values = rng.normal(size=200)
+        prompts = [f"prompt {i}" for i in range(200)]
+        once = bootstrap_interval(values, prompts, rng=np.random.default_rng(1))
+        copied = bootstrap_interval(np.tile(values, 5), prompts * 5, rng=np.random.default_rng(1))
+        assert (copied.low, copied.high) == pytest.approx((once.low, once.high), abs=1e-12)
+
+    def test_covers_the_truth_as_often_as_it_says(self, rng):
+        # 40 prompts of unequal size whose pairs share the prompt's offset: the true mean is 0
+        hits = 0
+        for _ in range(200):
+            prompts = np.repeat(np.arange(40), rng.integers(1, 6, size=40))
+            values = rng.normal(size=40)[prompts] + 0.3 * rng.normal(size=len(prompts))
+            interval = bootstrap_interval(values, prompts, rng=rng, confidence=0.8, num_resamples=200)
+            hits += interval.low <= 0 <= interval.high
+        assert scipy.stats.binomtest(hits, 200, 0.78).pvalue > 0.001  # a percentile interval is slightly narrow
+
+    def test_any_statistic(self, rng):
+        rows = np.column_stack([rng.normal(size=300), rng.random(300) < 0.4])
+        interval = bootstrap_interval(rows, rng=rng, statistic=lambda rows: np.median(rows[:, 0]), num_resamples=500)
+        theirs = scipy.stats.bootstrap(
+            (rows[:, 0],), np.median, method="percentile", n_resamples=500, rng=np.random.default_rng(2)
+        )
+        assert interval.estimate == np.median(rows[:, 0])
+        assert interval.low == pytest.approx(theirs.confidence_interval.low, abs=0.05)
+        assert interval.high == pytest.approx(theirs.confidence_interval.high, abs=0.05)
+
+    def test_is_drawn_from_the_generator(self):
+        values = np.arange(30.0)
+        same = [bootstrap_interval(values, rng=np.random.default_rng(3), num_resamples=50) for _ in range(2)]
+        assert same[0] == same[1]
+        assert same[0] != bootstrap_interval(values, rng=np.random.default_rng(4), num_resamples=50)
+
+    @pytest.mark.parametrize(
+        ("values", "kwargs", "message"),
+        [
+            ([], {}, "values is empty"),
+            ([1, 2], {"clusters": ["a"]}, r"clusters has shape \(1,\) but values has 2 rows"),
+            ([1, 2], {"clusters": [("a", 0), ("b", 0)]}, r"clusters has shape \(2, 2\) but values has 2 rows"),
+            ([1, 2], {"confidence": 1.0}, "confidence is 1.0"),
+            ([1, 2], {"num_resamples": 0}, "num_resamples is 0"),
+        ],
+    )
+    def test_unusable_argument(self, values, kwargs, message, rng):
+        with pytest.raises(ValueError, match=message):
+            bootstrap_interval(values, rng=rng, **kwargs)
+
+
+class TestCalibration:
+    def test_equals_counting_each_pair_in_both_orders(self, rng):
+        # the textbook error over 20 bins of [0, 1] of the pairs (p, y) and (1 - p, 1 - y)
+        p = rng.random(1000)
+        y = rng.random(1000) < p**2
+        both_p, both_y = np.concatenate([p, 1 - p]), np.concatenate([y, ~y])
+        textbook = 0.0
+        for low in np.arange(20) / 20:
+            inside = (both_p > low) & (both_p <= low + 0.05)
+            textbook += abs(both_p[inside].sum() - both_y[inside].sum()) / 2000
+        assert expected_calibration_error(p, y, num_bins=10) == pytest.approx(textbook, abs=1e-12)
+
+    def test_swapping_pairs_changes_nothing(self, rng):
+        p = np.concatenate([rng.integers(0, 65, size=300) / 64, [0.0, 0.5, 0.5, 1.0]])  # 1 - p is exact
+        y = (rng.random(304) < 0.6).astype(float)
+        swap = rng.random(304) < 0.5
+        swapped = expected_calibration_error(np.where(swap, 1 - p, p), np.where(swap, 1 - y, y))
+        assert swapped == pytest.approx(expected_calibration_error(p, y), abs=1e-12)
+
+    def test_a_calibrated_model_has_a_small_error(self, rng):
+        p = rng.random(20_000)
+        p_chosen = np.where(rng.random(20_000) < p, p, 1 - p)  # name the winner "chosen", as a preference dataset does
+        assert expected_calibration_error(p_chosen) < 0.4 * np.sqrt(10 / 20_000)
+        assert abs(1 - p_chosen.mean()) > 0.3  # the unfolded gap to the outcome 1
+
+    @pytest.mark.parametrize(("accuracy", "confidence"), [(0.6, 0.99), (0.9, 0.55), (0.75, 0.75)])
+    def test_is_the_gap_of_a_constant_confidence(self, accuracy, confidence):
+        p_chosen = np.where(np.arange(100) < 100 * accuracy, confidence, 1 - confidence)
+        assert expected_calibration_error(p_chosen) == pytest.approx(abs(accuracy - confidence), abs=1e-12)
+
+    def test_bins(self):
+        bins = reliability_bins([0.5, 0.9, 0.1, 0.8, 1.0], num_bins=5)
+        np.testing.assert_allclose(bins.edges, [0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+        np.testing.assert_array_equal(bins.counts, [1, 0, 1, 2, 1])
+        np.testing.assert_allclose(bins.confidence, [0.5, np.nan, 0.8, 0.9, 1.0])
+        np.testing.assert_allclose(bins.accuracy, [0.5, np.nan, 1.0, 0.5, 1.0])
+
+    @pytest.mark.parametrize("function", [reliability_bins, expected_calibration_error])
+    @pytest.mark.parametrize(
+        ("args", "num_bins", "message"),
+        [
+            (([],), 10, "probabilities has shape"),
+            (([0.5, 1.1],), 10, r"probabilities\[1\] is 1.1"),
+            (([0.5], [-1]), 10, r"outcomes\[0\] is -1.0"),
+            (([0.5, 0.6], [1]), 10, "outcomes has 1 entries but probabilities has 2"),
+            (([0.5],), 0, "num_bins is 0"),
+        ],
+    )
+    def test_unusable_argument(self, function, args, num_bins, message):
+        with pytest.raises(ValueError, match=message):
+            function(*args, num_bins=num_bins)
+
+
+class TestAreaUnderROCCurve:
+    @pytest.mark.parametrize("num_values", [2, 10, 10**6])  # many ties to none
+    def test_equals_the_mann_whitney_statistic(self, num_values, rng):
+        scores = rng.integers(num_values, size=500)
+        labels = rng.random(500) < 0.2
+        statistic = scipy.stats.mannwhitneyu(scores[labels], scores[~labels]).statistic
+        assert area_under_roc_curve(scores, labels) == pytest.approx(statistic / (labels.sum() * (~labels).sum()))
+
+    def test_limits(self):
+        assert area_under_roc_curve([1.0, 2.0, 3.0, np.inf], [0, 0, 1, 1]) == 1
+        assert area_under_roc_curve([3.0, 2.0, 1.0], [0, 0, 1]) == 0
+        assert area_under_roc_curve([7.0] * 5, [0, 1, 0, 1, 1]) == 0.5
+
+    @pytest.mark.parametrize(
+        ("scores", "labels", "message"),
+        [
+            ([1.0, 2.0], [1], r"scores has shape \(2,\), labels has shape \(1,\)"),
+            ([1.0, np.nan], [0, 1], r"scores\[1\] is NaN"),
+            ([1.0, 2.0], [0, 2], "labels has values"),
+            ([1.0, 2.0], [1, 1], "2 positives and 0 negatives"),
+        ],
+    )
+    def test_unusable_argument(self, scores, labels, message):
+        with pytest.raises(ValueError, match=message):
+            area_under_roc_curve(scores, labels)

@@ -1,0 +1,1 @@
+"""Measuring what a reward model or an image generator knows about space, with the uncertainty of every number."""

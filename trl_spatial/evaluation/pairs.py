@@ -1,0 +1,123 @@
+"""How often a reward model ranks the two images of a pair rightly, and for which pairs it does not."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from PIL import ImageOps
+
+from ..scenes import describe_scene, mirror, parse_description
+from .statistics import Interval, accuracy_interval
+
+
+Scorer = Callable[[Sequence[str], Sequence[Any]], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """
+    Scores of the two images of every pair for the pair's prompt.
+
+    Args:
+        chosen_mean, chosen_std, rejected_mean, rejected_std (`np.ndarray` of shape `(num_pairs,)`):
+            Mean and standard deviation of the scores.
+    """
+
+    chosen_mean: np.ndarray
+    chosen_std: np.ndarray
+    rejected_mean: np.ndarray
+    rejected_std: np.ndarray
+
+    @property
+    def margin(self) -> np.ndarray:
+        """Difference of the means, `(num_pairs,)`; positive where the order is right."""
+        return self.chosen_mean - self.rejected_mean
+
+    @property
+    def correct(self) -> np.ndarray:
+        """1 where the chosen image has the higher mean, 0 where the rejected has, 0.5 for a tie: `(num_pairs,)`."""
+        return (np.sign(self.margin) + 1) / 2
+
+
+@dataclass(frozen=True)
+class GroupAccuracy:
+    """
+    Pair accuracy of one group of pairs.
+
+    Args:
+        accuracy ([`Interval`]):
+            Share of rightly ordered pairs with its 95 % interval.
+        num_pairs (`int`):
+            Number of pairs.
+    """
+
+    accuracy: Interval
+    num_pairs: int
+
+
+def score_pairs(scorer: Scorer, dataset: Dataset, *, is_mirrored: bool = False) -> PairScores:
+    """
+    Score all images of a preference dataset.
+
+    Args:
+        scorer (`Callable`):
+            `(prompts, images)` → mean and std, each of shape `(n,)`; for example `SpatialScore.score`.
+        dataset (`Dataset`):
+            With the columns `prompt`, `chosen` and `rejected`.
+        is_mirrored (`bool`, *optional*, defaults to `False`):
+            Whether to mirror images and prompts, left and right exchanged. The prompts must be descriptions of scenes.
+
+    Returns:
+        [`PairScores`]: the scores, in the order of the dataset.
+    """
+    prompts, images = list(dataset["prompt"]), [*dataset["chosen"], *dataset["rejected"]]
+    if is_mirrored:
+        prompts = [mirror_prompt(prompt) for prompt in prompts]
+        images = [ImageOps.mirror(image) for image in images]
+    mean, std = (np.asarray(values) for values in scorer(prompts * 2, images))
+    num_pairs = len(prompts)
+    return PairScores(mean[:num_pairs], std[:num_pairs], mean[num_pairs:], std[num_pairs:])
+
+
+def mirror_prompt(prompt: str) -> str:
+    """The description of the mirrored scene, of the same length; its wording is drawn anew."""
+    graph = parse_description(prompt)
+    is_long = prompt.count(".") > len(graph.relations)
+    return describe_scene(mirror(graph), seed=len(prompt), length="long" if is_long else "short")
+
+
+def accuracy_table(scores: PairScores, dataset: Dataset) -> dict[str, dict[str, GroupAccuracy]]:
+    """
+    Pair accuracy by group.
+
+    Args:
+        scores ([`PairScores`]):
+            From [`score_pairs`].
+        dataset (`Dataset`):
+            The scored pairs, with the columns `level` and `operations`.
+
+    Returns:
+        `dict`: `"all"`, `"level"` (number of changed relations), `"relation"` and `"operation"` (of the pairs with one
+        change) → name of the group → [`GroupAccuracy`].
+    """
+    levels = np.array(dataset["level"])
+    first = [operations[0] for operations in dataset["operations"]]
+    relations = np.array([str(operation["before"]).split("(")[0] for operation in first])
+    operations = np.array([operation["operation"] for operation in first])
+    is_single = levels == 1
+
+    def group(members: np.ndarray) -> GroupAccuracy:
+        return GroupAccuracy(accuracy_interval(scores.correct[members]), int(members.sum()))
+
+    def table(values: np.ndarray, among: np.ndarray) -> dict[str, GroupAccuracy]:
+        names = sorted(set(values[among].tolist()))
+        return {str(name): group(among & (values == name)) for name in names}
+
+    return {
+        "all": {"all": group(np.ones(len(levels), dtype=bool))},
+        "level": table(levels, np.ones(len(levels), dtype=bool)),
+        "relation": table(relations, is_single),
+        "operation": table(operations, is_single),
+    }

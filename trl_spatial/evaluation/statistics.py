@@ -1,0 +1,280 @@
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+@dataclass(frozen=True)
+class Interval:
+    """
+    An estimate and its confidence interval.
+
+    Args:
+        estimate (`float`):
+            Value on all the data.
+        low (`float`):
+            Lower end of the interval.
+        high (`float`):
+            Upper end of the interval.
+    """
+
+    estimate: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class ReliabilityBins:
+    """
+    What a reliability plot shows: how often the model is right among the pairs it is equally sure of.
+
+    Args:
+        edges (`np.ndarray` of shape `(num_bins + 1,)`):
+            Bounds of the bins, from 0.5 to 1.
+        confidence (`np.ndarray` of shape `(num_bins,)`):
+            Mean confidence of the pairs of a bin. NaN in an empty bin.
+        accuracy (`np.ndarray` of shape `(num_bins,)`):
+            Fraction of the pairs of a bin that the model orders rightly. NaN in an empty bin.
+        counts (`np.ndarray` of shape `(num_bins,)`):
+            Number of pairs of a bin.
+    """
+
+    edges: np.ndarray
+    confidence: np.ndarray
+    accuracy: np.ndarray
+    counts: np.ndarray
+
+
+def accuracy_interval(correct: ArrayLike, confidence: float = 0.95) -> Interval:
+    """
+    Accuracy with Wilson's score interval, which stays inside `[0, 1]` and does not collapse when everything is right.
+
+    The pairs count as independent. If several share a prompt, use [`bootstrap_interval`] with `clusters`.
+
+    Args:
+        correct (array of shape `(num_pairs,)`):
+            1 (`True`) where the model is right, 0 (`False`) where it is wrong, 0.5 for a tie.
+        confidence (`float`, *optional*, defaults to `0.95`):
+            Probability that the interval covers the true accuracy.
+
+    Returns:
+        [`Interval`]:
+            Accuracy and its interval.
+
+    Raises:
+        `ValueError`: If `correct` is empty or has values outside `[0, 1]`, or if `confidence` is outside `(0, 1)`.
+    """
+    correct = _fractions("correct", correct)
+    _check_confidence(confidence)
+    num_pairs, accuracy = len(correct), correct.mean()
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    center = (accuracy + z**2 / (2 * num_pairs)) / (1 + z**2 / num_pairs)
+    half_width = (
+        (accuracy * (1 - accuracy) / num_pairs + (z / (2 * num_pairs)) ** 2) ** 0.5 * z / (1 + z**2 / num_pairs)
+    )
+    # an accuracy of 0 or 1 is an end of its interval, which rounding would miss by 1e-17
+    return Interval(float(accuracy), float(max(0, center - half_width)), float(min(1, center + half_width)))
+
+
+def bootstrap_interval(
+    values: ArrayLike,
+    clusters: Sequence | np.ndarray | None = None,
+    *,
+    rng: np.random.Generator,
+    statistic: Callable[[np.ndarray], float] = np.mean,
+    confidence: float = 0.95,
+    num_resamples: int = 2000,
+) -> Interval:
+    """
+    Percentile bootstrap interval that draws whole clusters.
+
+    Pairs made from one prompt succeed and fail together, so drawing them one by one would give too narrow an interval.
+    With few clusters (below about 20) the interval is still too narrow.
+
+    Args:
+        values (array of shape `(num_samples,)` or `(num_samples, num_columns)`):
+            One row per sample.
+        clusters (sequence of length `num_samples`, *optional*):
+            Key of the cluster of each sample, for example its prompt. If not set, every sample is its own cluster.
+        rng (`np.random.Generator`):
+            Source of the resamples.
+        statistic (`Callable`, *optional*, defaults to `np.mean`):
+            Maps the rows of a resample to a number.
+        confidence (`float`, *optional*, defaults to `0.95`):
+            Probability that the interval covers the true value.
+        num_resamples (`int`, *optional*, defaults to `2000`):
+            Number of resamples.
+
+    Returns:
+        [`Interval`]:
+            Statistic of all the values and its interval.
+
+    Raises:
+        `ValueError`: If `values` is empty, `clusters` has another length, `confidence` is outside `(0, 1)`, or
+            `num_resamples` is below 1.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from trl_spatial.evaluation.statistics import area_under_roc_curve, bootstrap_interval
+
+    >>> rng = np.random.default_rng(0)
+    >>> is_noisy = rng.random(500) < 0.3
+    >>> std = rng.normal(size=500) + 2 * is_noisy
+    >>> rows = np.column_stack([std, is_noisy])
+    >>> bootstrap_interval(rows, rng=rng, statistic=lambda rows: area_under_roc_curve(*rows.T))
+    Interval(estimate=0.9258237740027999, low=0.8980327146315934, high=0.9506251377199834)
+    ```
+    """
+    values = np.asarray(values)
+    if len(values) == 0:
+        raise ValueError("values is empty: pass at least one sample.")
+    keys = np.arange(len(values)) if clusters is None else np.asarray(clusters)
+    if keys.shape != (len(values),):
+        raise ValueError(f"clusters has shape {keys.shape} but values has {len(values)} rows: pass one key per row.")
+    _check_confidence(confidence)
+    if num_resamples < 1:
+        raise ValueError(f"num_resamples is {num_resamples}: use at least 1.")
+
+    _, cluster_of = np.unique(keys, return_inverse=True)  # (num_samples,)
+    num_clusters = cluster_of.max() + 1
+    resampled = []
+    for _ in range(num_resamples):
+        times_drawn = np.bincount(rng.integers(num_clusters, size=num_clusters), minlength=num_clusters)
+        resampled.append(statistic(np.repeat(values, times_drawn[cluster_of], axis=0)))
+    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(statistic(values)), float(low), float(high))
+
+
+def reliability_bins(
+    probabilities: ArrayLike, outcomes: ArrayLike | None = None, *, num_bins: int = 10
+) -> ReliabilityBins:
+    """
+    Group pairs by how sure the model is of its order, and see how often it is right.
+
+    For P(chosen) the outcome is always 1, so that a bin of small P(chosen) would hold errors only, however calibrated
+    the model is. So each pair is folded: its confidence is the probability of the order that the model prefers, and it
+    is correct if that is the true order. Counting each pair in both orders, as (p, 1) and (1 - p, 0), says the same,
+    but twice: folded, the counts are numbers of pairs and tell how far the accuracy of a bin can be trusted.
+
+    Args:
+        probabilities (array of shape `(num_pairs,)`):
+            Predicted probability that the first image of a pair is preferred.
+        outcomes (array of shape `(num_pairs,)`, *optional*):
+            1 where the first image is preferred, 0 where the second is, 0.5 for a tie. If not set, always 1:
+            `probabilities` are P(chosen).
+        num_bins (`int`, *optional*, defaults to `10`):
+            Number of bins of equal width between 0.5 and 1. A bin includes its upper bound, the first one also 0.5.
+
+    Returns:
+        [`ReliabilityBins`]:
+            Mean confidence, accuracy and number of pairs per bin.
+
+    Raises:
+        `ValueError`: If the lengths differ, a value is outside `[0, 1]`, or `num_bins` is below 1.
+    """
+    probabilities = _fractions("probabilities", probabilities)
+    outcomes = np.ones_like(probabilities) if outcomes is None else _fractions("outcomes", outcomes)
+    if len(outcomes) != len(probabilities):
+        raise ValueError(
+            f"outcomes has {len(outcomes)} entries but probabilities has {len(probabilities)}: pass one per pair."
+        )
+    if num_bins < 1:
+        raise ValueError(f"num_bins is {num_bins}: use at least 1.")
+
+    confidence = np.maximum(probabilities, 1 - probabilities)
+    correct = np.where(probabilities > 0.5, outcomes, 1 - outcomes)
+    correct[probabilities == 0.5] = 0.5  # no order is preferred: right by half, whichever image comes first
+    edges = np.linspace(0.5, 1, num_bins + 1)
+    bins = np.searchsorted(edges[1:-1], confidence)
+    counts = np.bincount(bins, minlength=num_bins)
+    with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN of an empty bin
+        return ReliabilityBins(
+            edges=edges,
+            confidence=np.bincount(bins, confidence, minlength=num_bins) / counts,
+            accuracy=np.bincount(bins, correct, minlength=num_bins) / counts,
+            counts=counts,
+        )
+
+
+def expected_calibration_error(
+    probabilities: ArrayLike, outcomes: ArrayLike | None = None, *, num_bins: int = 10
+) -> float:
+    """
+    Mean distance between confidence and accuracy over the [`reliability_bins`], weighted by their counts.
+
+    Even a calibrated model has an error above 0 on finite data, at most about `0.4 * sqrt(num_bins / num_pairs)`.
+
+    Args:
+        probabilities (array of shape `(num_pairs,)`):
+            Predicted probability that the first image of a pair is preferred.
+        outcomes (array of shape `(num_pairs,)`, *optional*):
+            1 where the first image is preferred, 0 where the second is, 0.5 for a tie. If not set, always 1:
+            `probabilities` are P(chosen).
+        num_bins (`int`, *optional*, defaults to `10`):
+            Number of bins of equal width between 0.5 and 1.
+
+    Returns:
+        `float`:
+            Expected calibration error, in `[0, 1]`.
+
+    Raises:
+        `ValueError`: If the lengths differ, a value is outside `[0, 1]`, or `num_bins` is below 1.
+    """
+    bins = reliability_bins(probabilities, outcomes, num_bins=num_bins)
+    gaps = np.abs(bins.confidence - bins.accuracy)
+    return float(np.nansum(gaps * bins.counts) / bins.counts.sum())
+
+
+def area_under_roc_curve(scores: ArrayLike, labels: ArrayLike) -> float:
+    """
+    Probability that a random positive scores higher than a random negative, a tie counting half.
+
+    Args:
+        scores (array of shape `(num_samples,)`):
+            Score of each sample, for example the std of a pair.
+        labels (array of shape `(num_samples,)`):
+            1 (`True`) for a positive, 0 (`False`) for a negative, for example whether the label of a pair is noise.
+
+    Returns:
+        `float`:
+            Area under the curve: 0.5 for scores that know nothing, 1 for a perfect separation.
+
+    Raises:
+        `ValueError`: If the lengths differ, a score is NaN, a label is neither 0 nor 1, or one class is missing.
+    """
+    scores, labels = np.asarray(scores), np.asarray(labels)
+    if scores.shape != labels.shape or scores.ndim != 1:
+        raise ValueError(f"scores has shape {scores.shape}, labels has shape {labels.shape}: pass two equal vectors.")
+    if np.isnan(scores).any():
+        raise ValueError(f"scores[{np.isnan(scores).argmax()}] is NaN: it has no rank. Drop that sample.")
+    if not np.isin(labels, [0, 1]).all():
+        raise ValueError(f"labels has values {np.unique(labels)[:5]}: use 0 and 1.")
+    num_positive = int(labels.sum())
+    num_negative = len(labels) - num_positive
+    if num_positive == 0 or num_negative == 0:
+        raise ValueError(f"labels has {num_positive} positives and {num_negative} negatives: pass some of each.")
+
+    _, value_of, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[value_of]  # from 1; equal scores share their mean rank
+    rank_sum = ranks[labels == 1].sum()
+    return float((rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
+
+
+def _fractions(name: str, values: ArrayLike) -> np.ndarray:
+    array = np.asarray(values, dtype=float)
+    if array.ndim != 1 or len(array) == 0:
+        raise ValueError(f"{name} has shape {array.shape}: pass a vector with at least one value.")
+    unusable = ~((array >= 0) & (array <= 1))  # NaN too
+    if unusable.any():
+        index = int(unusable.argmax())
+        raise ValueError(f"{name}[{index}] is {array[index]}: use values between 0 and 1.")
+    return array
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}: use a value between 0 and 1, such as 0.95.")
