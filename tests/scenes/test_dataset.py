@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from datasets import Image, Value
 
-from trl_spatial.scenes import SPLITS, make_preference_dataset, parse_description
-from trl_spatial.scenes.checking import check_scene
+from trl_spatial.scenes import SPLITS, check_scene, make_preference_dataset, parse_description
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """An exact small world: scene graphs, their words, their pictures, and a checker that reads the pictures."""
 
+from .checking import RelationCheck, SceneCheck, check_scene, locate_objects
 from .dataset import make_preference_dataset
 from .graph import COLORS, SPLITS, Entity, Relation, SceneGraph, mirror, sample_entities
 from .layout import LayoutError, PlacedObject, is_placeable, place_scene, place_together, sample_radii
@@ -22,12 +23,16 @@ __all__ = [
     "Operation",
     "PlacedObject",
     "Relation",
+    "RelationCheck",
     "RelationKind",
+    "SceneCheck",
     "SceneGraph",
     "Style",
     "Verdict",
+    "check_scene",
     "describe_scene",
     "is_placeable",
+    "locate_objects",
     "make_preference_dataset",
     "mirror",
     "parse_description",

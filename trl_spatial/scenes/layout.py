@@ -163,7 +163,7 @@ def place_scene(graph: SceneGraph, radii: dict[Entity, float], rng: np.random.Ge
         slots = [Slot(index[entity], radii[entity], entity.shape) for entity in relation.arguments]
         choices.append(kind.place(slots, relation.region))
         if kind.is_overlapping:
-            apart.discard(tuple(sorted(slot.index for slot in slots)))
+            apart.discard(tuple(sorted(slot.number for slot in slots)))
     choices.sort(key=len)  # what has no alternative comes first and narrows the rest
     for i, j in sorted(apart):
         distance = sizes[i] + sizes[j] + CLEARANCE
@@ -219,7 +219,7 @@ def place_together(
         rng (`np.random.Generator`):
             Source of the draw.
         num_draws (`int`, *optional*, defaults to `20`):
-            Draws of the sizes, from smaller and smaller ones: in a crowded scene some leave no room.
+            Draws of the sizes, every other one from smaller and smaller sizes: in a crowded scene some leave no room.
 
     Returns:
         `list[list[PlacedObject]]`: a layout of every graph, objects in drawing order.
@@ -228,7 +228,8 @@ def place_together(
         [`LayoutError`]: if no layout was found.
     """
     for draw in range(num_draws):
-        radii = sample_radii(graphs, rng, freedom=1.0 - draw / num_draws)
+        # every other draw is from all sizes: "far from" needs a large object between more often than a small one
+        radii = sample_radii(graphs, rng, freedom=1.0 - draw / num_draws if draw % 2 else 1.0)
         try:
             return [place_scene(graph, radii, rng) for graph in graphs]
         except LayoutError:

@@ -92,8 +92,7 @@ def _sample_relation(rng, entities, chosen, names) -> Relation | None:
     size = kind.num_arguments
     if len(entities) < size:
         return None
-    arguments = [entities[i] for i in order[:size]]
-    arguments = tuple(arguments[i] for i in rng.permutation(size))
+    arguments = tuple(entities[order[i]] for i in rng.permutation(size))
     region = list(REGIONS)[rng.integers(len(REGIONS))] if kind.name == "at" else None
     relation = Relation(kind.name, arguments, region)
     if _pairs(relation) & {pair for other in chosen for pair in _pairs(other)}:
@@ -116,7 +115,7 @@ def _changes(relation: Relation) -> list[Operation]:
     """All changes of one relation that contradict it."""
     kind, arguments = RELATIONS[relation.name], relation.arguments
     if relation.name == "at":
-        mirrored = MIRRORED_REGIONS.get(relation.region)
+        mirrored = MIRRORED_REGIONS.get(str(relation.region))
         return [
             Operation("flip" if region == mirrored else "move", relation, Relation("at", arguments, region))
             for region in REGIONS

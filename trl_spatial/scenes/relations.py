@@ -4,15 +4,16 @@ Adding a relation is adding one entry to `RELATIONS`. Positions are in canvas un
 to 1; left and right are the viewer's, "in front" is nearer to the viewer.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from scipy import ndimage
 
-from .shapes import hiding_offset
+from .shapes import hiding_offset, signed_distance
 
 
 class Verdict(StrEnum):
@@ -63,9 +64,9 @@ class Bound(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """An object to be placed: its index, its radius in canvas units, its shape."""
+    """An object to be placed: its number in the graph, its radius in canvas units, its shape."""
 
-    index: int
+    number: int
     radius: float
     shape: str
 
@@ -90,14 +91,21 @@ def _graded(value: float, satisfied_from: float, violated_to: float, text: str) 
 
 def _gap(a: LocatedObject, b: LocatedObject) -> float:
     """Distance between the two bounding boxes, 0 where they touch or overlap."""
-    gaps = [max(abs(p - q) - a.radius - b.radius, 0.0) for p, q in ((a.x, b.x), (a.y, b.y))]
-    return float(np.hypot(*gaps))
+    gap_x, gap_y = (max(abs(p - q) - a.radius - b.radius, 0.0) for p, q in ((a.x, b.x), (a.y, b.y)))
+    return math.hypot(gap_x, gap_y)
 
 
 def _enclosed_share(inner: LocatedObject, outer: LocatedObject) -> float:
-    """Share of `inner`'s visible pixels that lie in holes of `outer`."""
-    filled = ndimage.binary_fill_holes(outer.mask)
-    return float((inner.mask & filled).sum() / max(inner.mask.sum(), 1))
+    """Share of `inner`'s visible pixels that lie inside `outer`'s outline."""
+    height, width = inner.mask.shape
+    side = max(height, width)
+    rows, columns = np.nonzero(inner.mask)
+    if len(rows) == 0:
+        return 0.0
+    # the canvas is the smallest square around the image
+    x, y = (columns + 0.5 + (side - width) / 2) / side, (rows + 0.5 + (side - height) / 2) / side
+    half_a_pixel = 0.5 / side
+    return float((signed_distance(outer.shape, x - outer.x, y - outer.y, outer.radius) < half_a_pixel).mean())
 
 
 def _check_left_of(objects, region):
@@ -206,7 +214,7 @@ def _check_at(objects, region):
 
 def _check_row_order(objects, region):
     spread = max(o.y for o in objects) - min(o.y for o in objects)
-    steps = [after.x - before.x for before, after in zip(objects[:-1], objects[1:], strict=True)]
+    steps = [after.x - before.x for before, after in pairwise(objects)]
     text = f"the smallest step to the right is {min(steps):+.2f}, the row's height spread {spread:.2f}"
     if min(steps) <= 0.02 or spread >= 0.3:
         return Verdict.VIOLATED, text
@@ -225,19 +233,19 @@ def _within(axis: int, lower: int, upper: int, minimum: float, maximum: float) -
 
 def _place_left_of(slots, region):
     a, b = slots
-    return [[Bound(X, a.index, b.index, max(0.75 * (a.radius + b.radius), 0.13))]]
+    return [[Bound(X, a.number, b.number, max(0.75 * (a.radius + b.radius), 0.13))]]
 
 
 def _place_above(slots, region):
     a, b = slots
-    return [[Bound(Y, a.index, b.index, a.radius + b.radius + 0.03)]]
+    return [[Bound(Y, a.number, b.number, a.radius + b.radius + 0.03)]]
 
 
 def _place_on(slots, region):
     # hardly shifted, so that the contact is at the top of round and pointed supports too
     a, b = slots
     reach = a.radius + b.radius
-    return [_within(Y, a.index, b.index, reach, reach + 0.004) + _within(X, a.index, b.index, -0.02, 0.02)]
+    return [_within(Y, a.number, b.number, reach, reach + 0.004) + _within(X, a.number, b.number, -0.02, 0.02)]
 
 
 def _place_inside(slots, region):
@@ -246,7 +254,7 @@ def _place_inside(slots, region):
         return []  # no room
     # a square's corner stays inside a diamond: |x| + |y| <= radius
     slack = max((outer.radius - 2 * inner.radius) / 2 - 0.008, 0.0)
-    return [[bound for axis in (X, Y) for bound in _within(axis, outer.index, inner.index, -slack, slack)]]
+    return [[bound for axis in (X, Y) for bound in _within(axis, outer.number, inner.number, -slack, slack)]]
 
 
 # Share of the object behind that is hidden: enough to see the order, little enough to recognize the object.
@@ -263,8 +271,8 @@ def _place_front_of(slots, region):
                 continue  # a square before the foot of a triangle leaves a smaller, whole triangle: it looks like "on"
             offset = radius * hiding_offset(front.shape, behind.shape, axis, sign, HIDDEN_SHARE)
             first, second = (behind, front) if sign == 1 else (front, behind)
-            along = _within(axis, first.index, second.index, 0.95 * offset, 1.05 * offset)
-            aside = _within(1 - axis, first.index, second.index, -0.06 * radius, 0.06 * radius)
+            along = _within(axis, first.number, second.number, 0.95 * offset, 1.05 * offset)
+            aside = _within(1 - axis, first.number, second.number, -0.06 * radius, 0.06 * radius)
             alternatives.append(along + aside)
     return alternatives
 
@@ -273,8 +281,8 @@ def _place_next_to(slots, region):
     a, b = slots
     reach, aside = a.radius + b.radius, 0.6 * min(a.radius, b.radius)
     return [
-        _within(axis, first.index, second.index, reach + 0.035, reach + 0.09)
-        + _within(1 - axis, first.index, second.index, -aside, aside)
+        _within(axis, first.number, second.number, reach + 0.035, reach + 0.09)
+        + _within(1 - axis, first.number, second.number, -aside, aside)
         for axis in (X, Y)
         for first, second in ((a, b), (b, a))
     ]
@@ -283,7 +291,7 @@ def _place_next_to(slots, region):
 def _place_far_from(slots, region):
     a, b = slots
     return [
-        [Bound(axis, first.index, second.index, a.radius + b.radius + 0.33)]
+        [Bound(axis, first.number, second.number, a.radius + b.radius + 0.33)]
         for axis in (X, Y)
         for first, second in ((a, b), (b, a))
     ]
@@ -293,10 +301,10 @@ def _place_between(slots, region):
     middle, *ends = slots
     return [
         [
-            *_within(1 - axis, first.index, second.index, -0.06, 0.06),
-            *_within(1 - axis, first.index, middle.index, -0.04, 0.04),
-            Bound(axis, first.index, middle.index, first.radius + middle.radius + 0.035),
-            Bound(axis, middle.index, second.index, middle.radius + second.radius + 0.035),
+            *_within(1 - axis, first.number, second.number, -0.06, 0.06),
+            *_within(1 - axis, first.number, middle.number, -0.04, 0.04),
+            Bound(axis, first.number, middle.number, first.radius + middle.radius + 0.035),
+            Bound(axis, middle.number, second.number, middle.radius + second.radius + 0.035),
         ]
         for axis in (X, Y)
         for first, second in (ends, ends[::-1])
@@ -308,16 +316,16 @@ def _place_at(slots, region):
     bounds = []
     for axis, cell in zip((X, Y), REGIONS[region], strict=True):
         minimum, maximum = ((0.0, 0.27), (0.42, 0.58), (0.73, 1.0))[cell]
-        bounds += _within(axis, CANVAS, a.index, minimum, maximum)
+        bounds += _within(axis, CANVAS, a.number, minimum, maximum)
     return [bounds]
 
 
 def _place_row_order(slots, region):
     bounds = []
-    for a, b in zip(slots[:-1], slots[1:], strict=True):
-        bounds.append(Bound(X, a.index, b.index, a.radius + b.radius + 0.035))
+    for a, b in pairwise(slots):
+        bounds.append(Bound(X, a.number, b.number, a.radius + b.radius + 0.035))
     for other in slots[1:]:
-        bounds += _within(Y, slots[0].index, other.index, -0.04, 0.04)
+        bounds += _within(Y, slots[0].number, other.number, -0.04, 0.04)
     return [bounds]
 
 

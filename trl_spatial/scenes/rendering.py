@@ -90,7 +90,7 @@ def render_layout(objects: Sequence[PlacedObject], style: Style, image_size: int
         top, bottom = max(int(y - radius) - 1, 0), min(int(y + radius) + 2, image_size)
         dx = np.arange(left, right, dtype=np.float32) + np.float32(0.5 - x)
         dy = np.arange(top, bottom, dtype=np.float32)[:, None] + np.float32(0.5 - y)
-        distance = signed_distance(placed.entity.shape, dx, dy, np.float32(radius))
+        distance = signed_distance(placed.entity.shape, dx, dy, radius)
         coverage = np.clip(0.5 - distance, 0.0, 1.0)[..., None]
         patch = canvas[top:bottom, left:right]
         patch += coverage * (style.colors[placed.entity].astype(np.float32) - patch)

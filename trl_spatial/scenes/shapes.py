@@ -1,6 +1,6 @@
 """The outlines of the world's shapes."""
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -8,7 +8,7 @@ import numpy as np
 SHAPES = ("circle", "square", "triangle", "diamond")
 
 
-def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
+def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float | np.ndarray) -> np.ndarray:
     """
     Signed distance to the outline of a shape, negative inside, exact next to the edges.
 
@@ -17,7 +17,7 @@ def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -
             `"circle"`, `"square"`, `"triangle"` (apex up) or `"diamond"`.
         dx (`np.ndarray`), dy (`np.ndarray`):
             Offset from the shape's center, broadcast against each other.
-        radius (`float`):
+        radius (`float` or `np.ndarray`):
             Half the width and half the height of the shape, in the unit of the offsets.
 
     Returns:
@@ -43,7 +43,7 @@ def hidden_share(front: str, behind: str, dx: float, dy: float, resolution: int 
     return float((back & cover).sum() / back.sum())
 
 
-@lru_cache(maxsize=None)
+@cache
 def hiding_offset(front: str, behind: str, axis: int, sign: int, share: float) -> float:
     """Shift along an axis (0: x, 1: y), in radii, at which `front` covers a given share of `behind`."""
     low, high = 0.0, 2.0  # everything or less is covered at 0, nothing at 2

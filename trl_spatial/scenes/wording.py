@@ -123,7 +123,7 @@ def parse_description(text: str) -> SceneGraph:
             entities.update(dict.fromkeys(_read_entities(found["all"])))
             continue
         matches = ((name, pattern.fullmatch(sentence)) for name, pattern in _RELATION_PATTERNS)
-        name, found = next((pair for pair in matches if pair[1]), (None, None))
+        name, found = next((pair for pair in matches if pair[1]), ("", None))
         if found is None:
             raise ValueError(
                 f"Cannot read the sentence {sentence!r}: it is none of the wordings in `RELATIONS`, of objects with the "

@@ -1,0 +1,448 @@
+"""Finding the colored shapes of an image: pixels → pieces of one color → outlines.
+
+Nothing here knows how an image was made. Pixels are assigned to palette colors by hue, connected pixels form pieces, and
+to every piece an outline is fitted, also where another object hides a part of it.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from .graph import COLORS
+from .relations import LocatedObject
+from .shapes import SHAPES, signed_distance
+
+
+# What does not look like any of `SHAPES`.
+UNKNOWN = "unknown"
+MIN_IMAGE_SIZE = 24
+# Median difference of neighboring pixels from which an image is noise; independent noise of standard deviation 32 has it.
+NOISE_STEP = 30
+# Larger images are reduced and smaller ones enlarged, so that an object is some ten to forty pixels wide.
+SMALLEST_SIDE, LARGEST_SIDE = 64, 112
+# Smaller pieces are specks, in shares of the canvas; the smallest object of the world covers 0.01.
+MIN_AREA = 0.003
+MAX_RADIUS = 0.3
+# Least overlap of a piece with the best outline (intersection over union).
+MIN_OVERLAP = 0.75
+# Overlap from which an outline needs no other explanation.
+CLEAR_OVERLAP = 0.88
+# Else it is taken for half-hidden if this much more overlap is gained: measured, 0.08 is gained at most by objects that are
+# not, 0.16 at least by those that are.
+HIDDEN_MARGIN = 0.13
+# Overlap of a sharp image's clearest object. Else a blur is looked for, standard deviations in pixels.
+SHARP_OVERLAP = 0.97
+BLURS = (0.5, 0.8, 1.1, 1.5)
+# What an outline gains by being visible completely: of two that fit, the one that hides less is the likelier.
+_COMPLETENESS_BONUS = 0.08
+_NEIGHBORS = np.ones((3, 3), dtype=bool)
+
+# Plane of the colors without their lightness: an edge pixel lies on the line between its two sides there as well.
+_CHROMA_AXES = np.array([[1.0, -0.5, -0.5], [0.0, 0.75**0.5, -(0.75**0.5)]], dtype=np.float32).T
+_PALETTE = np.array(list(COLORS.values()), dtype=np.float32) @ _CHROMA_AXES  # (num_colors, 2)
+_PALETTE_CHROMA = np.linalg.norm(_PALETTE, axis=1)
+_PALETTE_HUES = _PALETTE / _PALETTE_CHROMA[:, None]
+
+
+def locate_objects(image: Image.Image | np.ndarray) -> list[LocatedObject]:
+    """
+    Find the colored shapes of an image and fit their outlines.
+
+    Pixels are assigned to the nearest palette color by hue, connected pixels form pieces, and to every piece the outline
+    is fitted that explains it best where no other object can hide it. So a half-hidden square is found as a square with
+    its full outline. It tolerates what measurements in `tests/scenes/test_checking.py` cover: blur, noise, JPEG.
+
+    Args:
+        image (`PIL.Image.Image` or `np.ndarray` of shape `(height, width, 3)` and type `uint8`):
+            The image, of any mode and any size from 24 pixels. Canvas units are shares of the longer side; a shorter
+            side is centered in `[0, 1]`.
+
+    Returns:
+        `list[LocatedObject]`: the objects, the largest visible one first. The shape is `"unknown"` where no shape fits.
+
+    Raises:
+        `ValueError`: if the image is too small or the array has another shape or type.
+    """
+    pixels = to_array(image)
+    if is_noise(pixels):
+        return []
+    height, width = pixels.shape[:2]
+    scale = _working_scale(max(height, width))
+    if scale < 1:
+        pixels = np.asarray(Image.fromarray(pixels).reduce(round(1 / scale)))
+    elif scale > 1:
+        larger = (round(width * scale), round(height * scale))
+        pixels = np.asarray(Image.fromarray(pixels).resize(larger, Image.Resampling.BICUBIC))
+    segmentation = _segment(pixels)
+    segmentation = replace(segmentation, blur=_estimate_blur(segmentation))
+    objects = []
+    for color, pieces in segmentation.pieces.items():
+        for piece, outline in _fit_pieces(pieces, color, segmentation):
+            objects.append(_locate(piece, outline, color, (height, width), scale))
+    return sorted(objects, key=lambda o: -int(o.mask.sum()))
+
+
+def _working_scale(side: int) -> float:
+    """Factor that brings an image of this width to a size at which objects are neither tiny nor slow to fit."""
+    return 1 / -(-side // LARGEST_SIDE) if side > LARGEST_SIDE else max(round(SMALLEST_SIDE / side), 1)
+
+
+# Segmentation: pixels → pieces of one color each.
+
+
+@dataclass(frozen=True)
+class _Segmentation:
+    chroma: np.ndarray  # (height, width, 2), the background's subtracted
+    labels: np.ndarray  # (height, width), index of the color, or one of the two below
+    pieces: dict[int, list[np.ndarray]]  # index of the color → masks (height, width), the largest first
+    blur: float = 0.0  # of the image, a standard deviation in pixels
+
+    def foreign(self, piece: np.ndarray) -> np.ndarray:
+        """Pixels `(height, width)` of other objects and of the seam to them, which can look like background."""
+        near = _dilate((self.labels != _BACKGROUND) & ~piece, 2)
+        # blurred seams are wider
+        return near if not self.blur or (near & piece).any() else _dilate(near)
+
+    def surrounding(self, piece: np.ndarray, color: int, rows: slice, columns: slice) -> np.ndarray:
+        """Chroma `(height, width, 2)` of what a piece mixes with at its edges: another piece or the background."""
+        labels = self.labels[rows, columns]
+        is_near = _dilate(piece[rows, columns])
+        is_inner = (piece[rows, columns] | (labels == _SEAM)) & ~_dilate(labels == _BACKGROUND, 2)
+        chroma = np.zeros((*labels.shape, 2), dtype=np.float32)
+        for other in self.pieces:
+            is_other = labels == other
+            if other != color and is_other.any():
+                adjacent = _dilate(is_other)
+                area = is_other | (adjacent & is_near) | (_dilate(adjacent) & is_inner)
+                chroma[area] = np.median(self.chroma[rows, columns][is_other], axis=0)
+        return chroma
+
+
+_BACKGROUND = -1
+_SEAM = -2  # between two objects, where their colors mix
+
+
+def _dilate(mask: np.ndarray, num_steps: int = 1) -> np.ndarray:
+    """The mask and all pixels up to `num_steps` away, diagonals included."""
+    for _ in range(num_steps):
+        wide = mask.copy()
+        wide[:, 1:] |= mask[:, :-1]
+        wide[:, :-1] |= mask[:, 1:]
+        mask = wide.copy()
+        mask[1:] |= wide[:-1]
+        mask[:-1] |= wide[1:]
+    return mask
+
+
+def to_array(image: Image.Image | np.ndarray) -> np.ndarray:
+    """The image as an array `(height, width, 3)` of type `uint8`; what is transparent shows white."""
+    if isinstance(image, Image.Image):
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = np.asarray(image.convert("RGB"))
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(
+            f"The image is an array of shape {image.shape} and type {image.dtype}; give a PIL image or an array of "
+            "shape (height, width, 3) and type uint8."
+        )
+    if min(image.shape[:2]) < MIN_IMAGE_SIZE:
+        raise ValueError(
+            f"The image is {image.shape[1]}x{image.shape[0]} pixels; shapes can be told apart from {MIN_IMAGE_SIZE} "
+            "pixels on. Generate it larger."
+        )
+    return image
+
+
+def is_noise(pixels: np.ndarray) -> bool:
+    """Whether most neighboring pixels `(height, width, 3)` differ widely, as no picture's do."""
+    steps = np.abs(np.diff(pixels[::2].astype(np.int16), axis=1))
+    return bool(np.median(steps) > NOISE_STEP)
+
+
+def _segment(pixels: np.ndarray) -> _Segmentation:
+    chroma = pixels.reshape(-1, 3).astype(np.float32) @ _CHROMA_AXES
+    strength = chroma @ _PALETTE_HUES.T  # (num_pixels, num_colors)
+    nearest = strength.argmax(axis=1)
+    share = strength.max(axis=1) / _PALETTE_CHROMA[nearest]
+    plain = chroma[share < 0.35]
+    if len(plain):
+        chroma = chroma - np.median(plain, axis=0)
+    labels = np.where(share >= 0.5, nearest, _BACKGROUND).reshape(pixels.shape[:2])
+    chroma = chroma.reshape(*labels.shape, 2)
+    smallest = max(MIN_AREA * labels.size, 3)
+    candidates: list[tuple[int, np.ndarray]] = []
+    for color in np.flatnonzero(np.bincount(labels[labels >= 0], minlength=len(_PALETTE)) >= smallest).tolist():
+        numbered, _ = ndimage.label(labels == color, structure=_NEIGHBORS)
+        areas = np.bincount(numbered.ravel())
+        areas[0] = 0
+        order = [number for number in np.argsort(-areas) if areas[number] >= smallest]
+        candidates += [(color, numbered == number) for number in order]
+    pieces: dict[int, list[np.ndarray]] = defaultdict(list)
+    num_near, is_piece = np.zeros(labels.shape, dtype=np.int8), np.zeros(labels.shape, dtype=bool)
+    for color, mask in candidates:
+        if not _is_fringe(mask, color, candidates):
+            pieces[color].append(mask)
+            is_piece |= mask
+            num_near += _dilate(mask, 2)
+    labels[(labels >= 0) & ~is_piece & (num_near >= 2)] = _SEAM
+    return _Segmentation(chroma, labels, dict(pieces))
+
+
+def _is_fringe(piece: np.ndarray, color: int, candidates: list[tuple[int, np.ndarray]]) -> bool:
+    """Whether a piece is only the seam between two objects whose colors mix to a third."""
+    if piece.sum() > 0.03 * piece.size or ndimage.binary_erosion(piece, _NEIGHBORS, iterations=2).any():
+        return False
+    border = _dilate(piece) & ~piece
+    touching = [other for other, mask in candidates if other != color and (border & mask).sum() > 1]
+    return any(_is_mixture(color, first, second) for i, first in enumerate(touching) for second in touching[:i])
+
+
+def _is_mixture(color: int, first: int, second: int) -> bool:
+    """Whether mixtures of two palette colors are taken for a third."""
+    share = np.linspace(0.0, 1.0, 9)[:, None]
+    mixed = share * _PALETTE[first] + (1 - share) * _PALETTE[second]
+    return bool(((mixed @ _PALETTE_HUES.T).argmax(axis=1) == color).any())
+
+
+# Outlines: pieces → shape, place and size.
+
+
+@dataclass(frozen=True)
+class _Outline:
+    shape: str
+    x: float  # center, in pixels
+    y: float
+    radius: float
+    overlap: float  # of the outline and the piece where nothing can hide either, in [0, 1]
+    completeness: float
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """What the pixels around a piece say about its outline, on a crop."""
+
+    x: np.ndarray  # (1, width), centers of the crop's pixels
+    y: np.ndarray  # (height, 1)
+    coverage: np.ndarray  # (height, width), share of each pixel that the piece covers
+    weight: np.ndarray  # (height, width), 0 where another object can hide the piece
+    blur: float = 0.0
+
+
+def _estimate_blur(segmentation: _Segmentation) -> float:
+    """Blur with which the image's clearest object fits best, a standard deviation in pixels."""
+    views = []
+    for color, pieces in segmentation.pieces.items():
+        for piece in pieces:
+            evidence = _gather_evidence(piece, color, segmentation, margin=3)
+            views.append((_fit_front(evidence, _starts_from_moments(evidence)).overlap, evidence))
+            if views[-1][0] >= SHARP_OVERLAP:
+                return 0.0
+    if not views:
+        return 0.0
+    overlap, evidence = max(views, key=lambda view: view[0])
+    overlaps = {0.0: overlap}
+    for blur in BLURS:
+        blurred = replace(evidence, blur=blur)
+        overlaps[blur] = _fit_front(blurred, _starts_from_moments(blurred)).overlap
+    return max(overlaps, key=overlaps.__getitem__)
+
+
+def _fit_pieces(
+    pieces: list[np.ndarray], color: int, segmentation: _Segmentation
+) -> list[tuple[np.ndarray, _Outline]]:
+    """Outlines of the pieces of one color; pieces inside the outline of a larger one are parts of it."""
+    fitted = []
+    rest = list(pieces)
+    while rest:
+        piece, *rest = rest
+        outline = _fit_outline(piece, color, segmentation)
+        y, x = np.ogrid[: piece.shape[0], : piece.shape[1]]
+        inside = signed_distance(outline.shape, x + 0.5 - outline.x, y + 0.5 - outline.y, outline.radius) < 1.0
+        is_part = [bool((other & inside).sum() > 0.7 * other.sum()) for other in rest]
+        if any(is_part):
+            piece = np.logical_or.reduce([piece, *(other for other, part in zip(rest, is_part, strict=True) if part)])
+            rest = [other for other, part in zip(rest, is_part, strict=True) if not part]
+            outline = _fit_outline(piece, color, segmentation)
+        fitted.append((piece, outline))
+    return fitted
+
+
+def _fit_outline(piece: np.ndarray, color: int, segmentation: _Segmentation) -> _Outline:
+    """The outline of a piece in front of everything, or else one of which others hide a part."""
+    evidence = _gather_evidence(piece, color, segmentation, margin=3)
+    starts = _starts_from_moments(evidence)
+    front = _fit_front(evidence, starts)
+    if front.overlap >= CLEAR_OVERLAP:
+        return front
+    hidden = _fit_hidden(piece, color, segmentation, starts)
+    best = max(hidden, key=lambda o: o.overlap + _COMPLETENESS_BONUS * o.completeness, default=front)
+    return best if best.overlap > front.overlap + HIDDEN_MARGIN else front
+
+
+def _fit_front(evidence: _Evidence, starts: dict[str, np.ndarray]) -> _Outline:
+    return max((_best_outline(evidence, shape, start) for shape, start in starts.items()), key=lambda o: o.overlap)
+
+
+def _fit_hidden(
+    piece: np.ndarray, color: int, segmentation: _Segmentation, starts: dict[str, np.ndarray]
+) -> list[_Outline]:
+    """Outlines of a piece that others hide a part of; none if none can."""
+    foreign = segmentation.foreign(piece)
+    touching = foreign & piece
+    border = _dilate(piece) & ~piece
+    # what another object surrounds is in front of it
+    if not touching.any() or (border & ~foreign).sum() <= 0.2 * border.sum():
+        return []
+    evidence = _gather_evidence(piece, color, segmentation, int(MAX_RADIUS * max(piece.shape)), foreign)
+    boxed = _starts_from_box(piece, touching)
+    outlines = [_best_outline(evidence, shape, np.concatenate([start, boxed])) for shape, start in starts.items()]
+    best = max(o.overlap for o in outlines)
+    return [_refine_outline(evidence, outline) for outline in outlines if outline.overlap > best - 0.2]
+
+
+def _gather_evidence(
+    piece: np.ndarray, color: int, segmentation: _Segmentation, margin: int, foreign: np.ndarray | None = None
+) -> _Evidence:
+    """Crop around a piece. Pixels of `foreign` say nothing about its outline, if given."""
+    top, bottom, left, right = _bounding_box(piece)
+    rows, columns = slice(max(top - margin, 0), bottom + margin + 1), slice(max(left - margin, 0), right + margin + 1)
+    is_piece, chroma = piece[rows, columns], segmentation.chroma[rows, columns]
+    surrounding = segmentation.surrounding(piece, color, rows, columns)
+    contrast = np.median(chroma[is_piece], axis=0) - surrounding
+    coverage = ((chroma - surrounding) * contrast).sum(axis=2) / np.maximum((contrast**2).sum(axis=2), 1.0)
+    coverage[~_dilate(is_piece, 2)] = 0.0
+    is_other = ~is_piece & (segmentation.labels[rows, columns] != _SEAM)
+    coverage[is_other] = np.minimum(coverage[is_other], 0.5)
+    weight = np.ones(is_piece.shape, dtype=np.float32)
+    if foreign is not None:
+        coverage[foreign[rows, columns] & is_piece] = 1.0
+        weight[foreign[rows, columns] & ~is_piece] = 0.0
+    return _Evidence(
+        x=np.arange(columns.start, columns.start + is_piece.shape[1], dtype=np.float32)[None] + 0.5,
+        y=np.arange(rows.start, rows.start + is_piece.shape[0], dtype=np.float32)[:, None] + 0.5,
+        coverage=np.clip(coverage, -0.5, 1.5).astype(np.float32),
+        weight=weight,
+        blur=segmentation.blur,
+    )
+
+
+def _bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """First and last row, first and last column."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])
+
+
+# Area of a shape of radius 1, and how far below its center its centroid lies.
+_AREAS = {"circle": np.pi, "square": 4.0, "triangle": 2.0, "diamond": 2.0}
+_CENTROIDS = {"circle": 0.0, "square": 0.0, "triangle": 1 / 3, "diamond": 0.0}
+
+
+def _starts_from_moments(evidence: _Evidence) -> dict[str, np.ndarray]:
+    """Outline `(1, 3)` of every shape with the piece's area and centroid: exact, blurred or not, where nothing is hidden."""
+    mass = evidence.coverage * evidence.weight
+    area = max(float(mass.sum()), 1.0)
+    x, y = float((mass * evidence.x).sum()) / area, float((mass * evidence.y).sum()) / area
+    starts = {}
+    for shape in SHAPES:
+        radius = (area / _AREAS[shape]) ** 0.5
+        starts[shape] = np.array([[x, y - _CENTROIDS[shape] * radius, radius]], dtype=np.float32)
+    return starts
+
+
+def _starts_from_box(piece: np.ndarray, touching: np.ndarray) -> np.ndarray:
+    """Outlines `(num_starts, 3)` with the piece's bounding box at every side where nothing can hide it."""
+    top, bottom, left, right = _bounding_box(piece)
+    is_open = [
+        bool(touching[top : top + 2].any()),
+        bool(touching[bottom - 1 : bottom + 1].any()),
+        bool(touching[:, left : left + 2].any()),
+        bool(touching[:, right - 1 : right + 1].any()),
+    ]
+    height, width = bottom + 1.0 - top, right + 1.0 - left
+    largest = MAX_RADIUS * max(piece.shape)
+    radii = max(height, width) / 2 * np.array([1.0, 1.08, 1.17, 1.27, 1.4, 1.6, 1.8, 2.0])
+    if not any(is_open[:2]):
+        radii = np.array([height / 2])
+    if not any(is_open[2:]):
+        radii = np.array([width / 2])
+    starts = [
+        (x, y, radius)
+        for radius in radii[radii <= largest]
+        for x in _centers(left, right + 1.0, radius, *is_open[2:])
+        for y in _centers(top, bottom + 1.0, radius, *is_open[:2])
+    ]
+    return np.array(starts, dtype=np.float32).reshape(-1, 3)
+
+
+def _centers(low: float, high: float, radius: float, is_low_open: bool, is_high_open: bool) -> list[float]:
+    if is_low_open and is_high_open:
+        return [low + radius, (low + high) / 2, high - radius] if 2 * radius > high - low else [(low + high) / 2]
+    if is_low_open:
+        return [high - radius]
+    if is_high_open:
+        return [low + radius]
+    return [(low + high) / 2]
+
+
+def _render(evidence: _Evidence, shape: str, outlines: np.ndarray) -> np.ndarray:
+    """Coverage `(num_outlines, height, width)` of outlines `(num_outlines, 3)`."""
+    x, y, radius = (outlines[:, i, None, None] for i in range(3))
+    coverage = np.clip(0.5 - signed_distance(shape, evidence.x - x, evidence.y - y, radius), 0.0, 1.0)
+    if evidence.blur:
+        ndimage.gaussian_filter(coverage, (0.0, evidence.blur, evidence.blur), truncate=2.5, output=coverage)
+    return coverage
+
+
+def _overlap(evidence: _Evidence, rendered: np.ndarray) -> np.ndarray:
+    """Intersection over union `(num_outlines,)` of outlines with the piece."""
+    coverage = np.clip(evidence.coverage, 0.0, 1.0)
+    intersection = (np.minimum(rendered, coverage) * evidence.weight).sum(axis=(1, 2))
+    union = (np.maximum(rendered, coverage) * evidence.weight).sum(axis=(1, 2))
+    return intersection / union
+
+
+def _best_outline(evidence: _Evidence, shape: str, starts: np.ndarray) -> _Outline:
+    rendered = _render(evidence, shape, starts)
+    overlaps = _overlap(evidence, rendered)
+    best = int(overlaps.argmax())
+    visible = float((evidence.coverage * evidence.weight).sum())
+    x, y, radius = starts[best].tolist()
+    completeness = min(visible / max(float(rendered[best].sum()), 1.0), 1.0)
+    return _Outline(shape, x, y, radius, float(overlaps[best]), completeness)
+
+
+def _refine_outline(evidence: _Evidence, outline: _Outline) -> _Outline:
+    """Gauss-Newton steps on the difference between the coverage of an outline and of the piece."""
+    steps = 0.25 * np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=np.float32)
+    coverage = np.clip(evidence.coverage, 0.0, 1.0) * evidence.weight
+    for _ in range(3):
+        start = np.array([outline.x, outline.y, outline.radius], dtype=np.float32)
+        rendered = _render(evidence, outline.shape, start + steps) * evidence.weight
+        jacobian = ((rendered[1:] - rendered[0]) / 0.25).reshape(3, -1)
+        residual = (coverage - rendered[0]).ravel()
+        step = np.linalg.solve(jacobian @ jacobian.T + 1e-2 * np.eye(3), jacobian @ residual)
+        trial = _best_outline(evidence, outline.shape, (start + np.clip(step, -2.0, 2.0)).astype(np.float32)[None])
+        if trial.overlap <= outline.overlap:
+            break
+        outline = trial
+    return outline
+
+
+def _locate(piece: np.ndarray, outline: _Outline, color: int, size: tuple[int, int], scale: float) -> LocatedObject:
+    """The object in canvas units, its mask at the size of the image."""
+    height, width = size
+    side = max(height, width)
+    rows, columns = ((np.arange(length) + 0.5) * scale for length in size)
+    return LocatedObject(
+        color=list(COLORS)[color],
+        shape=outline.shape if outline.overlap >= MIN_OVERLAP else UNKNOWN,
+        x=(outline.x / scale + (side - width) / 2) / side,
+        y=(outline.y / scale + (side - height) / 2) / side,
+        radius=outline.radius / scale / side,
+        completeness=outline.completeness,
+        mask=piece if scale == 1 else piece[np.ix_(rows.astype(int), columns.astype(int))],
+    )
