@@ -1,0 +1,152 @@
+"""Tiny models of the real classes, saved as the official checkpoints are, and images to score. Nothing is downloaded."""
+
+import json
+import os
+
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+)
+
+import numpy as np
+import pytest
+import torch
+from models import build_processor, build_qwen2_5_vl, build_qwen3_vl, build_tokenizer
+from PIL import Image
+from safetensors.torch import save_file
+from transformers.utils import logging
+
+from trl_spatial.gaussian_reward.modeling import GaussianRewardModel
+
+
+torch.set_num_threads(1)
+logging.disable_progress_bar()
+
+INSTRUCTION = "Rate the layout."
+PROMPTS = [
+    "a red cube to the left of a blue sphere",
+    "the cat sits on top of the wooden table, behind the lamp, and to the right of the window",
+    "a blue cube",
+    "a lamp behind the red sphere",
+    "the window to the left of the cat",
+]
+IMAGE_SIZES = [(32, 48), (48, 48), (64, 32), (32, 32), (17, 90)]
+BUILDERS = {"qwen2_5_vl": build_qwen2_5_vl, "qwen3_vl": build_qwen3_vl}
+SIZES = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2, vision_hidden_size=16, patch_size=8)
+# Prefixes of the weights in the official checkpoints on the Hub, and what transformers calls them.
+OFFICIAL_NAMES = {
+    "qwen2_5_vl": {"model.visual.": "visual.", "model.language_model.": "model."},
+    "qwen3_vl": {},
+}
+
+
+def _tokenizer():
+    return build_tokenizer([*PROMPTS, INSTRUCTION], 1000)
+
+
+def _image_text_model(family, **kwargs):
+    # One windowed and one full block in the vision tower, grouped queries, spare rows in the embedding, weights large
+    # enough for the output to depend on the input.
+    sizes = SIZES | {"num_key_value_heads": 1, "vocab_size": 512, "initializer_range": 0.2}
+    if family == "qwen2_5_vl":
+        sizes["vision_window_size"] = 32
+    return BUILDERS[family](_tokenizer(), **(sizes | kwargs))
+
+
+@pytest.fixture(params=list(BUILDERS))
+def family(request):
+    """Each model family in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def make_image_text_model():
+    """A function that builds a tiny image-text model of a family, with random weights."""
+    return _image_text_model
+
+
+@pytest.fixture(scope="session")
+def processor():
+    """The processor of the tiny reward models. Treat it as read-only."""
+    return build_processor(_tokenizer(), max_pixels=48 * 48, instruction=INSTRUCTION)
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """Captions of different lengths."""
+    return list(PROMPTS)
+
+
+@pytest.fixture(scope="session")
+def images():
+    """Random images of different shapes, as many as prompts."""
+    generator = np.random.default_rng(0)
+    return [
+        Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        for width, height in IMAGE_SIZES
+    ]
+
+
+def _write_official_checkpoint(folder, family):
+    """Saves a tiny backbone under the file names, keys and config fields of the official Hub repositories."""
+    model = _image_text_model(family)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":  # tied
+            continue
+        for prefix, official in OFFICIAL_NAMES[family].items():
+            if name.startswith(prefix):
+                name = official + name.removeprefix(prefix)
+                break
+        tensors[name] = tensor.clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    tokenizer = _tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    preprocessor = {
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "processor_class": "Qwen2_5_VLProcessor",
+        "min_pixels": 256,
+        "max_pixels": 48 * 48,
+        "patch_size": 8,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def official_checkpoints(tmp_path_factory):
+    """Family → (folder of an official-looking tiny backbone, the tensors in it). Treat the folders as read-only."""
+    checkpoints = {}
+    for family in BUILDERS:
+        folder = tmp_path_factory.mktemp(family)
+        checkpoints[family] = (folder, _write_official_checkpoint(folder, family))
+    return checkpoints
+
+
+@pytest.fixture(scope="session")
+def backbone_folder(official_checkpoints):
+    """Folder of a tiny Qwen2.5-VL backbone with tokenizer and image processor. Treat it as read-only."""
+    return official_checkpoints["qwen2_5_vl"][0]
+
+
+@pytest.fixture
+def make_reward_model(official_checkpoints, processor):
+    """A function that builds a tiny reward model, in evaluation mode, from a family's official-looking checkpoint."""
+
+    def make(family="qwen2_5_vl", **kwargs):
+        kwargs = {"head_hidden_sizes": (16, 8)} | kwargs
+        folder, _ = official_checkpoints[family]
+        return GaussianRewardModel.from_backbone(folder, reward_token_id=processor.reward_token_id, **kwargs)
+
+    return make

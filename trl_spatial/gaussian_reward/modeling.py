@@ -1,0 +1,427 @@
+"""The reward model: an image-text backbone without its LM head, one trainable token, and a Gaussian head.
+
+The model reads the last-layer hidden state at the reward token and turns it into the mean and the log standard
+deviation of a one-dimensional Gaussian score, as in SpatialScore
+([papers/2602.24233](https://huggingface.co/papers/2602.24233)).
+"""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import ModelOutput
+
+
+class GaussianRewardModelConfig(PreTrainedConfig):
+    """
+    Configuration of a [`GaussianRewardModel`].
+
+    Args:
+        backbone_config ([`~transformers.PreTrainedConfig`] or `dict`, *optional*):
+            Configuration of the image-text backbone. Only a default instance has none.
+        reward_token_id (`int`, *optional*):
+            Token at which the score is read. It may lie beyond the backbone's embedding matrix.
+        head_hidden_sizes (`tuple[int, ...]`, *optional*, defaults to `(1024, 16)`):
+            Hidden sizes of the head's multilayer perceptron.
+        head_dropout (`float`, *optional*, defaults to `0.05`):
+            Dropout after each hidden layer of the head.
+        log_std_min (`float`, *optional*, defaults to `-4.0`):
+            Lower bound of the log standard deviation.
+        log_std_max (`float`, *optional*, defaults to `3.0`):
+            Upper bound of the log standard deviation.
+        backbone_revision (`str`, *optional*):
+            Revision of the backbone on the Hub, so that an adapter finds the weights it was trained on.
+    """
+
+    model_type = "gaussian_reward"
+    sub_configs = {"backbone_config": AutoConfig}
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    reward_token_id: int | None = None
+    head_hidden_sizes: tuple[int, ...] = (1024, 16)
+    head_dropout: float = 0.05
+    log_std_min: float = -4.0
+    log_std_max: float = 3.0
+    backbone_revision: str | None = None
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.backbone_config, dict):
+            self.backbone_config = AutoConfig.for_model(**self.backbone_config)
+        self.head_hidden_sizes = tuple(self.head_hidden_sizes)
+        if not self.log_std_min < self.log_std_max:
+            raise ValueError(
+                f"`log_std_min` must be below `log_std_max`, got {self.log_std_min} and {self.log_std_max}."
+            )
+        if not 0.0 <= self.head_dropout < 1.0:
+            raise ValueError(f"`head_dropout` must lie in [0, 1), got {self.head_dropout}.")
+        kwargs["num_labels"] = 1  # one reward, although the head has two outputs
+        super().__post_init__(**kwargs)
+
+
+@dataclass
+class GaussianRewardOutput(ModelOutput):
+    """
+    Output of a [`GaussianRewardModel`].
+
+    Args:
+        mean (`torch.FloatTensor` of shape `(batch_size,)`):
+            Mean of the score, fp32. Higher is better; the scale is the logit of Bradley-Terry.
+        log_std (`torch.FloatTensor` of shape `(batch_size,)`):
+            Natural logarithm of the score's standard deviation, fp32.
+    """
+
+    mean: torch.FloatTensor | None = None
+    log_std: torch.FloatTensor | None = None
+
+
+class GaussianHead(nn.Module):
+    """
+    Multilayer perceptron from a hidden state to the mean and log standard deviation of a score. It computes in fp32,
+    whatever the backbone's type and whether or not autocast is on: differences of rewards are small.
+
+    Args:
+        input_size (`int`):
+            Size of the backbone's hidden states.
+        hidden_sizes (`tuple[int, ...]`):
+            Sizes of the hidden layers.
+        dropout (`float`):
+            Dropout after each hidden layer.
+        log_std_min (`float`):
+            Lower bound of the log standard deviation.
+        log_std_max (`float`):
+            Upper bound of the log standard deviation.
+    """
+
+    def __init__(
+        self, input_size: int, hidden_sizes: tuple[int, ...], dropout: float, log_std_min: float, log_std_max: float
+    ):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for in_size, out_size in zip((input_size, *hidden_sizes), hidden_sizes, strict=False):
+            layers += [nn.Linear(in_size, out_size, dtype=torch.float32), nn.ReLU(), nn.Dropout(dropout)]
+        layers.append(nn.Linear(hidden_sizes[-1] if hidden_sizes else input_size, 2, dtype=torch.float32))
+        self.layers = nn.Sequential(*layers)
+        self.log_std_center = (log_std_min + log_std_max) / 2
+        self.log_std_half_range = (log_std_max - log_std_min) / 2
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Maps hidden states of shape `(batch_size, input_size)` to mean and log std, each `(batch_size,)` in fp32."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            mean, raw_log_std = self.layers(hidden_states.float()).unbind(-1)  # each (batch_size,)
+            # Nearly the identity around the centre, and smooth up to the bounds: a clamp would have no gradient there.
+            offset = (raw_log_std - self.log_std_center) / self.log_std_half_range
+            log_std = self.log_std_center + self.log_std_half_range * torch.tanh(offset)
+        return mean, log_std
+
+
+class RewardTokenEmbedding(nn.Module):
+    """
+    An embedding matrix that stays as it is, plus one trainable row for the reward token.
+
+    The row lives apart from the matrix, so training cannot touch any other row, an adapter stores one row instead of
+    the matrix, and the token needs no row of its own there: no resizing, whatever its id.
+
+    Args:
+        base ([`~torch.nn.Embedding`]):
+            The backbone's embedding; its parameters are frozen.
+        reward_token_id (`int`):
+            The token that gets the trainable row.
+    """
+
+    def __init__(self, base: nn.Embedding, reward_token_id: int):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.reward_token_id = reward_token_id
+        # fp32: steps of 1e-6 would be lost in bf16.
+        self.reward_token = nn.Embedding(1, base.embedding_dim, device=base.weight.device, dtype=torch.float32)
+
+    @torch.no_grad()
+    def reset_reward_token(self) -> None:
+        """Sets the trainable row to the mean of the matrix: a vector of typical size that stands for no word."""
+        if self.base.weight.dim() != 2:
+            raise ValueError(
+                "The embedding matrix is sharded (DeepSpeed ZeRO stage 3), so its mean cannot be taken. Use ZeRO stage "
+                "2 or FSDP."
+            )
+        self.reward_token.weight.copy_(self.base.weight.mean(0, keepdim=True, dtype=torch.float32))
+
+    def forward(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        """Embeds ids of shape `(..., sequence_length)` to `(..., sequence_length, hidden_size)`."""
+        is_reward_token = input_ids == self.reward_token_id
+        embeddings = self.base(input_ids.masked_fill(is_reward_token, 0))
+        row = self.reward_token(input_ids.new_zeros(1)).to(embeddings.dtype)  # (1, hidden_size)
+        return torch.where(is_reward_token.unsqueeze(-1), row, embeddings)
+
+
+class GaussianRewardModel(PreTrainedModel):
+    """
+    Image-text reward model whose score is a Gaussian.
+
+    Build it with [`~GaussianRewardModel.from_backbone`]; `from_pretrained` loads a model saved whole.
+
+    Args:
+        config ([`GaussianRewardModelConfig`]):
+            Configuration.
+        backbone ([`~transformers.PreTrainedModel`], *optional*):
+            The image-text model without its LM head. If `None`, it is built from the configuration with random weights.
+    """
+
+    config_class = GaussianRewardModelConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: GaussianRewardModelConfig, backbone: PreTrainedModel | None = None):
+        super().__init__(config)
+        if not isinstance(config.backbone_config, PreTrainedConfig) or config.reward_token_id is None:
+            raise ValueError("The configuration needs `backbone_config` and `reward_token_id`. Use `from_backbone`.")
+        self.backbone = AutoModel.from_config(config.backbone_config) if backbone is None else backbone
+        self.head = GaussianHead(
+            config.backbone_config.get_text_config().hidden_size,
+            config.head_hidden_sizes,
+            config.head_dropout,
+            config.log_std_min,
+            config.log_std_max,
+        )
+        embedding = RewardTokenEmbedding(self.backbone.get_input_embeddings(), config.reward_token_id)
+        self.backbone.set_input_embeddings(embedding)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The backbone initializes itself; the head keeps PyTorch's default, the reward token gets the mean row."""
+
+    @classmethod
+    def from_backbone(
+        cls,
+        name_or_path: str | Path,
+        *,
+        reward_token_id: int,
+        revision: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        attn_implementation: str | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        device_map: str | dict[str, Any] | None = None,
+        seed: int = 0,
+        head_hidden_sizes: tuple[int, ...] = (1024, 16),
+        head_dropout: float = 0.05,
+        log_std_min: float = -4.0,
+        log_std_max: float = 3.0,
+    ) -> "GaussianRewardModel":
+        """
+        Builds a reward model on a pretrained image-text model.
+
+        Args:
+            name_or_path (`str` or `Path`):
+                Local folder or Hub id of a model that [`~transformers.AutoModelForImageTextToText`] loads.
+            reward_token_id (`int`):
+                [`SpatialScoreProcessor.reward_token_id`].
+            revision (`str`, *optional*):
+                Branch, tag or commit on the Hub.
+            dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
+                Type of the backbone's weights; `"auto"` keeps the checkpoint's. Head and reward token are fp32.
+            attn_implementation (`str`, *optional*):
+                Attention function of the backbone.
+            quantization_config (`~transformers.BitsAndBytesConfig`, *optional*):
+                Quantizes the language model; the vision tower, the embedding and the head are left as they are.
+            device_map (`str` or `dict`, *optional*):
+                Devices of the backbone's parts. Head and reward token follow their neighbours.
+            seed (`int`, *optional*, defaults to `0`):
+                Seed of the head's initial weights. The global generator is left as it was.
+            head_hidden_sizes, head_dropout, log_std_min, log_std_max:
+                See [`GaussianRewardModelConfig`].
+
+        Returns:
+            [`GaussianRewardModel`]: In evaluation mode, as `from_pretrained` does.
+
+        Raises:
+            `ValueError`: If the checkpoint lacks a weight of the backbone; the message names the weights.
+        """
+        if quantization_config is not None:
+            quantization_config = _quantize_language_model_only(name_or_path, revision, quantization_config)
+        # The whole image-text model is loaded, not its base: only so does transformers translate the names of the
+        # weights in official checkpoints.
+        image_text_model, loading_info = AutoModelForImageTextToText.from_pretrained(
+            name_or_path,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            quantization_config=quantization_config,
+            device_map=device_map,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        prefix = image_text_model.base_model_prefix + "."
+        _check_no_missing_keys(name_or_path, [key for key in loading_info["missing_keys"] if key.startswith(prefix)])
+        config = GaussianRewardModelConfig(
+            backbone_config=image_text_model.config,
+            reward_token_id=reward_token_id,
+            head_hidden_sizes=head_hidden_sizes,
+            head_dropout=head_dropout,
+            log_std_min=log_std_min,
+            log_std_max=log_std_max,
+            backbone_revision=revision,
+            name_or_path=str(name_or_path),
+            attn_implementation=image_text_model.config._attn_implementation,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = cls(config, backbone=image_text_model.base_model)
+        model.backbone.get_input_embeddings().reset_reward_token()
+        _copy_loading_state(image_text_model, model)
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """
+        Loads a model saved whole with `save_pretrained`. Takes what [`~transformers.PreTrainedModel.from_pretrained`]
+        takes.
+
+        Raises:
+            `ValueError`: If a weight is missing; the message names it.
+        """
+        model, loading_info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        _check_no_missing_keys(pretrained_model_name_or_path, loading_info["missing_keys"])
+        model.backbone.get_input_embeddings().base.requires_grad_(False)  # loading makes new, trainable parameters
+        return (model, loading_info) if output_loading_info else model
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+    ) -> GaussianRewardOutput:
+        """
+        Scores a batch made by [`SpatialScoreProcessor`].
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                Token ids, with exactly one reward token per row.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                1 for tokens, 0 for padding, which may be on either side.
+            mm_token_type_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`):
+                1 at image tokens, 0 elsewhere.
+            pixel_values (`torch.Tensor` of shape `(total_patches, patch_dim)`):
+                Patches of all images, in row order.
+            image_grid_thw (`torch.LongTensor` of shape `(batch_size, 3)`):
+                Frames, rows and columns of patches of each image.
+
+        Returns:
+            [`GaussianRewardOutput`]: Mean and log standard deviation of each row's score, in fp32.
+
+        Raises:
+            `ValueError`: If `mm_token_type_ids` is missing or a row does not hold exactly one reward token.
+        """
+        if mm_token_type_ids is None:
+            raise ValueError(
+                "`mm_token_type_ids` is missing. Without it some backbones silently number image tokens along one line "
+                "and lose the layout of the image. Pass everything the processor returns."
+            )
+        is_reward_token = input_ids == self.config.reward_token_id  # (batch_size, sequence_length)
+        num_reward_tokens = is_reward_token.sum(-1)
+        if (num_reward_tokens != 1).any():
+            raise ValueError(
+                f"Every row needs exactly one reward token (id {self.config.reward_token_id}), got "
+                f"{num_reward_tokens.tolist()}. Encode the batch with the model's own processor."
+            )
+        hidden_states = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            mm_token_type_ids=mm_token_type_ids,
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            use_cache=False,
+        ).last_hidden_state  # (batch_size, sequence_length, hidden_size)
+        at_reward_token = hidden_states[is_reward_token.to(hidden_states.device)]  # (batch_size, hidden_size)
+        mean, log_std = self.head(at_reward_token.to(next(self.head.parameters()).device))
+        return GaussianRewardOutput(mean=mean, log_std=log_std)
+
+
+def spatial_score_lora_config(rank: int = 64, alpha: int = 128, dropout: float = 0.05) -> LoraConfig:
+    """
+    LoRA as SpatialScore is trained here: adapters on all linear layers of the language model, head and reward token in
+    full, vision tower frozen.
+
+    Args:
+        rank (`int`, *optional*, defaults to `64`):
+            Rank of the adapters.
+        alpha (`int`, *optional*, defaults to `128`):
+            Scale of the adapters: their output is multiplied by `alpha / rank`.
+        dropout (`float`, *optional*, defaults to `0.05`):
+            Dropout on the adapters' input.
+
+    Returns:
+        [`~peft.LoraConfig`]: For a [`GaussianRewardModel`]; the saved adapter holds head and reward token too.
+    """
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=r".*\.language_model\..*\.(q|k|v|o|gate|up|down)_proj",
+        modules_to_save=["head", "reward_token"],
+    )
+
+
+def _quantize_language_model_only(
+    name_or_path: str | Path, revision: str | None, quantization_config: BitsAndBytesConfig
+) -> BitsAndBytesConfig:
+    """A copy of the configuration that skips every part of the model but its language model."""
+    with torch.device("meta"):
+        skeleton = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name_or_path, revision=revision))
+    language_model = skeleton.base_model.get_decoder()
+    inside = [name for name, module in skeleton.base_model.named_children() if module is not language_model]
+    outside = [name for name, module in skeleton.named_children() if module is not skeleton.base_model]
+    skipped = [f"{skeleton.base_model_prefix}.{name}" for name in inside] + outside
+    quantization_config = copy.deepcopy(quantization_config)
+    quantization_config.llm_int8_skip_modules = skipped + (quantization_config.llm_int8_skip_modules or [])
+    return quantization_config
+
+
+def _check_no_missing_keys(name_or_path: str | Path, missing_keys: Iterable[str]) -> None:
+    missing_keys = sorted(missing_keys)
+    if missing_keys:
+        shown = ", ".join(missing_keys[:10]) + (", ..." if len(missing_keys) > 10 else "")
+        raise ValueError(
+            f"The checkpoint {name_or_path} lacks {len(missing_keys)} weights, which would stay random: {shown}. It is "
+            "incomplete, or its weights have names that this version of transformers does not translate."
+        )
+
+
+def _copy_loading_state(source: PreTrainedModel, model: GaussianRewardModel) -> None:
+    """Tells `model` what transformers noted on the model it loaded, so that trainers and PEFT see it too."""
+    device_map = getattr(source, "hf_device_map", None)
+    if device_map is not None:
+        model.hf_device_map = device_map
+    quantizer = getattr(source, "hf_quantizer", None)
+    if quantizer is not None:
+        model.hf_quantizer = quantizer
+        model.is_quantized = True
+        model.quantization_method = source.quantization_method
+        model.is_loaded_in_4bit = getattr(source, "is_loaded_in_4bit", False)
+        model.is_loaded_in_8bit = getattr(source, "is_loaded_in_8bit", False)
+        model.config.quantization_config = source.config.quantization_config
+
+
+AutoConfig.register("gaussian_reward", GaussianRewardModelConfig)
+AutoModel.register(GaussianRewardModelConfig, GaussianRewardModel)

@@ -1,0 +1,334 @@
+"""Turns (prompt, image) rows into the tensors a [`GaussianRewardModel`] reads.
+
+One chat template is the single truth about the input: it holds the instruction, the place of the image, the place of
+the prompt and, at the very end, the reward token at which the head reads the score. The prompt itself never passes
+through the template: it is tokenized apart, as plain text, so that it cannot write a control token.
+"""
+
+import json
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+
+REWARD_TOKEN = "<reward>"
+IMAGE_TOKEN = "<|image_pad|>"
+MAX_ASPECT_RATIO = 200  # of the longer side of an image to the shorter: the limit of Qwen's image processor
+
+DEFAULT_INSTRUCTION = (
+    "Rate how faithfully the image follows the spatial layout given in the caption. Two questions count: is every "
+    "object the caption names in the image, and does each one stand where the caption puts it, relative to the other "
+    "objects and to the frame? Left, right, in front and behind are meant as the viewer sees them. Ignore beauty, "
+    "style, realism and everything the caption does not mention."
+)
+
+# Where the prompt goes when the template is rendered; a private-use character that no template contains.
+_PROMPT_SLOT = "\ue000"
+
+_CHAT_TEMPLATE = """\
+{%- set instruction = INSTRUCTION -%}
+{%- if instruction -%}
+{{- "<|im_start|>system\\n" + instruction + "<|im_end|>\\n" -}}
+{%- endif -%}
+{%- for message in messages -%}
+{{- "<|im_start|>" + message["role"] + "\\n" -}}
+{%- for part in message["content"] -%}
+{%- if part["type"] == "image" -%}
+{{- "<|vision_start|>IMAGE_TOKEN<|vision_end|>" -}}
+{%- else -%}
+{{- part["text"] -}}
+{%- endif -%}
+{%- endfor -%}
+{{- "<|im_end|>\\n" -}}
+{%- endfor -%}
+{{- "<|im_start|>assistant\\nREWARD_TOKEN" -}}
+"""
+
+
+def build_chat_template(instruction: str) -> str:
+    """
+    Writes the chat template of the reward model: the instruction as the system turn, the image and the prompt as the
+    user turn, and the reward token as all the assistant says.
+
+    Args:
+        instruction (`str`):
+            What to judge. An empty string leaves the system turn out.
+
+    Returns:
+        `str`: A Jinja template.
+    """
+    # A JSON string that keeps its non-ASCII characters is also a Jinja string literal.
+    literal = json.dumps(instruction, ensure_ascii=False)
+    template = _CHAT_TEMPLATE.replace("IMAGE_TOKEN", IMAGE_TOKEN).replace("REWARD_TOKEN", REWARD_TOKEN)
+    return template.replace("INSTRUCTION", literal)
+
+
+def open_image(image: Any) -> Image.Image:
+    """
+    Opens one image, in whatever form a dataset or a user hands it over, without decoding its pixels.
+
+    Args:
+        image (`PIL.Image.Image`, `str`, `Path`, `bytes`, `dict` or file object):
+            A PIL image, a local path, an image file or its bytes, or a row of an undecoded [`~datasets.Image`] column
+            (`{"bytes": ..., "path": ...}`).
+
+    Returns:
+        `PIL.Image.Image`: The image; a PIL image is returned as it is.
+
+    Raises:
+        `ValueError`: If the image is of another type, missing, not an image file, has no pixels, or is too narrow. The
+        message is a predicate ("has no pixels ..."), for the caller to name the row.
+    """
+    if isinstance(image, dict):
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if isinstance(image, bytes):
+        image = BytesIO(image)
+    if isinstance(image, (str, Path)) or hasattr(image, "read"):
+        try:
+            image = Image.open(image)
+        except (OSError, Image.DecompressionBombError) as error:
+            raise ValueError(f"cannot be opened ({error})") from error
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"is a {type(image).__name__}, not a PIL image, a path, bytes or a datasets Image row")
+    width, height = image.size
+    if width == 0 or height == 0:
+        raise ValueError(f"has no pixels ({width}x{height})")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(f"is too narrow ({width}x{height}): its sides differ by more than {MAX_ASPECT_RATIO} times")
+    return image
+
+
+def load_image(image: Any) -> Image.Image:
+    """
+    Opens and decodes one image.
+
+    Args:
+        image (`PIL.Image.Image`, `str`, `Path`, `bytes`, `dict` or file object):
+            As in [`open_image`].
+
+    Returns:
+        `PIL.Image.Image`: The image in RGB and upright: its EXIF orientation is applied, because left must be the
+        viewer's left.
+
+    Raises:
+        `ValueError`: As [`open_image`], or if the pixels cannot be decoded.
+    """
+    image = open_image(image)
+    try:
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot be decoded ({error})") from error
+
+
+class SpatialScoreProcessor(ProcessorMixin):
+    """
+    Processor of the reward model: an image processor and a tokenizer joined by a chat template that holds the
+    instruction and the reward token. It has no video half, so it needs no torchvision.
+
+    Args:
+        image_processor ([`~transformers.Qwen2VLImageProcessorPil`]):
+            The image processor of the Qwen-VL families, in its PIL form.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            A tokenizer with Qwen's vision tokens. [`REWARD_TOKEN`] is added to it if it is not there yet.
+        chat_template (`str`, *optional*):
+            A Jinja template with exactly one image token and one reward token. If `None`, it is written by
+            [`build_chat_template`] with [`DEFAULT_INSTRUCTION`].
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        tokenizer.add_special_tokens({"additional_special_tokens": [REWARD_TOKEN]}, replace_extra_special_tokens=False)
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.reward_token_id = tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
+        if chat_template is None:
+            chat_template = build_chat_template(DEFAULT_INSTRUCTION)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, revision=None, **kwargs):
+        """Loads the processor from a folder or a Hub repository: see [`load_processor`]."""
+        return load_processor(pretrained_model_name_or_path, revision=revision)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"]
+
+    def __call__(
+        self,
+        prompts: list[str],
+        images: list[Image.Image],
+        *,
+        max_length: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """
+        Encodes a batch of (prompt, image) rows.
+
+        Args:
+            prompts (`list[str]`):
+                One caption per row. Control tokens in it, the reward token included, are read as plain text.
+            images (`list`):
+                One image per row, in any form [`load_image`] takes.
+            max_length (`int`, *optional*):
+                The largest number of tokens of a row, image tokens included.
+            padding_side (`str`, *optional*):
+                `"left"` or `"right"`. If `None`, the tokenizer's.
+            return_tensors (`str`, *optional*, defaults to `"pt"`):
+                Type of the returned arrays.
+
+        Returns:
+            [`~transformers.BatchFeature`] with
+
+            - `input_ids`, `attention_mask`, `mm_token_type_ids` of shape `(batch_size, sequence_length)`; the last is 1
+              at image tokens and 0 elsewhere;
+            - `pixel_values` of shape `(total_patches, patch_dim)`: the patches of all images in row order, never to be
+              indexed by row;
+            - `image_grid_thw` of shape `(batch_size, 3)`: frames, rows and columns of patches.
+
+        Raises:
+            `ValueError`: If the numbers of prompts and images differ, a prompt is not a string, an image cannot be
+            read, or a row is longer than `max_length`. The message names the row.
+        """
+        image_features = self._encode_images(images)
+        merge_length = self.image_processor.merge_size**2
+        num_image_tokens = (image_features["image_grid_thw"].prod(-1) // merge_length).tolist()
+        input_ids = self._encode_prompts(prompts, num_image_tokens)
+        for row, ids in enumerate(input_ids):
+            if max_length is not None and len(ids) > max_length:
+                raise ValueError(
+                    f"Row {row} has {len(ids)} tokens, {num_image_tokens[row]} of them of its image, but `max_length` is "
+                    f"{max_length}. Raise `max_length`, lower `max_pixels`, or shorten the prompt."
+                )
+        batch = self.tokenizer.pad({"input_ids": input_ids}, padding_side=padding_side, return_tensors="pt")
+        data = {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "mm_token_type_ids": (batch["input_ids"] == self.image_token_id).long(),
+            **image_features,
+        }
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def num_tokens(self, prompts: list[str], image_sizes: list[tuple[int, int]]) -> list[int]:
+        """
+        Counts the tokens of rows without decoding an image.
+
+        Args:
+            prompts (`list[str]`):
+                One caption per row.
+            image_sizes (`list[tuple[int, int]]`):
+                Width and height of each row's image, in pixels.
+
+        Returns:
+            `list[int]`: The lengths that the rows have when encoded, which `max_length` limits.
+        """
+        merge_length = self.image_processor.merge_size**2
+        num_image_tokens = [
+            self.image_processor.get_number_of_image_patches(height, width) // merge_length
+            for width, height in image_sizes
+        ]
+        return [len(ids) for ids in self._encode_prompts(prompts, num_image_tokens)]
+
+    def _encode_images(self, images: list) -> dict[str, torch.Tensor]:
+        decoded = []
+        for row, image in enumerate(images):
+            try:
+                decoded.append(load_image(image))
+            except ValueError as error:
+                raise ValueError(f"The image of row {row} {error}.") from error
+        return dict(self.image_processor(decoded, return_tensors="pt"))
+
+    def _encode_prompts(self, prompts: list[str], num_image_tokens: list[int]) -> list[list[int]]:
+        if len(prompts) != len(num_image_tokens):
+            raise ValueError(f"Got {len(prompts)} prompts and {len(num_image_tokens)} images; one image per prompt.")
+        for row, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise ValueError(f"The prompt of row {row} is a {type(prompt).__name__}, not a string.")
+        before_image, after_image, suffix = self._encode_template()
+        plain = self.tokenizer(list(prompts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [
+            before_image + [self.image_token_id] * num_tokens + after_image + prompt_ids + suffix
+            for prompt_ids, num_tokens in zip(plain, num_image_tokens, strict=True)
+        ]
+
+    def _encode_template(self) -> tuple[list[int], list[int], list[int]]:
+        """Token ids before the image, between image and prompt, and from the prompt to the reward token."""
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _PROMPT_SLOT}]}]
+        text = self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, tokenize=False)
+        if text.count(_PROMPT_SLOT) != 1 or text.count(IMAGE_TOKEN) != 1 or text.count(REWARD_TOKEN) != 1:
+            raise ValueError(
+                f"The chat template must write the prompt, {IMAGE_TOKEN} and {REWARD_TOKEN} once each; it gives {text!r}. "
+                "Write it with `build_chat_template`."
+            )
+        before_prompt, suffix = text.split(_PROMPT_SLOT)
+        before_image, after_image = before_prompt.split(IMAGE_TOKEN)
+        return tuple(
+            self.tokenizer.encode(part, add_special_tokens=False) for part in (before_image, after_image, suffix)
+        )
+
+
+def load_processor(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    instruction: str | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+) -> SpatialScoreProcessor:
+    """
+    Loads the processor of a backbone, or of a reward model saved earlier.
+
+    Args:
+        name_or_path (`str` or `Path`):
+            A local folder or a Hub id: an image-text model of a Qwen-VL family, or a checkpoint of a reward model.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+        instruction (`str`, *optional*):
+            What to judge. If `None`, a reward model keeps its own and a backbone gets [`DEFAULT_INSTRUCTION`].
+        min_pixels (`int`, *optional*):
+            Smaller images are enlarged to this many pixels. If `None`, as saved.
+        max_pixels (`int`, *optional*):
+            Larger images are shrunk to this many pixels. If `None`, as saved.
+
+    Returns:
+        [`SpatialScoreProcessor`]: The processor, with the reward token in its tokenizer.
+
+    Raises:
+        `ValueError`: If the model is not of a Qwen-VL family, or the limits of the image size contradict each other.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+    _check_family(name_or_path, revision, tokenizer)
+    # PIL's backend everywhere: torchvision resizes a little differently, and a score must not depend on what is installed.
+    image_processor = Qwen2VLImageProcessorPil.from_pretrained(name_or_path, revision=revision)
+    size = {
+        "shortest_edge": image_processor.size["shortest_edge"] if min_pixels is None else min_pixels,
+        "longest_edge": image_processor.size["longest_edge"] if max_pixels is None else max_pixels,
+    }
+    if not 0 < size["shortest_edge"] <= size["longest_edge"]:
+        raise ValueError(
+            f"Image sizes must satisfy 0 < min_pixels <= max_pixels, got min_pixels={size['shortest_edge']}, "
+            f"max_pixels={size['longest_edge']}."
+        )
+    image_processor.size = size
+    if instruction is None and REWARD_TOKEN in (tokenizer.chat_template or ""):
+        chat_template = tokenizer.chat_template
+    else:
+        chat_template = build_chat_template(DEFAULT_INSTRUCTION if instruction is None else instruction)
+    return SpatialScoreProcessor(image_processor, tokenizer, chat_template=chat_template)
+
+
+def _check_family(name_or_path: str | Path, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    image_settings, _ = Qwen2VLImageProcessorPil.get_image_processor_dict(name_or_path, revision=revision)
+    image_processor = image_settings.get("image_processor_type", "unknown")
+    needed = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", IMAGE_TOKEN]
+    missing = [token for token in needed if token not in tokenizer.get_vocab()]
+    if missing or not image_processor.startswith("Qwen2VLImageProcessor"):
+        raise ValueError(
+            f"{name_or_path} is not of a Qwen-VL family: its image processor is {image_processor} and its tokenizer lacks "
+            f'{", ".join(missing) or "nothing"}. Use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model, or see "Add a backbone" '
+            "in CONTRIBUTING.md."
+        )

@@ -1,0 +1,415 @@
+"""Scores images with a trained reward model: loading, batching, saving, merging."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from huggingface_hub import constants, snapshot_download
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
+from transformers import BitsAndBytesConfig
+
+from .modeling import GaussianRewardModel, GaussianRewardModelConfig
+from .processing import SpatialScoreProcessor, load_image, load_processor, open_image
+
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+SMALL_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "processor_config.json",
+    "chat_template.jinja",
+)
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+# A list of this length takes long enough for a progress bar to be welcome.
+PROGRESS_FROM = 200
+
+
+class SpatialScores(NamedTuple):
+    """
+    Scores of a list of rows, in their order.
+
+    Args:
+        mean (`np.ndarray` of shape `(n,)`):
+            Mean of each score, float32. Higher is better; a difference of two means is a logit of preference.
+        std (`np.ndarray` of shape `(n,)`):
+            Standard deviation of each score, float32, positive.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+
+
+class SpatialScore:
+    """
+    Scores how well images meet the spatial relations of their prompts.
+
+    Args:
+        model ([`GaussianRewardModel`] or [`~peft.PeftModel`]):
+            The reward model, with or without adapters. It is put into evaluation mode.
+        processor ([`SpatialScoreProcessor`]):
+            The processor it was trained with.
+        sample (`bool`, *optional*, defaults to `False`):
+            What a call returns as the reward: the mean of each score, or a draw from its Gaussian.
+        generator (`torch.Generator`, *optional*):
+            CPU generator of those draws. If `None`, PyTorch's global one.
+
+    Example:
+
+    ```python
+    >>> scorer = SpatialScore.from_pretrained("org/SpatialScore-7B")
+    >>> mean, std = scorer.score(["a red cube left of a blue sphere"], ["cube.png"])
+    ```
+    """
+
+    def __init__(
+        self,
+        model: GaussianRewardModel | PeftModel,
+        processor: SpatialScoreProcessor,
+        *,
+        sample: bool = False,
+        generator: torch.Generator | None = None,
+    ):
+        self.model = model.eval()
+        self.processor = processor
+        self.sample = sample
+        self.generator = generator
+        self.__name__ = "spatial_score"  # under which trainers log a reward function
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        backbone: str | Path | None = None,
+        attn_implementation: str | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        sample: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> "SpatialScore":
+        """
+        Loads a reward model: a folder or a Hub repository with an adapter, or with a whole (merged or fully trained)
+        model.
+
+        Args:
+            name_or_path (`str` or `Path`):
+                Local folder or Hub id.
+            revision (`str`, *optional*):
+                Branch, tag or commit of the Hub repository.
+            dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
+                Type of the backbone's weights; `"auto"` keeps the checkpoint's. Head and reward token are fp32.
+            device (`str` or `torch.device`, *optional*):
+                Where to score. If `None`, the accelerator if there is one.
+            backbone (`str` or `Path`, *optional*):
+                Folder or Hub id of the model the adapter was trained on, if it is no longer where it was.
+            attn_implementation (`str`, *optional*):
+                Attention function of the backbone.
+            quantization_config (`~transformers.BitsAndBytesConfig`, *optional*):
+                Quantizes the language model of an adapter's backbone.
+            sample, generator:
+                See [`SpatialScore`].
+
+        Raises:
+            `ValueError`: If the folder is not a reward model; the message lists what is missing.
+        """
+        folder = _find_checkpoint(name_or_path, revision)
+        if device is None:
+            device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        processor = load_processor(folder)
+        config = GaussianRewardModelConfig.from_pretrained(folder)
+        if processor.reward_token_id != config.reward_token_id:
+            raise ValueError(
+                f"{name_or_path} mixes two models: its tokenizer gives the reward token id {processor.reward_token_id}, "
+                f"its config.json {config.reward_token_id}."
+            )
+        if (folder / "adapter_config.json").is_file():
+            model: Any = _load_adapter(
+                folder,
+                config,
+                reward_token_id=processor.reward_token_id,
+                backbone=backbone,
+                dtype=dtype,
+                device=device,
+                attn_implementation=attn_implementation,
+                quantization_config=quantization_config,
+            )
+        elif quantization_config is not None or backbone is not None:
+            raise ValueError(
+                f"{name_or_path} is a whole model: `backbone` and `quantization_config` are for adapters."
+            )
+        else:
+            model = GaussianRewardModel.from_pretrained(folder, dtype=dtype, attn_implementation=attn_implementation)
+        if quantization_config is None:
+            model = model.to(device)
+        return cls(model, processor, sample=sample, generator=generator)
+
+    def score(
+        self,
+        prompts: list[str],
+        images: list[Any],
+        *,
+        batch_size: int = 8,
+        show_progress: bool | None = None,
+    ) -> SpatialScores:
+        """
+        Scores (prompt, image) rows. A row's score does not depend on its batch.
+
+        Args:
+            prompts (`list[str]`):
+                One caption per row.
+            images (`list`):
+                One image per row: PIL images, local paths, bytes, or rows of an undecoded [`~datasets.Image`] column.
+                They are decoded batch by batch.
+            batch_size (`int`, *optional*, defaults to `8`):
+                Rows per forward pass. Rows of similar length share a batch, so there is little padding.
+            show_progress (`bool`, *optional*):
+                Whether to show a progress bar. If `None`, for 200 rows or more.
+
+        Returns:
+            [`SpatialScores`]: Mean and standard deviation of each row's score, in the order of the input. It unpacks:
+            `mean, std = scorer.score(prompts, images)`.
+
+        Raises:
+            `ValueError`: If the lists differ in length or a row cannot be read; the message names the row.
+        """
+        if isinstance(prompts, str) or len(prompts) != len(images):
+            raise ValueError(
+                f"Got {1 if isinstance(prompts, str) else len(prompts)} prompts and {len(images)} images. Pass two lists "
+                "of one length; repeat a prompt that goes with several images."
+            )
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        num_rows = len(prompts)
+        mean, log_std = torch.zeros(num_rows), torch.zeros(num_rows)
+        if num_rows == 0:
+            return SpatialScores(mean.numpy(), log_std.numpy())
+        num_tokens = self.processor.num_tokens(prompts, [_image_size(row, image) for row, image in enumerate(images)])
+        # Longest first: if memory is too small, it shows at once.
+        order = sorted(range(num_rows), key=lambda row: -num_tokens[row])
+        with tqdm(
+            total=num_rows,
+            desc="Scoring",
+            unit="image",
+            disable=num_rows < PROGRESS_FROM if show_progress is None else not show_progress,
+        ) as progress:
+            for start in range(0, num_rows, batch_size):
+                rows = order[start : start + batch_size]
+                output = self._forward([prompts[row] for row in rows], [_decode(row, images[row]) for row in rows])
+                mean[rows], log_std[rows] = output.mean.cpu(), output.log_std.cpu()
+                progress.update(len(rows))
+        return SpatialScores(mean.numpy(), log_std.exp().numpy())
+
+    @torch.inference_mode()
+    def _forward(self, prompts: list[str], images: list[Any]) -> Any:
+        batch = self.processor(prompts, images).to(self.model.device)
+        return self.model(**batch)
+
+    def __call__(self, prompts: list[str], images: list[Any], **columns: Any) -> list[float]:
+        """
+        The reward function that TRL's trainers call: one float per row. Other columns of the dataset are ignored.
+
+        Args:
+            prompts (`list[str]`):
+                One caption per row.
+            images (`list`):
+                One image per row.
+
+        Returns:
+            `list[float]`: The mean of each score, or a draw from its Gaussian if the scorer was built with
+            `sample=True`.
+        """
+        scores = self.score(prompts, images, show_progress=False)
+        if not self.sample:
+            return scores.mean.tolist()
+        noise = torch.randn(len(prompts), generator=self.generator)
+        return (torch.from_numpy(scores.mean) + torch.from_numpy(scores.std) * noise).tolist()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """
+        Saves the model and its processor: an adapter with head and reward token, or the whole model if it has no
+        adapter.
+
+        Args:
+            folder (`str` or `Path`):
+                Where to; created if missing.
+        """
+        save_checkpoint(self.model, self.processor, folder)
+
+    def merge(self, folder: str | Path) -> None:
+        """
+        Folds the adapter into the backbone and saves a model that needs neither adapter nor PEFT. The scorer holds the
+        merged model afterwards.
+
+        In fp32 scores stay the same to 1e-5. In bf16 the merged weights are rounded: for equal scores load the adapter
+        with `dtype="float32"` before merging.
+
+        Args:
+            folder (`str` or `Path`):
+                Where to; created if missing.
+
+        Raises:
+            `ValueError`: If there is no adapter, or the backbone is quantized.
+        """
+        if not isinstance(self.model, PeftModel):
+            raise ValueError("There is no adapter to merge: this model is whole already. `save_pretrained` copies it.")
+        if getattr(self.model.get_base_model(), "is_quantized", False):
+            raise ValueError(
+                "Merging into quantized weights would change the scores. Load the adapter without "
+                "`quantization_config` to merge it."
+            )
+        self.model = self.model.merge_and_unload().eval()
+        self.save_pretrained(folder)
+
+
+def save_checkpoint(
+    model: GaussianRewardModel | PeftModel,
+    processor: SpatialScoreProcessor,
+    folder: str | Path,
+    *,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """
+    Writes the folder that [`SpatialScore.from_pretrained`] loads: config, weights as safetensors, processor.
+
+    Args:
+        model ([`GaussianRewardModel`] or [`~peft.PeftModel`]):
+            The model. Of a PEFT model only the adapter, the head and the reward token are written.
+        processor ([`SpatialScoreProcessor`]):
+            Its processor.
+        folder (`str` or `Path`):
+            Where to; created if missing.
+        state_dict (`dict[str, torch.Tensor]`, *optional*):
+            Weights gathered from several processes. If `None`, the model's own.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PeftModel):
+        model.get_base_model().config.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+    else:
+        model.save_pretrained(folder, state_dict=state_dict)
+    processor.save_pretrained(folder)
+
+
+def _image_size(row: int, image: Any) -> tuple[int, int]:
+    try:
+        opened = open_image(image)
+    except ValueError as error:
+        raise ValueError(f"images[{row}] {error}.") from error
+    size = opened.size
+    if opened is not image:
+        opened.close()
+    return size
+
+
+def _decode(row: int, image: Any) -> Any:
+    try:
+        return load_image(image)
+    except ValueError as error:
+        raise ValueError(f"images[{row}] {error}.") from error
+
+
+def _load_adapter(
+    folder: Path,
+    config: GaussianRewardModelConfig,
+    *,
+    reward_token_id: int,
+    backbone: str | Path | None,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    attn_implementation: str | None,
+    quantization_config: BitsAndBytesConfig | None,
+) -> PeftModel:
+    peft_config = PeftConfig.from_pretrained(folder, inference_mode=True)
+    recorded = peft_config.base_model_name_or_path
+    if backbone is not None:
+        peft_config.base_model_name_or_path = str(backbone)
+    try:
+        model = GaussianRewardModel.from_backbone(
+            peft_config.base_model_name_or_path,
+            reward_token_id=reward_token_id,
+            revision=config.backbone_revision if backbone is None else None,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            quantization_config=quantization_config,
+            device_map=None if quantization_config is None else {"": device},
+            head_hidden_sizes=config.head_hidden_sizes,
+            head_dropout=config.head_dropout,
+            log_std_min=config.log_std_min,
+            log_std_max=config.log_std_max,
+        )
+    except OSError as error:
+        if backbone is not None:
+            raise
+        raise ValueError(
+            f"The adapter was trained on {recorded}, which cannot be loaded from here. Pass `backbone=` with the folder "
+            "or Hub id of that model."
+        ) from error
+    model = get_peft_model(model, peft_config)
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{folder / ADAPTER_WEIGHTS} lacks {len(missing)} weights ({', '.join(missing[:5])}) and holds "
+            f"{len(unexpected)} that do not belong ({', '.join(unexpected[:5])}): it is damaged or of another model."
+        )
+    set_peft_model_state_dict(model, tensors)
+    return model
+
+
+def _find_checkpoint(name_or_path: str | Path, revision: str | None) -> Path:
+    """The local folder of a checkpoint, which is downloaded if need be, once its small files have been checked."""
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        _check_small_files(name_or_path, folder)
+    elif folder.exists() or str(name_or_path).count("/") != 1 or str(name_or_path).startswith("."):
+        raise ValueError(f"{name_or_path} is neither a folder nor a Hub id (organization/name).")
+    else:
+        folder = _download(str(name_or_path), revision, ["*.json", "*.jinja"])
+        _check_small_files(name_or_path, folder)
+        folder = _download(str(name_or_path), revision, ["*.json", "*.jinja", "*.safetensors"])
+    _check_weights(name_or_path, folder)
+    return folder
+
+
+def _download(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
+    offline = constants.is_offline_mode()
+    return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, local_files_only=offline))
+
+
+def _check_small_files(name_or_path: str | Path, folder: Path) -> None:
+    config_file = folder / "config.json"
+    if config_file.is_file():
+        model_type = json.loads(config_file.read_text()).get("model_type")
+        if model_type != GaussianRewardModelConfig.model_type:
+            raise ValueError(
+                f"{name_or_path} is a {model_type} model, not a reward model. Train one on it with `trl_spatial reward`."
+            )
+    missing = [name for name in SMALL_FILES if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{name_or_path} is not the folder of a reward model: it lacks {', '.join(missing)}.")
+
+
+def _check_weights(name_or_path: str | Path, folder: Path) -> None:
+    index_file = folder / WEIGHTS_INDEX
+    if (folder / "adapter_config.json").is_file():
+        needed = [ADAPTER_WEIGHTS]
+    elif index_file.is_file():
+        needed = sorted(set(json.loads(index_file.read_text())["weight_map"].values()))
+    else:
+        needed = [WEIGHTS]
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing:
+        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
+        found = f" It holds {', '.join(pickles)}, but pickle files can run code and are never read." if pickles else ""
+        raise ValueError(f"{name_or_path} lacks {', '.join(missing)}.{found} Save the model again as safetensors.")
