@@ -52,7 +52,7 @@ def test_a_sheet_shows_the_images_it_is_given(dataset):
     sheet = np.asarray(draw_pairs([pair] * 3, title="", image_size=64))
     # at their own size images are pasted as they are
     chosen = np.asarray(row["chosen"].convert("RGB"))
-    windows = np.lib.stride_tricks.sliding_window_view(sheet, chosen.shape)[:, :, 0]
-    assert (windows == chosen).all(axis=(2, 3, 4)).sum() == 3
+    corners = np.argwhere((sheet[:-63, :-63] == chosen[0, 0]).all(axis=2))
+    assert sum((sheet[y : y + 64, x : x + 64] == chosen).all() for y, x in corners) == 3
     with pytest.raises(ValueError, match="nothing to draw"):
         draw_pairs([], title="")

@@ -1,9 +1,16 @@
 """Preference datasets of rendered scenes."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from datasets import Image, Value
 
+import trl_spatial
 from trl_spatial.scenes import SPLITS, check_scene, make_preference_dataset, parse_description
 
 
@@ -91,3 +98,25 @@ def test_levels_relations_and_size_are_as_asked():
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         make_preference_dataset(**{"num_pairs": 1, **options})
+
+
+def test_another_version_of_the_world_makes_its_pairs_anew(tmp_path):
+    # datasets keeps generated data by the generator's arguments, whatever its code has become since
+    source, copy = Path(trl_spatial.__file__).parent, tmp_path / "trl_spatial"
+    copy.mkdir()
+    shutil.copy(source / "__init__.py", copy)
+    shutil.copytree(source / "scenes", copy / "scenes", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "HF_HOME": str(tmp_path / "cache")}
+    program = "from trl_spatial.scenes import make_preference_dataset as m; print(m(3, seed=4)[0]['prompt'])"
+
+    def first_prompt():
+        command = [sys.executable, "-c", program]
+        return subprocess.run(
+            command, env=environment, cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    before = first_prompt()
+    assert first_prompt() == before
+    wording = copy / "scenes" / "wording.py"
+    wording.write_text(wording.read_text().replace('text + "."', 'text + " indeed."'))
+    assert "indeed" in first_prompt()

@@ -1,8 +1,11 @@
 """Preference datasets of rendered scenes: pairs of images that differ in one to three relations."""
 
+import hashlib
 import io
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value
@@ -93,7 +96,8 @@ def make_preference_dataset(
     return Dataset.from_generator(
         _generate_pairs,
         features=FEATURES,
-        gen_kwargs={"shards": shards, "seed": seed, "options": options},
+        # datasets keeps what it made, by these arguments: another version of the world must not find the old pairs
+        gen_kwargs={"shards": shards, "seed": seed, "options": options | {"world": _fingerprint()}},
         num_proc=len(shards) if len(shards) > 1 else None,
         split=split,
     )
@@ -124,7 +128,17 @@ def _check_arguments(num_pairs, split, levels, num_objects, num_relations, relat
         )
 
 
+@cache
+def _fingerprint() -> str:
+    """Hash of the source code that pairs depend on."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 def _generate_pairs(shards: list[list[int]], seed: int, options: dict) -> Iterator[dict]:
+    options = {name: value for name, value in options.items() if name != "world"}
     for index in itertools.chain.from_iterable(shards):
         yield from _make_pair(index, seed, **options)
 

@@ -1,0 +1,165 @@
+"""What the tiny backbone is pretrained on: true and false sentences about rendered scenes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from trl_spatial.scenes import (
+    COLORS,
+    REGIONS,
+    RELATIONS,
+    SHAPES,
+    Entity,
+    LayoutError,
+    LocatedObject,
+    PlacedObject,
+    Relation,
+    SceneGraph,
+    Verdict,
+    describe_scene,
+    perturb,
+    place_together,
+    render_layout,
+    sample_graph,
+    sample_style,
+)
+from trl_spatial.scenes.shapes import signed_distance
+
+
+ANSWERS = (" no", " yes")
+_OCCLUSION = ("front_of", "behind")
+_CONTAINMENT = ("inside", "contains")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A rendered scene, the graph it shows, a perturbed graph that it does not show, and where its objects are."""
+
+    image: np.ndarray  # (image_size, image_size, 3), uint8
+    graph: SceneGraph
+    perturbed: SceneGraph
+    objects: tuple[PlacedObject, ...]
+    content: np.ndarray  # (rows, columns, 2), uint8: color and shape at the center of every patch; 0 is background
+
+
+def make_scene(seed: int, *, relations: tuple[str, ...], image_size: int, patch_size: int, split: str) -> Scene:
+    """Draw a scene of two to four objects and one to four relations, one to three of them changed in the other graph."""
+    rng = np.random.default_rng(seed)
+    while True:
+        num_objects = int(rng.integers(2, 5))
+        num_relations = int(rng.integers(1, {2: 1, 3: 3, 4: 4}[num_objects] + 1))
+        try:
+            graph = sample_graph(
+                rng, num_objects=num_objects, num_relations=num_relations, relations=relations, split=split
+            )
+            perturbed, _ = perturb(graph, rng, int(rng.integers(1, num_relations + 1)))
+            objects, _ = place_together([graph, perturbed], rng)
+        except (LayoutError, ValueError):
+            continue
+        image = np.asarray(render_layout(objects, sample_style(graph.entities, rng), image_size))
+        return Scene(image, graph, perturbed, tuple(objects), _content(objects, image_size // patch_size))
+
+
+def _content(objects: list[PlacedObject], size: int) -> np.ndarray:
+    centers = (np.arange(size) + 0.5) / size
+    content = np.zeros((size, size, 2), np.uint8)
+    for o in objects:  # those in front come last
+        is_covered = signed_distance(o.entity.shape, centers - o.x, centers[:, None] - o.y, o.radius) < 0
+        content[is_covered] = list(COLORS).index(o.entity.color) + 1, SHAPES.index(o.entity.shape) + 1
+    return content
+
+
+def judge(relation: Relation, scene: Scene) -> Verdict:
+    """Verdict on a relation by the placement; what only pixels tell is taken from the graph, or left open."""
+    name, arguments = relation.name, relation.arguments
+    pair = next((r for r in scene.graph.relations if set(r.arguments) == set(arguments)), None)
+    if name in _OCCLUSION:
+        if pair is None or pair.name not in _OCCLUSION:
+            return Verdict.UNDECIDABLE
+        is_same = (pair.name == name) == (pair.arguments == arguments)
+        return Verdict.SATISFIED if is_same else Verdict.VIOLATED
+    if pair is not None and pair.name in _CONTAINMENT:
+        if name in _CONTAINMENT:
+            is_same = (pair.name == name) == (pair.arguments == arguments)
+            return Verdict.SATISFIED if is_same else Verdict.VIOLATED
+        return Verdict.VIOLATED if name in ("next_to", "far_from") else Verdict.UNDECIDABLE
+    if name in _CONTAINMENT:
+        return Verdict.VIOLATED
+    located = {
+        o.entity: LocatedObject(o.entity.color, o.entity.shape, o.x, o.y, o.radius, 1.0, np.zeros((1, 1), bool))
+        for o in scene.objects
+    }
+    return RELATIONS[name].check([located[entity] for entity in arguments], relation.region)[0]
+
+
+def sample_statement(scene: Scene, is_true: bool, rng: np.random.Generator, relations: tuple[str, ...]) -> str | None:
+    """A relation of the scene that is true or false as asked, in words, or `None` if the draw found none."""
+    entities = scene.graph.entities
+    names = [name for name in relations if RELATIONS[name].num_arguments <= len(entities)]
+    for _ in range(12):
+        if is_true and rng.random() < 0.5:
+            relation = scene.graph.relations[rng.integers(len(scene.graph.relations))]
+        elif not is_true and rng.random() < 0.5:
+            changed = [r for r in scene.perturbed.relations if r not in scene.graph.relations]
+            relation = changed[rng.integers(len(changed))]
+        else:
+            name = names[rng.integers(len(names))]
+            order = rng.permutation(len(entities))[: RELATIONS[name].num_arguments]
+            region = list(REGIONS)[rng.integers(len(REGIONS))] if name == "at" else None
+            relation = Relation(name, tuple(entities[i] for i in order), region)
+        if judge(relation, scene) == (Verdict.SATISFIED if is_true else Verdict.VIOLATED):
+            return describe_scene(SceneGraph(relation.arguments, (relation,)), seed=int(rng.integers(2**31)))
+    return None
+
+
+def _absent(entities: tuple[Entity, ...], rng: np.random.Generator) -> Entity:
+    """An object that is not in the scene; one in two shares a color or a shape with one that is."""
+    while True:
+        like = entities[rng.integers(len(entities))]
+        color = like.color if rng.random() < 0.3 else list(COLORS)[rng.integers(len(COLORS))]
+        shape = like.shape if rng.random() < 0.3 else SHAPES[rng.integers(len(SHAPES))]
+        if (color, shape) not in {(entity.color, entity.shape) for entity in entities}:
+            return Entity(color, shape)
+
+
+def describe_objects(scene: Scene, rng: np.random.Generator) -> str:
+    """All objects of the scene in random order, then where each of them is."""
+    entities = [scene.graph.entities[i] for i in rng.permutation(len(scene.graph.entities))]
+    places = [Relation("at", (entity,), region) for entity in entities for region in REGIONS]
+    true_places = [relation for relation in places if judge(relation, scene) == Verdict.SATISFIED]
+    return describe_scene(
+        SceneGraph(tuple(entities), tuple(true_places)), seed=int(rng.integers(2**31)), length="long"
+    )
+
+
+def ask_for_objects(scene: Scene, rng: np.random.Generator, num_statements: int) -> list[tuple[str, bool]]:
+    """Sentences that an object is in the scene, each with its truth. They stand alone: after other sentences, which
+    objects had been mentioned would give the answer away."""
+    entities = scene.graph.entities
+    questions = []
+    for _ in range(num_statements):
+        is_true = bool(rng.integers(2))
+        entity = entities[rng.integers(len(entities))] if is_true else _absent(entities, rng)
+        questions.append((describe_scene(SceneGraph((entity,)), seed=int(rng.integers(2**31))), is_true))
+    return questions
+
+
+def ask_for_relations(
+    scene: Scene, rng: np.random.Generator, relations: tuple[str, ...], num_statements: int
+) -> list[tuple[str, bool]]:
+    """Sentences that a relation holds in the scene, each with its truth."""
+    questions = []
+    for _ in range(num_statements):
+        is_true = bool(rng.integers(2))
+        statement = sample_statement(scene, is_true, rng, relations)
+        if statement is not None:
+            questions.append((statement, is_true))
+    return questions
+
+
+def make_caption(scene: Scene, rng: np.random.Generator) -> tuple[str, bool]:
+    """A whole caption, of the scene's own graph or of the perturbed one, with its truth."""
+    is_true = bool(rng.integers(2))
+    graph = scene.graph if is_true else scene.perturbed
+    length = ("short", "long")[rng.integers(2)]
+    return describe_scene(graph, seed=int(rng.integers(2**31)), length=length), is_true
