@@ -1,0 +1,333 @@
+import json
+import pickle
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image, IterableDataset, Value
+from PIL import Image as PILImage
+from torch.utils.data import DataLoader
+
+from trl_spatial.gaussian_reward.data import DataCollatorForSpatialPreference, PreferencePairs, prepare_pairs
+
+
+FORMS = ["pil", "bytes", "dictionary of bytes", "dictionary of path", "path", "Image", "Image of paths"]
+
+
+def picture(seed, width=32, height=32):
+    return PILImage.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def encoded(image, **kwargs):
+    file = BytesIO()
+    image.save(file, **({"format": "PNG"} | kwargs))
+    return file.getvalue()
+
+
+def rows_with_reverse(num_rows=4):
+    return [
+        {
+            "prompt": f"a cube left of {row} spheres",
+            "perturbed_prompt": f"a cube right of {row} spheres",
+            "chosen": {"bytes": encoded(picture(2 * row)), "path": None},
+            "rejected": {"bytes": encoded(picture(2 * row + 1, width=48)), "path": None},
+        }
+        for row in range(num_rows)
+    ]
+
+
+def as_dataset(rows, kind):
+    if kind == "map":
+        return Dataset.from_list(rows)
+    return IterableDataset.from_generator(lambda: iter(rows))
+
+
+def truncated(image):
+    data = encoded(image)
+    return data[: len(data) // 2]
+
+
+def in_form(image, form, path):
+    data = encoded(image)
+    path.write_bytes(data)
+    return {
+        "pil": image,
+        "bytes": data,
+        "dictionary of bytes": {"bytes": data, "path": None},
+        "dictionary of path": {"bytes": None, "path": str(path)},
+        "path": str(path),
+        "Image": image,
+        "Image of paths": str(path),
+    }[form]
+
+
+@pytest.mark.parametrize("kind", ["map", "stream"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_image_gives_the_same_batch(processor, tmp_path, form, kind):
+    pictures = {"chosen": [picture(0), picture(1)], "rejected": [picture(2), picture(3)]}
+    prompts = ["a red cube", "a blue sphere on a table"]
+    rows = [
+        {"prompt": prompt}
+        | {column: in_form(pictures[column][i], form, tmp_path / f"{column}{i}") for column in pictures}
+        for i, prompt in enumerate(prompts)
+    ]
+    if kind == "map":
+        features = Features({"prompt": Value("string"), "chosen": Image(), "rejected": Image()})
+        dataset = Dataset.from_list(rows, features=features if form.startswith("Image") else None)
+    elif form.startswith("Image"):
+        features = Features({"prompt": Value("string"), "chosen": Image(), "rejected": Image()})
+        dataset = Dataset.from_list(rows, features=features).to_iterable_dataset()
+    else:
+        dataset = IterableDataset.from_generator(lambda: iter(rows))
+    batch = DataCollatorForSpatialPreference(processor)(list(prepare_pairs(dataset, processor)))
+    expected = processor(prompts + prompts, pictures["chosen"] + pictures["rejected"])
+    assert batch.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(batch[name], expected[name]), name
+
+
+@pytest.mark.parametrize("kind", ["map", "stream"])
+def test_reverse_pairs_prefer_the_other_image_for_the_perturbed_prompt(processor, kind):
+    rows = rows_with_reverse()
+    pairs = list(prepare_pairs(as_dataset(rows, kind), processor))
+    seen = [(pair["prompt"], pair["chosen"]["bytes"], pair["rejected"]["bytes"]) for pair in pairs]
+    expected = []
+    for row in rows:
+        expected.append((row["prompt"], row["chosen"]["bytes"], row["rejected"]["bytes"]))
+        expected.append((row["perturbed_prompt"], row["rejected"]["bytes"], row["chosen"]["bytes"]))
+    assert seen == expected
+
+
+@pytest.mark.parametrize("kind", ["map", "stream"])
+def test_reverse_pairs_can_be_left_out(processor, kind):
+    rows = rows_with_reverse()
+    pairs = list(prepare_pairs(as_dataset(rows, kind), processor, use_reverse_pairs=False))
+    assert [pair["prompt"] for pair in pairs] == [row["prompt"] for row in rows]
+    # a bad perturbed prompt is nobody's concern then
+    rows[0]["perturbed_prompt"] = ""
+    assert len(list(prepare_pairs(as_dataset(rows, kind), processor, use_reverse_pairs=False))) == len(rows)
+
+
+@pytest.mark.parametrize("kind", ["map", "stream"])
+def test_preparing_twice_changes_nothing(processor, kind):
+    once = prepare_pairs(as_dataset(rows_with_reverse(), kind), processor)
+    assert list(prepare_pairs(once, processor)) == list(once)
+
+
+def test_pairs_of_a_shuffled_selection_are_its_rows_in_its_order(processor):
+    rows = rows_with_reverse(6)
+    dataset = Dataset.from_list(rows).shuffle(seed=1).select(range(2, 5))
+    pairs = prepare_pairs(dataset, processor, use_reverse_pairs=False)
+    assert isinstance(pairs, PreferencePairs)
+    assert [pairs[i]["prompt"] for i in range(len(pairs))] == dataset["prompt"][:]
+
+
+def test_the_format_of_a_dataset_does_not_matter(processor):
+    dataset = Dataset.from_list(rows_with_reverse()).cast_column("chosen", Image()).with_format("numpy")
+    assert len(prepare_pairs(dataset, processor)) == 8
+
+
+@pytest.mark.parametrize("kind", ["map", "stream"])
+def test_margins_reach_the_batch_one_per_pair(processor, kind):
+    rows = [row | {"margin": 0.5 * i} for i, row in enumerate(rows_with_reverse(3))]
+    pairs = list(prepare_pairs(as_dataset(rows, kind), processor))
+    batch = DataCollatorForSpatialPreference(processor)(pairs)
+    assert batch["margin"].tolist() == [0.0, 0.0, 0.5, 0.5, 1.0, 1.0]
+    assert len(batch["input_ids"]) == 12
+
+
+# What is wrong with row 2, in which column the message says so, and in which words.
+FAULTS = {
+    "no image": ({"chosen": None}, "chosen", "None is a NoneType"),
+    "image without content": ({"chosen": {"bytes": None, "path": None}}, "chosen", "is a NoneType"),
+    "not an image": ({"rejected": {"bytes": b"hello", "path": None}}, "rejected", "<5 bytes>.* cannot be opened"),
+    "missing file": ({"rejected": {"bytes": None, "path": "no/such.png"}}, "rejected", "no/such.png.* cannot be open"),
+    "empty prompt": ({"prompt": " \n"}, "prompt", r"' \\n' is empty"),
+    "no prompt": ({"prompt": None}, "prompt", "None is a NoneType, not a string"),
+    "empty perturbed prompt": ({"perturbed_prompt": ""}, "perturbed_prompt", "is empty"),
+    "perturbed prompt is the prompt": (
+        {"perturbed_prompt": "a cube left of 2 spheres"},
+        "perturbed_prompt",
+        "contradict",
+    ),
+    "long prompt": ({"prompt": "cube " * 300}, "prompt", "'cube cube .* tokens .* `max_length` is 200"),
+    "long perturbed prompt": ({"perturbed_prompt": "cube " * 300}, "perturbed_prompt", "`max_length` is 200"),
+    "margin is not finite": ({"margin": float("nan")}, "margin", "nan is not a finite number"),
+    "no margin": ({"margin": None}, "margin", "None is not a finite number"),
+    "narrow image": ({"chosen": {"bytes": encoded(picture(9, 1, 300)), "path": None}}, "chosen", "1x300"),
+    "same image twice": (
+        {"chosen": {"bytes": encoded(picture(5, 48)), "path": None}},
+        "rejected",
+        "is the chosen image",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["map", "stream"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_row_is_named_or_left_out_and_listed(processor, tmp_path, fault, kind):
+    change, column, words = FAULTS[fault]
+    rows = [row | {"margin": 1.0} for row in rows_with_reverse()]
+    rows[2] |= change
+
+    with pytest.raises(
+        ValueError, match=rf"(?s)Row 2 of the train dataset, column `{column}`: .*{words}.*skip_bad_rows"
+    ):
+        list(prepare_pairs(as_dataset(rows, kind), processor, max_length=200))
+
+    file = tmp_path / "bad_rows.jsonl"
+    pairs = prepare_pairs(
+        as_dataset(rows, kind), processor, max_length=200, skip_bad_rows=True, bad_rows_file=file, num_threads=2
+    )
+    file.unlink(missing_ok=True)  # a stream has listed what it read to find its first pair
+    if kind == "map":
+        pairs = prepare_pairs(
+            as_dataset(rows, kind), processor, max_length=200, skip_bad_rows=True, bad_rows_file=file, num_threads=2
+        )
+    good = [row for i, row in enumerate(rows) if i != 2]
+    assert [pair["prompt"] for pair in pairs] == [
+        prompt for row in good for prompt in (row["prompt"], row["perturbed_prompt"])
+    ]
+    (line,) = file.read_text().splitlines()
+    record = json.loads(line)
+    assert (record["dataset"], record["row"], record["column"]) == ("train", 2, column)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("kind", ["map", "stream"])
+def test_damage_behind_the_header_is_found_where_batches_are_made_and_names_the_row(processor, kind, num_workers):
+    rows = rows_with_reverse()
+    rows[3]["rejected"] = {"bytes": truncated(picture(1)), "path": None}
+    pairs = prepare_pairs(as_dataset(rows, kind), processor)
+    loader = DataLoader(
+        pairs, batch_size=1, collate_fn=DataCollatorForSpatialPreference(processor), num_workers=num_workers
+    )
+    with pytest.raises(
+        ValueError, match=r"Row 3, column `rejected`: .* bytes>.* cannot be decoded.*skip_bad_rows"
+    ) as error:
+        list(loader)
+    assert ("worker process" in str(error.value)) == (num_workers > 0)
+    # with `skip_bad_rows` it is found before
+    assert len(list(prepare_pairs(as_dataset(rows, kind), processor, skip_bad_rows=True))) == 6
+
+
+@pytest.mark.parametrize("kind", ["map", "stream"])
+def test_images_stay_undecoded_until_a_batch_is_made(processor, kind):
+    rows = rows_with_reverse()
+    rows[0]["chosen"] = {"bytes": truncated(picture(1)), "path": None}  # would fail if it were decoded
+    dataset = Dataset.from_list(rows).cast_column("chosen", Image()).cast_column("rejected", Image())
+    pairs = list(prepare_pairs(dataset if kind == "map" else dataset.to_iterable_dataset(), processor))
+    assert [pair["chosen"] for pair in pairs[::2]] == [row["chosen"] for row in rows]
+
+
+def test_damage_in_a_reverse_pair_is_blamed_on_the_column_of_the_dataset(processor):
+    rows = rows_with_reverse()
+    rows[1]["rejected"] = {"bytes": truncated(picture(1)), "path": None}
+    reverse = prepare_pairs(Dataset.from_list(rows), processor)[3]
+    with pytest.raises(ValueError, match="Row 1, column `rejected`"):
+        DataCollatorForSpatialPreference(processor)([reverse])
+
+
+def test_an_image_without_pixels_is_a_bad_row(processor):
+    rows = rows_with_reverse(2)
+    rows[1]["rejected"]["bytes"] = b"P6 0 8 255\n"
+    with pytest.raises(
+        ValueError, match=r"Row 1 of the train dataset, column `rejected`: .*(no pixels|cannot be opened)"
+    ):
+        prepare_pairs(Dataset.from_list(rows), processor)
+    rows[1]["rejected"] = PILImage.new("RGB", (0, 8))
+    with pytest.raises(ValueError, match=r"Row 1 of the train dataset, column `rejected`: <image of 0x8 .* no pixels"):
+        list(prepare_pairs(as_dataset(rows, "stream"), processor))
+
+
+def test_the_limit_is_the_length_of_the_row_in_tokens(processor):
+    rows = rows_with_reverse(2)
+    dataset = Dataset.from_list(rows)
+    collator = DataCollatorForSpatialPreference(processor)
+    longest = collator(list(prepare_pairs(dataset, processor)))["input_ids"].shape[1]
+    assert len(prepare_pairs(dataset, processor, max_length=longest)) == 4
+    with pytest.raises(ValueError, match=f"makes {longest} tokens"):
+        prepare_pairs(dataset, processor, max_length=longest - 1)
+
+
+@pytest.mark.parametrize("kind", ["map", "stream"])
+@pytest.mark.parametrize("missing", ["prompt", "chosen", "rejected", "perturbed_prompt"])
+def test_a_missing_column_is_named_with_those_that_are_there(processor, kind, missing):
+    rows = [{**row, "extra": 1} for row in rows_with_reverse()]
+    for row in rows:
+        del row[missing]
+    with pytest.raises(ValueError, match=rf"has no column `{missing}`; it has \[.*'extra'.*rename_column"):
+        prepare_pairs(as_dataset(rows, kind), processor, use_reverse_pairs=True)
+
+
+@pytest.mark.parametrize("kind", ["map", "stream"])
+def test_an_empty_dataset_is_an_error(processor, kind):
+    dataset = Dataset.from_list(rows_with_reverse()).select([]) if kind == "map" else as_dataset([], kind)
+    with pytest.raises(ValueError, match="The eval dataset is empty"):
+        prepare_pairs(dataset, processor, dataset_name="eval")
+
+
+@pytest.mark.parametrize("as_stream", [False, True])
+@pytest.mark.parametrize(
+    "column, values",
+    [
+        ("prompt", [1, 2]),
+        ("prompt", [["a"], ["b"]]),
+        ("chosen", [1, 2]),
+        ("rejected", [["a.png"], ["b.png"]]),
+        ("margin", ["1", "2"]),
+    ],
+)
+def test_a_column_of_a_wrong_type_is_named_with_what_it_holds(processor, column, values, as_stream):
+    rows = [row | {column: value} for row, value in zip(rows_with_reverse(2), values, strict=True)]
+    dataset = Dataset.from_list(rows)
+    with pytest.raises(ValueError, match=rf"Column `{column}` of the train dataset holds (Value|List)"):
+        prepare_pairs(dataset.to_iterable_dataset() if as_stream else dataset, processor, skip_bad_rows=True)
+
+
+def test_a_dataset_of_one_pair_over_and_over_is_an_error(processor):
+    row = rows_with_reverse(1)[0]
+    with pytest.raises(ValueError, match="All 3 rows of the train dataset are the same pair"):
+        prepare_pairs(Dataset.from_list([row] * 3), processor)
+    assert len(prepare_pairs(Dataset.from_list([row]), processor)) == 2
+    other = row | {"prompt": "another prompt"}
+    assert len(prepare_pairs(Dataset.from_list([row, row, other]), processor)) == 6
+
+
+@pytest.mark.parametrize("kind", ["map", "stream"])
+def test_nothing_but_bad_rows_is_an_error_even_if_they_may_be_skipped(processor, kind, tmp_path):
+    rows = [row | {"prompt": ""} for row in rows_with_reverse()]
+    with pytest.raises(ValueError, match=r"All .*rows of the train dataset are bad"):
+        prepare_pairs(as_dataset(rows, kind), processor, skip_bad_rows=True, bad_rows_file=tmp_path / "bad.jsonl")
+
+
+def test_a_transform_is_refused_because_it_would_be_lost(processor):
+    dataset = Dataset.from_list(rows_with_reverse()).with_transform(lambda batch: batch)
+    with pytest.raises(ValueError, match="reset_format"):
+        prepare_pairs(dataset, processor)
+
+
+def test_equal_files_under_different_names_are_the_same_image(processor, tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(encoded(picture(0)))
+    row = {"prompt": "a cube", "chosen": str(tmp_path / "a.png"), "rejected": str(tmp_path / "b.png")}
+    with pytest.raises(ValueError, match="is the chosen image"):
+        prepare_pairs(Dataset.from_list([row]), processor)
+
+
+def test_checking_reads_headers_only(processor, tmp_path):
+    """Files of 81 million pixels that are not even there pass: the header says enough, the rest comes when it is used."""
+    header = b"P6 9000 9000 255\n"
+    for name, data in (("a.ppm", b"0" * 10), ("b.ppm", b"1" * 10)):
+        (tmp_path / name).write_bytes(header + data)
+    row = {"prompt": "a cube", "chosen": str(tmp_path / "a.ppm"), "rejected": str(tmp_path / "b.ppm")}
+    assert len(prepare_pairs(Dataset.from_list([row]), processor)) == 1
+
+
+def test_pairs_and_collator_travel_to_spawned_workers(processor):
+    pairs = prepare_pairs(Dataset.from_list(rows_with_reverse()), processor)
+    pairs_there, collator_there = pickle.loads(pickle.dumps((pairs, DataCollatorForSpatialPreference(processor))))
+    here = DataCollatorForSpatialPreference(processor)([pairs[0], pairs[1]])
+    there = collator_there([pairs_there[0], pairs_there[1]])
+    assert all(torch.equal(here[name], there[name]) for name in here)

@@ -1,0 +1,331 @@
+"""Preference pairs of images: checked before training, seen in both directions, decoded where batches are made."""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from datasets import Dataset, Image, IterableDataset
+from PIL import Image as PILImage
+from tqdm.auto import tqdm
+from transformers.data.data_collator import DataCollatorMixin
+
+from .processing import SpatialScoreProcessor, load_image
+from .row_checks import (
+    IMAGE_COLUMNS,
+    WAY_OUT,
+    BadRow,
+    RowChecker,
+    as_image_source,
+    check_types,
+    is_same_image,
+    pick_columns,
+    shorten,
+    write_bad_rows,
+)
+
+
+logger = logging.getLogger(__name__)
+
+# Where a pair comes from: the number of its row in the dataset that `prepare_pairs` was given, and whether it is the
+# reverse pair, whose columns are swapped. For messages.
+ROW_COLUMN, IS_REVERSE_COLUMN = "__row__", "__is_reverse__"
+
+
+class PreferencePairs(torch.utils.data.Dataset):
+    """
+    View of a dataset as pairs. Nothing is copied: adding or renaming columns of a selected or shuffled
+    [`~datasets.Dataset`] would rewrite its images.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows with the columns `prompt`, `chosen` and `rejected`, images undecoded.
+        rows (`Sequence[int]`):
+            Numbers of the rows that are used.
+        use_reverse_pairs (`bool`):
+            Whether each row also gives its reverse pair, right after it.
+    """
+
+    def __init__(self, dataset: Dataset, rows: Sequence[int], use_reverse_pairs: bool):
+        self.dataset = dataset
+        self.rows = rows
+        self.use_reverse_pairs = use_reverse_pairs
+
+    def __len__(self) -> int:
+        return len(self.rows) * (1 + self.use_reverse_pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        position, is_reverse = divmod(index, 2) if self.use_reverse_pairs else (index, 0)
+        row_number = self.rows[position]
+        row = {**self.dataset[row_number], ROW_COLUMN: row_number, IS_REVERSE_COLUMN: False}
+        return reverse_pair(row) if is_reverse else row
+
+
+class _PairStream:
+    """Maps a streamed row, as a batch of one, to its pairs: none if it is bad, two if it has a reverse."""
+
+    def __init__(
+        self,
+        checker: RowChecker,
+        *,
+        use_reverse_pairs: bool,
+        skip_bad_rows: bool,
+        bad_rows_file: Path | None,
+        dataset_name: str,
+    ):
+        self.checker = checker
+        self.use_reverse_pairs = use_reverse_pairs
+        self.skip_bad_rows = skip_bad_rows
+        self.bad_rows_file = bad_rows_file
+        self.dataset_name = dataset_name
+        self.num_bad_rows = 0
+
+    def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        row = {column: values[0] for column, values in batch.items()}
+        row |= {ROW_COLUMN: indices[0], IS_REVERSE_COLUMN: False}
+        bad_row = self.checker.find_fault(row, self.dataset_name, indices[0])
+        if bad_row is None:
+            pairs = [row, reverse_pair(row)] if self.use_reverse_pairs else [row]
+        elif self.skip_bad_rows:
+            pairs = []
+            self._report(bad_row)
+        else:
+            raise ValueError(f"{bad_row} {WAY_OUT}")
+        return {column: [pair[column] for pair in pairs] for column in row}
+
+    def _report(self, bad_row: BadRow) -> None:
+        write_bad_rows([bad_row], self.bad_rows_file)
+        self.num_bad_rows += 1
+        if math.log10(self.num_bad_rows).is_integer():  # 1, 10, 100, ...: not a flood
+            logger.warning("Bad rows left out so far: %d. The last one: %s", self.num_bad_rows, bad_row)
+
+
+@dataclass
+class DataCollatorForSpatialPreference(DataCollatorMixin):
+    """
+    Data collator used for pairs of images. It runs in the workers of the [`~torch.utils.data.DataLoader`] and is where
+    images are decoded, resized and cut into patches.
+
+    This collator expects each example in the input list to be a dictionary with the keys `"prompt"`, `"chosen"` and
+    `"rejected"`, the last two being images as PIL, bytes, paths or `{"bytes", "path"}` dictionaries. It returns what
+    the processor makes of the rows, the first half with the chosen and the second half with the rejected images:
+    - `"input_ids"`, `"attention_mask"`, `"mm_token_type_ids"`: Tensors of shape `(2 * num_pairs, sequence_length)`.
+    - `"pixel_values"`: Tensor of shape `(total_patches, patch_dim)`, the patches of all images in the same order.
+    - `"image_grid_thw"`: Tensor of shape `(2 * num_pairs, 3)`.
+
+    Optionally, the examples can contain a `"margin"` key, in which case the returned dictionary will also contain a
+    `"margin"` key with a tensor of shape `(num_pairs,)`.
+
+    Args:
+        processor ([`SpatialScoreProcessor`]):
+            Processor of the reward model.
+        return_tensors (`str`, *optional*, defaults to `"pt"`):
+            Type of Tensor to return. Only `"pt"` is currently supported.
+    """
+
+    processor: SpatialScoreProcessor
+    return_tensors: str = "pt"
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        prompts = [example["prompt"] for example in examples]
+        images = [self._load_image(example, column) for column in IMAGE_COLUMNS for example in examples]
+        output = dict(self.processor(prompts + prompts, images))
+        if "margin" in examples[0]:
+            output["margin"] = torch.tensor([example["margin"] for example in examples], dtype=torch.float)
+        return output
+
+    def _load_image(self, example: dict[str, Any], column: str) -> PILImage.Image:
+        try:
+            return load_image(as_image_source(example[column]))
+        except ValueError as error:
+            value = shorten(example[column])
+            if example.get(IS_REVERSE_COLUMN):
+                column = IMAGE_COLUMNS[1 - IMAGE_COLUMNS.index(column)]
+            row = example.get(ROW_COLUMN, "of unknown number")
+            raise ValueError(f"Row {row}, column `{column}`: {value} {error}. {WAY_OUT}") from error
+
+
+def prepare_pairs(
+    dataset: Dataset | IterableDataset,
+    processor: SpatialScoreProcessor,
+    *,
+    dataset_name: str = "train",
+    max_length: int | None = None,
+    use_reverse_pairs: bool | None = None,
+    skip_bad_rows: bool = False,
+    bad_rows_file: Path | None = None,
+    num_threads: int | None = None,
+    show_progress: bool = True,
+) -> PreferencePairs | IterableDataset:
+    """
+    Checks a preference dataset and turns it into pairs for [`DataCollatorForSpatialPreference`].
+
+    A [`~datasets.Dataset`] is checked row by row at once: texts, lengths and the headers of the images. A stream is
+    checked while it is read. Images stay undecoded, except that with `skip_bad_rows` each is decoded once to see
+    whether it can be.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows with the columns `prompt` (`str`), `chosen` and `rejected` (images as PIL, bytes, paths,
+            `{"bytes", "path"}` or [`~datasets.Image`]), and optionally `margin` (`float`) and `perturbed_prompt`
+            (`str`). Other columns are not used.
+        processor ([`SpatialScoreProcessor`]):
+            Processor of the reward model.
+        dataset_name (`str`, *optional*, defaults to `"train"`):
+            Name for messages.
+        max_length (`int`, *optional*):
+            Maximum number of tokens of a row, image tokens included.
+        use_reverse_pairs (`bool`, *optional*):
+            Whether each row also gives the pair (`perturbed_prompt`, `rejected` over `chosen`). If `None`, when the
+            dataset has a `perturbed_prompt` column.
+        skip_bad_rows (`bool`, *optional*, defaults to `False`):
+            Whether rows that cannot be used are left out and reported instead of being an error.
+        bad_rows_file (`Path`, *optional*):
+            Where they are listed, one JSON object per line, appended.
+        num_threads (`int`, *optional*):
+            Number of threads that check a [`~datasets.Dataset`]. If `None`, one.
+        show_progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar if the check takes more than a few seconds.
+
+    Returns:
+        [`PreferencePairs`] or [`~datasets.IterableDataset`]:
+            The pairs, in the order of the rows. A dataset that was prepared before is returned as it is.
+
+    Raises:
+        `ValueError`: If the dataset is empty, lacks a column, holds a column of a wrong type, holds the same row only,
+            or, unless `skip_bad_rows`, holds a bad row. The message names row, column, value and the way out.
+    """
+    if isinstance(dataset, PreferencePairs):
+        return dataset
+    dataset = _as_stored(dataset, dataset_name)
+    first_row = next(iter(dataset), None)
+    if first_row is None:
+        raise ValueError(f"The {dataset_name} dataset is empty. Check its split and its filters.")
+    if ROW_COLUMN in first_row:
+        return dataset
+
+    columns = pick_columns(list(first_row), use_reverse_pairs, dataset_name)
+    use_reverse_pairs = "perturbed_prompt" in columns
+    if dataset.features is not None:
+        check_types(dataset.features, columns, dataset_name)
+    checker = RowChecker(
+        processor, use_reverse_pairs=use_reverse_pairs, max_length=max_length, decode_images=skip_bad_rows
+    )
+
+    if isinstance(dataset, IterableDataset):
+        to_pairs = _PairStream(
+            checker,
+            use_reverse_pairs=use_reverse_pairs,
+            skip_bad_rows=skip_bad_rows,
+            bad_rows_file=bad_rows_file,
+            dataset_name=dataset_name,
+        )
+        stream = dataset.map(to_pairs, with_indices=True, batched=True, batch_size=1)
+        if skip_bad_rows and next(iter(stream), None) is None:
+            raise ValueError(f"All rows of the {dataset_name} dataset are bad; they are listed in {bad_rows_file}.")
+        return stream
+
+    dataset = dataset.select_columns(columns)
+    bad_rows = []
+    for bad_row in _find_bad_rows(dataset, checker, dataset_name, num_threads or 1, show_progress):
+        if not skip_bad_rows:
+            raise ValueError(f"{bad_row} {WAY_OUT}")
+        bad_rows.append(bad_row)
+    rows = _without_bad_rows(len(dataset), bad_rows, bad_rows_file, dataset_name)
+    _check_not_all_same(dataset, rows, dataset_name)
+    return PreferencePairs(dataset, rows, use_reverse_pairs)
+
+
+def reverse_pair(pair: dict[str, Any]) -> dict[str, Any]:
+    """The same two images for the perturbed prompt, which prefers the other one."""
+    return {
+        **pair,
+        "prompt": pair["perturbed_prompt"],
+        "perturbed_prompt": pair["prompt"],
+        "chosen": pair["rejected"],
+        "rejected": pair["chosen"],
+        IS_REVERSE_COLUMN: True,
+    }
+
+
+def _as_stored(dataset: Dataset | IterableDataset, dataset_name: str) -> Dataset | IterableDataset:
+    """The dataset as it is stored: no formats, images not decoded."""
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        raise ValueError(
+            f"The {dataset_name} dataset has a transform (`set_transform`), which would not be applied. Apply it with "
+            "`dataset.map`, or remove it with `dataset.reset_format()`."
+        )
+    dataset = dataset.with_format(None)
+    for column in IMAGE_COLUMNS:
+        if dataset.features is not None and isinstance(dataset.features.get(column), Image):
+            dataset = dataset.cast_column(column, Image(decode=False))
+    return dataset
+
+
+def _find_bad_rows(
+    dataset: Dataset, checker: RowChecker, dataset_name: str, num_threads: int, show_progress: bool
+) -> Iterator[BadRow]:
+    rows = enumerate(_iter_arrow(dataset))
+    # A bar for the impatient only: most checks are over before it would appear.
+    bar = tqdm(total=len(dataset), desc=f"Checking {dataset_name} dataset", delay=3, disable=not show_progress)
+    with bar, ThreadPoolExecutor(num_threads) as pool:
+        # In chunks, as `pool.map` would read all rows before it returns the first result.
+        while chunk := list(islice(rows, 8 * num_threads)):
+            faults = pool.map(lambda item: checker.find_fault(item[1], dataset_name, item[0]), chunk)
+            yield from (bad_row for bad_row in faults if bad_row is not None)
+            bar.update(len(chunk))
+
+
+def _iter_arrow(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """Rows whose images are views of the dataset's memory, so that reading a header does not read the file."""
+    for table in dataset.with_format("arrow").iter(batch_size=100):
+        for index in range(table.num_rows):
+            yield {column: _view(table.column(column)[index]) for column in table.column_names}
+
+
+def _view(scalar: pa.Scalar) -> Any:
+    if isinstance(scalar, pa.StructScalar) and scalar.is_valid:
+        return {key: _view(scalar[key]) for key in scalar}
+    if pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type):
+        return scalar.as_buffer()
+    return scalar.as_py()
+
+
+def _without_bad_rows(
+    num_rows: int, bad_rows: list[BadRow], bad_rows_file: Path | None, dataset_name: str
+) -> Sequence[int]:
+    if not bad_rows:
+        return range(num_rows)
+    write_bad_rows(bad_rows, bad_rows_file)
+    if len(bad_rows) == num_rows:
+        raise ValueError(f"All {num_rows} rows of the {dataset_name} dataset are bad. The first: {bad_rows[0]}")
+    logger.warning(
+        "Left out %d of the %d rows of the %s dataset, listed in %s. The first: %s",
+        len(bad_rows),
+        num_rows,
+        dataset_name,
+        bad_rows_file,
+        bad_rows[0],
+    )
+    excluded = {bad_row.row for bad_row in bad_rows}
+    return [row for row in range(num_rows) if row not in excluded]
+
+
+def _check_not_all_same(dataset: Dataset, rows: Sequence[int], dataset_name: str) -> None:
+    first = dataset[rows[0]]
+    for row in rows[1:]:  # ends at the first difference, nearly always at once
+        other = dataset[row]
+        is_same = other["prompt"] == first["prompt"]
+        if not (is_same and all(is_same_image(other[column], first[column]) for column in IMAGE_COLUMNS)):
+            return
+    if len(rows) > 1:
+        raise ValueError(
+            f"All {len(rows)} rows of the {dataset_name} dataset are the same pair, {shorten(first)}: there is nothing "
+            "to learn from the second one on. Check how the dataset was built."
+        )

@@ -1,0 +1,440 @@
+import shutil
+import textwrap
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from huggingface_hub import ModelCard
+from peft import PeftConfig, PeftModel
+from transformers import (
+    BitsAndBytesConfig,
+    DataCollator,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, PredictionOutput, TrainOutput
+from transformers.utils import PushInProgress
+from transformers.utils.hub import hf_api
+from trl import RewardTrainer
+
+from .config import GaussianRewardConfig
+from .data import IS_REVERSE_COLUMN, ROW_COLUMN, DataCollatorForSpatialPreference, PreferencePairs, prepare_pairs
+from .losses import gaussian_bradley_terry_loss
+from .model_card import build_model_card, training_settings
+from .model_setup import check_model, copy_trained_parameters, load_trainable_model, restore_fp32
+from .modeling import GaussianRewardModel
+from .processing import SpatialScoreProcessor, load_processor
+from .scoring import save_checkpoint
+
+
+logger = get_logger(__name__)
+
+
+class GaussianRewardTrainer(RewardTrainer):
+    """
+    Trainer for reward models that give an image a Gaussian score for its prompt, as introduced in [Enhancing Spatial
+    Understanding in Image Generation via Reward Modeling](https://huggingface.co/papers/2602.24233).
+
+    This class is a [`~trl.RewardTrainer`] for pairs of images. It inherits all of its attributes and methods.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from trl_spatial import GaussianRewardTrainer
+    >>> from trl_spatial.gaussian_reward.modeling import spatial_score_lora_config
+
+    >>> trainer = GaussianRewardTrainer(
+    ...     model="Qwen/Qwen2.5-VL-7B-Instruct",
+    ...     train_dataset=load_dataset("org/SpatialReward", split="train"),
+    ...     peft_config=spatial_score_lora_config(),
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`GaussianRewardModel`] or [`~peft.PeftModel`]):
+            Model to be trained. Can be either:
+
+            - A string, being the *model id* of an image-text model on huggingface.co, or a path to a *directory* with
+              one. The reward model is built on it by [`GaussianRewardModel.from_backbone`] with the keyword arguments
+              in `args.model_init_kwargs`. If `dtype` is not specified there, it defaults to the checkpoint's if
+              `peft_config` is given, and else to `float32`, as full training in bfloat16 would lose small updates. A
+              whole reward model, merged or fully trained, is trained further.
+            - A [`GaussianRewardModel`] object.
+            - A [`~peft.PeftModel`] object of one, loaded with `is_trainable=True`.
+        args ([`GaussianRewardConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        data_collator ([`~transformers.DataCollator`], *optional*):
+            Function to use to form a batch from a list of pairs. Will default to
+            [`DataCollatorForSpatialPreference`].
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Dataset to use for training, with the columns of [`prepare_pairs`]: `prompt`, `chosen`, `rejected`, and
+            optionally `margin` and `perturbed_prompt`. An [`~datasets.IterableDataset`] needs `max_steps` and starts
+            again when it ends, in the same order.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], [`~datasets.DatasetDict`], [`~datasets.IterableDatasetDict`] or `dict[str, Dataset | IterableDataset]`):
+            Dataset to use for evaluation. It must meet the same requirements as `train_dataset`.
+        processing_class ([`SpatialScoreProcessor`], *optional*):
+            Processor used to process the data. If `None`, it is loaded from the model's name with [`load_processor`],
+            with `args.min_pixels` and `args.max_pixels`. It is saved with every checkpoint.
+        compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*):
+            The function that will be used to compute metrics at evaluation. Must take a
+            [`~transformers.EvalPrediction`] and return a dictionary string to metric values. Its `predictions` are the
+            tuple `(chosen_mean, chosen_log_std, rejected_mean, rejected_log_std)` of arrays of shape `(num_pairs,)`;
+            its `label_ids` are an empty tuple.
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
+            List of callbacks to customize the training loop.
+        optimizers (`tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]`, *optional*, defaults to `(None, None)`):
+            A tuple containing the optimizer and the scheduler to use.
+        optimizer_cls_and_kwargs (`tuple[Type[torch.optim.Optimizer], Dict[str, Any]]`, *optional*):
+            A tuple containing the optimizer class and keyword arguments to use. Overrides `optim` and `optim_args` in
+            `args`.
+        preprocess_logits_for_metrics (`Callable[[torch.Tensor, torch.Tensor], torch.Tensor]`, *optional*):
+            A function that preprocess the predictions right before caching them at each evaluation step.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization configuration used when loading the model from a model identifier. Combine with `peft_config`
+            for QLoRA training.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            PEFT configuration used to wrap the model, such as [`spatial_score_lora_config`]. It must train the head
+            and the reward token. If `None`, the model is not wrapped.
+    """
+
+    _tag_names = ["trl", "reward-trainer", "spatial-score"]
+    _name = "Gaussian Reward"
+    _paper = {
+        "title": "Enhancing Spatial Understanding in Image Generation via Reward Modeling",
+        "id": "2602.24233",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{tang2026enhancing,
+                title        = {{Enhancing Spatial Understanding in Image Generation via Reward Modeling}},
+                author       = {Tang and others},
+                year         = 2026,
+                booktitle    = {IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+                eprint       = {arXiv:2602.24233},
+            }"""),
+    }
+    _template_file = "spatial_score.md"
+
+    def __init__(
+        self,
+        model: str | GaussianRewardModel | PeftModel,
+        args: GaussianRewardConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: SpatialScoreProcessor | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+    ):
+        name = model if isinstance(model, str) else model.config._name_or_path
+        if args is None:
+            args = GaussianRewardConfig(f"{name.split('/')[-1]}-GaussianReward")
+        elif not isinstance(args, GaussianRewardConfig):
+            raise TypeError(f"`args` must be a `GaussianRewardConfig`, got `{type(args).__name__}`.")
+        if processing_class is None:
+            revision = (args.model_init_kwargs or {}).get("revision")
+            processing_class = load_processor(
+                name, revision=revision, min_pixels=args.min_pixels, max_pixels=args.max_pixels
+            )
+        elif not isinstance(processing_class, SpatialScoreProcessor):
+            raise TypeError(
+                f"`processing_class` must be a `SpatialScoreProcessor`, got `{type(processing_class).__name__}`. Load "
+                "one with `load_processor(model_name)`, or leave it `None`."
+            )
+        elif args.min_pixels is not None or args.max_pixels is not None:
+            raise ValueError(
+                f"`min_pixels` is {args.min_pixels} and `max_pixels` is {args.max_pixels}, but the processor you passed "
+                "has limits of its own. Set them where you load it: `load_processor(..., min_pixels=, max_pixels=)`."
+            )
+        model_init_kwargs = args.model_init_kwargs
+        if isinstance(model, str):
+            model = load_trainable_model(
+                model,
+                args.model_init_kwargs or {},
+                reward_token_id=processing_class.reward_token_id,
+                seed=args.seed,
+                is_adapted=peft_config is not None,
+                quantization_config=quantization_config,
+            )
+            # Both are used up; the parent would warn that it ignores them.
+            args.model_init_kwargs, quantization_config = None, None
+        check_model(model, processing_class)
+        if data_collator is None:
+            data_collator = DataCollatorForSpatialPreference(processing_class)
+        if args.skip_bad_rows and args.should_save:
+            _bad_rows_file(args).unlink(missing_ok=True)  # it is about this run
+        trained = copy_trained_parameters(model)
+
+        self._processor = processing_class
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class.tokenizer,  # the parent asks it for its pad token
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        args.model_init_kwargs = model_init_kwargs
+        self.processing_class = self.callback_handler.processing_class = processing_class
+
+        restore_fp32(self.model, trained)
+        if not all(any(p.requires_grad for p in module.parameters()) for module in self._new_modules()):
+            raise ValueError(
+                "The head or the reward token is frozen and would stay at its random start. Use "
+                "`peft_config=spatial_score_lora_config()`, or add `modules_to_save=['head', 'reward_token']` to your "
+                "own; load a trained adapter with `is_trainable=True`."
+            )
+
+    def _new_modules(self) -> list[torch.nn.Module]:
+        """The parts of the model that the backbone does not have: head and reward token."""
+        model = self.accelerator.unwrap_model(self.model)
+        model = model.get_base_model() if isinstance(model, PeftModel) else model
+        return [model.head, model.backbone.get_input_embeddings().reward_token]
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset | PreferencePairs,
+        processing_class: PreTrainedTokenizerBase | SpatialScoreProcessor,
+        args: GaussianRewardConfig,
+        dataset_name: str,
+    ) -> PreferencePairs | IterableDataset:
+        return prepare_pairs(
+            dataset,
+            self._processor,
+            dataset_name=dataset_name,
+            max_length=args.max_length,
+            use_reverse_pairs=args.use_reverse_pairs,
+            skip_bad_rows=args.skip_bad_rows,
+            bad_rows_file=_bad_rows_file(args) if args.should_save else None,
+            num_threads=args.dataset_num_proc,
+            show_progress=args.should_save and not args.disable_tqdm,
+        )
+
+    def _set_signature_columns_if_needed(self):
+        if self._signature_columns is None:
+            self._signature_columns = ["prompt", "chosen", "rejected", "margin", ROW_COLUMN, IS_REVERSE_COLUMN]
+
+    def get_train_dataloader(self):
+        if not isinstance(self.train_dataset, IterableDataset):
+            return super().get_train_dataloader()
+        # A stream that never ends: resuming skips the batches seen so far, but cannot skip past the end of a stream.
+        return self._get_dataloader(
+            dataset=self.train_dataset.repeat(None),
+            description="Training",
+            batch_size=self._train_batch_size,
+            is_training=True,
+        )
+
+    # Two learning rates
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.args.head_learning_rate is not None:
+            new = {id(param) for module in self._new_modules() for param in module.parameters()}
+            for group in list(optimizer.param_groups):
+                params = [param for param in group["params"] if id(param) in new]
+                if params:
+                    group["params"] = [param for param in group["params"] if id(param) not in new]
+                    optimizer.add_param_group({**group, "params": params, "lr": self.args.head_learning_rate})
+        return optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        mode = "train" if self.model.training else "eval"
+        margin = inputs.pop("margin", None)
+
+        # Score the chosen and the rejected images in one forward pass
+        outputs = model(**inputs)
+        chosen_mean, rejected_mean = torch.chunk(outputs.mean, chunks=2)  # each (num_pairs,)
+        chosen_log_std, rejected_log_std = torch.chunk(outputs.log_std, chunks=2)  # each (num_pairs,)
+
+        # Calculate loss. Evaluation needs no samples: it uses the exact value of what they estimate.
+        loss = gaussian_bradley_terry_loss(
+            chosen_mean,
+            chosen_log_std,
+            rejected_mean,
+            rejected_log_std,
+            objective=self.args.objective,
+            estimator=self.args.estimator if mode == "train" else "closed_form",
+            num_samples=self.args.num_samples,
+            margin=margin,
+        ).mean()
+        if self.args.center_rewards_coefficient is not None:
+            loss += self.args.center_rewards_coefficient * torch.mean((chosen_mean + rejected_mean) ** 2)
+
+        with torch.no_grad():
+            mean_std = (chosen_log_std.exp() + rejected_log_std.exp()) / 2
+            self._record_metrics(mode, chosen_mean, rejected_mean, mean_std, inputs["attention_mask"])
+        if not return_outputs:
+            return loss
+        # One row per pair, so that the gathered predictions are the pairs of the dataset
+        return loss, {
+            "chosen_mean": chosen_mean,
+            "chosen_log_std": chosen_log_std,
+            "rejected_mean": rejected_mean,
+            "rejected_log_std": rejected_log_std,
+        }
+
+    def _record_metrics(self, mode, chosen_mean, rejected_mean, mean_std, attention_mask):
+        if mode == "train":
+            num_tokens_in_batch = self.accelerator.gather_for_metrics(attention_mask.sum()).sum().item()
+            self._total_train_tokens += num_tokens_in_batch // self._tp_size
+        metrics = self._metrics[mode]
+        metrics["num_tokens"] = [self._total_train_tokens]
+
+        # Only evaluation drops the rows that fill up the last batch: training trains on them.
+        gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
+        chosen, rejected, std = gather(torch.stack([chosen_mean, rejected_mean, mean_std], dim=1)).unbind(1)
+        metrics["min_reward"].append(torch.minimum(chosen, rejected).min().item())
+        metrics["max_reward"].append(torch.maximum(chosen, rejected).max().item())
+        # One entry per pair, so that the average over batches of different sizes is the average over pairs
+        metrics["mean_reward"] += ((chosen + rejected) / 2).tolist()
+        metrics["mean_std"] += std.tolist()
+        metrics["accuracy"] += (chosen > rejected).float().tolist()
+        metrics["margin"] += (chosen - rejected).tolist()
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        self._metrics["eval"].clear()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        # Here and not in `log`, where the parent adds them: only here is the name of the evaluated dataset known.
+        metrics = {key: sum(values) / len(values) for key, values in self._metrics["eval"].items()}
+        output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in metrics.items()})
+        self._metrics["eval"] = defaultdict(list)
+        return output
+
+    def predict(
+        self,
+        test_dataset: Dataset | IterableDataset | PreferencePairs,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, metric_key_prefix)
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+
+    def train(self, *args, **kwargs) -> TrainOutput:
+        output = super().train(*args, **kwargs)
+        if isinstance(self.train_dataset, IterableDataset) and _bad_rows_file(self.args).is_file():
+            # A stream read several times, or skipped through on resuming, lists a row several times.
+            num_bad_rows = len(set(_bad_rows_file(self.args).read_text(encoding="utf-8").splitlines()))
+            logger.warning(f"Left out {num_bad_rows} rows of streams, listed in {_bad_rows_file(self.args)}.")
+        return output
+
+    # Everything `SpatialScore.from_pretrained` needs in one folder, and no pickled training arguments
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        save_checkpoint(model, self.processing_class, output_dir, state_dict=state_dict)
+        self._build_model_card(Path(self.args.output_dir).name).save(Path(output_dir) / "README.md")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The parent pushes a pickle of the training arguments and leaves out a part of the processor.
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if not self.args.hub_always_push and self.push_in_progress is not None and not self.push_in_progress.is_done():
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        model_files = [path for path in Path(checkpoint_folder).iterdir() if _is_model_file(path)]
+        for path in model_files:
+            shutil.copy(path, self.args.output_dir)
+        upload = {"repo_id": self.hub_model_id, "token": self.args.hub_token, "run_as_future": True}
+        message = f"Training in progress, step {self.state.global_step}"
+        jobs = [
+            hf_api().upload_folder(
+                **upload,
+                folder_path=self.args.output_dir,
+                allow_patterns=[path.name for path in model_files],
+                commit_message=message,
+                revision=self.args.hub_revision,
+            )
+        ]
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
+            jobs.append(
+                hf_api().upload_folder(
+                    **upload,
+                    folder_path=checkpoint_folder,
+                    path_in_repo="last-checkpoint" if is_last else Path(checkpoint_folder).name,
+                    commit_message=f"{message}, checkpoint",
+                    revision=self.args.hub_revision,
+                )
+            )
+        if self.push_in_progress is None or self.push_in_progress.is_done():
+            self.push_in_progress = PushInProgress(jobs)
+        else:
+            self.push_in_progress.jobs.extend(jobs)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ):
+        """
+        Creates a draft of a model card using the information available to the `Trainer`.
+
+        Args:
+            model_name (`str`, *optional*):
+                Name of the model.
+            dataset_name (`str`, *optional*):
+                Name of the dataset used for training.
+            tags (`str` or `list[str]`, *optional*):
+                Tags to be associated with the model card.
+        """
+        if self.is_world_process_zero():
+            card = self._build_model_card(model_name, dataset_name, tags)
+            card.save(Path(self.args.output_dir) / "README.md")
+
+    def _build_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> ModelCard:
+        args = self.args
+        model_name = model_name or Path(args.output_dir).name
+        tags = [tags] if isinstance(tags, str) else list(tags or [])
+        config = self.model.config
+        return build_model_card(
+            self._template_file,
+            model_name=model_name,
+            model_id=self.hub_model_id or args.hub_model_id or model_name,
+            trainer_name=type(self).__name__,
+            paper=self._paper,
+            settings=training_settings(args, self.model, self.processing_class, num_updates=self.state.global_step),
+            log_history=self.state.log_history,
+            # A local path says nothing to others.
+            base_model=None if Path(config._name_or_path).is_dir() else config._name_or_path,
+            dataset_name=dataset_name,
+            tags=sorted({*self._tag_names, *tags}),
+        )
+
+
+def _bad_rows_file(args: GaussianRewardConfig) -> Path:
+    return Path(args.output_dir) / "_bad_rows.jsonl"  # the underscore keeps it from being pushed to the Hub
+
+
+def _is_model_file(path: Path) -> bool:
+    return path.suffix in (".safetensors", ".json", ".jinja", ".md", ".txt") and path.name != "trainer_state.json"
