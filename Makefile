@@ -1,0 +1,56 @@
+# `make` lists the targets. Each installs what it needs into .venv, once.
+#
+# TORCH is what pip is asked to install as torch. For a CUDA build, say:
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+BIN       := $(VENV)/bin
+INSTALLED := $(VENV)/.installed-$(firstword $(shell echo '$(TORCH)' | cksum))
+TEST_ENV  := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test quality style bench test-min clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED) ## train a tiny reward model on rendered scenes and print how often it ranks held-out pairs rightly
+	$(BIN)/python -m trl_spatial demo $(DEMO_ARGS)
+
+test: $(INSTALLED) ## run the tests
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+quality: $(INSTALLED) ## check style (ruff) and types (mypy)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(INSTALLED) ## repair what ruff can repair
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## measure the numbers of the README's evidence section
+	@for script in recipes/bench/*.py; do echo "python $$script" && $(BIN)/python $$script || exit 1; done
+
+test-min: $(INSTALLED) ## run the tests with the lowest versions that pyproject.toml allows
+	rm -rf .venv-min && $(PYTHON) -m venv .venv-min
+	$(BIN)/uv pip compile --quiet --resolution lowest-direct --python .venv-min/bin/python \
+		--extra dev --extra quant --output-file .venv-min/requirements.txt pyproject.toml
+	$(BIN)/uv pip install --python .venv-min/bin/python --requirement .venv-min/requirements.txt
+	$(BIN)/uv pip install --python .venv-min/bin/python --no-deps --editable .
+	$(TEST_ENV) .venv-min/bin/python -m pytest -n 2 $(PYTEST_ARGS)
+
+clean: ## remove the environments and caches
+	rm -rf $(VENV) .venv-min .mypy_cache .pytest_cache .ruff_cache dist
+
+# torch first and by itself: with it there, the requirement of pyproject.toml is met whatever its build
+$(INSTALLED): pyproject.toml .ci/constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install --constraint .ci/constraints.txt --editable '.[dev,quant]'
+	touch $@

@@ -1,0 +1,413 @@
+"""The command line: help, mistakes, YAML files, launch arguments, and every command run at tiny size."""
+
+import importlib
+import json
+import math
+import resource
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from datasets import load_from_disk
+from PIL import Image
+
+from trl_spatial import SpatialScore, __version__
+from trl_spatial.cli import COMMANDS, main
+from trl_spatial.scripts.utils import SpatialParser, load_dataset_dict
+
+
+REPOSITORY = Path(__file__).parents[1]
+TINY_TRAINING = (
+    "--lora_r 2 --max_steps 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --max_pixels 1024 "
+    "--dataloader_num_workers 0 --use_cpu --disable_tqdm true --report_to none"
+)
+
+
+@pytest.fixture(scope="module")
+def reward_parser():
+    return importlib.import_module("trl_spatial.scripts.reward").make_parser
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs a call that must end with exit code 2; returns what it wrote to the terminal."""
+
+    def run(function, *args, **kwargs):
+        with pytest.raises(SystemExit) as exit_info:
+            function(*args, **kwargs)
+        assert exit_info.value.code == 2
+        return capsys.readouterr().err
+
+    return run
+
+
+def write_yaml(folder, text):
+    path = folder / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+# ---------------------------------------------------------------------------------------------------- help
+
+
+def test_help_is_quick_and_lists_every_command():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    text = subprocess.run(
+        [sys.executable, "-m", "trl_spatial", "--help"], cwd=REPOSITORY, check=True, capture_output=True, text=True
+    ).stdout
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # processor time, so that a busy machine does not fail the test
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+    for command, help_text in COMMANDS.items():
+        assert command in text and help_text in text
+
+
+def test_without_arguments_prints_help(capsys):
+    assert main([]) == 0
+    assert "usage: trl_spatial COMMAND" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--version"])
+    assert exit_info.value.code == 0
+    assert capsys.readouterr().out == f"trl_spatial {__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_has_examples_that_parse(command, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)  # examples name files of the repository
+    parser = importlib.import_module(f"trl_spatial.scripts.{command}").make_parser()
+    text = parser.format_help()
+    examples = text.split("examples:\n")[1].replace("\\\n", " ").splitlines()
+    examples = [shlex.split(line) for line in examples if line.strip() and not line.strip().startswith("#")]
+    assert examples
+    for words in examples:
+        assert words[:2] == ["trl_spatial", command]
+        if command == "reward":
+            _, script_args = parser.split_launch_args(words[2:], launch_command_parser())
+            assert "--dataset" in script_args
+        else:
+            parser.parse_args_and_config(words[2:])
+
+
+# ---------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rewrad"], "unknown command 'rewrad'; did you mean reward?"),
+        (["--hepl"], "unknown option --hepl; did you mean --help?"),
+        (["score", "--modle", "x"], "unknown option --modle; did you mean --model?"),
+        (["score", "--modle=x"], "unknown option --modle; did you mean --model?"),
+        (["data", "make", "--num_pair", "3"], "unknown option --num_pair; did you mean --num_pairs"),
+        (["data", "make", "--num_pairs", "many", "--output", "x"], "invalid int value: 'many'"),
+        (["merge", "--model", "x", "--output", "y", "--dtype", "float8"], "invalid choice: 'float8'"),
+        (["merge", "--model", "x", "--output", "y", "z"], "unexpected argument 'z'"),
+        (["reward", "--dataset", "x", "--learnin_rate", "1"], "unknown option --learnin_rate; did you mean --learning_rate"),
+        (["reward", "--dataset", "x", "--num_proceses", "2"], "unknown option --num_proceses; did you mean --num_processes"),
+        (["reward", "--dataset", "x", "--learning", "1"], "unknown option --learning"),
+        (["reward", "--dataset", "x", "stray"], "unexpected argument 'stray'"),
+        (["reward", "--dataset", "x", "--accelerate_config", "nix"], "nix"),
+        (["reward", "--dataset", "x", "--config"], "--config takes one YAML file"),
+        (["reward", "--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(arguments, message, fails):
+    error = fails(main, arguments)
+    assert message in error
+    assert "--help" in error or "usage" in error
+    assert len(error.splitlines()) <= 4
+
+
+def test_errors_of_a_command_are_one_message(capsys, monkeypatch, tmp_path):
+    arguments = ["score", "--model", str(tmp_path), "--prompt", "a cube", "a.png"]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "trl_spatial score: error:" in error
+    assert "it lacks config.json" in error
+    assert "Traceback" not in error
+    monkeypatch.setenv("TRL_SPATIAL_TRACEBACK", "1")
+    with pytest.raises(ValueError):
+        main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "a cube"], "--prompt needs at least one image"),
+        (["--prompt", "a cube", "--input", "x.jsonl", "a.png"], "either --prompt"),
+        (["--input", "x.jsonl", "a.png"], "no image files are expected"),
+        (["--input", "x.jsonl"], "no file or folder x.jsonl"),
+    ],
+)
+def test_score_says_what_it_needs(arguments, message, capsys):
+    assert main(["score", "--model", "x", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- YAML
+
+
+@pytest.mark.parametrize("flag", ["--config {}", "--config={}"])
+def test_yaml_gives_defaults_and_the_command_line_wins(flag, reward_parser, tmp_path):
+    path = write_yaml(tmp_path, "dataset: pairs\nlearning_rate: 3e-5\nlora_r: 4\nreport_to: [none]\nuse_cpu: true\n")
+    script_args, model_args, training_args = reward_parser().parse_args_and_config(
+        [*flag.format(path).split(), "--lora_r", "8"]
+    )
+    assert script_args.dataset == "pairs"
+    assert training_args.learning_rate == 3e-5  # a string for PyYAML
+    assert training_args.report_to == []
+    assert model_args.lora_r == 8
+
+
+def test_yaml_takes_mappings_lists_none_and_environment_variables(reward_parser, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRL_SPATIAL_TEST", "")
+    path = write_yaml(
+        tmp_path,
+        "dataset: pairs\nuse_cpu: true\nmax_length: null\nlr_scheduler_type: cosine_with_min_lr\n"
+        "lr_scheduler_kwargs: {min_lr: 1.0e-7}\nenv: {TRL_SPATIAL_TEST: 7}\n",
+    )
+    _, _, training_args = reward_parser().parse_args_and_config(["--config", path])
+    assert training_args.max_length is None
+    assert training_args.lr_scheduler_kwargs == {"min_lr": 1e-7}
+    assert importlib.import_module("os").environ["TRL_SPATIAL_TEST"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lerning_rate: 1", "unknown key 'lerning_rate'; did you mean learning_rate"),
+        ("num_proceses: 1", "unknown key 'num_proceses'; did you mean num_processes"),
+        ("objective: expected", "objective: invalid choice: 'expected'"),
+        ("dtype: float8", "dtype: invalid choice: 'float8'"),
+        ("eval_strategy: no", "quote it"),
+        ("learning_rate: fast", "learning_rate: invalid float value: 'fast'"),
+        ("learning_rate: {a: 1}", "learning_rate: expected one value"),
+        ("learning_rate: [1, 2]", "learning_rate: expected one value"),
+        ("lora_r: null", "lora_r: a value is missing"),
+        ("bf16: perhaps", "bf16"),
+        ("- a\n- b", "expected a mapping"),
+        ("a: [", "cannot be read"),
+        ("env: 3", "`env` must be a mapping"),
+    ],
+)
+def test_yaml_mistakes_are_named(text, message, reward_parser, tmp_path, fails):
+    path = write_yaml(tmp_path, text)
+    arguments = ["--dataset", "pairs", "--use_cpu", "--config", path]
+    for error in (
+        fails(reward_parser().split_launch_args, arguments, launch_command_parser()),
+        fails(reward_parser().parse_args_and_config, arguments, is_launched=True),
+    ):
+        assert message in error
+        assert path in error
+
+
+def test_values_that_a_config_refuses_are_one_message(reward_parser, fails):
+    error = fails(reward_parser().parse_args_and_config, ["--dataset", "x", "--load_in_4bit", "--no_use_peft"])
+    assert "4-bit weights cannot be trained" in error
+
+
+def test_yaml_of_a_plain_command(tmp_path, fails):
+    def parse(text):
+        parser = SpatialParser(prog="p", examples="")
+        parser.add_argument("images", nargs="*")
+        parser.add_argument("--size", type=int, nargs=2, default=[1, 2])
+        parser.add_argument("--fast", action="store_true")
+        parser.add_argument("--name", choices=["a", "b"], required=True)
+        return parser.parse_args_and_config(["--config", write_yaml(tmp_path, text)])
+
+    (args,) = parse("images: [x, y]\nsize: [3, 4]\nfast: true\nname: b")
+    assert (args.images, args.size, args.fast, args.name) == (["x", "y"], [3, 4], True, "b")
+    assert "fast: expected true or false" in fails(parse, "name: a\nfast: 1")
+    assert "size: expected 2 values" in fails(parse, "name: a\nsize: [1]")
+    assert "name: invalid choice: 'c'" in fails(parse, "name: c")
+
+
+# ---------------------------------------------------------------------------------------------------- launching
+
+
+def test_arguments_are_split_between_script_and_launcher(reward_parser, tmp_path):
+    launcher = launch_command_parser()
+    path = write_yaml(tmp_path, "dataset: pairs\nnum_machines: 1\nmulti_gpu: true\nuse_fsdp: false\nlora_r: 2\n")
+
+    def split(line):
+        return reward_parser().split_launch_args(line.split(), launcher)
+
+    assert split("--seed 2 --num_processes 2 --dataset x") == (
+        ["--num_processes", "2"],
+        ["--seed", "2", "--dataset", "x"],
+    )
+    assert split("--dataset x --main-process-port=7") == (["--main-process-port=7"], ["--dataset", "x"])
+    assert split(f"--config {path} --multi_gpu") == (
+        ["--num_machines", "1", "--multi_gpu", "--multi_gpu"], ["--config", path],
+    )  # fmt: skip
+    config = str(REPOSITORY / "recipes/accelerate/fsdp2.yaml")
+    for flag in (f"--accelerate_config {config}", f"--accelerate_config={config}"):
+        assert split(f"--dataset x {flag} --num_processes 4") == (
+            ["--config_file", config, "--num_processes", "4"], ["--dataset", "x"],
+        )  # fmt: skip
+    # the script itself accepts the launcher's keys in its YAML file, and only under the launcher
+    script_args, _, _ = reward_parser().parse_args_and_config(["--config", path, "--use_cpu"], is_launched=True)
+    assert script_args.dataset == "pairs"
+
+
+def test_exit_code_of_the_training_script_is_returned(monkeypatch):
+    def fail(args):
+        assert args.module and args.training_script == "trl_spatial.scripts.reward"
+        assert args.training_script_args == ["--dataset", "x"]
+        assert args.num_processes == 2
+        raise subprocess.CalledProcessError(3, "python")
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", fail)
+    assert main(["reward", "--dataset", "x", "--num_processes", "2"]) == 3
+
+
+# ---------------------------------------------------------------------------------------------------- datasets
+
+
+def test_datasets_are_loaded_from_wherever_they_are(tmp_path, capsys):
+    assert main(["data", "make", "--num_pairs", "4", "--num_test_pairs", "2", "--image_size", "32", "--output",
+                 str(tmp_path / "disk")]) == 0  # fmt: skip
+    pairs = load_from_disk(tmp_path / "disk")
+    assert "4 rows in the train split, 2 rows in the test split" in capsys.readouterr().out
+    (tmp_path / "parquet").mkdir()
+    for split, rows in pairs.items():
+        rows.to_parquet(tmp_path / "parquet" / f"{split}-00000-of-00001.parquet")
+    pairs["train"].save_to_disk(tmp_path / "one_split")
+    lines = [json.dumps({"prompt": row["prompt"], "level": row["level"]}) for row in pairs["train"]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+
+    prompts = pairs["train"]["prompt"][:]
+    for name in ("disk", "parquet", "parquet/train-00000-of-00001.parquet", "one_split", "rows.jsonl"):
+        for streaming in (False, True):
+            loaded = load_dataset_dict(str(tmp_path / name), streaming=streaming)
+            assert [row["prompt"] for row in loaded["train"]] == prompts
+            assert ("test" in loaded) == (name in ("disk", "parquet"))
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/nowhere/at/all", "pairs.parquet", "a/b/c"])
+def test_a_missing_dataset_is_not_looked_for_on_the_hub(name):
+    with pytest.raises(FileNotFoundError, match=name):
+        load_dataset_dict(name)
+
+
+def test_data_make_overwrites_nothing(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("precious")
+    assert main(["data", "make", "--num_pairs", "2", "--output", str(tmp_path)]) == 1
+    assert "not an empty folder" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- end to end
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, backbone_folder):
+    """A folder with pairs and a reward model that `trl_spatial reward` trained on them, through the launcher."""
+    folder = tmp_path_factory.mktemp("workplace")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+        assert main(shlex.split("data make --num_pairs 6 --num_test_pairs 4 --image_size 32 --output pairs")) == 0
+        command = f"reward --dataset pairs --model_name_or_path {backbone_folder} --output_dir model {TINY_TRAINING}"
+        (folder / "launch.yaml").write_text(yaml.dump({"num_processes": 1, "num_machines": 1, "dynamo_backend": "no"}))
+        assert main(shlex.split(f"{command} --eval_strategy steps --mixed_precision no --config launch.yaml")) == 0
+    for name, row in zip("abc", load_from_disk(folder / "pairs")["train"], strict=False):
+        row["chosen"].save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture
+def here(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    return workplace
+
+
+def read_table(text):
+    header, *rows = [line.split() for line in text.splitlines()]
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def test_score_ranks_images_for_a_prompt(here, capsys):
+    prompt = "a red cube left of a blue sphere"
+    assert main(shlex.split(f"score --model model --prompt '{prompt}' c.png a.png b.png")) == 0
+    table = read_table(capsys.readouterr().out)
+    mean, std = SpatialScore.from_pretrained("model").score([prompt] * 3, [Image.open(f"{n}.png") for n in "abc"])
+    best_first = np.argsort(-mean)
+    assert [row["image"] for row in table] == [f"{'abc'[i]}.png" for i in best_first]
+    assert [row["rank"] for row in table] == ["1", "2", "3"]
+    for row, i in zip(table, best_first, strict=True):
+        assert math.isclose(float(row["mean"]), mean[i], abs_tol=1e-3)
+        assert math.isclose(float(row["std"]), std[i], abs_tol=1e-3)
+
+
+def test_score_reads_files_and_datasets(here, capsys):
+    rows = load_from_disk("pairs")["train"].select(range(3))
+    (here / "sub").mkdir(exist_ok=True)
+    lines = [{"prompt": row["prompt"], "image": f"../{name}.png"} for name, row in zip("abc", rows, strict=True)]
+    (here / "sub" / "pairs.jsonl").write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    assert main(shlex.split("score --model model --input sub/pairs.jsonl --output scores.jsonl --json")) == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert printed == [json.loads(line) for line in (here / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [record["prompt"] for record in printed] == [line["prompt"] for line in lines]  # input order
+
+    assert main(shlex.split("score --model model --input pairs --image_column chosen --json --batch_size 2")) == 0
+    from_dataset = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(from_dataset) == 6
+    for record, expected in zip(printed, from_dataset, strict=False):
+        assert math.isclose(record["mean"], expected["mean"], abs_tol=1e-5)
+
+    assert main(shlex.split("score --model model --input pairs --split best")) == 1
+    assert "no split 'best'; it has 'train', 'test'" in capsys.readouterr().err
+    assert main(shlex.split("score --model model --input pairs")) == 1
+    assert "name one of prompt, chosen, rejected" in capsys.readouterr().err
+
+
+def test_merged_checkpoint_scores_the_same(here, capsys):
+    assert main(shlex.split("merge --model model --output merged")) == 0
+    scores = []
+    for model in ("model", "merged"):
+        capsys.readouterr()
+        assert main(shlex.split(f"score --model {model} --prompt 'a red cube' --json a.png b.png")) == 0
+        scores.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    for one, other in zip(*scores, strict=True):
+        assert one["image"] == other["image"]
+        assert math.isclose(one["mean"], other["mean"], abs_tol=1e-5)
+    assert main(shlex.split("merge --model model --output merged")) == 1
+    assert "not an empty folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--no_use_peft", "--load_in_4bit", "--dataset_streaming"])
+def test_ways_of_training(here, option, backbone_folder, reward_parser):
+    if option == "--load_in_4bit":
+        pytest.importorskip("bitsandbytes")
+    script = importlib.import_module("trl_spatial.scripts.reward")
+    output = f"out{option}"
+    arguments = (
+        f"--dataset pairs --model_name_or_path {backbone_folder} --output_dir {output} {TINY_TRAINING} "
+        f"--save_strategy no {option}"
+    )
+    script.main(*reward_parser().parse_args_and_config(arguments.split()))
+    is_full = option == "--no_use_peft"
+    assert (here / output / ("model.safetensors" if is_full else "adapter_model.safetensors")).is_file()
+    mean, _ = SpatialScore.from_pretrained(output).score(["a cube"], ["a.png"])
+    assert np.isfinite(mean).all()
+
+
+def test_training_resumes_from_the_last_checkpoint(here, backbone_folder, reward_parser):
+    script = importlib.import_module("trl_spatial.scripts.reward")
+    arguments = (
+        f"--dataset pairs --model_name_or_path {backbone_folder} --output_dir again {TINY_TRAINING} --save_steps 1"
+    )
+    script.main(*reward_parser().parse_args_and_config(arguments.split()))
+    arguments += " --max_steps 2 --resume_from_checkpoint true"
+    script.main(*reward_parser().parse_args_and_config(arguments.split()))
+    state = json.loads((here / "again" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    assert {path.name for path in (here / "again").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}

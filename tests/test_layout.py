@@ -1,0 +1,167 @@
+"""The import graph, the public names and the declared dependencies are what CONTRIBUTING.md and pyproject.toml say."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+
+REPOSITORY = Path(__file__).parents[1]
+PACKAGE = REPOSITORY / "trl_spatial"
+
+# What each part of the package may import from the others. The top modules are the command line.
+ALLOWED = {
+    "gaussian_reward": set(),
+    "diffusion_grpo": set(),
+    "scenes": set(),
+    "evaluation": {"scenes"},
+    "data": {"scenes", "evaluation"},
+    "rewards": {"gaussian_reward", "evaluation", "scenes"},
+    "hub": set(),
+    "cli": {"__version__"},
+    "__main__": {"cli"},
+    "__init__": set(),
+    "scripts": {"gaussian_reward", "diffusion_grpo", "scenes", "evaluation", "data", "rewards", "hub", "cli"},
+}
+# Distributions whose import name differs.
+IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "types-pyyaml": "yaml"}
+
+
+def imports_of(path: Path) -> tuple[set[str], set[str]]:
+    """Parts of the package and top-level modules of others that a file imports, whether at its top or in a function."""
+    parts, others = set(), set()
+    depth = len(path.relative_to(PACKAGE).parts)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            modules = [(node.module or "").split(".")]
+        elif isinstance(node, ast.ImportFrom) and node.level == depth:
+            modules = [[PACKAGE.name, name] for name in ([node.module.split(".")[0]] if node.module else
+                                                         [alias.name for alias in node.names])]  # fmt: skip
+        else:
+            continue
+        for module in modules:
+            if module[0] == PACKAGE.name:
+                parts.update(module[1:2])
+            else:
+                others.add(module[0])
+    return parts, others
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def public_names() -> dict[str, str]:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    return next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "_PUBLIC_NAMES"
+    )
+
+
+def test_every_part_has_its_place_in_the_graph():
+    parts = {part_of(path) for path in PACKAGE.rglob("*.py")}
+    assert parts <= set(ALLOWED)
+    # it is acyclic: parts can be taken away one by one, each importing only what is left
+    remaining = dict(ALLOWED)
+    while remaining:
+        free = [part for part in remaining if not remaining[part] & (set(remaining) - {part})]
+        assert free, f"cycle among {sorted(remaining)}"
+        for part in free:
+            del remaining[part]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_only_what_the_graph_allows(path):
+    parts, _ = imports_of(path)
+    # `from .. import SpatialScore` is an import of the module that defines the public name
+    parts = {public_names().get(part, part).split(".")[0] for part in parts}
+    assert parts - {part_of(path)} <= ALLOWED[part_of(path)]
+
+
+def test_diffusers_is_imported_only_where_images_are_generated():
+    users = {part_of(path) for path in PACKAGE.rglob("*.py") if "diffusers" in imports_of(path)[1]}
+    assert users <= {"diffusion_grpo", "scripts"}
+
+
+def test_every_import_is_a_declared_dependency():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+
+    def import_names(requirements):
+        names = [re.match(r"[\w-]+", requirement)[0].lower() for requirement in requirements]
+        return {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names}
+
+    needed = set().union(*(imports_of(path)[1] for path in PACKAGE.rglob("*.py"))) - set(sys.stdlib_module_names)
+    optional = import_names(line for name in ("diffusion", "judge", "review", "quant") for line in extras[name])
+    assert needed <= import_names(project["dependencies"]) | optional
+    assert import_names(project["dependencies"]) - needed <= {"accelerate", "jinja2", "scipy"}
+
+
+def test_every_dependency_has_bounds():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [line for name, lines in project["optional-dependencies"].items() if name != "dev" for line in lines]
+    for requirement in project["dependencies"] + extras:
+        assert re.search(r">=\d", requirement) and re.search(r"<\d", requirement), requirement
+
+
+def test_public_names_resolve():
+    import trl_spatial
+
+    assert {"GaussianRewardConfig", "GaussianRewardTrainer", "SpatialScore"} <= set(trl_spatial.__all__)
+    for name in trl_spatial.__all__:
+        assert getattr(trl_spatial, name) is not None
+        assert name in dir(trl_spatial)
+    with pytest.raises(AttributeError, match="no attribute 'SpatialSkore'"):
+        _ = trl_spatial.SpatialSkore
+
+
+def test_importing_the_package_is_light():
+    code = "import sys, trl_spatial, trl_spatial.cli; print(*sys.modules)"
+    modules = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"torch", "transformers", "diffusers", "datasets", "trl", "numpy", "PIL"} & set(modules)
+
+
+def test_only_the_agreed_names_at_the_top():
+    files = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    if files.returncode:
+        pytest.skip("not a git checkout")
+    top = {path.split("/")[0] for path in files.stdout.splitlines()}
+    assert {name for name in top if not name.startswith(".")} <= {
+        "trl_spatial", "recipes", "hub_cards", "tests", "pyproject.toml", "Makefile", "README.md", "LICENSE",
+        "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CITATION.cff",
+    }  # fmt: skip
+
+
+def test_the_wheel_holds_what_the_package_needs(tmp_path):
+    import zipfile
+
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=REPOSITORY, check=True, capture_output=True,
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    here = {
+        str(path.relative_to(REPOSITORY))
+        for path in PACKAGE.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    cards = {f"trl_spatial/hub_cards/{path.name}" for path in (REPOSITORY / "hub_cards").glob("*.md")}
+    assert here | cards <= names
+    assert cards
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"trl_spatial"}

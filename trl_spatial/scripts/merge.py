@@ -1,0 +1,44 @@
+"""`trl_spatial merge`: fold a checkpoint's LoRA adapter into its backbone."""
+
+import argparse
+
+from .utils import SpatialParser, new_folder
+
+
+EXAMPLES = """\
+  trl_spatial merge --model SpatialScore-7B --output SpatialScore-7B-merged
+  trl_spatial merge --model ORG/SpatialScore-7B --output merged --dtype bfloat16 --backbone /models/Qwen2.5-VL-7B-Instruct
+"""
+
+
+def make_parser(prog: str = "trl_spatial merge") -> SpatialParser:
+    parser = SpatialParser(
+        prog=prog,
+        description="Fold a checkpoint's LoRA adapter into its backbone. The merged checkpoint loads without PEFT and "
+        "without the backbone, and gives the same scores.",
+        examples=EXAMPLES,
+    )
+    parser.add_argument("--model", required=True, help="Checkpoint with an adapter: a folder or a Hub id.")
+    parser.add_argument("--output", required=True, help="Folder to write; it must be empty or not exist yet.")
+    parser.add_argument("--revision", help="Branch, tag or commit of the checkpoint on the Hub.")
+    parser.add_argument("--backbone", help="Folder or Hub id of the backbone, if it is not where the checkpoint says.")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "bfloat16", "float16", "float32"],
+        help="Type of the merged weights.",
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    output = new_folder(args.output)
+    from .. import SpatialScore
+
+    scorer = SpatialScore.from_pretrained(args.model, revision=args.revision, backbone=args.backbone, dtype=args.dtype)
+    scorer.merge(output)
+    print(f"Merged checkpoint saved to {output}")
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())

@@ -1,0 +1,202 @@
+"""`trl_spatial reward`: train a spatial reward model on preference pairs."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from .utils import SpatialParser, load_dataset_dict, pick_split
+
+
+if TYPE_CHECKING:
+    from ..gaussian_reward.config import GaussianRewardConfig
+    from ..gaussian_reward.trainer import GaussianRewardTrainer
+
+
+EXAMPLES = """\
+  # the paper's recipe: LoRA on Qwen2.5-VL-7B, 32 pairs per update
+  trl_spatial reward --dataset ORG/SpatialReward --output_dir SpatialScore-7B
+
+  # the same from a file, on eight GPUs; what the script does not know goes to `accelerate launch`
+  trl_spatial reward --config recipes/reward_spatialscore.yaml --dataset ORG/SpatialReward --num_processes 8
+  trl_spatial reward --config recipes/reward_spatialscore.yaml --dataset ORG/SpatialReward \\
+      --accelerate_config recipes/accelerate/fsdp2.yaml
+
+  # QLoRA on one small GPU; full training; going on where an interrupted run stopped
+  trl_spatial reward --dataset pairs --output_dir out --load_in_4bit
+  trl_spatial reward --dataset pairs --output_dir out --no_use_peft
+  trl_spatial reward --dataset pairs --output_dir out --resume_from_checkpoint true
+"""
+
+
+@dataclass
+class RewardScriptArguments:
+    """
+    Arguments of the reward training script that say what it is trained on.
+
+    Args:
+        dataset (`str`):
+            Folder written by `datasets` or by `trl_spatial data make`; a Parquet, JSON Lines or CSV file or a folder of
+            them; or a dataset on the Hub, `ORG/NAME` or `ORG/NAME@REVISION`.
+        dataset_config (`str`, *optional*):
+            Configuration of a dataset on the Hub.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`):
+            Split to train on.
+        dataset_test_split (`str`, *optional*, defaults to `"test"`):
+            Split to evaluate on, if `eval_strategy` asks for it.
+        dataset_streaming (`bool`, *optional*, defaults to `False`):
+            Whether to read the dataset while training instead of downloading it first.
+    """
+
+    dataset: str = field(
+        metadata={
+            "help": "Preference pairs with the columns prompt, chosen, rejected: a local folder or file, or ORG/NAME or "
+            "ORG/NAME@REVISION on the Hub."
+        }
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split to evaluate on, if `eval_strategy` asks for it."}
+    )
+    dataset_streaming: bool = field(
+        default=False, metadata={"help": "Whether to read the dataset while training instead of downloading it first."}
+    )
+
+
+@dataclass
+class RewardModelArguments:
+    """
+    Arguments of the reward training script that say which model is trained and how. Names as in [`~trl.ModelConfig`].
+
+    Args:
+        model_name_or_path (`str`, *optional*, defaults to `"Qwen/Qwen2.5-VL-7B-Instruct"`):
+            Image-text backbone.
+        model_revision (`str`, *optional*, defaults to `"main"`):
+            Branch, tag or commit of the backbone on the Hub.
+        dtype (`str`, *optional*):
+            Type of the backbone's weights. By default the checkpoint's with LoRA, and float32 in full training, whose small
+            steps are lost in bfloat16 weights.
+        attn_implementation (`str`, *optional*):
+            Attention function of the backbone, e.g. `"flash_attention_2"`.
+        use_peft (`bool`, *optional*, defaults to `True`):
+            Whether to train LoRA on the language model. The head and the reward token are trained in either case.
+        lora_r (`int`, *optional*, defaults to `64`):
+            Rank.
+        lora_alpha (`int`, *optional*, defaults to `128`):
+            Alpha.
+        lora_dropout (`float`, *optional*, defaults to `0.05`):
+            Dropout.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Whether to quantize the language model to NF4 (QLoRA). Needs the `quant` extra.
+    """
+
+    model_name_or_path: str = field(
+        default="Qwen/Qwen2.5-VL-7B-Instruct", metadata={"help": "Image-text backbone: a folder or a Hub id."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the backbone on the Hub."})
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Type of the backbone's weights. By default the checkpoint's with LoRA, float32 in full training.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention function of the backbone, e.g. flash_attention_2."}
+    )
+    use_peft: bool = field(
+        default=True, metadata={"help": "Whether to train LoRA (--no_use_peft: full training of the language model)."}
+    )
+    lora_r: int = field(default=64, metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=128, metadata={"help": "LoRA alpha."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "LoRA dropout."})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Whether to quantize the language model to NF4 (QLoRA)."}
+    )
+
+    def __post_init__(self):
+        if self.load_in_4bit and not self.use_peft:
+            raise ValueError(
+                "`load_in_4bit` is True and `use_peft` is False: 4-bit weights cannot be trained. Drop one of "
+                "`--load_in_4bit` and `--no_use_peft`."
+            )
+
+
+def make_parser(prog: str = "trl_spatial reward") -> SpatialParser:
+    from ..gaussian_reward.config import GaussianRewardConfig
+
+    return SpatialParser(
+        (RewardScriptArguments, RewardModelArguments, GaussianRewardConfig),
+        prog=prog,
+        usage=f"{prog} --dataset DATASET [--config FILE] [OPTIONS] [OPTIONS OF accelerate launch]",
+        description="Train a spatial reward model on preference pairs (prompt, chosen image, rejected image).",
+        examples=EXAMPLES,
+    )
+
+
+def build_trainer(
+    script_args: RewardScriptArguments, model_args: RewardModelArguments, training_args: "GaussianRewardConfig"
+) -> "GaussianRewardTrainer":
+    """The trainer that the arguments describe, with its datasets and model loaded."""
+    from transformers import BitsAndBytesConfig
+
+    from ..gaussian_reward.modeling import spatial_score_lora_config
+    from ..gaussian_reward.trainer import GaussianRewardTrainer
+
+    splits = load_dataset_dict(
+        script_args.dataset, config_name=script_args.dataset_config, streaming=script_args.dataset_streaming
+    )
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        **({} if model_args.dtype is None else {"dtype": model_args.dtype}),
+        **(training_args.model_init_kwargs or {}),
+    }
+    return GaussianRewardTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=pick_split(splits, script_args.dataset_train_split, script_args.dataset),
+        eval_dataset=(
+            pick_split(splits, script_args.dataset_test_split, script_args.dataset)
+            if training_args.eval_strategy != "no"
+            else None
+        ),
+        quantization_config=(
+            BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype="bfloat16" if training_args.bf16 else "float32",
+            )
+            if model_args.load_in_4bit
+            else None
+        ),
+        peft_config=(
+            spatial_score_lora_config(
+                rank=model_args.lora_r, alpha=model_args.lora_alpha, dropout=model_args.lora_dropout
+            )
+            if model_args.use_peft
+            else None
+        ),
+    )
+
+
+def main(
+    script_args: RewardScriptArguments, model_args: RewardModelArguments, training_args: "GaussianRewardConfig"
+) -> None:
+    trainer = build_trainer(script_args, model_args, training_args)
+
+    # "true" stands for the last checkpoint in the output folder
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.accelerator.print("✅ Training completed.")
+
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
+
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset)
+        trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config(is_launched=True))

@@ -1,0 +1,140 @@
+"""`trl_spatial score`: score images for prompts."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .utils import SpatialParser, load_dataset_dict, pick_split
+
+
+if TYPE_CHECKING:
+    from ..gaussian_reward.scoring import SpatialScore
+
+
+EXAMPLES = """\
+  # rank images for one prompt
+  trl_spatial score --model ORG/SpatialScore-7B --prompt "a red cup to the left of a blue book" a.png b.png c.png
+
+  # score pairs of a prompt and an image; each line of pairs.jsonl: {"prompt": "...", "image": "a.png"}
+  trl_spatial score --model SpatialScore-7B --input pairs.jsonl --output scores.jsonl
+
+  # one column of images of a dataset
+  trl_spatial score --model SpatialScore-7B --input ORG/SpatialReward --split test --image_column chosen --json
+"""
+
+
+def make_parser(prog: str = "trl_spatial score") -> SpatialParser:
+    parser = SpatialParser(
+        prog=prog,
+        usage=f"{prog} --model MODEL (--prompt PROMPT IMAGE [IMAGE ...] | --input INPUT) [OPTIONS]",
+        description="Score images for prompts: the mean of the score says how well the image shows the objects and their "
+        "places, its standard deviation how sure the model is.",
+        examples=EXAMPLES,
+    )
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="Image files, scored for --prompt and ranked.")
+    parser.add_argument("--model", required=True, help="Checkpoint: a folder or a Hub id, with an adapter or merged.")
+    parser.add_argument("--revision", help="Branch, tag or commit of the checkpoint on the Hub.")
+    parser.add_argument("--backbone", help="Folder or Hub id of the backbone, if it is not where the checkpoint says.")
+    parser.add_argument("--prompt", help="Text that the images were made from.")
+    parser.add_argument(
+        "--input",
+        help="Prompts and images: a .jsonl, .json, .csv or .parquet file (paths of images are relative to it), a dataset "
+        "folder, or a dataset on the Hub (ORG/NAME or ORG/NAME@REVISION).",
+    )
+    parser.add_argument("--split", default="train", help="Split of --input; a file is the split `train`.")
+    parser.add_argument("--prompt_column", default="prompt", help="Column of --input with the prompts.")
+    parser.add_argument("--image_column", default="image", help="Column of --input with the images.")
+    parser.add_argument("--batch_size", type=int, default=8, help="Images per forward pass.")
+    parser.add_argument("--device", help="Device, e.g. cuda:1; by default the first GPU if there is one.")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"], help="Type of the weights."
+    )
+    parser.add_argument("--json", action="store_true", help="Print JSON lines instead of a table.")
+    parser.add_argument("--output", help="File to write the scores to, as JSON lines.")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    if (args.prompt is None) == (args.input is None):
+        raise ValueError("Give either --prompt and image files, or --input.")
+    if args.input is not None and args.images:
+        raise ValueError(f"With --input no image files are expected, got {args.images[0]}.")
+    if args.prompt is not None and not args.images:
+        raise ValueError("--prompt needs at least one image file.")
+    if args.prompt is not None:
+        prompts, images, names = [args.prompt] * len(args.images), list(args.images), list(args.images)
+    else:
+        prompts, images, names = read_input(args.input, args.split, args.prompt_column, args.image_column)
+
+    from .. import SpatialScore
+
+    scorer = SpatialScore.from_pretrained(
+        args.model, revision=args.revision, backbone=args.backbone, dtype=args.dtype, device=args.device
+    )
+    records = score_records(scorer, prompts, images, names, batch_size=args.batch_size)
+    if args.prompt is not None:
+        records.sort(key=lambda record: -record["mean"])
+        records = [{"rank": rank, **record} for rank, record in enumerate(records, start=1)]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    if args.output is not None:
+        Path(args.output).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        print(f"{len(lines)} scores saved to {args.output}", file=sys.stderr)
+    if args.json:
+        print("\n".join(lines))
+    else:
+        print_table(records)
+
+
+def read_input(
+    name_or_path: str, split: str, prompt_column: str, image_column: str
+) -> tuple[list[str], list[Any], list[str]]:
+    """Prompts, images (undecoded where they come from a dataset) and a name for each row of a dataset."""
+    from datasets import Image
+
+    rows = pick_split(load_dataset_dict(name_or_path), split, name_or_path)
+    for option, column in (("--prompt_column", prompt_column), ("--image_column", image_column)):
+        if column not in rows.column_names:
+            raise ValueError(
+                f"{name_or_path} has no column {column!r}; name one of {', '.join(rows.column_names)} with {option}."
+            )
+    if isinstance(rows.features[image_column], Image):
+        rows = rows.cast_column(image_column, Image(decode=False))
+        images = list(rows[image_column])
+        names = [image["path"] or f"row {index}" for index, image in enumerate(images)]
+    else:
+        folder = Path(name_or_path).parent
+        images = [str(folder / path) for path in rows[image_column]]
+        names = list(rows[image_column])
+    return list(rows[prompt_column]), images, names
+
+
+def score_records(
+    scorer: "SpatialScore", prompts: list[str], images: list[Any], names: list[str], *, batch_size: int
+) -> list[dict[str, Any]]:
+    """One record per image, in input order: prompt, image (its name), mean and std of the score."""
+    scores = scorer.score(prompts, images, batch_size=batch_size)
+    return [
+        {"prompt": prompt, "image": name, "mean": float(mean), "std": float(std)}
+        for prompt, name, mean, std in zip(prompts, names, scores.mean, scores.std, strict=True)
+    ]
+
+
+def print_table(records: list[dict[str, Any]]) -> None:
+    # one prompt for all rows is in the command line already
+    columns = [name for name in records[0] if name != "prompt" or "rank" not in records[0]] if records else []
+    cells = [[f"{record[name]:.3f}" if isinstance(record[name], float) else str(record[name]) for name in columns]
+             for record in records]  # fmt: skip
+    cells = [[cell if len(cell) <= 60 else f"{cell[:57]}..." for cell in row] for row in cells]
+    widths = [max(len(row[i]) for row in [columns, *cells]) for i in range(len(columns))]
+    for row in [columns, *cells]:
+        padded = [
+            cell.rjust(width) if name in ("rank", "mean", "std") else cell.ljust(width)
+            for name, cell, width in zip(columns, row, widths, strict=True)
+        ]
+        print("  ".join(padded).rstrip())
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())
