@@ -1,7 +1,8 @@
 # `make` lists the targets. Each installs what it needs into .venv, once.
 #
-# TORCH is what pip is asked to install as torch. For a CUDA build, say:
-#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
+# TORCH is what pip is asked to install as torch, options of pip included. For a CUDA build, with PyTorch's index for it in
+# pip's configuration or behind an --index-url, say:
+#   make demo TORCH="torch==2.13.0+cu130"
 
 PYTHON ?= python3
 VENV   ?= .venv

@@ -41,7 +41,7 @@ class DemoArguments:
             Number of pairs to train on; each is used in both directions.
         num_test_pairs (`int`, *optional*, defaults to `3000`):
             Number of held-out pairs to measure on.
-        max_steps (`int`, *optional*, defaults to `500`):
+        max_steps (`int`, *optional*, defaults to `400`):
             Number of updates.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the pairs and of training.
@@ -52,7 +52,7 @@ class DemoArguments:
     )
     num_train_pairs: int = field(default=8000, metadata={"help": "Number of pairs to train on."})
     num_test_pairs: int = field(default=3000, metadata={"help": "Number of held-out pairs to measure on."})
-    max_steps: int = field(default=500, metadata={"help": "Number of updates."})
+    max_steps: int = field(default=400, metadata={"help": "Number of updates."})
     seed: int = field(default=0, metadata={"help": "Seed of the pairs and of training."})
 
     def __post_init__(self):
