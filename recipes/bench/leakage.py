@@ -161,7 +161,13 @@ def main(argv: list[str] | None = None) -> dict:
     results = measure(args)
     for name, result in results.items():
         print(f"{name:<32}{result['accuracy']:.3f}  [{result['low']:.3f}, {result['high']:.3f}]  n={result['n']}")
-    print(json.dumps(vars(args) | {"results": results, "seconds": round(time.perf_counter() - start)}))
+    print(
+        json.dumps(
+            vars(args)
+            | {"results": results, "seconds": round(time.perf_counter() - start)}
+            | {"processor_seconds": round(time.process_time())}
+        )
+    )
     return results
 
 
