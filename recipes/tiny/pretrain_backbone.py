@@ -4,9 +4,10 @@
 
 A sequence is an image and sentences about it, each followed by "yes" or "no", or the input of the reward model followed
 by one answer for the whole caption. The loss is on the answers, on the words of true captions, and on what linear
-probes, thrown away afterwards, read from the hidden states: what each patch shows, from the image tokens; and from the name of an
-object where it is, how it stands to the one named before, and whether it is in front of another. Without the probes no
-relation was learned in 1,500 steps. The run saves its state every `--save_steps` steps and goes on from there when
+probes, thrown away afterwards, read from the hidden states: from the image tokens what each patch shows, and whether that hides
+something or is hidden in part; from the name of an object where it is, how it stands to the one named before, and again
+whether it is in front of another; from the end of a sentence
+whether that sentence is true. Without the probes no relation was learned in 1,500 steps. The run saves its state every `--save_steps` steps and goes on from there when
 started again.
 """
 
@@ -24,7 +25,16 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard, ModelCardData
 from models import build_processor, build_qwen2_5_vl, build_tokenizer
-from questions import ANSWERS, Scene, ask_for_objects, ask_for_relations, describe_objects, make_caption, make_scene
+from questions import (
+    ANSWERS,
+    Scene,
+    ask_for_objects,
+    ask_for_relations,
+    describe_objects,
+    find_depths,
+    make_caption,
+    make_scene,
+)
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
@@ -36,14 +46,16 @@ from trl_spatial.scenes import COLORS, REGIONS, RELATIONS, SHAPES
 IMAGE_SIZE = 64
 PATCH_SIZE, MERGE_SIZE = 8, 2
 NUM_STATEMENTS = 5
-NUM_HELD_OUT = 400
+NUM_HELD_OUT = 1000
 IGNORED = -100
 # Weights of the words of true captions and of the probes, where an answer counts 1.
 WORD_WEIGHT, PROBE_WEIGHT = 0.3, 0.5
 # Positions are probed in this many steps along each axis, after so many layers of the language model; the difference of two
-# positions in twice as large steps, a layer later.
-NUM_PLACES, PLACE_LAYER, OFFSET_LAYER = 16, 3, 4
-OCCLUSIONS = ("front_of", "behind")
+# positions in twice as large steps, a layer later, and the truth of a sentence, the layer before the last, so that the last one
+# can tell whether all are true.
+NUM_PLACES, PLACE_LAYER, OFFSET_LAYER, TRUTH_LAYER = 16, 3, 4, 5
+# Number of kinds of color, shape and depth that a patch can show, the background included.
+CONTENT_SIZES = (len(COLORS) + 1, len(SHAPES) + 1, 4)
 
 
 def build_corpus() -> list[str]:
@@ -118,6 +130,7 @@ class QuestionBatches(IterableDataset):
         tokenizer = processor.tokenizer
         self.answers = [tokenizer.convert_tokens_to_ids(tokenizer.tokenize(answer))[0] for answer in ANSWERS]
         self.before, self.after, self.suffix = processor._encode_template()
+        self.period = processor.tokenizer(".")["input_ids"][0]
 
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.first_step])
@@ -131,8 +144,8 @@ class QuestionBatches(IterableDataset):
             batch["places"] = torch.tensor(places)  # (batch_size, length, 5)
             content = np.stack([scene.content for scene in scenes]).astype(np.int64)
             size = content.shape[1] // MERGE_SIZE
-            blocks = content.reshape(-1, size, MERGE_SIZE, size, MERGE_SIZE, 2).swapaxes(2, 3)
-            batch["content"] = torch.from_numpy(blocks.reshape(len(content), size * size, MERGE_SIZE**2, 2))
+            blocks = content.reshape(-1, size, MERGE_SIZE, size, MERGE_SIZE, 3).swapaxes(2, 3)
+            batch["content"] = torch.from_numpy(blocks.reshape(len(content), size * size, MERGE_SIZE**2, 3))
             yield batch
 
     def find_places(self, row: list[int], scene: Scene) -> list[list[int]]:
@@ -141,11 +154,7 @@ class QuestionBatches(IterableDataset):
         before, and whether it is in front of another object (1), behind one (2) or neither (0); `IGNORED` elsewhere:
         `(length, 5)`.
         """
-        depths: dict[tuple[str, str], int] = {}
-        for relation in scene.graph.relations:
-            if relation.name in OCCLUSIONS:
-                front, behind = relation.arguments[:: 1 if relation.name == "front_of" else -1]
-                depths |= {(front.color, front.shape): 1, (behind.color, behind.shape): 2}
+        depths = {(entity.color, entity.shape): depth for entity, depth in find_depths(scene.graph).items()}
         places = {
             (o.entity.color, o.entity.shape): (int(o.x * NUM_PLACES), int(o.y * NUM_PLACES)) for o in scene.objects
         }
@@ -178,22 +187,27 @@ class QuestionBatches(IterableDataset):
     def encode(self, images: np.ndarray, rows: list) -> dict[str, torch.Tensor]:
         """Token ids, and per token the label and whether it is an answer."""
         # only the first sentence stands at the start of the text
-        texts = [f" {text}" if i else text for questions, _ in rows for i, (text, _) in enumerate(questions)]
+        texts = [f" {text}" if i else text for questions, _ in rows for i, (text, *_) in enumerate(questions)]
         encoded = iter(self.processor.tokenizer(texts)["input_ids"])
         inputs = build_inputs(images, self.processor)
         num_image_tokens = int(inputs["image_grid_thw"][0].prod()) // MERGE_SIZE**2
         prefix = self.before + [self.processor.image_token_id] * num_image_tokens + self.after
-        ids, labels, are_answers = [], [], []
+        ids, labels, are_answers, truths = [], [], [], []
         for questions, is_caption in rows:
             row, row_labels, row_answers = list(prefix), [IGNORED] * len(prefix), [False] * len(prefix)
-            for _, is_true in questions:
+            row_truths = [IGNORED] * len(prefix)
+            for _, is_true, *sentences in questions:
                 tokens = next(encoded)
+                of_sentences = iter(sentences[0] if sentences else [])
+                found = [next(of_sentences, None) if token == self.period else None for token in tokens]
                 answer = [*self.suffix[:-1], self.answers[bool(is_true)]] if is_caption else [self.answers[is_true]]
                 row += tokens + answer
                 row_labels += [IGNORED] * len(tokens) if is_true is False or not is_caption else tokens
                 row_labels += [IGNORED] * (len(answer) - 1) + [IGNORED if is_true is None else answer[-1]]
                 row_answers += [False] * len(tokens) + [True] * len(answer)
+                row_truths += [IGNORED if truth is None else int(truth) for truth in found] + [IGNORED] * len(answer)
             ids.append(row)
+            truths.append(row_truths)
             labels.append(row_labels)
             are_answers.append(row_answers)
         length = max(map(len, ids))
@@ -202,7 +216,8 @@ class QuestionBatches(IterableDataset):
             return torch.tensor([row + [value] * (length - len(row)) for row in rows])
 
         batch = {"input_ids": pad(ids, self.processor.tokenizer.pad_token_id), "labels": pad(labels, IGNORED)}
-        batch |= {"is_answer": pad(are_answers, False), "attention_mask": pad([[1] * len(row) for row in ids], 0)}
+        batch |= {"truths": pad(truths, IGNORED), "is_answer": pad(are_answers, False)}
+        batch |= {"attention_mask": pad([[1] * len(row) for row in ids], 0)}
         batch["mm_token_type_ids"] = (batch["input_ids"] == self.processor.image_token_id).long()
         return batch | inputs
 
@@ -218,21 +233,23 @@ class Probes(torch.nn.Module):
         self.offset_norm = torch.nn.LayerNorm(hidden_size)
         self.offset = torch.nn.Linear(hidden_size, 2 * NUM_PLACES)
         self.content_norm = torch.nn.LayerNorm(hidden_size)
-        self.color = torch.nn.Linear(hidden_size, MERGE_SIZE**2 * (len(COLORS) + 1))
-        self.shape = torch.nn.Linear(hidden_size, MERGE_SIZE**2 * (len(SHAPES) + 1))
+        self.content = torch.nn.ModuleList(torch.nn.Linear(hidden_size, MERGE_SIZE**2 * n) for n in CONTENT_SIZES)
+        self.truth_norm = torch.nn.LayerNorm(hidden_size)
+        self.truth = torch.nn.Linear(hidden_size, 2)
 
     def forward(
-        self, hidden_states, is_image: torch.Tensor, places: torch.Tensor, content: torch.Tensor
+        self, hidden_states, is_image: torch.Tensor, places: torch.Tensor, content: torch.Tensor, truths: torch.Tensor
     ) -> torch.Tensor:
-        """Cross-entropy of what is where; `hidden_states` are those of all layers, `(batch_size, length, hidden_size)`."""
+        """Cross-entropy of what is where and of what is true; `hidden_states` are those of all layers, `(batch_size, length, hidden_size)`."""
         image = self.content_norm(hidden_states[0][is_image])
         loss = torch.zeros(())
-        for probe, target in ((self.color, content[..., 0]), (self.shape, content[..., 1])):
+        for i, probe in enumerate(self.content):
+            target = content[..., i].flatten()
             logits = probe(image).view(target.numel(), -1)
-            # half of the weight on the background, which covers most of the image
-            is_object = (target.flatten() > 0).float()
-            weights = is_object / is_object.sum().clamp(min=1) + (1 - is_object) / (1 - is_object).sum().clamp(min=1)
-            loss = loss + 0.5 * (F.cross_entropy(logits, target.flatten(), reduction="none") * weights).sum()
+            # equal weight for the background, which covers most of the image, for single objects and for occlusions
+            group = content[..., 2].flatten().clamp(max=2)
+            weights = 1 / torch.bincount(group, minlength=3).clamp(min=1).float()[group]
+            loss = loss + (F.cross_entropy(logits, target, reduction="none") * weights).sum() / 3
         for probe, norm, layer, target in (
             (self.place, self.place_norm, PLACE_LAYER, places[..., :2]),
             (self.offset, self.offset_norm, OFFSET_LAYER, places[..., 2:4]),
@@ -242,14 +259,16 @@ class Probes(torch.nn.Module):
             loss = loss + F.cross_entropy(logits.transpose(1, 2), target[is_known])
         depth = places[..., 4]
         logits = self.depth(self.place_norm(hidden_states[PLACE_LAYER][depth != IGNORED]))
-        return loss + F.cross_entropy(logits, depth[depth != IGNORED])
+        loss = loss + F.cross_entropy(logits, depth[depth != IGNORED])
+        logits = self.truth(self.truth_norm(hidden_states[TRUTH_LAYER][truths != IGNORED]))
+        return loss + (F.cross_entropy(logits, truths[truths != IGNORED]) if len(logits) else 0)
 
 
 def compute_loss(model, probes: Probes, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weighted cross-entropy of the next token over the tokens that have a label, and the loss of the probes."""
     batch = dict(batch)
     labels, is_answer = batch.pop("labels")[:, 1:], batch.pop("is_answer")
-    places, content = batch.pop("places"), batch.pop("content")
+    places, content, truths = batch.pop("places"), batch.pop("content"), batch.pop("truths")
     outputs = model.model(**batch, use_cache=False, output_hidden_states=True)
     is_labeled = labels != IGNORED
     logits = model.lm_head(outputs.last_hidden_state[:, :-1][is_labeled])
@@ -258,7 +277,7 @@ def compute_loss(model, probes: Probes, batch: dict[str, torch.Tensor]) -> dict[
     return {
         "answers": losses[is_answer].mean(),
         "words": losses[~is_answer].mean(),
-        "probes": probes(outputs.hidden_states, batch["mm_token_type_ids"] == 1, places, content),
+        "probes": probes(outputs.hidden_states, batch["mm_token_type_ids"] == 1, places, content, truths),
     }
 
 
@@ -270,7 +289,7 @@ def answer_log_odds(model, data: QuestionBatches, images: np.ndarray, texts: lis
         rows = [([(text, True)], True) for text in texts[start : start + 128]]
         batch = data.encode(images[start : start + 128], rows)
         position = batch["attention_mask"].sum(1) - 2
-        del batch["labels"], batch["is_answer"]
+        del batch["labels"], batch["is_answer"], batch["truths"]
         hidden = model.model(**batch, use_cache=False).last_hidden_state
         logits = model.lm_head(hidden[torch.arange(len(rows)), position])
         odds.append((logits[:, data.answers[1]] - logits[:, data.answers[0]]).numpy())
@@ -305,9 +324,9 @@ def evaluate(model, data: QuestionBatches, scenes: list[Scene], seed: int = 0) -
     }
 
 
-def load_scenes(path: Path, num_scenes: int, seed: int, split: str, relations: tuple[str, ...]) -> list[Scene]:
-    """Scenes of a split, made once on all cores and kept in memory."""
-    make = partial(make_scene, relations=relations, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, split=split)
+def make_scenes(num_scenes: int, seed: int, split: str, **options) -> list[Scene]:
+    """Scenes of a split, made on two cores and kept in memory."""
+    make = partial(make_scene, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, split=split, **options)
     with get_context("fork").Pool(2) as pool:
         seeds = range(seed, seed + num_scenes)
         return list(tqdm(pool.imap(make, seeds, chunksize=64), total=num_scenes, desc=f"Scenes ({split})"))
@@ -323,8 +342,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--relations", nargs="+", default=list(RELATIONS), choices=list(RELATIONS))
-    parser.add_argument("--num_scenes", type=int, default=30_000)
-    parser.add_argument("--max_steps", type=int, default=6000)
+    parser.add_argument("--num_scenes", type=int, default=40_000)
+    parser.add_argument("--occlusion_weight", type=int, default=3)
+    parser.add_argument("--max_steps", type=int, default=9500)
     parser.add_argument("--num_object_steps", type=int, default=300)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
@@ -369,8 +389,14 @@ def train(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
-    scenes = load_scenes(args.output_dir, args.num_scenes, 10_000_000 * (args.seed + 1), "train", relations)
-    held_out = load_scenes(args.output_dir, NUM_HELD_OUT, 5_000_000, "validation", relations)
+    scenes = make_scenes(
+        args.num_scenes,
+        10_000_000 * (args.seed + 1),
+        "train",
+        relations=relations,
+        occlusion_weight=args.occlusion_weight,
+    )
+    held_out = make_scenes(NUM_HELD_OUT, 5_000_000, "validation", relations=relations)
     data = QuestionBatches(scenes, processor, relations, args.batch_size, args.seed, args.num_object_steps)
     torch.manual_seed(args.seed)
     probes = Probes(model.config.get_text_config().hidden_size)

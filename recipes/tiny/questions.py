@@ -17,6 +17,7 @@ from trl_spatial.scenes import (
     SceneGraph,
     Verdict,
     describe_scene,
+    parse_description,
     perturb,
     place_together,
     render_layout,
@@ -39,33 +40,55 @@ class Scene:
     graph: SceneGraph
     perturbed: SceneGraph
     objects: tuple[PlacedObject, ...]
-    content: np.ndarray  # (rows, columns, 2), uint8: color and shape at the center of every patch; 0 is background
+    content: (
+        np.ndarray
+    )  # (rows, columns, 3), uint8: color, shape and depth at the center of every patch; 0 is background
 
 
-def make_scene(seed: int, *, relations: tuple[str, ...], image_size: int, patch_size: int, split: str) -> Scene:
-    """Draw a scene of two to four objects and one to four relations, one to three of them changed in the other graph."""
+def make_scene(
+    seed: int, *, relations: tuple[str, ...], image_size: int, patch_size: int, split: str, occlusion_weight: int = 1
+) -> Scene:
+    """
+    Draw a scene of two to four objects and one to four relations, one to three of them changed in the other graph.
+    `front_of` and `behind` are drawn `occlusion_weight` times as often as each other relation.
+    """
     rng = np.random.default_rng(seed)
+    relations = (*relations, *[name for name in _OCCLUSION if name in relations] * (occlusion_weight - 1))
     while True:
-        num_objects = int(rng.integers(2, 5))
-        num_relations = int(rng.integers(1, {2: 1, 3: 3, 4: 4}[num_objects] + 1))
+        num_relations = int(rng.integers(1, 5))
+        num_objects = int(rng.integers({1: 2, 2: 3, 3: 3, 4: 4}[num_relations], 5))
+        # one false sentence among true ones is the hardest to find
+        num_changes = 1 if rng.random() < 0.6 else int(rng.integers(1, num_relations + 1))
         try:
             graph = sample_graph(
                 rng, num_objects=num_objects, num_relations=num_relations, relations=relations, split=split
             )
-            perturbed, _ = perturb(graph, rng, int(rng.integers(1, num_relations + 1)))
+            perturbed, _ = perturb(graph, rng, num_changes)
             objects, _ = place_together([graph, perturbed], rng)
         except (LayoutError, ValueError):
             continue
         image = np.asarray(render_layout(objects, sample_style(graph.entities, rng), image_size))
-        return Scene(image, graph, perturbed, tuple(objects), _content(objects, image_size // patch_size))
+        content = _content(objects, find_depths(graph), image_size // patch_size)
+        return Scene(image, graph, perturbed, tuple(objects), content)
 
 
-def _content(objects: list[PlacedObject], size: int) -> np.ndarray:
+def find_depths(graph: SceneGraph) -> dict[Entity, int]:
+    """For every object that hides a part of another or is hidden by one: `1` if it is in front, `2` if behind."""
+    depths: dict[Entity, int] = {}
+    for relation in graph.relations:
+        if relation.name in _OCCLUSION:
+            front, behind = relation.arguments[:: 1 if relation.name == "front_of" else -1]
+            depths |= {front: 1, behind: 2}
+    return depths
+
+
+def _content(objects: list[PlacedObject], depths: dict[Entity, int], size: int) -> np.ndarray:
     centers = (np.arange(size) + 0.5) / size
-    content = np.zeros((size, size, 2), np.uint8)
+    content = np.zeros((size, size, 3), np.uint8)
     for o in objects:  # those in front come last
         is_covered = signed_distance(o.entity.shape, centers - o.x, centers[:, None] - o.y, o.radius) < 0
-        content[is_covered] = list(COLORS).index(o.entity.color) + 1, SHAPES.index(o.entity.shape) + 1
+        color, shape = list(COLORS).index(o.entity.color) + 1, SHAPES.index(o.entity.shape) + 1
+        content[is_covered] = color, shape, 1 + depths.get(o.entity, 0)
     return content
 
 
@@ -146,20 +169,28 @@ def ask_for_objects(scene: Scene, rng: np.random.Generator, num_statements: int)
 
 def ask_for_relations(
     scene: Scene, rng: np.random.Generator, relations: tuple[str, ...], num_statements: int
-) -> list[tuple[str, bool]]:
-    """Sentences that a relation holds in the scene, each with its truth."""
+) -> list[tuple[str, bool, list[bool]]]:
+    """Sentences that a relation holds in the scene, each with its truth, twice: of the answer and of the sentence."""
     questions = []
     for _ in range(num_statements):
         is_true = bool(rng.integers(2))
         statement = sample_statement(scene, is_true, rng, relations)
         if statement is not None:
-            questions.append((statement, is_true))
+            questions.append((statement, is_true, [is_true]))
     return questions
 
 
-def make_caption(scene: Scene, rng: np.random.Generator) -> tuple[str, bool]:
-    """A whole caption, of the scene's own graph or of the perturbed one, with its truth."""
+def make_caption(scene: Scene, rng: np.random.Generator) -> tuple[str, bool, list[bool | None]]:
+    """
+    A whole caption, of the scene's own graph or of the perturbed one, with its truth and that of each sentence: `None` for
+    a sentence that says no relation.
+    """
     is_true = bool(rng.integers(2))
     graph = scene.graph if is_true else scene.perturbed
     length = ("short", "long")[rng.integers(2)]
-    return describe_scene(graph, seed=int(rng.integers(2**31)), length=length), is_true
+    text = describe_scene(graph, seed=int(rng.integers(2**31)), length=length)
+    truths: list[bool | None] = [relation in scene.graph.relations for relation in graph.relations]
+    first = text[: text.index(".") + 1]
+    if not parse_description(first).relations:
+        truths.insert(0, None)
+    return text, is_true, truths + [None] * (text.count(".") - len(truths))
