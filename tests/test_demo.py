@@ -1,6 +1,11 @@
 """`trl_spatial demo` and the tiny backbone that is shipped for it."""
 
 import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +18,22 @@ from trl_spatial.scripts.demo import TINY_BACKBONE, DemoArguments, main, measure
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def finished(tmp_path_factory):
+    """A run of the command: its arguments, and the process that has ended."""
     folder = tmp_path_factory.mktemp("demo")
     arguments = DemoArguments(output_dir=str(folder), num_train_pairs=8, num_test_pairs=40, max_steps=1)
-    main(arguments)
-    return folder, arguments
+    options = [f"--{name}={value}" for name, value in asdict(arguments).items()]
+    process = subprocess.run(
+        [sys.executable, "-m", "trl_spatial", "demo", *options], check=True, capture_output=True, text=True
+    )
+    return arguments, process
+
+
+@pytest.fixture
+def demo(finished):
+    """The folder of that run, and its arguments."""
+    arguments, _ = finished
+    return Path(arguments.output_dir), arguments
 
 
 class RuleScorer:
@@ -41,6 +57,13 @@ def test_it_writes_numbers_pictures_and_a_model(demo):
         assert len(np.unique(colors, axis=0)) > 100
     assert (folder / "reward" / "adapter_model.safetensors").exists()
     assert "| changes: 1 |" in (folder / "results.md").read_text()
+
+
+def test_it_shows_results_and_progress_but_no_warnings(finished):
+    _, process = finished
+    assert "| changes: 1 |" in process.stdout and "Written to" in process.stdout
+    assert "100%" in process.stderr
+    assert not re.findall(r"^.*(?:warn|fail|deprecated|differ).*$", process.stderr, flags=re.MULTILINE | re.IGNORECASE)
 
 
 def test_started_again_it_goes_on_and_gives_the_same_numbers(demo):

@@ -147,6 +147,17 @@ def test_head_computes_in_fp32_under_autocast(make_reward_model, batch):
     assert all(parameter.dtype == torch.float32 for parameter in model.head.parameters())
 
 
+def test_head_computes_in_fp32_with_bf16_weights(make_reward_model):
+    # as FSDP2 and DeepSpeed hand them out
+    head = make_reward_model().head.to(torch.bfloat16)
+    hidden = torch.randn(3, head.layers[0].in_features, generator=torch.Generator().manual_seed(0))
+    result = torch.stack(head(hidden))
+    assert result.dtype == torch.float32
+    assert torch.allclose(result.double(), head_by_hand(head, hidden), atol=1e-5)
+    result.sum().backward()
+    assert all(parameter.grad is not None for parameter in head.parameters())
+
+
 def test_head_and_reward_row_are_fp32_on_a_bf16_backbone(make_reward_model, batch, tmp_path):
     model = make_reward_model(dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)

@@ -3,6 +3,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -441,6 +442,20 @@ def test_wrong_types_are_named(make_trainer, tmp_path, make_reward_model, proces
         make_trainer(tmp_path, model=model)
 
 
+def test_a_model_without_a_name_needs_a_processor_and_gives_the_output_folder_a_name(
+    make_reward_model, processor, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    model, dataset = make_reward_model(), make_dataset(3)
+    model.config._name_or_path = ""
+    with pytest.raises(ValueError, match=r"no name or path to load its processor from\. Pass `processing_class`"):
+        GaussianRewardTrainer(model, train_dataset=dataset)
+    arguments = {"train_dataset": dataset, "processing_class": processor}
+    assert GaussianRewardTrainer(model, **arguments).args.output_dir == "GaussianReward"
+    model.config._name_or_path = "models/tiny/"
+    assert GaussianRewardTrainer(model, **arguments).args.output_dir == "tiny-GaussianReward"
+
+
 def test_the_processor_is_loaded_with_the_limits_of_the_image_size_and_saved(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path, processing_class=None, min_pixels=1024, max_pixels=1024)
     trainer.save_model()
@@ -514,19 +529,32 @@ def test_an_unevaluated_model_says_so_and_an_unknown_template_is_an_error(make_t
 
 PUSH = """
 import sys
+from pathlib import Path
 from datasets import load_from_disk
 from trl_spatial import GaussianRewardConfig, GaussianRewardTrainer, SpatialScore
 from trl_spatial.gaussian_reward.modeling import spatial_score_lora_config
 
-backbone, dataset, output_dir = sys.argv[1:]
-dataset = load_from_disk(dataset)
-args = GaussianRewardConfig(
-    output_dir, max_steps=2, save_steps=1, push_to_hub=True, hub_strategy="every_save",
-    hub_always_push=True, dataloader_num_workers=0, skip_bad_rows=True, disable_tqdm=True,
-    per_device_train_batch_size=1, gradient_accumulation_steps=1, max_length=1000,
-)
-trainer = GaussianRewardTrainer(backbone, args, train_dataset=dataset, peft_config=spatial_score_lora_config(2, 4))
-trainer.train()
+folder = Path(sys.argv[1])
+dataset = load_from_disk(folder / "data")
+
+def train(name, max_steps, **config):
+    args = GaussianRewardConfig(
+        str(folder / name), max_steps=max_steps, save_strategy="steps", save_steps=1, push_to_hub=True,
+        hub_token="hf_secret", dataloader_num_workers=0, skip_bad_rows=True, disable_tqdm=True, report_to="none",
+        per_device_train_batch_size=1, gradient_accumulation_steps=1, learning_rate=1e-2, max_length=1000, **config,
+    )
+    trainer = GaussianRewardTrainer(
+        "backbone", args, train_dataset=dataset, eval_dataset=dataset, peft_config=spatial_score_lora_config(2, 4)
+    )
+    trainer.train()
+    return trainer
+
+train("refused", 1)
+train("all", 3, hub_strategy="all_checkpoints", hub_always_push=True)
+train("last", 3, hub_strategy="checkpoint", save_total_limit=1)
+# the first checkpoint is the best one, so that the end of training deletes the second
+best = dict(eval_strategy="steps", eval_steps=1, metric_for_best_model="num_tokens", greater_is_better=False)
+trainer = train("scorer", 2, save_total_limit=1, **best)
 trainer.push_to_hub(dataset_name="org/pairs")
 prompts, images = dataset["prompt"][:2], dataset["chosen"][:2]
 here = SpatialScore(trainer.model, trainer.processing_class).score(prompts, images)
@@ -535,24 +563,89 @@ assert abs(here.mean - there.mean).max() < 1e-6 and abs(here.std - there.std).ma
 """
 
 
-def test_what_is_pushed_loads_from_the_hub_and_holds_no_pickle(backbone_folder, tmp_path):
-    rows = make_rows(3)
+class SlowHub(HubStub):
+    """A Hub where an upload takes longer than a step of training, that remembers what each commit left there."""
+
+    def __init__(self):
+        super().__init__()
+        self.history = {}  # (repository, title of the commit) → name of the file → its bytes
+
+    def preupload(self, repo, body):
+        time.sleep(0.5)
+        return (403, {"error": "No."}) if repo == "tester/refused" else super().preupload(repo, body)
+
+    def commit(self, repo, body):
+        answer = super().commit(repo, body)
+        self.history[repo, self.commits[repo][-1]] = dict(self.files[repo])
+        return answer
+
+
+@pytest.fixture(scope="module")
+def pushed(backbone_folder, tmp_path_factory):
+    """The folder of trainings that pushed to a Hub, that Hub, and what they wrote to the terminal."""
+    folder = tmp_path_factory.mktemp("pushed")
+    (folder / "backbone").symlink_to(backbone_folder)
+    rows = make_rows(4)
     rows[2]["prompt"] = ""  # so that a list of bad rows is written, which is not for the public
-    Dataset.from_list(rows).save_to_disk(tmp_path / "data")
-    with HubStub() as hub:
-        subprocess.run(
-            [sys.executable, "-c", PUSH, str(backbone_folder), str(tmp_path / "data"), str(tmp_path / "scorer")],
-            env=os.environ | hub.environment | {"HF_HOME": str(tmp_path / "cache")},
-            check=True,
+    Dataset.from_list(rows).save_to_disk(folder / "data")
+    with SlowHub() as hub:
+        output = subprocess.run(
+            [sys.executable, "-c", PUSH, str(folder)],
+            cwd=folder,
+            env=os.environ | hub.environment | {"HF_HOME": str(folder / "cache")},
+            capture_output=True,
+            text=True,
             timeout=300,
         )
-    assert (tmp_path / "scorer" / "_bad_rows.jsonl").is_file()
-    (repo, files) = next(iter(hub.files.items()))
-    assert repo == "tester/scorer"
-    assert {"adapter_model.safetensors", "adapter_config.json", "config.json", "tokenizer.json", "README.md"} <= set(
-        files
-    )
-    assert not [name for name in files if name.endswith(PICKLES) or "bad_rows" in name]
-    assert "Training in progress, step 1" in hub.commits[repo]
+    assert output.returncode == 0, output.stderr
+    return folder, hub, output.stderr
+
+
+def test_what_is_pushed_loads_from_the_hub(pushed):
+    folder, hub, _ = pushed
+    assert (folder / "scorer" / "_bad_rows.jsonl").is_file()
+    files = hub.files["tester/scorer"]
+    assert {"adapter_model.safetensors", "adapter_config.json", "config.json", "tokenizer.json"} <= set(files)
     assert "https://huggingface.co/datasets/org/pairs" in files["README.md"].decode()
     assert 'SpatialScore.from_pretrained("tester/scorer")' in files["README.md"].decode()
+
+
+def test_no_pickle_no_local_path_and_no_token_is_pushed(pushed):
+    folder, hub, _ = pushed
+    assert {name.partition("/")[0] for name in hub.files["tester/last"] if "/" in name} == {"last-checkpoint"}
+    for repo, files in hub.files.items():
+        for name, data in files.items():
+            assert not name.endswith(PICKLES) and "bad_rows" not in name, (repo, name)
+            for secret in (str(folder), "hf_secret", hub.environment["HF_TOKEN"]):
+                assert secret.encode() not in data, (repo, name, secret)
+
+
+def test_what_is_pushed_of_a_checkpoint_is_what_it_holds(pushed):
+    """Also where the next checkpoint is written, or this one deleted, before the upload is done."""
+    folder, hub, _ = pushed
+    weights = "adapter_model.safetensors"
+    for step in (1, 2, 3):
+        title = f"Training in progress, step {step}"
+        held = {path.name: path.read_bytes() for path in (folder / "all" / f"checkpoint-{step}").iterdir()}
+        # what resumes a training
+        model = {name: data for name, data in held.items() if not name.endswith(PICKLES) and "state" not in name}
+        assert len(held) - len(model) == 4 and len(model) >= 6
+        at_top = {name: data for name, data in hub.history["tester/all", title].items() if "/" not in name}
+        assert at_top == model
+        files = hub.history["tester/all", f"{title}, checkpoint"]
+        assert {name: files[f"checkpoint-{step}/{name}"] for name in model} == model
+
+        # the same training: of its folders only the last is left
+        assert hub.history["tester/last", title][weights] == model[weights]
+        files = hub.history["tester/last", f"{title}, checkpoint"]
+        assert files[f"last-checkpoint/{weights}"] == model[weights]
+    assert [path.name for path in (folder / "last").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert [path.name for path in (folder / "scorer").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert "Training in progress, step 2" in hub.commits["tester/scorer"]
+
+
+def test_uploads_that_fail_and_checkpoints_that_cannot_be_resumed_from_are_told(pushed):
+    _, hub, shown = pushed
+    assert "A checkpoint was not uploaded to the Hub, training goes on: " in shown and "403" in shown
+    assert not hub.files["tester/refused"]
+    assert "`last-checkpoint` on the Hub holds the model alone" in shown

@@ -202,11 +202,11 @@ def compress(image, rng):
     return Image.open(buffer)
 
 
-# Least share of relations found satisfied. Measured by recipes/bench/checker.py on 1,000 scenes each: blur .994, noise 1.000,
-# JPEG .9995 at 128 pixels and .85 at 64, where it keeps a quarter of the colors' resolution: too little for shapes of 9 pixels.
+# Least share of relations found satisfied. Measured by recipes/bench/checker.py on 1,000 scenes each: blur .997, noise 1.000,
+# JPEG .999 at 128 pixels and .94 at 64, where it keeps a quarter of the colors' resolution. By color alone that would be .84.
 @pytest.mark.parametrize(
     ("degrade", "size", "least"),
-    ((blur, 64, 0.98), (add_noise, 64, 0.99), (compress, 128, 0.99), (compress, 64, 0.6), (lambda i, r: i, 32, 0.98)),
+    ((blur, 64, 0.98), (add_noise, 64, 0.99), (compress, 128, 0.99), (compress, 64, 0.9), (lambda i, r: i, 32, 0.98)),
     ids=("blur", "noise", "jpeg-128", "jpeg-64", "32-pixels"),
 )
 def test_tolerates_degraded_images(degrade, size, least):
@@ -218,6 +218,18 @@ def test_tolerates_degraded_images(degrade, size, least):
         verdicts += [c.verdict for c in check.relations]
     assert np.mean([v == Verdict.SATISFIED for v in verdicts]) >= least
     assert np.mean([v == Verdict.VIOLATED for v in verdicts]) <= 0.02  # in doubt it abstains
+
+
+def test_blur_does_not_change_what_shape_an_object_is_taken_for():
+    """A blurred corner is round: with the blur not estimated, 1.5 % of the objects are taken for others, else 0.2 %."""
+    rng = np.random.default_rng(0)
+    num_objects = num_wrong = 0
+    for _ in range(100):
+        graph, _, (layout, _), style = sample_scene(rng)
+        check = check_scene(blur(render_layout(layout, style, 64), rng), graph)
+        num_objects += len(graph.entities)
+        num_wrong += max(len(check.missing) + len(check.duplicated), len(check.extra))
+    assert num_wrong <= 0.01 * num_objects
 
 
 @pytest.mark.parametrize("size", (32, 64, 256))

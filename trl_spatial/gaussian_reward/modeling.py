@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig
 from torch import nn
 from transformers import (
@@ -120,7 +121,13 @@ class GaussianHead(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Maps hidden states of shape `(batch_size, input_size)` to mean and log std, each `(batch_size,)` in fp32."""
         with torch.autocast(hidden_states.device.type, enabled=False):
-            mean, raw_log_std = self.layers(hidden_states.float()).unbind(-1)  # each (batch_size,)
+            values = hidden_states.float()
+            for layer in self.layers:
+                if isinstance(layer, nn.Linear):  # FSDP2 and DeepSpeed hand out the weights in bf16
+                    values = F.linear(values, layer.weight.float(), layer.bias.float())
+                else:
+                    values = layer(values)
+            mean, raw_log_std = values.unbind(-1)  # each (batch_size,)
             # Nearly the identity around the centre, and smooth up to the bounds: a clamp would have no gradient there.
             offset = (raw_log_std - self.log_std_center) / self.log_std_half_range
             log_std = self.log_std_center + self.log_std_half_range * torch.tanh(offset)

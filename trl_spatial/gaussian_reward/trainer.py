@@ -1,7 +1,7 @@
-import shutil
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,10 @@ class GaussianRewardTrainer(RewardTrainer):
     Understanding in Image Generation via Reward Modeling](https://huggingface.co/papers/2602.24233).
 
     This class is a [`~trl.RewardTrainer`] for pairs of images. It inherits all of its attributes and methods.
+
+    What it uploads to the Hub during training (`push_to_hub`, `hub_strategy`) is the model of a checkpoint, never a pickle.
+    So no folder on the Hub, `last-checkpoint` included, resumes a training: that takes the local checkpoint. With
+    `save_total_limit`, saving waits until the checkpoint before is uploaded, as its folder may be deleted.
 
     Example:
 
@@ -143,10 +147,15 @@ class GaussianRewardTrainer(RewardTrainer):
         peft_config: PeftConfig | None = None,
     ):
         name = model if isinstance(model, str) else model.config._name_or_path
-        if args is None:
-            args = GaussianRewardConfig(f"{name.split('/')[-1]}-GaussianReward")
+        if args is None:  # a model that was built in Python has no name
+            args = GaussianRewardConfig(f"{Path(name).name}-GaussianReward".removeprefix("-"))
         elif not isinstance(args, GaussianRewardConfig):
             raise TypeError(f"`args` must be a `GaussianRewardConfig`, got `{type(args).__name__}`.")
+        if processing_class is None and not name:
+            raise ValueError(
+                "The model has no name or path to load its processor from. Pass `processing_class`, the processor it was "
+                "built with."
+            )
         if processing_class is None:
             revision = (args.model_init_kwargs or {}).get("revision")
             processing_class = load_processor(
@@ -179,6 +188,11 @@ class GaussianRewardTrainer(RewardTrainer):
             data_collator = DataCollatorForSpatialPreference(processing_class)
         if args.skip_bad_rows and args.should_save:
             _bad_rows_file(args).unlink(missing_ok=True)  # it is about this run
+        if args.push_to_hub and args.hub_strategy == HubStrategy.CHECKPOINT:
+            logger.warning(
+                "With `hub_strategy='checkpoint'` the folder `last-checkpoint` on the Hub holds the model alone: what "
+                "training resumes from is pickled, and pickles are not uploaded. Resume from `output_dir`."
+            )
         trained = copy_trained_parameters(model)
 
         self._processor = processing_class
@@ -353,41 +367,42 @@ class GaussianRewardTrainer(RewardTrainer):
         self._build_model_card(Path(self.args.output_dir).name).save(Path(output_dir) / "README.md")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The parent pushes a pickle of the training arguments and leaves out a part of the processor.
+        # The parent uploads from `output_dir`, whose files the next save would change under the upload, and with the
+        # model it uploads pickles: the training arguments, the states of the optimizer and of the random numbers.
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
+        if self.args.save_total_limit is not None:
+            self._finish_current_push()  # its folder may be deleted next
         if not self.args.hub_always_push and self.push_in_progress is not None and not self.push_in_progress.is_done():
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        model_files = [path for path in Path(checkpoint_folder).iterdir() if _is_model_file(path)]
-        for path in model_files:
-            shutil.copy(path, self.args.output_dir)
-        upload = {"repo_id": self.hub_model_id, "token": self.args.hub_token, "run_as_future": True}
         message = f"Training in progress, step {self.state.global_step}"
+        uploads: list[tuple[str | None, str]] = [(None, message)]
+        if self.args.hub_strategy == HubStrategy.CHECKPOINT:
+            uploads.append(("last-checkpoint", f"{message}, checkpoint"))
+        elif self.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
+            uploads.append((Path(checkpoint_folder).name, f"{message}, checkpoint"))
         jobs = [
             hf_api().upload_folder(
-                **upload,
-                folder_path=self.args.output_dir,
-                allow_patterns=[path.name for path in model_files],
-                commit_message=message,
+                repo_id=self.hub_model_id,
+                folder_path=checkpoint_folder,
+                path_in_repo=path_in_repo,
+                allow_patterns=[path.name for path in Path(checkpoint_folder).iterdir() if _is_model_file(path)],
+                commit_message=commit_message,
+                token=self.args.hub_token,
                 revision=self.args.hub_revision,
+                run_as_future=True,
             )
+            for path_in_repo, commit_message in uploads
         ]
-        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
-            jobs.append(
-                hf_api().upload_folder(
-                    **upload,
-                    folder_path=checkpoint_folder,
-                    path_in_repo="last-checkpoint" if is_last else Path(checkpoint_folder).name,
-                    commit_message=f"{message}, checkpoint",
-                    revision=self.args.hub_revision,
-                )
-            )
+        for job in jobs:
+            job.add_done_callback(_warn_of_failed_upload)
         if self.push_in_progress is None or self.push_in_progress.is_done():
             self.push_in_progress = PushInProgress(jobs)
         else:
             self.push_in_progress.jobs.extend(jobs)
+        if self.args.save_total_limit == 1 and self.state.best_model_checkpoint is not None:
+            self._finish_current_push()  # the end of training deletes every folder but the best one's
 
     def create_model_card(
         self,
@@ -434,6 +449,11 @@ class GaussianRewardTrainer(RewardTrainer):
 
 def _bad_rows_file(args: GaussianRewardConfig) -> Path:
     return Path(args.output_dir) / "_bad_rows.jsonl"  # the underscore keeps it from being pushed to the Hub
+
+
+def _warn_of_failed_upload(upload: Future) -> None:
+    if error := upload.exception():
+        logger.warning(f"A checkpoint was not uploaded to the Hub, training goes on: {error}")
 
 
 def _is_model_file(path: Path) -> bool:

@@ -38,10 +38,13 @@ SHARP_OVERLAP = 0.97
 BLURS = (0.5, 0.8, 1.1, 1.5)
 # What an outline gains by being visible completely: of two that fit, the one that hides less is the likelier.
 _COMPLETENESS_BONUS = 0.08
+# Where an image is not sharp, lightness counts for an edge this much more than chroma: JPEG keeps it at twice the resolution.
+LUMA_WEIGHT = 15.0
 _NEIGHBORS = np.ones((3, 3), dtype=bool)
 
 # Plane of the colors without their lightness: an edge pixel lies on the line between its two sides there as well.
 _CHROMA_AXES = np.array([[1.0, -0.5, -0.5], [0.0, 0.75**0.5, -(0.75**0.5)]], dtype=np.float32).T
+_LUMA_AXIS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 _PALETTE = np.array(list(COLORS.values()), dtype=np.float32) @ _CHROMA_AXES  # (num_colors, 2)
 _PALETTE_CHROMA = np.linalg.norm(_PALETTE, axis=1)
 _PALETTE_HUES = _PALETTE / _PALETTE_CHROMA[:, None]
@@ -78,6 +81,9 @@ def locate_objects(image: Image.Image | np.ndarray) -> list[LocatedObject]:
         pixels = np.asarray(Image.fromarray(pixels).resize(larger, Image.Resampling.BICUBIC))
     segmentation = _segment(pixels)
     segmentation = replace(segmentation, blur=_estimate_blur(segmentation))
+    if segmentation.blur:
+        segmentation = replace(segmentation, luma=pixels @ _LUMA_AXIS, blur=0.0)
+        segmentation = replace(segmentation, blur=_estimate_blur(segmentation))
     objects = []
     for color, pieces in segmentation.pieces.items():
         for piece, outline in _fit_pieces(pieces, color, segmentation):
@@ -99,6 +105,7 @@ class _Segmentation:
     labels: np.ndarray  # (height, width), index of the color, or one of the two below
     pieces: dict[int, list[np.ndarray]]  # index of the color → masks (height, width), the largest first
     blur: float = 0.0  # of the image, a standard deviation in pixels
+    luma: np.ndarray | None = None  # (height, width), lightness, only if the image is not sharp
 
     def foreign(self, piece: np.ndarray) -> np.ndarray:
         """Pixels `(height, width)` of other objects and of the seam to them, which can look like background."""
@@ -313,7 +320,11 @@ def _gather_evidence(
     is_piece, chroma = piece[rows, columns], segmentation.chroma[rows, columns]
     surrounding = segmentation.surrounding(piece, color, rows, columns)
     contrast = np.median(chroma[is_piece], axis=0) - surrounding
-    coverage = ((chroma - surrounding) * contrast).sum(axis=2) / np.maximum((contrast**2).sum(axis=2), 1.0)
+    strength = (contrast**2).sum(axis=2)  # (height, width)
+    coverage = ((chroma - surrounding) * contrast).sum(axis=2) / np.maximum(strength, 1.0)
+    if segmentation.luma is not None:
+        is_plain = segmentation.labels[rows, columns] == _BACKGROUND
+        coverage = _mix_in_luma(coverage, strength, segmentation.luma[rows, columns], is_piece, is_plain)
     coverage[~_dilate(is_piece, 2)] = 0.0
     is_other = ~is_piece & (segmentation.labels[rows, columns] != _SEAM)
     coverage[is_other] = np.minimum(coverage[is_other], 0.5)
@@ -328,6 +339,23 @@ def _gather_evidence(
         weight=weight,
         blur=segmentation.blur,
     )
+
+
+def _mix_in_luma(
+    coverage: np.ndarray, strength: np.ndarray, luma: np.ndarray, is_piece: np.ndarray, is_plain: np.ndarray
+) -> np.ndarray:
+    """Coverage `(height, width)` by chroma, and by lightness as well in the piece and the background around it."""
+    around = is_plain & ~_dilate(is_piece)
+    if not around.any():
+        return coverage
+    low = np.median(luma[around])
+    step = np.median(luma[is_piece]) - low
+    luma_strength = LUMA_WEIGHT * step**2
+    if not luma_strength:
+        return coverage
+    share = luma_strength / (luma_strength + strength)
+    mixed = (1 - share) * coverage + share * np.clip((luma - low) / step, -0.5, 1.5)
+    return np.where(is_piece | is_plain, mixed, coverage)
 
 
 def _bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:

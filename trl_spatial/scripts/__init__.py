@@ -1,0 +1,23 @@
+"""The commands. What their dependencies say about themselves is kept from the terminal: who runs a command cannot help it."""
+
+import logging
+import warnings
+
+
+# PEFT asks transformers by the old name.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+# Logger → beginning of the message.
+_NOTICES = {
+    # PEFT imports bitsandbytes wherever it is installed.
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    # Ids for generating text, which a reward model does not.
+    "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
+}
+
+
+def _is_worth_showing(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_NOTICES[record.name])
+
+
+for _name in _NOTICES:
+    logging.getLogger(_name).addFilter(_is_worth_showing)
