@@ -1,0 +1,197 @@
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class PolicyLossOutput:
+    """
+    Clipped policy loss of each sample. Ratio and loss are float32.
+
+    Args:
+        loss (`torch.Tensor` of shape `(batch_size,)`):
+            Loss per sample, to be averaged.
+        ratio (`torch.Tensor` of shape `(batch_size,)`):
+            Probability ratio of the policy to the one that the old log-probs are from.
+        is_clipped_low (`torch.BoolTensor` of shape `(batch_size,)`):
+            Where the ratio fell below the range of a negative advantage, so that the loss has no gradient.
+        is_clipped_high (`torch.BoolTensor` of shape `(batch_size,)`):
+            Where the ratio rose above the range of a positive advantage, so that the loss has no gradient.
+    """
+
+    loss: torch.Tensor
+    ratio: torch.Tensor
+    is_clipped_low: torch.Tensor
+    is_clipped_high: torch.Tensor
+
+
+def clipped_policy_loss(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    epsilon: float,
+    epsilon_high: float | None = None,
+) -> PolicyLossOutput:
+    r"""
+    Clipped surrogate \\( -\min(r A, \mathrm{clip}(r, 1 - \epsilon, 1 + \epsilon_\mathrm{high}) A) \\) of
+    [PPO](https://huggingface.co/papers/1707.06347), as [Flow-GRPO](https://huggingface.co/papers/2505.05470) applies it
+    to a denoising step.
+
+    With log-probs that are means over D latent elements, \\( r \\) is the joint ratio to the power 1/D, and a clip
+    range means nothing without D: 1e-4 is 6.6 nats of joint log-ratio at 512² (D = 65,536) and 26 at 1024².
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(batch_size,)`):
+            Log-probs of the samples under the policy.
+        old_log_probs (`torch.Tensor` of shape `(batch_size,)`):
+            Log-probs of the samples under the policy that drew them. With one update per rollout these are
+            `log_probs.detach()`, and the ratio is exactly 1.
+        advantages (`torch.Tensor` of shape `(batch_size,)`):
+            Advantages of the samples.
+        epsilon (`float`):
+            Clip range below 1, and above it too without `epsilon_high`. `math.inf` clips nothing.
+        epsilon_high (`float`, *optional*):
+            Clip range above 1.
+
+    Returns:
+        [`PolicyLossOutput`]:
+            Loss, ratio and what was clipped, per sample.
+
+    Raises:
+        `ValueError`: If the shapes differ.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from trl_spatial.diffusion_grpo.losses import clipped_policy_loss
+
+    >>> log_probs, old_log_probs = torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-1.0, -1.5, -0.5])
+    >>> clipped_policy_loss(log_probs, old_log_probs, torch.tensor([1.0, 1.0, -1.0]), epsilon=0.2).loss
+    tensor([-1.0000, -1.2000,  0.8000])
+    ```
+    """
+    shapes = [tuple(tensor.shape) for tensor in (log_probs, old_log_probs, advantages)]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"log_probs, old_log_probs and advantages have shapes {shapes}: make them equal.")
+    advantages = advantages.float()
+    ratio = (log_probs.float() - old_log_probs.float()).exp()
+    low, high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+    return PolicyLossOutput(
+        loss=loss,
+        ratio=ratio.detach(),
+        is_clipped_low=(ratio < low) & (advantages < 0),
+        is_clipped_high=(ratio > high) & (advantages > 0),
+    )
+
+
+def normalized_log_ratio(
+    log_ratio: torch.Tensor, mean: torch.Tensor, old_mean: torch.Tensor, std: torch.Tensor
+) -> torch.Tensor:
+    r"""
+    Log-ratio without its bias, from [GRPO-Guard](https://huggingface.co/papers/2510.22319).
+
+    Under the policy that drew the samples, a log-ratio averaged over D latent elements has expectation
+    \\( -\delta^2 / 2 \\) and spread \\( \delta / \sqrt{D} \\), where \\( \delta \\) is the root mean square of
+    `mean - old_mean` in units of `std`. Once it exceeds 2/D the bias dominates, and the upper clip almost never fires.
+    Adding it back leaves a log-ratio of expectation 0 at every step. It is linear in `mean`.
+
+    Args:
+        log_ratio (`torch.Tensor` of shape `(batch_size,)`):
+            `log_probs - old_log_probs`.
+        mean (`torch.Tensor` of shape `(batch_size, image_seq_len, num_channels)`):
+            Mean of the step under the policy.
+        old_mean (`torch.Tensor` of shape `(batch_size, image_seq_len, num_channels)`):
+            Mean of the step under the policy that drew the samples.
+        std (`torch.Tensor` of shape `(batch_size,)`):
+            Standard deviation of the step.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`:
+            Log-ratio plus \\( \delta^2 / 2 \\), in float32. The step size \\( h \\) remains in it: divide the loss by
+            it to give all steps equal weight.
+    """
+    return log_ratio.float() + gaussian_kl(mean, old_mean, std)
+
+
+def kl_mask(
+    log_ratio: torch.Tensor,
+    advantages: torch.Tensor,
+    mean: torch.Tensor,
+    old_mean: torch.Tensor,
+    std: torch.Tensor,
+    threshold: float,
+) -> torch.Tensor:
+    r"""
+    Terms to keep in an unclipped policy loss, from [Flow-DPPO](https://huggingface.co/papers/2606.11025).
+
+    A term is dropped if the policy has moved away from the old one, by a KL divergence above `threshold`, and the term
+    would move it further: the ratio is above 1 and its advantage positive, or below 1 and negative.
+
+    Args:
+        log_ratio (`torch.Tensor` of shape `(batch_size,)`):
+            `log_probs - old_log_probs`, or the normalized one.
+        advantages (`torch.Tensor` of shape `(batch_size,)`):
+            Advantages of the samples.
+        mean (`torch.Tensor` of shape `(batch_size, image_seq_len, num_channels)`):
+            Mean of the step under the policy.
+        old_mean (`torch.Tensor` of shape `(batch_size, image_seq_len, num_channels)`):
+            Mean of the step under the policy that drew the samples.
+        std (`torch.Tensor` of shape `(batch_size,)`):
+            Standard deviation of the step.
+        threshold (`float`):
+            Largest KL divergence \\( \delta^2 / 2 \\), averaged over the latent elements, at which every term is kept.
+            The paper uses 1e-5.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch_size,)`:
+            Whether to keep each term. Multiply the loss by it.
+    """
+    has_moved = gaussian_kl(mean, old_mean, std) > threshold
+    moves_further = log_ratio.sign() * advantages.sign() > 0
+    return ~(has_moved & moves_further)
+
+
+def gaussian_kl(mean: torch.Tensor, mean_ref: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    r"""
+    KL divergence \\( (\mu - \mu_\mathrm{ref})^2 / (2 s^2) \\) of two steps with the same std, averaged over the latent
+    elements.
+
+    It is exact; Flow-GRPO's code leaves the step size out of \\( s^2 \\), so that its \\( \beta \\) is weaker than
+    it looks by that factor.
+
+    Args:
+        mean (`torch.Tensor` of shape `(batch_size, image_seq_len, num_channels)`):
+            Mean of the step under the policy.
+        mean_ref (`torch.Tensor` of shape `(batch_size, image_seq_len, num_channels)`):
+            Mean of the step under the reference policy.
+        std (`torch.Tensor` of shape `(batch_size,)`):
+            Standard deviation of the step, above 0.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`:
+            KL divergence per latent element, in float32.
+    """
+    return _mean_squared_error(mean, mean_ref) / (2 * std.float().square())
+
+
+def velocity_kl(velocity: torch.Tensor, velocity_ref: torch.Tensor) -> torch.Tensor:
+    """
+    Mean squared difference of two velocities: a KL divergence that does not depend on the sampler.
+
+    Args:
+        velocity (`torch.Tensor` of shape `(batch_size, image_seq_len, num_channels)`):
+            Velocity predicted by the policy.
+        velocity_ref (`torch.Tensor` of shape `(batch_size, image_seq_len, num_channels)`):
+            Velocity predicted by the reference policy.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`:
+            Mean squared difference, in float32.
+    """
+    return _mean_squared_error(velocity, velocity_ref)
+
+
+def _mean_squared_error(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return (x.float() - y.float()).square().flatten(1).mean(1)
