@@ -1,0 +1,154 @@
+"""The prompt cache: what it returns, how often it encodes, where the encoders are, how much it keeps."""
+
+import warnings
+
+import pytest
+import torch
+
+from trl_spatial.diffusion_grpo.policies import make_policy
+from trl_spatial.diffusion_grpo.policies.flux import FluxPolicy
+from trl_spatial.diffusion_grpo.prompt_cache import PromptCache
+
+
+PROMPTS = ["a red circle left of a blue square", "a cat", "a lamp above the dog", "a cat"]
+# float32 embeddings of one prompt: 16 tokens of 32 numbers and a pooled one
+BYTES_PER_PROMPT = 4 * (16 * 32 + 32)
+
+
+class UnpaddedPolicy(FluxPolicy):
+    """Embeddings as long as the prompt, with a mask: the form of model families that do not pad to a fixed length."""
+
+    def encode_prompt(self, prompts):
+        embeds = super().encode_prompt(prompts)
+        tokens = self.pipeline.tokenizer_2(prompts, padding=True, return_tensors="pt")
+        length = tokens.input_ids.shape[1]
+        return {"prompt_embeds": embeds["prompt_embeds"][:, :length], "mask": tokens.attention_mask.bool()}
+
+
+def bitwise_equal(embeds, others):
+    return embeds.keys() == others.keys() and all(torch.equal(embeds[name], others[name]) for name in embeds)
+
+
+def test_rows_are_the_prompts_own_embeddings_in_their_order(flux_policy):
+    embeds = PromptCache(flux_policy, "cpu").get(PROMPTS)
+    for row, prompt in enumerate(PROMPTS):
+        alone = flux_policy.encode_prompt([prompt])
+        assert bitwise_equal({name: rows[row : row + 1] for name, rows in embeds.items()}, alone)
+    assert {name: tuple(rows.shape) for name, rows in embeds.items()} == {
+        "prompt_embeds": (4, 16, 32),
+        "pooled_prompt_embeds": (4, 32),
+    }
+    together = flux_policy.encode_prompt(PROMPTS)
+    assert all(torch.allclose(embeds[name], together[name], atol=1e-5) for name in embeds)
+
+
+def test_each_distinct_prompt_is_encoded_once(flux_policy):
+    calls = []
+    hook = flux_policy.pipeline.text_encoder_2.register_forward_hook(lambda *_: calls.append(1))
+    cache = PromptCache(flux_policy, "cpu")
+    cache.get(PROMPTS)
+    cache.get(PROMPTS[::-1])
+    cache.get(["a dog", *PROMPTS])
+    hook.remove()
+    assert cache.num_encoded == len(calls) == 4
+
+
+def test_embeddings_do_not_depend_on_what_was_asked_before(flux_policy):
+    # a resumed run starts with an empty cache
+    warm, cold = PromptCache(flux_policy, "cpu"), PromptCache(flux_policy, "cpu")
+    for prompts in (["a dog", "a cat"], ["a table", PROMPTS[0], "a red dog"]):
+        warm.get(prompts)
+    assert bitwise_equal(warm.get(PROMPTS), cold.get(PROMPTS))
+
+
+def test_a_returned_tensor_can_be_changed(flux_policy):
+    cache = PromptCache(flux_policy, "cpu")
+    before = cache.get(["a cat"])["prompt_embeds"].clone()
+    cache.get(["a cat"])["prompt_embeds"].zero_()
+    assert torch.equal(cache.get(["a cat"])["prompt_embeds"], before)
+
+
+@pytest.fixture
+def movements(make_flux_pipeline, monkeypatch):
+    """A policy, and the list of where its encoders were moved to and when they ran."""
+    policy, events = make_policy(make_flux_pipeline(), max_sequence_length=16), []
+    for number, encoder in enumerate(policy.encoders):
+
+        def move(device, number=number, encoder=encoder):
+            events.append((number, device))
+            return type(encoder).to(encoder, device)
+
+        monkeypatch.setattr(encoder, "to", move)
+        encoder.register_forward_pre_hook(lambda *_, number=number: events.append((number, "forward")))
+    return policy, events
+
+
+def test_encoders_are_on_the_device_only_while_they_encode(movements):
+    policy, events = movements
+    cpu, device = torch.device("cpu"), torch.device("cpu:0")  # two names of one device, told apart here
+    cache = PromptCache(policy, device)
+    assert events == [(0, cpu), (1, cpu)]
+    events.clear()
+    cache.get(PROMPTS[:2])
+    forwards = [(0, "forward"), (1, "forward")]
+    assert events == [(0, device), (1, device), *forwards, *forwards, (0, cpu), (1, cpu)]
+    events.clear()
+    cache.get(PROMPTS[:2])
+    assert events == []
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
+def test_embeddings_are_on_the_accelerator_and_encoders_are_not(flux_policy):
+    device = torch.accelerator.current_accelerator()
+    embeds = PromptCache(flux_policy, device).get(PROMPTS)
+    assert all(rows.device.type == device.type for rows in embeds.values())
+    assert all(
+        parameter.device.type == "cpu" for encoder in flux_policy.encoders for parameter in encoder.parameters()
+    )
+
+
+def test_encoders_leave_the_device_after_an_error_too(movements):
+    policy, events = movements
+    cache = PromptCache(policy, "cpu:0")
+    policy.encoders[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cache.get(PROMPTS)
+    assert events[-2:] == [(0, torch.device("cpu")), (1, torch.device("cpu"))]
+
+
+def test_the_prompts_unused_for_longest_are_dropped_with_one_warning(flux_policy):
+    cache = PromptCache(flux_policy, "cpu", max_bytes=2 * BYTES_PER_PROMPT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cache.get(["one", "two"])
+        cache.get(["one"])
+    with pytest.warns(UserWarning, match=r"3 prompts take more than `max_bytes=4352`.*Raise") as record:
+        cache.get(["three"])  # drops "two"
+        assert cache.num_encoded == 3
+        cache.get(["one", "three"])
+        assert cache.num_encoded == 3
+        cache.get(["two"])
+        assert cache.num_encoded == 4
+    assert len(record) == 1
+
+
+def test_more_prompts_than_fit_are_still_returned(flux_policy):
+    prompts = ["one", "two", "three", "four"]
+    cache = PromptCache(flux_policy, "cpu", max_bytes=BYTES_PER_PROMPT)
+    with pytest.warns(UserWarning, match="4 prompts"):
+        embeds = cache.get(prompts)
+    assert bitwise_equal(embeds, PromptCache(flux_policy, "cpu").get(prompts))
+    for prompt, num_encoded in (("four", 4), ("three", 5), ("three", 5), ("four", 6)):  # one is kept
+        cache.get([prompt])
+        assert cache.num_encoded == num_encoded
+
+
+def test_rows_of_different_lengths_are_padded_with_zeros(make_flux_pipeline):
+    policy = UnpaddedPolicy(make_flux_pipeline(), max_sequence_length=16)
+    embeds = PromptCache(policy, "cpu").get(PROMPTS)
+    lengths = [9, 3, 6, 3]  # a token per word and the end of the text
+    assert embeds["prompt_embeds"].shape == (4, 9, 32)
+    assert embeds["mask"].tolist() == [[True] * length + [False] * (9 - length) for length in lengths]
+    for row, (prompt, length) in enumerate(zip(PROMPTS, lengths, strict=True)):
+        assert torch.equal(embeds["prompt_embeds"][row, :length], policy.encode_prompt([prompt])["prompt_embeds"][0])
+        assert not embeds["prompt_embeds"][row, length:].any()

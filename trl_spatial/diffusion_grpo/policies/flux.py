@@ -1,0 +1,118 @@
+"""FLUX.1 as a policy."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from PIL import Image
+from torch import nn
+
+from .base import DiffusionPolicy, SamplingOptions
+
+
+class FluxPolicy(DiffusionPolicy):
+    """
+    FLUX.1: `FluxPipeline` with text guidance as an input (dev) or without guidance (schnell).
+
+    CLIP's pooled embedding sees the first 77 tokens of a prompt; all of it goes through T5.
+    """
+
+    pipeline_class = "FluxPipeline"
+    prompt_tokenizer = "tokenizer_2"
+    max_prompt_tokens = 512
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        device = self.pipeline.text_encoder.device
+        # A caller's autocast is for the transformer. Here as below, encoders and VAE compute as in the pipeline.
+        with torch.autocast(device.type, enabled=False), _no_warnings_about_clip():
+            prompt_embeds, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
+                prompts, device=device, max_sequence_length=self.max_sequence_length
+            )  # (n, max_sequence_length, joint_attention_dim), (n, pooled_projection_dim)
+        return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
+
+    def prepare_latents(self, generators: list[torch.Generator], options: SamplingOptions) -> torch.Tensor:
+        latents, _ = self.pipeline.prepare_latents(
+            len(generators),
+            self.transformer.config.in_channels // 4,
+            options.height,
+            options.width,
+            torch.float32,
+            self.transformer.device,
+            generators,
+        )
+        return latents  # (n, image_seq_len, in_channels)
+
+    def prepare_sigmas(self, options: SamplingOptions) -> torch.Tensor:
+        scheduler = self.pipeline.scheduler
+        num_steps = options.num_inference_steps
+        mu = calculate_shift(
+            (options.height // self.size_multiple) * (options.width // self.size_multiple),
+            scheduler.config.base_image_seq_len,
+            scheduler.config.max_image_seq_len,
+            scheduler.config.base_shift,
+            scheduler.config.max_shift,
+        )
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
+        return scheduler.sigmas  # (num_steps + 1,)
+
+    def predict_velocity(
+        self,
+        transformer: nn.Module,
+        latents: torch.Tensor,
+        sigma: torch.Tensor,
+        embeds: dict[str, torch.Tensor],
+        options: SamplingOptions,
+    ) -> torch.Tensor:
+        num_images, device, dtype = len(latents), latents.device, self.transformer.dtype
+        # Rounded as a timestep, as in the pipeline: in bfloat16 the rounded sigma is up to 4 of 1000 timesteps elsewhere.
+        timestep = (sigma.to(device) * 1000).to(dtype) / 1000
+        guidance = None
+        if self.transformer.config.guidance_embeds:
+            guidance = torch.full((num_images,), options.guidance_scale, device=device)
+        prompt_embeds = embeds["prompt_embeds"].to(dtype)
+        rows, columns = options.height // self.size_multiple, options.width // self.size_multiple
+        (velocity,) = transformer(
+            hidden_states=latents.to(dtype),
+            timestep=timestep.expand(num_images),
+            guidance=guidance,
+            pooled_projections=embeds["pooled_prompt_embeds"].to(dtype),
+            encoder_hidden_states=prompt_embeds,
+            txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=device),
+            img_ids=self.pipeline._prepare_latent_image_ids(num_images, rows, columns, device, torch.float32),
+            return_dict=False,
+        )
+        return velocity.float()  # (n, image_seq_len, in_channels)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: torch.Tensor, options: SamplingOptions) -> list[Image.Image]:
+        vae = self.vae
+        latents = self.pipeline._unpack_latents(latents, options.height, options.width, self.pipeline.vae_scale_factor)
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor  # (n, latent_channels, rows, columns)
+        with torch.autocast(vae.device.type, enabled=False):
+            images = vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]  # (n, 3, height, width)
+        return self.pipeline.image_processor.postprocess(images, output_type="pil")
+
+
+@contextmanager
+def _no_warnings_about_clip() -> Iterator[None]:
+    # Both libraries would warn of every prompt beyond 77 tokens. CLIP is meant to see no more: T5 reads the rest.
+    loggers = [
+        logging.getLogger(name)
+        for name in ("diffusers.pipelines.flux.pipeline_flux", "transformers.tokenization_utils_base")
+    ]
+
+    def is_about_something_else(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return "CLIP can only handle" not in message and not message.startswith("Token indices sequence length")
+
+    for logger in loggers:
+        logger.addFilter(is_about_something_else)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_about_something_else)

@@ -1,0 +1,172 @@
+"""Sampling images from the policy, with everything that training needs of the trained steps."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from .policies import DiffusionPolicy, SamplingOptions
+from .sde import sde_step
+
+
+@dataclass
+class Rollout:
+    """
+    Images sampled from the policy and their trained steps. `n` images, `K` trained steps.
+
+    Args:
+        images (`list[Image]` of length `n`):
+            Decoded images.
+        latents (`torch.Tensor` of shape `(n, K, image_seq_len, num_channels)`):
+            Latents before each trained step, float32.
+        next_latents (`torch.Tensor` of shape `(n, K, image_seq_len, num_channels)`):
+            Latents after each trained step, float32.
+        log_probs (`torch.Tensor` of shape `(n, K)`):
+            Log-probability of each trained step, mean over latent elements, float32.
+        final_latents (`torch.Tensor` of shape `(n, image_seq_len, num_channels)`):
+            Latents that the images are decoded from, float32.
+    """
+
+    images: list[Image.Image]
+    latents: torch.Tensor
+    next_latents: torch.Tensor
+    log_probs: torch.Tensor
+    final_latents: torch.Tensor
+
+
+def image_generator(seed: int, *path: int) -> torch.Generator:
+    """
+    Makes the random generator of one image.
+
+    Args:
+        seed (`int`):
+            Seed of the run, not negative.
+        *path (`int`):
+            Which image it is: numbers that are not negative, such as rollout, group and image.
+
+    Returns:
+        `torch.Generator`: On the CPU. It depends on the arguments alone, and generators of neighbouring arguments are
+        not related.
+    """
+    # PyTorch's CPU generator uses 32 bits of a seed, so consecutive integers will do as little as their sums would.
+    state = np.random.SeedSequence(seed, spawn_key=path).generate_state(1, np.uint32)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+@torch.no_grad()
+def sample_rollout(
+    policy: DiffusionPolicy,
+    transformer: nn.Module,
+    embeds: dict[str, torch.Tensor],
+    generators: list[torch.Generator],
+    options: SamplingOptions,
+    *,
+    sigmas: torch.Tensor,
+    trained_steps: tuple[int, ...],
+    noise_level: float,
+    dynamics: str,
+    batch_size: int,
+) -> Rollout:
+    """
+    Samples images: stochastic at the trained steps, by the ODE at the others.
+
+    An image takes all its random numbers from its own generator, so it does not depend on the images beside it.
+
+    Args:
+        policy ([`~policies.DiffusionPolicy`]):
+            The policy.
+        transformer (`torch.nn.Module`):
+            Its transformer, or what wraps it in training.
+        embeds (`dict[str, torch.Tensor]`):
+            Embeddings of the prompts, a row per image.
+        generators (`list[torch.Generator]` of length `n`):
+            One per image: it draws the first latents, then the noise of each trained step.
+        options ([`~policies.SamplingOptions`]):
+            Size, number of steps and guidance.
+        sigmas (`torch.Tensor` of shape `(num_inference_steps + 1,)`):
+            Noise levels, from the policy.
+        trained_steps (`tuple[int, ...]` of length `K`):
+            Indices of the stochastic steps, ascending, without the last step. Empty: the ODE sampler.
+        noise_level (`float`):
+            Noise of the trained steps; at 0 the images are the pipeline's.
+        dynamics (`str`):
+            See [`~sde.sde_step`].
+        batch_size (`int`):
+            Images per forward pass of the transformer and of the VAE's decoder.
+
+    Returns:
+        [`Rollout`]: On the device of the latents.
+
+    Raises:
+        `ValueError`: If rows and generators differ in number, or `trained_steps` is not as above.
+    """
+    num_steps = len(sigmas) - 1
+    if list(trained_steps) != sorted(set(trained_steps) & set(range(num_steps - 1))):
+        raise ValueError(
+            f"`trained_steps={trained_steps}` must be ascending indices from 0 to {num_steps - 2}: the last of "
+            f"{num_steps} steps is never stochastic."
+        )
+    num_rows = {len(rows) for rows in embeds.values()}
+    if num_rows != {len(generators)}:
+        raise ValueError(
+            f"Got {len(generators)} generators and embeddings of {sorted(num_rows)} rows; one each per image."
+        )
+    batches = []
+    for start in range(0, len(generators), batch_size):
+        stop = start + batch_size
+        batches.append(
+            _sample_batch(
+                policy,
+                transformer,
+                {name: rows[start:stop] for name, rows in embeds.items()},
+                generators[start:stop],
+                options,
+                sigmas=sigmas,
+                trained_steps=trained_steps,
+                noise_level=noise_level,
+                dynamics=dynamics,
+            )
+        )
+    return Rollout(
+        images=[image for batch in batches for image in batch.images],
+        latents=torch.cat([batch.latents for batch in batches]),
+        next_latents=torch.cat([batch.next_latents for batch in batches]),
+        log_probs=torch.cat([batch.log_probs for batch in batches]),
+        final_latents=torch.cat([batch.final_latents for batch in batches]),
+    )
+
+
+def _sample_batch(
+    policy: DiffusionPolicy,
+    transformer: nn.Module,
+    embeds: dict[str, torch.Tensor],
+    generators: list[torch.Generator],
+    options: SamplingOptions,
+    *,
+    sigmas: torch.Tensor,
+    trained_steps: tuple[int, ...],
+    noise_level: float,
+    dynamics: str,
+) -> Rollout:
+    latents = policy.prepare_latents(generators, options)  # (n, image_seq_len, num_channels)
+    before = latents.new_empty(len(latents), len(trained_steps), *latents.shape[1:])
+    after, log_probs = torch.empty_like(before), before.new_empty(before.shape[:2])
+    for step in range(len(sigmas) - 1):
+        velocity = policy.predict_velocity(transformer, latents, sigmas[step], embeds, options)
+        output = sde_step(
+            velocity,
+            latents,
+            sigmas[step],
+            sigmas[step + 1],
+            noise_level if step in trained_steps else 0.0,
+            dynamics=dynamics,
+            sigma_max=sigmas[1] if step == 0 else None,
+            generator=generators,
+        )
+        if step in trained_steps:
+            k = trained_steps.index(step)
+            before[:, k], after[:, k], log_probs[:, k] = latents, output.next_latents, output.log_probs
+        latents = output.next_latents
+    return Rollout(policy.decode_latents(latents, options), before, after, log_probs, latents)
