@@ -11,6 +11,8 @@ __version__ = "0.1.0.dev0"
 
 # public name: module that defines it
 _PUBLIC_NAMES = {
+    "DiffusionGRPOConfig": "diffusion_grpo.config",
+    "DiffusionGRPOTrainer": "diffusion_grpo.trainer",
     "GaussianRewardConfig": "gaussian_reward.config",
     "GaussianRewardTrainer": "gaussian_reward.trainer",
     "SpatialScore": "gaussian_reward.scoring",

@@ -1,0 +1,41 @@
+"""The bench counts the evaluations of the transformer, and names what misses its target."""
+
+import argparse
+
+import pytest
+
+from recipes.bench import grpo as bench
+
+
+@pytest.mark.parametrize(("top_k", "window", "expected"), [(None, None, 21 + 5), (6, 2, 9 + 1)])
+def test_an_update_costs_what_the_formula_says(top_k, window, expected):
+    """Oracle: hooks in the transformer, which see recomputed forward passes and backward passes too."""
+    args = argparse.Namespace(num_updates=1, image_size=16, model="tiny", num_generations=24, num_threads=1)
+    result = bench.measure(top_k, window, args)
+    evaluations, seconds = result["evaluations_per_image"], result["seconds"]
+    assert evaluations["counted"] == sum(evaluations["formula"].values()) == expected
+    assert evaluations["logged"] == evaluations["formula"]
+    assert sum(seconds[phase] for phase in bench.PHASES) == pytest.approx(seconds["step"], rel=1e-6)
+    assert result["processor_seconds_per_step"] > 0 and result["peak_megabytes"] > 0
+
+
+def test_missed_targets_are_named():
+    def result(processor, rest, formula, counted):
+        evaluations = {"policy": formula, "reference": 1.0}
+        return {
+            "seconds": {"rest": rest, "step": 1.0},
+            "processor_seconds_per_step": processor,
+            "evaluations_per_image": {"formula": evaluations, "logged": dict(evaluations), "counted": counted},
+        }
+
+    good = {"all images, all steps": result(10.0, 0.05, 21.0, 22.0), "filter": result(6.9, 0.1, 13.5, 14.5)}
+    assert bench.shortcomings(good) == []
+    bad = {"all images, all steps": result(10.0, 0.11, 21.0, 22.0), "filter": result(7.1, 0.1, 13.5, 16.0)}
+    messages = bench.shortcomings(bad)
+    assert len(messages) == 3
+    for part in (
+        "the rest is 11.0% of a step",
+        "filter: the evaluations per image",
+        "takes 0.71 of an unfiltered one",
+    ):
+        assert any(part in message for message in messages)

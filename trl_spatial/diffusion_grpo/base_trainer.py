@@ -1,0 +1,312 @@
+import math
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from PIL.Image import Image
+from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    PredictionOutput,
+    SaveStrategy,
+    TrainOutput,
+    rotate_checkpoints,
+    speed_metrics,
+)
+
+from . import checkpointing
+from .callbacks import RolloutProgressCallback, UpdateCallback
+from .checks import check_inputs, warn_about_deviation, with_held_out
+from .config import DiffusionGRPOConfig
+from .ema import EMA
+from .evaluation import EvaluationOutput, evaluate_policy
+from .image_grid import save_image_grid
+from .integrations import adapt_callbacks, log_image
+from .metrics import TrainingMetrics, gather_evaluation
+from .model_setup import load_pipeline, prepare_transformer, sampling_options
+from .monitoring import HackingMonitor, StepTimer
+from .policies import make_policy
+from .prompt_cache import PromptCache
+from .reward_functions import RewardFunction, RewardFunctions, reward_metrics
+
+
+logger = get_logger(__name__)
+
+Rows: TypeAlias = Dataset | list[dict[str, Any]]
+
+
+class DiffusionTrainer(Trainer):
+    """
+    A [`~transformers.Trainer`] of the transformer of a diffusion pipeline: everything but the algorithm.
+
+    - Evaluation generates images with the averaged weights and rewards them.
+    - Logs hold metrics of all processes, counts, and the time of each phase. Grids of images are saved.
+    - Checkpoints hold exactly what training changes, and are marked when they are complete. Half-written ones are never
+      resumed from, and older ones are deleted only when a newer one is complete. The best one is always saved and kept.
+
+    A subclass gives `training_step`, and `_training_state` and `_load_training_state` for what else it remembers.
+    Arguments are those of [`DiffusionGRPOTrainer`].
+    """
+
+    def __init__(
+        self,
+        pipeline: str | DiffusionPipeline,
+        reward_funcs: RewardFunction | list[RewardFunction],
+        args: DiffusionGRPOConfig,
+        train_dataset: Rows | None,
+        eval_dataset: Rows | dict[str, Rows] | None,
+        eval_reward_funcs: RewardFunction | list[RewardFunction] | None,
+        callbacks: list[TrainerCallback] | None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None],
+        peft_config: LoraConfig | None,
+    ):
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process. Start with `accelerate launch`, one process per GPU, or "
+                "set `CUDA_VISIBLE_DEVICES`."
+            )
+        if isinstance(pipeline, str):
+            pipeline = load_pipeline(pipeline, args)
+        self.policy = make_policy(pipeline, max_sequence_length=args.max_sequence_length)
+        self.reward_functions = RewardFunctions(reward_funcs, args.reward_weights)
+        self.eval_reward_functions = with_held_out(self.reward_functions, eval_reward_funcs)
+        self._options, self._eval_options = sampling_options(args)
+        check_inputs(
+            self.policy,
+            train_dataset,
+            eval_dataset,
+            self.reward_functions,
+            self.eval_reward_functions,
+            options=self._options,
+            eval_options=self._eval_options,
+            metric=args.metric_for_best_model,
+        )
+        set_seed(args.seed)  # for the first weights of the adapters
+
+        super().__init__(
+            model=prepare_transformer(pipeline, args, peft_config),
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=[UpdateCallback(self._on_train_begin, self._on_update), *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(RolloutProgressCallback)
+        adapt_callbacks(self)
+
+        self.policy.vae.to(args.device)
+        self.prompt_cache = PromptCache(self.policy, args.device)
+        self.ema = EMA(self.model, args.ema_decay, every=args.ema_steps) if args.ema_decay > 0 else None
+        self._metrics = TrainingMetrics()
+        self._timer = StepTimer()
+        self._hacking_monitors: defaultdict[str, HackingMonitor] = defaultdict(HackingMonitor)
+
+    def num_examples(self, dataloader) -> int:
+        return len(self.train_dataset)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = checkpointing.last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"`resume_from_checkpoint` is True, but there is no complete checkpoint in {self.args.output_dir}. "
+                    "Leave it `None` to start anew."
+                )
+        elif resume_from_checkpoint:
+            checkpointing.check_complete(resume_from_checkpoint)
+        self._metrics = TrainingMetrics()
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _on_train_begin(self) -> None:
+        self._timer.restart()
+
+    def _on_update(self) -> None:
+        self._metrics.num_updates += 1
+        if self.ema is not None:
+            self.ema.step()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # of updates, and not of an evaluation or the end
+            metrics = self._metrics.collect(self.accelerator, self._timer.collect())
+            warn_about_deviation(metrics, self.args)
+            logs = {**logs, **metrics}
+        super().log(logs, start_time)
+
+    def evaluate(
+        self,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """
+        Evaluates the averaged weights: the same noise every time, no noise in the steps, the rewards of training and
+        those that were not trained on.
+
+        Args:
+            eval_dataset ([`~datasets.Dataset`], `list[dict]` or a `dict` of them, *optional*):
+                Pass a dataset if you wish to override `self.eval_dataset`.
+            ignore_keys (`list[str]`, *optional*):
+                Not used.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
+                Prefix of the metrics' names.
+
+        Returns:
+            `dict[str, float]`: Metrics such as `eval_reward` and `eval_rewards/<name>/mean`.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("`eval_dataset` is `None`. Evaluation needs prompts: pass a dataset.")
+        if isinstance(dataset, dict):
+            metrics: dict[str, float] = {}
+            for name, part in dataset.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+
+        start_time = time.time()
+        with self._timer.phase("evaluate"):
+            output = self._evaluate_policy(dataset)
+            metrics = self._evaluation_metrics(output, metric_key_prefix)
+            self._log_images(metric_key_prefix, self.state.global_step, output.images, output.prompts, output.rewards)
+        metrics |= speed_metrics(metric_key_prefix, start_time, num_samples=len(output.rewards))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def predict(
+        self, test_dataset: Rows, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """
+        Evaluates as [`~DiffusionTrainer.evaluate`] does, and gives the rewards of every image.
+
+        Args:
+            test_dataset ([`~datasets.Dataset`] or `list[dict]`):
+                Dataset to generate images for.
+            ignore_keys (`list[str]`, *optional*):
+                Not used.
+            metric_key_prefix (`str`, *optional*, defaults to `"test"`):
+                Prefix of the metrics' names.
+
+        Returns:
+            [`~transformers.trainer_utils.PredictionOutput`]: `predictions` of shape `(n, num_funcs)` are the rewards of
+            `eval_reward_functions`, in the order of the rows; NaN where a function has no opinion.
+        """
+        with self._timer.phase("evaluate"):
+            output = self._evaluate_policy(test_dataset)
+            metrics = self._evaluation_metrics(output, metric_key_prefix)
+        return PredictionOutput(output.rewards.numpy(), None, metrics)
+
+    def _evaluate_policy(self, dataset: Rows) -> EvaluationOutput:
+        """Evaluation of all processes."""
+        args = self.args
+        with nullcontext() if self.ema is None else self.ema.applied():
+            output = evaluate_policy(
+                self.policy,
+                self.model,
+                self.prompt_cache,
+                dataset,
+                self.eval_reward_functions,
+                self._eval_options,
+                batch_size=args.per_device_eval_batch_size,
+                seed=args.seed,
+                num_kept_images=args.num_logged_images,
+                rank=args.process_index,
+                world_size=args.world_size,
+                autocast=self.accelerator.autocast,
+                show_progress=self.is_world_process_zero() and not args.disable_tqdm,
+            )
+        return gather_evaluation(output)
+
+    def _evaluation_metrics(self, output: EvaluationOutput, prefix: str) -> dict[str, float]:
+        num_trained = len(self.reward_functions.names)
+        trained = output.rewards[:, :num_trained]
+        metrics = reward_metrics(output.rewards, self.eval_reward_functions)
+        metrics |= reward_metrics(trained, self.reward_functions)  # `reward` is of the trained ones
+        held_out = self.eval_reward_functions.names[num_trained:]
+        for warning in self._hacking_monitors[prefix].update(
+            self.state.global_step,
+            self.reward_functions.combine(trained),
+            dict(zip(held_out, output.rewards[:, num_trained:].unbind(1), strict=True)),
+        ):
+            logger.warning(warning)
+        return {f"{prefix}_{name}": value for name, value in metrics.items()}
+
+    def _log_images(
+        self, name: str, number: int, images: list[Image], prompts: list[str], rewards: torch.Tensor
+    ) -> None:
+        """Saves a grid of the first images and shows it to the trackers."""
+        num_images = min(self.args.num_logged_images, len(images))
+        if num_images == 0 or not self.is_world_process_zero():
+            return
+        names = self.eval_reward_functions.names  # those of the trained ones come first
+        captions = [_caption(names, row) for row in rewards[:num_images].tolist()]
+        path = Path(self.args.output_dir) / "images" / f"{name}_{number:06d}.png"
+        grid = save_image_grid(path, images[:num_images], prompts[:num_images], captions)
+        log_image(self.callback_handler.callbacks, grid, f"images/{name}", self.state.global_step)
+
+    def _training_state(self) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
+        """What this process has to remember: tensors, and anything that JSON holds."""
+        raise NotImplementedError
+
+    def _load_training_state(self, tensors: Mapping[str, torch.Tensor], extra: dict[str, Any]) -> None:
+        """Undoes `_training_state`."""
+        raise NotImplementedError
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        is_new_best = super()._determine_best_metric(metrics, trial)
+        if is_new_best and self.args.save_strategy != SaveStrategy.NO:
+            self.control.should_save = True
+        return is_new_best
+
+    def _save_checkpoint(self, model, trial) -> None:
+        args = self.args
+        run_dir = Path(self._get_output_dir(trial))
+        folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with self._timer.phase("save"):
+            if args.should_save:
+                checkpointing.begin_checkpoint(folder)
+            self.accelerator.wait_for_everyone()
+            # The parent would delete older checkpoints before this one is complete.
+            save_total_limit, args.save_total_limit = args.save_total_limit, None
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                args.save_total_limit = save_total_limit
+            if args.should_save:
+                checkpointing.save_trained_state(self.model, folder, ema=self.ema)
+            checkpointing.save_buffer(*self._training_state(), folder, args.process_index)
+            self.accelerator.wait_for_everyone()
+            if args.should_save:
+                checkpointing.mark_complete(folder)
+                rotate_checkpoints(str(run_dir), save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    # The averaged weights, as they were evaluated; no pickle of the training arguments
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.args.should_save:
+            folder = self.args.output_dir if output_dir is None else output_dir
+            checkpointing.export_weights(self.policy.pipeline, self.model, folder, ema=self.ema)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        checkpointing.load_trained_state(self.model, resume_from_checkpoint, ema=self.ema)
+        self._load_training_state(*checkpointing.load_buffer(resume_from_checkpoint, self.args.process_index))
+
+    def _load_best_model(self) -> None:
+        checkpointing.load_trained_state(self.model, self.state.best_model_checkpoint, ema=self.ema)
+
+
+def _caption(names: list[str], rewards: list[float]) -> str:
+    values = ["none" if math.isnan(reward) else f"{reward:.3g}" for reward in rewards]
+    return "\n".join(f"{name} {value}" for name, value in zip(names, values, strict=False))

@@ -1,0 +1,352 @@
+"""
+What a training run leaves on disk: weights for users, state to resume from, and a marker that tells a whole
+checkpoint from a half-written one.
+
+A checkpoint is written in this order, the first and the last step by one process:
+[`begin_checkpoint`] → weights, optimizer, random states, buffers → [`mark_complete`]. Older checkpoints may be deleted
+after that, not before.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .ema import EMA
+
+
+logger = logging.getLogger(__name__)
+
+TRANSFORMER_FOLDER = "transformer"
+TRAINED_WEIGHTS = "trained_weights.safetensors"
+EMA_WEIGHTS = "ema.safetensors"
+MARKER = "checkpoint.json"
+# Fields of a `LoraConfig` and the values with which an adapter is nothing but matrices beside unchanged weights. Other ways
+# to start, such as PiSSA's, change the frozen weights, which also are the reference policy.
+_PLAIN_LORA: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False,),
+    "bias": ("none",),
+    "modules_to_save": (None,),
+    "target_parameters": (None,),
+    "init_lora_weights": ("gaussian", "orthogonal", True, False),
+}
+
+
+# Weights for users
+
+
+def check_exportable(peft_config: LoraConfig) -> None:
+    """
+    Finds out before training whether diffusers can load what an adapter will have learnt.
+
+    Args:
+        peft_config ([`~peft.LoraConfig`]):
+            Configuration of the adapter.
+
+    Raises:
+        `ValueError`: If the adapter trains something that `load_lora_weights` drops or refuses.
+    """
+    if not isinstance(peft_config, LoraConfig):
+        raise ValueError(
+            f"`peft_config` is a `{type(peft_config).__name__}`. Diffusion pipelines load LoRA weights: use a "
+            "`LoraConfig`."
+        )
+    for field, allowed in _PLAIN_LORA.items():
+        value = getattr(peft_config, field)
+        if value not in allowed:
+            raise ValueError(
+                f"`peft_config.{field}` is {value!r}, but a diffusion pipeline's `load_lora_weights` adds the matrices of "
+                f"plain LoRA to unchanged weights. Set it to {' or '.join(map(repr, allowed))}, or train all weights "
+                "without `peft_config`."
+            )
+
+
+def export_weights(
+    pipeline: DiffusionPipeline,
+    transformer: Any,
+    folder: str | Path,
+    *,
+    ema: EMA | None = None,
+) -> None:
+    """
+    Saves the trained weights so that users load them with diffusers alone: `pipeline.load_lora_weights(folder)` for an
+    adapter, or `FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer")` for a fully trained model.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            The pipeline that the transformer belongs to.
+        transformer ([`~diffusers.ModelMixin`]):
+            The trained transformer, without the wrappers of distributed training.
+        folder (`str` or `Path`):
+            Where to; created if missing. An adapter becomes `pytorch_lora_weights.safetensors`, with its configuration
+            (`alpha` above all) as metadata.
+        ema ([`EMA`], *optional*):
+            If given, its averaged weights are saved in place of the current ones.
+    """
+    with nullcontext() if ema is None else ema.applied():
+        if not has_adapter(transformer):
+            transformer.save_pretrained(Path(folder) / TRANSFORMER_FOLDER)
+            return
+        (adapter_name,) = transformer.active_adapters()
+        pipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=adapter_name),
+            transformer_lora_adapter_metadata=transformer.peft_config[adapter_name].to_dict(),
+        )
+
+
+def has_adapter(transformer: torch.nn.Module) -> bool:
+    """Whether a diffusers transformer has adapters."""
+    return bool(getattr(transformer, "peft_config", None))
+
+
+# State to resume from
+
+
+def save_trained_state(transformer: torch.nn.Module, folder: str | Path, *, ema: EMA | None = None) -> None:
+    """
+    Saves what training changes in a transformer, bit for bit: its trainable parameters, in their own dtype, and their
+    moving average. Frozen weights are not saved.
+
+    Args:
+        transformer (`torch.nn.Module`):
+            The transformer, without the wrappers of distributed training.
+        folder (`str` or `Path`):
+            Where to; created if missing.
+        ema ([`EMA`], *optional*):
+            Moving average of those parameters.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    _save_tensors(_trainable_parameters(transformer), Path(folder) / TRAINED_WEIGHTS)
+    if ema is not None:
+        _save_tensors(ema.weights, Path(folder) / EMA_WEIGHTS, {"num_updates": ema.num_updates})
+
+
+@torch.no_grad()
+def load_trained_state(transformer: torch.nn.Module, folder: str | Path, *, ema: EMA | None = None) -> None:
+    """
+    Undoes [`save_trained_state`]: puts the saved values into the trainable parameters and their moving average.
+
+    Args:
+        transformer (`torch.nn.Module`):
+            The transformer, set up as it was when the state was saved.
+        folder (`str` or `Path`):
+            Where from.
+        ema ([`EMA`], *optional*):
+            Moving average that is continued.
+
+    Raises:
+        `ValueError`: If the saved parameters are not the trainable ones of the transformer, or a file is missing.
+    """
+    saved, _ = _load_tensors(Path(folder) / TRAINED_WEIGHTS)
+    parameters = _trainable_parameters(transformer)
+    _check_same_tensors(saved, parameters, Path(folder) / TRAINED_WEIGHTS)
+    for name, parameter in parameters.items():
+        parameter.copy_(saved[name])
+    if ema is not None:
+        saved, extra = _load_tensors(Path(folder) / EMA_WEIGHTS)
+        _check_same_tensors(saved, ema.weights, Path(folder) / EMA_WEIGHTS)
+        ema.load_state_dict({"weights": saved, "num_updates": extra["num_updates"]})
+
+
+def save_buffer(buffer: Mapping[str, torch.Tensor], extra: Mapping[str, Any], folder: str | Path, rank: int) -> None:
+    """
+    Saves the part of a rollout that a process has not trained on yet.
+
+    Args:
+        buffer (`Mapping[str, torch.Tensor]`):
+            Tensors of any shape and dtype. They are saved exactly.
+        extra (`Mapping[str, Any]`):
+            What else belongs to it: anything that JSON holds.
+        folder (`str` or `Path`):
+            Where to; created if missing.
+        rank (`int`):
+            Number of this process; each one has a buffer of its own.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    _save_tensors(buffer, Path(folder) / f"buffer_{rank}.safetensors", extra)
+
+
+def load_buffer(folder: str | Path, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """
+    Undoes [`save_buffer`].
+
+    Args:
+        folder (`str` or `Path`):
+            Where from.
+        rank (`int`):
+            Number of this process.
+
+    Returns:
+        `tuple[dict[str, torch.Tensor], dict[str, Any]]`: the tensors, on the CPU, and the rest.
+
+    Raises:
+        `ValueError`: If there is no buffer of that process.
+    """
+    return _load_tensors(Path(folder) / f"buffer_{rank}.safetensors")
+
+
+def _trainable_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, extra: Mapping[str, Any] | None = None) -> None:
+    # Copies: safetensors refuses tensors that share memory, such as slices of one rollout.
+    copies = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    save_file(copies, path, metadata={"extra": json.dumps(dict(extra or {}))})
+
+
+def _load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is missing: it was saved by another setup (number of processes, `ema_decay`, or the trainer's "
+            "version). Resume with the setup of that run, or start anew without `resume_from_checkpoint`."
+        )
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
+        extra = json.loads(file.metadata()["extra"])
+    return tensors, extra
+
+
+def _check_same_tensors(saved: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], path: Path) -> None:
+    def describe(tensors: Mapping[str, torch.Tensor]) -> set[str]:
+        return {f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items()}
+
+    only_saved, only_own = sorted(describe(saved) - describe(own)), sorted(describe(own) - describe(saved))
+    if only_saved or only_own:
+        raise ValueError(
+            f"{path} is of another model: {len(only_saved)} of its tensors are not trainable parameters here (the first: "
+            f"{only_saved[:1]}), {len(only_own)} are missing in it (the first: {only_own[:1]}). Resume with the "
+            "`peft_config` and the dtype of that run."
+        )
+
+
+# Completeness
+
+
+def begin_checkpoint(folder: str | Path) -> None:
+    """
+    Makes an empty folder for a checkpoint. What an earlier run left there is deleted, its marker first, so that old
+    and new files never pass for one checkpoint. To be called by one process, before any other writes.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder of the checkpoint.
+    """
+    folder = Path(folder)
+    (folder / MARKER).unlink(missing_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def mark_complete(folder: str | Path) -> None:
+    """
+    Declares a checkpoint whole: writes `checkpoint.json`, which lists every file with its size, after all files have
+    reached the disk. To be called by one process, after all have written.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder of the checkpoint.
+    """
+    folder = Path(folder)
+    sizes = _file_sizes(folder)
+    for path in [*(folder / name for name in sizes), *(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        _flush_to_disk(path)
+    unfinished = folder / f"{MARKER}.part"
+    unfinished.write_text(json.dumps({"files": sizes}, indent=2), encoding="utf-8")
+    _flush_to_disk(unfinished)
+    unfinished.replace(folder / MARKER)
+    _flush_to_disk(folder)
+
+
+def is_complete(folder: str | Path) -> bool:
+    """
+    Whether a checkpoint was written to its end: its marker is there, and so is every file that the marker lists, with
+    its size.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder of the checkpoint.
+    """
+    try:
+        expected = json.loads((Path(folder) / MARKER).read_text(encoding="utf-8"))["files"]
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return False
+    sizes = _file_sizes(Path(folder))
+    return all(sizes.get(name) == size for name, size in expected.items())
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """
+    The checkpoint to resume from: the latest one that is complete. Later ones that are not are named in a warning.
+
+    Args:
+        output_dir (`str` or `Path`):
+            Folder with the checkpoints of a run, `checkpoint-<step>`.
+
+    Returns:
+        `str`, *optional*: Path of the checkpoint, or `None` if there is none.
+    """
+    steps = {}
+    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
+        if match and path.is_dir():
+            steps[int(match[1])] = path
+    for step in sorted(steps, reverse=True):
+        if is_complete(steps[step]):
+            return str(steps[step])
+        logger.warning(
+            "%s is incomplete: the run was stopped while writing it. It is not resumed from, and can be deleted.",
+            steps[step],
+        )
+    return None
+
+
+def check_complete(folder: str | Path) -> None:
+    """
+    Refuses a checkpoint that was named as the one to resume from but is not whole.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder of the checkpoint.
+
+    Raises:
+        `ValueError`: If it is missing or incomplete.
+    """
+    if not is_complete(folder):
+        state = "incomplete: the run was stopped while writing it" if Path(folder).is_dir() else "not a folder"
+        raise ValueError(
+            f"`resume_from_checkpoint` is {str(folder)!r}, which is {state}. Use `resume_from_checkpoint=True` for the "
+            "last complete one in `output_dir`."
+        )
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _flush_to_disk(path: Path) -> None:
+    if os.name != "posix":  # elsewhere folders and files open for reading cannot be flushed
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

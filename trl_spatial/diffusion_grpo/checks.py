@@ -1,0 +1,160 @@
+"""Bad input and doubtful settings that can be known before training."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from accelerate.logging import get_logger
+from datasets import Dataset
+
+from .config import DiffusionGRPOConfig
+from .monitoring import setup_warnings
+from .policies import DiffusionPolicy, SamplingOptions
+from .reward_functions import RewardFunction, RewardFunctions
+from .rollout import image_generator
+
+
+logger = get_logger(__name__)
+
+
+def with_held_out(trained: RewardFunctions, held_out: RewardFunction | list[RewardFunction] | None) -> RewardFunctions:
+    """Reward functions of evaluation: the trained ones, then those that have no weight."""
+    if held_out is None:
+        return trained
+    others = list(held_out) if isinstance(held_out, list) else [held_out]
+    return RewardFunctions([*trained.functions, *others], [*trained.weights.tolist(), *[0.0] * len(others)])
+
+
+def check_inputs(
+    policy: DiffusionPolicy,
+    train_dataset: Dataset | Sequence[dict[str, Any]] | None,
+    eval_dataset: Dataset | Sequence[dict[str, Any]] | dict[str, Any] | None,
+    reward_functions: RewardFunctions,
+    eval_reward_functions: RewardFunctions,
+    *,
+    options: SamplingOptions,
+    eval_options: SamplingOptions,
+    metric: str | None,
+) -> None:
+    """
+    Checks what a trainer is given: image sizes, datasets, and the metric by which the best checkpoint is chosen.
+
+    Raises:
+        `TypeError`: If a dataset cannot be indexed.
+        `ValueError`: If something else is wrong; the message names it.
+    """
+    policy.check_size(options.height, options.width)
+    if train_dataset is not None:
+        check_data(train_dataset, "train_dataset", policy, reward_functions)
+    if eval_dataset is None:
+        return
+    try:
+        policy.check_size(eval_options.height, eval_options.width)
+    except ValueError as error:
+        raise ValueError(f"`eval_height` and `eval_width`: {error}") from None
+    if isinstance(eval_dataset, dict):
+        for name, dataset in eval_dataset.items():
+            check_data(dataset, f"eval_dataset[{name!r}]", policy, eval_reward_functions)
+        datasets = list(eval_dataset)
+    else:
+        check_data(eval_dataset, "eval_dataset", policy, eval_reward_functions)
+        datasets = [None]
+    check_metric(metric, datasets, eval_reward_functions)
+
+
+def check_data(
+    dataset: Dataset | Sequence[dict[str, Any]], name: str, policy: DiffusionPolicy, reward_functions: RewardFunctions
+) -> None:
+    """
+    Checks that a dataset can be trained or evaluated on.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or sequence of `dict`):
+            The dataset.
+        name (`str`):
+            What errors call it.
+        policy ([`DiffusionPolicy`]):
+            The model that gets the prompts.
+        reward_functions ([`RewardFunctions`]):
+            The functions that get the other columns.
+
+    Raises:
+        `TypeError`: If the dataset cannot be indexed.
+        `ValueError`: If it is empty or has no prompts, if a prompt is empty or too long, or if a reward function cannot
+            be called with its columns.
+    """
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise TypeError(
+            f"`{name}` is a `{type(dataset).__name__}`, which cannot be indexed. Use a `datasets.Dataset` or a list of "
+            "rows; `Dataset.from_list(list(stream))` makes one of a stream."
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty. It needs at least one row with a `prompt`.")
+    columns = dataset.column_names if isinstance(dataset, Dataset) else list(dataset[0])
+    if "prompt" not in columns:
+        raise ValueError(
+            f"`{name}` has the columns {sorted(columns)} but no `prompt`. Rename the column with the text."
+        )
+    if isinstance(dataset, Dataset):
+        prompts = list(dataset["prompt"])
+    else:
+        for index, row in enumerate(dataset):
+            if set(row) != set(columns):
+                raise ValueError(f"Row {index} of `{name}` has the keys {sorted(row)}, row 0 {sorted(columns)}.")
+        prompts = [row["prompt"] for row in dataset]
+    try:
+        policy.check_prompts(prompts)
+        reward_functions.check_columns([column for column in columns if column != "prompt"])
+    except ValueError as error:
+        raise ValueError(f"`{name}`: {error}") from None
+
+
+def check_metric(metric: str | None, dataset_names: list[str | None], reward_functions: RewardFunctions) -> None:
+    """
+    Checks that a metric by which the best checkpoint is chosen will be there.
+
+    Args:
+        metric (`str`, *optional*):
+            Name of the metric, with or without `eval_`.
+        dataset_names (`list[str | None]`):
+            Names of the datasets of evaluation; `None` for one without a name.
+        reward_functions ([`RewardFunctions`]):
+            Reward functions of the evaluation.
+
+    Raises:
+        `ValueError`: If there is no such metric.
+    """
+    names = ["reward", *(f"rewards/{name}/mean" for name in reward_functions.names)]
+    metrics = [name if dataset is None else f"{dataset}_{name}" for dataset in dataset_names for name in names]
+    if metric is not None and metric.removeprefix("eval_") not in metrics:
+        raise ValueError(
+            f"`metric_for_best_model` is {metric!r}, but the evaluation will have {', '.join(metrics)}. Use one of them, "
+            "or `None`."
+        )
+
+
+def warn_about_settings(args: DiffusionGRPOConfig, policy: DiffusionPolicy, options: SamplingOptions) -> None:
+    """Issues the warnings of [`setup_warnings`]."""
+    num_updates = args.num_updates_per_rollout // args.num_iterations  # of an iteration
+    warnings = setup_warnings(
+        dynamics=args.dynamics,
+        noise_level=args.noise_level,
+        trains_first_step=args.sde_window_range is None or args.sde_window_range[0] == 0,
+        epsilon=args.epsilon,
+        num_latent_elements=policy.prepare_latents([image_generator(args.seed)], options).numel(),
+        num_updates_per_rollout=args.num_updates_per_rollout,
+        is_ratio_corrected=args.ratio_norm or args.kl_mask is not None,
+        num_groups_per_update=args.num_prompts_per_device * args.world_size / num_updates,
+    )
+    for warning in warnings:
+        logger.warning(warning)
+
+
+def warn_about_deviation(metrics: Mapping[str, float], args: DiffusionGRPOConfig) -> None:
+    """Warns if the log-probs of rollout and training differ by more than the clip range bears."""
+    deviation = metrics.get("ratio/first_deviation", 0.0)
+    if deviation > args.epsilon / 10:
+        logger.warning(
+            f"The first ratios after a rollout deviate from 1 by up to {deviation:.1e}, more than a tenth of `epsilon` "
+            f"({args.epsilon:g}): rollout and training round differently. Set `old_log_probs='training'`, or "
+            "`rollout_batch_size` to `per_device_train_batch_size`."
+        )

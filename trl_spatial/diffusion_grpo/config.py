@@ -1,0 +1,524 @@
+import math
+from dataclasses import dataclass, field, fields
+
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+
+# Fields with a fixed set of values
+_CHOICES = {
+    "scale_rewards": ("group", "batch", "none"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "advantage_scope": ("kept", "group"),
+    "dynamics": ("flow_sde", "dance_sde", "cps"),
+    "kl_estimator": ("exact", "velocity"),
+    "old_log_probs": ("training", "rollout"),
+}
+
+
+@dataclass
+class DiffusionGRPOConfig(TrainingArguments):
+    r"""
+    Configuration class for the [`DiffusionGRPOTrainer`].
+
+    This class includes only the parameters that are specific to GRPO training of a text-to-image model. For a full
+    list of training arguments, please refer to the [`~transformers.TrainingArguments`] documentation. Note that
+    default values in this class may differ from those: they are those of [Enhancing Spatial Understanding in Image
+    Generation via Reward Modeling](https://huggingface.co/papers/2602.24233) and, where it is silent, of
+    [Flow-GRPO](https://huggingface.co/papers/2505.05470).
+
+    Sizes: a forward pass of training takes `per_device_train_batch_size` kept images at one denoising step. A rollout
+    samples `per_device_train_batch_size * steps_per_generation / num_kept` prompts per device, `num_generations`
+    images each, of which `num_kept`, `2 * top_k` or all, are trained on.
+
+    Parameters:
+        > Parameters that control the rollout
+
+        num_generations (`int`, *optional*, defaults to `24`):
+            Number of images per prompt, the size of a group.
+        steps_per_generation (`int`, *optional*):
+            Number of forward passes per trained denoising step over which the kept images of a rollout are spread, a
+            multiple of `gradient_accumulation_steps`. If `None`, it defaults to `gradient_accumulation_steps`: one
+            update per rollout.
+        rollout_batch_size (`int`, *optional*):
+            Number of images that a device samples at once. If `None`, it defaults to `per_device_train_batch_size`.
+        num_inference_steps (`int`, *optional*, defaults to `6`):
+            Number of denoising steps in training.
+        guidance_scale (`float`, *optional*, defaults to `3.5`):
+            Guidance, the same in rollout, training and evaluation.
+        height (`int`, *optional*, defaults to `512`):
+            Height of the images in training, in pixels.
+        width (`int`, *optional*, defaults to `512`):
+            Width of the images in training, in pixels.
+        max_sequence_length (`int`, *optional*, defaults to `512`):
+            Number of tokens to which prompts are padded. A longer prompt is an error.
+        dynamics (`str`, *optional*, defaults to `"flow_sde"`):
+            How noise is added to a denoising step: `"flow_sde"` ([Flow-GRPO](https://huggingface.co/papers/2505.05470)),
+            `"dance_sde"` ([DanceGRPO](https://huggingface.co/papers/2505.07818)) or `"cps"` ([Coefficients-preserving
+            sampling](https://huggingface.co/papers/2509.05952)), which leaves no excess noise in the image.
+        noise_level (`float`, *optional*, defaults to `0.9`):
+            How much noise a step gets. Usual values are 0.7 … 0.9 for `"flow_sde"`, 0.3 for `"dance_sde"`, 0.8 (at
+            most 1) for `"cps"`.
+        sde_window_size (`int`, *optional*):
+            Number of consecutive steps that are stochastic and trained; the others are plain ODE steps and cost no
+            training. If `None`, all but the last step.
+        sde_window_range (`list[int]`, *optional*):
+            The steps `[first, last_exclusive]` within which the window lies. It is drawn for every rollout, the same
+            for all prompts and devices. If `None`, the first half of the steps.
+
+        > Parameters that control the rewards and advantages
+
+        top_k (`int`, *optional*, defaults to `6`):
+            Only the `top_k` best and the `top_k` worst images of a group are trained on. If `None`, all are.
+        advantage_scope (`str`, *optional*, defaults to `"kept"`):
+            Over which images of a group mean and std of the rewards are computed: the `"kept"` ones, as in the paper,
+            or the whole `"group"`, as in DanceGRPO.
+        reward_weights (`list[float]`, *optional*):
+            Weights for each reward function. Must match the number of reward functions. If `None`, all rewards are
+            weighted equally with weight `1.0`.
+        scale_rewards (`str`, *optional*, defaults to `"group"`):
+            By what the centred rewards are divided: the std of their `"group"`, of the whole `"batch"`, or `"none"`.
+        multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
+            What to do with several rewards: `"sum_then_normalize"` makes one reward of them first;
+            `"normalize_then_sum"` makes advantages of each, so that a hard reward is not stalled by an easy one.
+
+        > Parameters that control the loss
+
+        num_iterations (`int`, *optional*, defaults to `1`):
+            Number of times that every kept image is trained on (denoted as μ in the algorithm).
+        old_log_probs (`str`, *optional*, defaults to `"training"`):
+            Where the log-probs of the old policy come from if there are several updates per rollout: `"training"`
+            evaluates them in the batches of training, so that the first ratio of every image is exactly 1;
+            `"rollout"` takes those of the sampler, which costs nothing, but other batch sizes round differently. The
+            deviation is then logged as `ratio/first_deviation`. With one update per rollout it makes no difference.
+        epsilon (`float`, *optional*, defaults to `1e-4`):
+            Epsilon value for clipping. Log-probs are means over the latent elements, so it is far smaller than for
+            language models.
+        epsilon_high (`float`, *optional*):
+            Upper-bound epsilon value for clipping. If not specified, it defaults to the same value as `epsilon`.
+        ratio_norm (`bool`, *optional*, defaults to `False`):
+            Whether the negative bias of the log ratio is added back, and the denoising steps get equal weight
+            ([GRPO-Guard](https://huggingface.co/papers/2510.22319)). Without it the upper clip almost never fires
+            after the first update of a rollout.
+        kl_mask (`float`, *optional*):
+            Instead of clipping, drop the terms of which the policy has moved further than this KL divergence from the
+            old one, and would move further still ([Flow-DPPO](https://huggingface.co/papers/2606.11025); 1e-5 there).
+            If `None`, ratios are clipped.
+        beta (`float`, *optional*, defaults to `0.01`):
+            KL coefficient. The reference policy is the transformer with its adapters disabled. If `0.0`, it is not
+            evaluated.
+        kl_estimator (`str`, *optional*, defaults to `"exact"`):
+            `"exact"`: KL divergence of the Gaussians of a step; `"velocity"`: mean squared difference of the
+            velocities, which does not depend on the sampler.
+
+        > Parameters that control the weights that are evaluated and exported
+
+        ema_decay (`float`, *optional*, defaults to `0.9`):
+            Decay of the exponential moving average of the trained weights, which is what is evaluated and exported.
+            If `0.0`, those are the trained weights themselves.
+        ema_steps (`int`, *optional*, defaults to `8`):
+            Number of updates between two updates of the average.
+
+        > Parameters that control the evaluation and logging
+
+        eval_num_inference_steps (`int`, *optional*, defaults to `28`):
+            Number of denoising steps in evaluation, which samples without noise.
+        eval_height (`int`, *optional*):
+            Height of the images in evaluation. If `None`, it defaults to `height`; the paper evaluates at 1024.
+        eval_width (`int`, *optional*):
+            Width of the images in evaluation. If `None`, it defaults to `width`.
+        num_logged_images (`int`, *optional*, defaults to `8`):
+            Number of images in the grids that are saved in `output_dir/images` and sent to the trackers: of every tenth
+            rollout and of every evaluation. `0` means no grids.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~transformers.TrainingArguments`]:
+    > - `learning_rate`: Defaults to `3e-4` instead of `5e-5`, the paper's, for LoRA. For full fine-tuning use `1e-5`.
+    > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"`.
+    > - `weight_decay`: Defaults to `1e-4` instead of `0.0`.
+    > - `per_device_train_batch_size`: Defaults to `4` and `gradient_accumulation_steps` to `24` instead of `8` and `1`:
+    >   with the defaults above eight prompts per device and update.
+    > - `logging_steps`: Defaults to `1` instead of `500`, as an update takes long.
+    > - `logging_nan_inf_filter`: Defaults to `False` instead of `True`. A loss that is not a number is shown.
+    > - `remove_unused_columns`: Defaults to `False` instead of `True`, as reward functions get the columns.
+    > - `metric_for_best_model`: Defaults to `"reward"`. The best checkpoint is saved and kept even if `save_steps` and
+    >   `save_total_limit` would not.
+    > - `gradient_checkpointing`: Defaults to `True` instead of `False`. It costs a forward pass for every trained step
+    >   (3 evaluations instead of 2), but FLUX.1 does not fit in 80 GB with several images otherwise.
+    > - `bf16`: Defaults to `True` if the GPU supports it, else to `False`, so that training also starts on a CPU.
+    > - `ddp_find_unused_parameters`: Defaults to `False`.
+    """
+
+    # Parameters whose default values are overridden from TrainingArguments
+    learning_rate: float = field(
+        default=3e-4,
+        metadata={"help": "The initial learning rate for AdamW."},
+    )
+    lr_scheduler_type: str = field(
+        default="constant",
+        metadata={"help": "The scheduler type to use."},
+    )
+    weight_decay: float = field(
+        default=1e-4,
+        metadata={"help": "Weight decay for AdamW."},
+    )
+    per_device_train_batch_size: int = field(
+        default=4,
+        metadata={"help": "Number of kept images per device and forward pass in training."},
+    )
+    gradient_accumulation_steps: int = field(
+        default=24,
+        metadata={"help": "Number of forward passes per trained denoising step and update."},
+    )
+    logging_steps: float = field(
+        default=1,
+        metadata={"help": "Log every X updates steps. If smaller than 1, the share of all steps."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Whether to leave losses that are not a number out of the logs."},
+    )
+    remove_unused_columns: bool = field(
+        default=False,
+        metadata={"help": "Whether to keep only the column 'prompt'. Reward functions get the columns."},
+    )
+    metric_for_best_model: str | None = field(
+        default="reward",
+        metadata={"help": "The metric of evaluation by which the best checkpoint is chosen."},
+    )
+    gradient_checkpointing: bool | None = field(
+        default=True,
+        metadata={"help": "Whether to recompute activations in the backward pass instead of storing them."},
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Whether to use bf16 mixed precision. If not set, when the GPU supports it."},
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={"help": "Whether DistributedDataParallel looks for parameters without gradient."},
+    )
+
+    # Parameters that control the rollout
+    num_generations: int = field(
+        default=24,
+        metadata={"help": "Number of images per prompt, the size of a group."},
+    )
+    steps_per_generation: int = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Number of forward passes per trained denoising step over which the kept images of a rollout are "
+            "spread. If `None`, it defaults to `gradient_accumulation_steps`."
+        },
+    )
+    rollout_batch_size: int = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Number of images that a device samples at once. If `None`, it defaults to "
+            "`per_device_train_batch_size`."
+        },
+    )
+    num_inference_steps: int = field(
+        default=6,
+        metadata={"help": "Number of denoising steps in training."},
+    )
+    guidance_scale: float = field(
+        default=3.5,
+        metadata={"help": "Guidance, the same in rollout, training and evaluation."},
+    )
+    height: int = field(
+        default=512,
+        metadata={"help": "Height of the images in training, in pixels."},
+    )
+    width: int = field(
+        default=512,
+        metadata={"help": "Width of the images in training, in pixels."},
+    )
+    max_sequence_length: int = field(
+        default=512,
+        metadata={"help": "Number of tokens to which prompts are padded. A longer prompt is an error."},
+    )
+    dynamics: str = field(
+        default="flow_sde",
+        metadata={
+            "help": "How noise is added to a denoising step.",
+            "choices": list(_CHOICES["dynamics"]),
+        },
+    )
+    noise_level: float = field(
+        default=0.9,
+        metadata={"help": "How much noise a denoising step gets."},
+    )
+    sde_window_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of consecutive steps that are stochastic and trained. If `None`, all but the last step."
+        },
+    )
+    sde_window_range: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "The steps `first last_exclusive` within which the window lies. If `None`, the first half of the "
+            "steps."
+        },
+    )
+
+    # Parameters that control the rewards and advantages
+    top_k: int | None = field(
+        default=6,
+        metadata={
+            "help": "Only the `top_k` best and the `top_k` worst images of a group are trained on. If `None`, all are."
+        },
+    )
+    advantage_scope: str = field(
+        default="kept",
+        metadata={
+            "help": "Over which images of a group mean and std of the rewards are computed.",
+            "choices": list(_CHOICES["advantage_scope"]),
+        },
+    )
+    reward_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "Weights for each reward function. If `None`, all rewards are weighted equally."},
+    )
+    scale_rewards: str = field(
+        default="group",
+        metadata={
+            "help": "By what the centred rewards are divided: the std of their group, of the batch, or nothing.",
+            "choices": list(_CHOICES["scale_rewards"]),
+        },
+    )
+    multi_objective_aggregation: str = field(
+        default="sum_then_normalize",
+        metadata={
+            "help": "Whether several rewards are summed before or after they are normalised.",
+            "choices": list(_CHOICES["multi_objective_aggregation"]),
+        },
+    )
+
+    # Parameters that control the loss
+    num_iterations: int = field(
+        default=1,
+        metadata={"help": "Number of times that every kept image is trained on (denoted as μ in the algorithm)."},
+    )
+    old_log_probs: str = field(
+        default="training",
+        metadata={
+            "help": "Where the log-probs of the old policy come from if there are several updates per rollout.",
+            "choices": list(_CHOICES["old_log_probs"]),
+        },
+    )
+    epsilon: float = field(
+        default=1e-4,
+        metadata={"help": "Epsilon value for clipping."},
+    )
+    epsilon_high: float | None = field(
+        default=None,
+        metadata={"help": "Upper-bound epsilon value for clipping. If not specified, it defaults to `epsilon`."},
+    )
+    ratio_norm: bool = field(
+        default=False,
+        metadata={"help": "Whether the negative bias of the log ratio is added back (GRPO-Guard)."},
+    )
+    kl_mask: float | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of clipping, drop terms that moved further than this KL divergence and move further away "
+            "(Flow-DPPO)."
+        },
+    )
+    beta: float = field(
+        default=0.01,
+        metadata={"help": "KL coefficient. If `0.0`, the reference policy is not evaluated."},
+    )
+    kl_estimator: str = field(
+        default="exact",
+        metadata={
+            "help": "KL divergence of the Gaussians of a step, or mean squared difference of the velocities.",
+            "choices": list(_CHOICES["kl_estimator"]),
+        },
+    )
+
+    # Parameters that control the weights that are evaluated and exported
+    ema_decay: float = field(
+        default=0.9,
+        metadata={"help": "Decay of the moving average of the trained weights. `0.0` means no average."},
+    )
+    ema_steps: int = field(
+        default=8,
+        metadata={"help": "Number of updates between two updates of the average."},
+    )
+
+    # Parameters that control the evaluation and logging
+    eval_num_inference_steps: int = field(
+        default=28,
+        metadata={"help": "Number of denoising steps in evaluation."},
+    )
+    eval_height: int = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Height of the images in evaluation. If `None`, it defaults to `height`."},
+    )
+    eval_width: int = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Width of the images in evaluation. If `None`, it defaults to `width`."},
+    )
+    num_logged_images: int = field(
+        default=8,
+        metadata={"help": "Number of images in the grids that are saved and sent to the trackers. 0 means no grids."},
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        # Newer transformers rename the option and warn about the old name, which has a default above.
+        if "activation_checkpointing" in [f.name for f in fields(self)] and self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+        super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # PyTorch warns: there is nothing to pin for
+        if self.steps_per_generation is None:
+            self.steps_per_generation = self.gradient_accumulation_steps
+        if self.rollout_batch_size is None:
+            self.rollout_batch_size = self.per_device_train_batch_size
+        if self.eval_height is None:
+            self.eval_height = self.height
+        if self.eval_width is None:
+            self.eval_width = self.width
+        self._check_numbers()
+        self._check_batch_sizes()
+        self._check_sampling_fields()
+        self._check_choices()
+        self._check_unsupported_fields()
+
+    @property
+    def num_kept(self) -> int:
+        """Number of images of a group that are trained on."""
+        return self.num_generations if self.top_k is None else 2 * self.top_k
+
+    @property
+    def num_prompts_per_device(self) -> int:
+        """Number of prompts that a device samples in a rollout."""
+        return self.per_device_train_batch_size * self.steps_per_generation // self.num_kept
+
+    @property
+    def num_updates_per_rollout(self) -> int:
+        """Number of updates of the policy between two rollouts."""
+        return self.steps_per_generation // self.gradient_accumulation_steps * self.num_iterations
+
+    def _check_choices(self):
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}. Use one of {', '.join(map(repr, choices))}.")
+        if self.ratio_norm and self.kl_mask is not None:
+            raise ValueError(
+                f"`ratio_norm` is {self.ratio_norm} and `kl_mask` is {self.kl_mask}. One corrects the ratio for the "
+                "clip, the other replaces the clip: use one of them."
+            )
+        needs_means = self.ratio_norm or self.kl_mask is not None
+        if needs_means and self.old_log_probs == "rollout" and self.num_updates_per_rollout > 1:
+            raise ValueError(
+                f"`old_log_probs` is {self.old_log_probs!r} with `ratio_norm` {self.ratio_norm}, `kl_mask` "
+                f"{self.kl_mask}, `num_iterations` {self.num_iterations} and {self.num_updates_per_rollout} updates per "
+                "rollout: the correction needs the means of the old policy, which a rollout does not keep. Set "
+                "`old_log_probs='training'`."
+            )
+
+    def _check_numbers(self):
+        minima = {
+            "num_generations": 2,
+            "num_iterations": 1,
+            "steps_per_generation": 1,
+            "rollout_batch_size": 1,
+            "num_inference_steps": 2,  # the last step has no noise and is not trained
+            "eval_num_inference_steps": 1,
+            "height": 1,
+            "width": 1,
+            "eval_height": 1,
+            "eval_width": 1,
+            "max_sequence_length": 1,
+            "guidance_scale": 0,
+            "ema_steps": 1,
+            "beta": 0,
+            "num_logged_images": 0,
+        }
+        for name, minimum in minima.items():
+            if not getattr(self, name) >= minimum:
+                raise ValueError(f"`{name}` is {getattr(self, name)}. Use at least {minimum}.")
+        for name in ("epsilon", "epsilon_high", "kl_mask"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` is {value}. Use a positive number; common values are 1e-5 and 1e-4.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` is {self.ema_decay}. Use 0 (no average) or a number between 0 and 1.")
+        if self.top_k is not None and not 1 <= self.top_k <= self.num_generations // 2:
+            raise ValueError(
+                f"`top_k` is {self.top_k} and `num_generations` is {self.num_generations}. Use `top_k` between 1 and "
+                f"{self.num_generations // 2}, half of a group, or `None` to train on all images."
+            )
+
+    def _check_sampling_fields(self):
+        if not self.noise_level > 0 or (self.dynamics == "cps" and self.noise_level > 1):
+            allowed = "between 0 (excluded) and 1" if self.dynamics == "cps" else "above 0"
+            raise ValueError(
+                f"`noise_level` is {self.noise_level} with `dynamics` {self.dynamics!r}. Use a number {allowed}: "
+                "without noise there is no policy gradient."
+            )
+        if self.sde_window_size is None:
+            if self.sde_window_range is not None:
+                raise ValueError(
+                    f"`sde_window_range` is {self.sde_window_range} but `sde_window_size` is None. Set the size of "
+                    "the window, such as 2, or leave both `None` to train all steps but the last."
+                )
+            return
+        # The last step is never stochastic.
+        first, last = self.sde_window_range = self.sde_window_range or [
+            0,
+            max(self.num_inference_steps // 2, min(self.sde_window_size, self.num_inference_steps - 1)),
+        ]
+        if not 1 <= self.sde_window_size <= last - first or not 0 <= first < last < self.num_inference_steps:
+            raise ValueError(
+                f"`sde_window_size` is {self.sde_window_size} and `sde_window_range` is {self.sde_window_range} with "
+                f"`num_inference_steps` {self.num_inference_steps}. The window must fit into the range, and the range "
+                f"into [0, {self.num_inference_steps - 1}], as the last step is never stochastic."
+            )
+
+    def _check_batch_sizes(self):
+        # Smallest step by which `gradient_accumulation_steps` can change for whole groups to come out
+        whole = self.num_kept // math.gcd(self.num_kept, self.per_device_train_batch_size)
+        name = "gradient_accumulation_steps"
+        if self.steps_per_generation != self.gradient_accumulation_steps:
+            name, whole = "steps_per_generation", math.lcm(whole, self.gradient_accumulation_steps)
+            if self.steps_per_generation % self.gradient_accumulation_steps:
+                raise ValueError(
+                    f"`steps_per_generation` is {self.steps_per_generation} and `gradient_accumulation_steps` is "
+                    f"{self.gradient_accumulation_steps}. Use a multiple of it, so that a rollout is a whole number "
+                    f"of updates: {_nearest_multiples(self.steps_per_generation, whole)}."
+                )
+        if self.per_device_train_batch_size * self.steps_per_generation % self.num_kept:
+            raise ValueError(
+                f"`{name}` is {getattr(self, name)} and `per_device_train_batch_size` is "
+                f"{self.per_device_train_batch_size}: a rollout would be "
+                f"{self.per_device_train_batch_size * self.steps_per_generation} kept images per device, which is not "
+                f"a whole number of groups of {self.num_kept} kept images. Use `{name}` "
+                f"{_nearest_multiples(getattr(self, name), whole)}, or change `per_device_train_batch_size`, "
+                "`num_generations` or `top_k`."
+            )
+
+    def _check_unsupported_fields(self):
+        reasons = {
+            "fp16": "its range is too small for the gradients of a mean over latents. Use `bf16`",
+            "auto_find_batch_size": "the batch size decides how many prompts a rollout has. Set "
+            "`per_device_train_batch_size`",
+            "torch_compile": "rollout and training would round differently. Leave it False",
+            "push_to_hub": "it is not supported. Upload the exported folder with `hf upload`",
+            "gradient_checkpointing_kwargs": "diffusers has one kind of checkpointing. Leave it `None`",
+            "label_smoothing_factor": "there are no labels. Leave it 0",
+        }
+        for name, reason in reasons.items():
+            if getattr(self, name):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, but {reason}.")
+
+
+def _nearest_multiples(value: int, of: int) -> str:
+    below, above = value // of * of, -(-value // of) * of
+    return f"{below} or {above}" if below and below != above else f"{above}"

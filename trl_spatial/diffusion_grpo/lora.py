@@ -1,0 +1,30 @@
+"""The adapters that are trained."""
+
+from peft import LoraConfig
+
+
+def attention_lora_config(rank: int = 32, alpha: int = 64) -> LoraConfig:
+    """
+    LoRA as in [Enhancing Spatial Understanding in Image Generation via Reward
+    Modeling](https://huggingface.co/papers/2602.24233): rank 32 on the transformer. Where the paper is silent, as in
+    [Flow-GRPO](https://huggingface.co/papers/2505.05470): on the attention projections of all blocks, for image and text
+    tokens, with Gaussian initial weights.
+
+    Args:
+        rank (`int`, *optional*, defaults to `32`):
+            Rank of the adapters.
+        alpha (`int`, *optional*, defaults to `64`):
+            Scale of the adapters: their output is multiplied by `alpha / rank`.
+
+    Returns:
+        [`~peft.LoraConfig`]: For a diffusers transformer whose attention has diffusers' usual names, as FLUX.1's.
+    """
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        init_lora_weights="gaussian",
+        target_modules=[
+            *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),  # of image tokens, and of all in single blocks
+            *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),  # of text tokens
+        ],
+    )

@@ -1,0 +1,117 @@
+"""What a training run counts and averages between two logs."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from .advantages import group_advantages
+from .evaluation import EvaluationOutput
+
+
+# Counts since the start of training that every log holds
+_COUNTED = ("num_images", "num_policy_evaluations", "num_reference_evaluations", "num_old_log_prob_evaluations")
+# Phases that are no part of a step
+_OUTSIDE = ("time/evaluate", "time/save")
+
+
+class TrainingMetrics:
+    """
+    Collects the metrics of training on one process and merges them over all when they are logged.
+
+    Attributes:
+        totals (`Counter`):
+            Counts of this process since the start of training, such as `num_policy_evaluations`.
+        num_updates (`int`):
+            Updates since the last log.
+    """
+
+    def __init__(self) -> None:
+        self.totals: Counter[str] = Counter(dict.fromkeys(_COUNTED, 0))
+        self.num_updates = 0
+        self._num_images_before = 0
+        self._per_image: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._per_rollout: dict[str, list[float]] = defaultdict(list)
+
+    def load_totals(self, totals: Mapping[str, int]) -> None:
+        """Goes on counting from the `totals` of a checkpoint."""
+        self.totals.update(totals)
+        self._num_images_before = self.totals["num_images"]
+
+    def add_per_image(self, metrics: Mapping[str, torch.Tensor]) -> None:
+        """Adds values of shape `(n,)`, one per image and trained step of this process; the same names on all."""
+        for name, values in metrics.items():
+            self._per_image[name].append(values.detach().float())
+
+    def add_rollout(self, metrics: Mapping[str, float]) -> None:
+        """Adds metrics of a rollout, which are those of all processes already."""
+        for name, value in metrics.items():
+            self._per_rollout[name].append(value)
+
+    def collect(self, accelerator: Accelerator, times: Mapping[str, float]) -> dict[str, float]:
+        """
+        Gives the metrics of all processes since the last call. To be called by all processes.
+
+        Args:
+            accelerator ([`~accelerate.Accelerator`]):
+                Connects the processes.
+            times (`Mapping[str, float]`):
+                Seconds of this process since the last call, from [`StepTimer`].
+
+        Returns:
+            `dict[str, float]`: Averages, totals, `images_per_second`, and the seconds per update of each phase.
+        """
+        metrics = {name: sum(values) / len(values) for name, values in self._per_rollout.items()}
+        for name, values in sorted(self._per_image.items()):
+            metrics |= _statistics(name, accelerator.gather(torch.cat(values)))
+        totals = torch.tensor(list(self.totals.values()), dtype=torch.float64, device=accelerator.device)
+        totals = accelerator.reduce(totals).tolist()
+        metrics |= {name: int(total) for name, total in zip(self.totals, totals, strict=True)}
+
+        seconds = times["time/step"] - sum(times.get(name, 0.0) for name in _OUTSIDE)
+        num_images = (self.totals["num_images"] - self._num_images_before) * accelerator.num_processes
+        if num_images > 0:
+            metrics["images_per_second"] = num_images / seconds
+        num_updates = max(self.num_updates, 1)
+        metrics |= {name: time / num_updates for name, time in times.items() if name not in _OUTSIDE}
+        metrics["time/step"] = seconds / num_updates
+
+        self._per_image.clear()
+        self._per_rollout.clear()
+        self.num_updates, self._num_images_before = 0, self.totals["num_images"]
+        return metrics
+
+
+def _statistics(name: str, values: torch.Tensor) -> dict[str, float]:
+    if name == "ratio":
+        return {"ratio/mean": values.mean().item(), "ratio/std": values.std(correction=0).item()}
+    if name == "ratio/first_deviation":
+        return {name: values.max().item()}
+    return {name: values.mean().item()}
+
+
+def frac_zero_std(rewards: torch.Tensor, num_generations: int) -> float:
+    """Share of the groups whose rewards, of shape `(num_prompts * num_generations,)`, are equal or unknown."""
+    advantages = group_advantages(rewards, num_generations).view(-1, num_generations)
+    return (advantages == 0).all(dim=1).float().mean().item()
+
+
+def gather_evaluation(output: EvaluationOutput) -> EvaluationOutput:
+    """Puts the evaluations of all processes together, in the order of the images. To be called by all processes."""
+    outputs = gather_object([output])
+    indices = torch.cat([output.indices for output in outputs])
+    order = indices.argsort()
+    # Each process kept the images with the lowest numbers among its own.
+    shown = sorted(
+        (index, image, prompt)
+        for output in outputs
+        for index, image, prompt in zip(output.indices.tolist(), output.images, output.prompts, strict=False)
+    )
+    return EvaluationOutput(
+        rewards=torch.cat([output.rewards for output in outputs])[order],
+        indices=indices[order],
+        images=[image for _, image, _ in shown],
+        prompts=[prompt for _, _, prompt in shown],
+    )

@@ -1,0 +1,239 @@
+"""Warnings where runs go wrong, each naming the fix, and the clock of a step."""
+
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+
+logger = logging.getLogger(__name__)
+
+# Fewer groups than this give an update of mostly noise: a policy that collapses is the usual complaint.
+MIN_GROUPS_PER_UPDATE = 8
+# Evaluations over which the trained and the held-out rewards are compared, and the noise they must leave, in standard
+# errors of the paired difference.
+NUM_COMPARED_EVALUATIONS = 3
+NUM_STANDARD_ERRORS = 2.0
+
+
+def setup_warnings(
+    *,
+    dynamics: str,
+    noise_level: float,
+    trains_first_step: bool,
+    epsilon: float,
+    num_latent_elements: int,
+    num_updates_per_rollout: int,
+    is_ratio_corrected: bool,
+    num_groups_per_update: float,
+) -> list[str]:
+    """
+    Settings that are allowed but known to hurt.
+
+    Args:
+        dynamics (`str`):
+            Kind of stochastic step, such as `"flow_sde"`.
+        noise_level (`float`):
+            Noise level of the stochastic steps.
+        trains_first_step (`bool`):
+            Whether the first denoising step is ever stochastic.
+        epsilon (`float`):
+            Clip range of the ratio.
+        num_latent_elements (`int`):
+            Elements of an image's latents.
+        num_updates_per_rollout (`int`):
+            Optimizer steps on the images of one rollout. With one, the ratio is 1 and nothing is clipped.
+        is_ratio_corrected (`bool`):
+            Whether the ratio is normalised or a KL mask replaces the clip.
+        num_groups_per_update (`float`):
+            Prompts per optimizer step, over all processes.
+
+    Returns:
+        `list[str]`: One sentence or two per setting, with its value and the way out; empty if there is none.
+    """
+    warnings = []
+    if dynamics == "flow_sde" and trains_first_step and noise_level >= math.sqrt(2):
+        warnings.append(
+            f"`noise_level` is {noise_level}: from the square root of 2 on, the first step of Flow-SDE erases or flips the "
+            "latents. Lower it (FLUX uses 0.9), or keep the first step out with `sde_window_size` and "
+            "`sde_window_range`, from 1 on."
+        )
+    # Above 2 / D the mean of log r, -delta²/2, is larger than its spread, delta / sqrt(D).
+    limit = 2 / num_latent_elements
+    if epsilon > limit and num_updates_per_rollout > 1 and not is_ratio_corrected:
+        warnings.append(
+            f"`epsilon` is {epsilon:g}, more than 2 / {num_latent_elements} (latent elements) = {limit:.2g}: with "
+            f"{num_updates_per_rollout} updates per rollout, ratios fall below 1 on average and the upper clip almost never "
+            "acts. Set `ratio_norm=True`, use `kl_mask`, or make one update per rollout."
+        )
+    if num_groups_per_update < MIN_GROUPS_PER_UPDATE:
+        warnings.append(
+            f"An update sees {num_groups_per_update:g} groups, fewer than {MIN_GROUPS_PER_UPDATE}: training often collapses "
+            "with so few prompts. Raise `gradient_accumulation_steps`, `per_device_train_batch_size` or the number of "
+            "processes."
+        )
+    return warnings
+
+
+def equal_rewards_warning(rewards: torch.Tensor) -> str | None:
+    """
+    Notices a rollout from which nothing can be learnt because a reward function gives every image the same.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(n,)`):
+            Combined rewards of all images of a rollout, of all processes; NaN where there is none.
+
+    Returns:
+        `str`, *optional*: The warning, or `None` if the rewards differ.
+    """
+    known = rewards[~rewards.isnan()]
+    if len(known) == 0:
+        return (
+            f"No reward function has an opinion on any of the {len(rewards)} images of this rollout: there is nothing to "
+            "learn. Check that the prompts are of the kind the reward functions know."
+        )
+    if known.min() == known.max() and len(known) > 1:
+        return (
+            f"All {len(known)} images of this rollout have the reward {known[0].item():g}: there is nothing to learn. If it "
+            "persists, use a finer reward, easier or harder prompts, or a higher `noise_level` for more different images."
+        )
+    return None
+
+
+class HackingMonitor:
+    """
+    Notices reward hacking: the trained reward rises from evaluation to evaluation while one that is not trained on
+    falls.
+
+    The same prompts and seeds are evaluated each time, so images are compared in pairs: over the last three evaluations
+    both changes must be larger than two standard errors of their mean. Evaluations before a resume are not known, and an
+    evaluation of another number of images starts anew.
+
+    Example:
+
+    ```python
+    >>> monitor = HackingMonitor()
+    >>> warnings = monitor.update(step=100, trained=rewards[:, 0], held_out={"aesthetics": rewards[:, 1]})
+    ```
+    """
+
+    def __init__(self) -> None:
+        self._history: list[tuple[int, torch.Tensor, dict[str, torch.Tensor]]] = []
+
+    def update(self, step: int, trained: torch.Tensor, held_out: Mapping[str, torch.Tensor]) -> list[str]:
+        """
+        Adds an evaluation.
+
+        Args:
+            step (`int`):
+                Optimizer steps so far.
+            trained (`torch.Tensor` of shape `(n,)`):
+                The reward that is trained on, of every evaluated image, in the order of all evaluations.
+            held_out (`Mapping[str, torch.Tensor]`):
+                Other rewards by name, of the same images; NaN where there is none.
+
+        Returns:
+            `list[str]`: A warning for each held-out reward that falls while the trained one rises.
+        """
+        # A step that is evaluated twice counts once.
+        history = [entry for entry in self._history if entry[0] != step and len(entry[1]) == len(trained)]
+        history.append((step, trained.cpu(), {name: values.cpu() for name, values in held_out.items()}))
+        self._history = history[-NUM_COMPARED_EVALUATIONS:]
+        first_step, first_trained, first_held_out = self._history[0]
+        if len(self._history) < NUM_COMPARED_EVALUATIONS:
+            return []
+        rise = _paired_change(first_trained, trained.cpu())
+        if rise is None or rise <= 0:
+            return []
+        warnings = []
+        for name, values in held_out.items():
+            change = _paired_change(first_held_out[name], values.cpu())
+            if change is not None and change < 0:
+                warnings.append(
+                    f"Since step {first_step} the trained reward rose by {rise:.3g} while the held-out reward `{name}` fell "
+                    f"by {-change:.3g}: the policy may be exploiting the reward. Look at the image grids; go back to an "
+                    "earlier checkpoint, raise `beta`, lower `learning_rate`, or add the held-out reward to `reward_funcs`."
+                )
+        return warnings
+
+
+def _paired_change(before: torch.Tensor, after: torch.Tensor) -> float | None:
+    """Mean change over the images that have both rewards, or `None` if it is within the noise."""
+    change = (after.double() - before.double())[~(after.isnan() | before.isnan())]
+    if len(change) < 2:
+        return None
+    mean, error = change.mean().item(), change.std().item() / math.sqrt(len(change))
+    return mean if abs(mean) > NUM_STANDARD_ERRORS * error else None
+
+
+class StepTimer:
+    """
+    Splits the time of a step into phases. A phase within another one is not counted twice: the outer one stands still
+    meanwhile.
+
+    Args:
+        synchronize (`Callable[[], None]`, *optional*):
+            Waits for the accelerator, at the start and the end of every phase, so that work is counted where it was
+            asked for. If `None`, [`torch.accelerator.synchronize`] if there is an accelerator.
+
+    Example:
+
+    ```python
+    >>> timer = StepTimer()
+    >>> with timer.phase("sample"):
+    ...     rollout = sample()
+    >>> timer.collect()
+    {'time/sample': 1.5, 'time/rest': 0.1, 'time/step': 1.6}
+    ```
+    """
+
+    def __init__(self, synchronize: Callable[[], None] | None = None):
+        if synchronize is None and torch.accelerator.is_available():
+            synchronize = torch.accelerator.synchronize
+        self._synchronize = synchronize
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._running: list[str] = []
+        self._step_start = self._last_switch = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Context whose time goes to `time/<name>`."""
+        self._switch()
+        self._running.append(name)
+        try:
+            yield
+        finally:
+            self._switch()
+            self._running.pop()
+
+    def _switch(self) -> None:
+        if self._synchronize is not None:
+            self._synchronize()
+        now = time.perf_counter()
+        if self._running:
+            self._seconds[self._running[-1]] += now - self._last_switch
+        self._last_switch = now
+
+    def restart(self) -> None:
+        """Forgets what was measured, such as the time of an evaluation between two steps."""
+        self._seconds.clear()
+        self._step_start = self._last_switch = time.perf_counter()
+
+    def collect(self) -> dict[str, float]:
+        """
+        Ends the step and starts the next.
+
+        Returns:
+            `dict[str, float]`: Seconds of each phase as `time/<name>`, of the whole step as `time/step`, and of what
+            belongs to no phase as `time/rest`.
+        """
+        self._switch()
+        total = self._last_switch - self._step_start
+        times = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
+        rest = total - sum(times.values())
+        self.restart()
+        return {**times, "time/rest": rest, "time/step": total}

@@ -1,0 +1,238 @@
+"""Reward functions of a trainer: called by TRL's contract, checked, and put side by side in one tensor."""
+
+import inspect
+import math
+from collections.abc import Callable, Collection, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+# prompts, images, **columns → one number or None per image
+RewardFunction = Callable[..., Sequence[float | None] | torch.Tensor | np.ndarray]
+
+
+class RewardFunctions:
+    """
+    One or several reward functions with their weights.
+
+    A reward function is called as `reward_func(prompts=..., images=..., **columns)` and returns one number per image: a
+    list, a NumPy array or a tensor on the CPU. `None` in a list means that the function has no opinion on that image.
+
+    Args:
+        reward_funcs (`Callable` or `list[Callable]`):
+            The functions. Each is logged under its `__name__`, or the name of its class if it has none; functions of
+            one name are told apart by a number.
+        weights (`list[float]`, *optional*):
+            Weight of each function in the sum. If `None`, each counts `1.0`.
+
+    Attributes:
+        names (`list[str]`):
+            Distinct names of the functions.
+        weights (`torch.Tensor` of shape `(num_funcs,)`):
+            The weights, float32.
+
+    Raises:
+        `ValueError`: If there is no function, or the weights are not one finite number per function.
+        `TypeError`: If something that cannot be called is passed as a function.
+    """
+
+    def __init__(
+        self, reward_funcs: RewardFunction | Sequence[RewardFunction], weights: Sequence[float] | None = None
+    ):
+        functions: list[Any] = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+        if not functions:
+            raise ValueError("`reward_funcs` is empty. Pass at least one reward function.")
+        for function in functions:
+            if not callable(function):
+                raise TypeError(
+                    f"`reward_funcs` holds {function!r}, which cannot be called. Pass functions, or objects such as "
+                    "`SpatialScore`; load a checkpoint by its name first."
+                )
+        if weights is None:
+            weights = [1.0] * len(functions)
+        if len(weights) != len(functions) or not all(math.isfinite(weight) for weight in weights):
+            raise ValueError(
+                f"`reward_weights` is {list(weights)} and there are {len(functions)} reward functions. Give each one "
+                "finite number, in their order, or leave it `None` for equal weights."
+            )
+        self.functions = functions
+        self.names = _distinct([_name_of(function) for function in functions])
+        self.weights = torch.tensor(weights, dtype=torch.float32)  # (num_funcs,)
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """
+        Finds out before training whether the functions can be called with the columns of a dataset.
+
+        Args:
+            columns (`Collection[str]`):
+                Names of the columns that are passed on: all but `prompt`.
+
+        Raises:
+            `ValueError`: If a function needs a column that is missing, or does not take one that is there.
+        """
+        taken = {"prompts", "images"} & set(columns)
+        if taken:
+            raise ValueError(
+                f"The dataset has a column {sorted(taken)[0]!r}, a name under which reward functions get what the "
+                "trainer generates. Rename or remove the column."
+            )
+        for name, function in zip(self.names, self.functions, strict=True):
+            try:
+                signature = inspect.signature(function)
+            except ValueError:  # of some built-in functions nothing is known
+                continue
+            try:
+                signature.bind(prompts=[], images=[], **dict.fromkeys(columns))
+            except TypeError as error:
+                raise ValueError(
+                    f"Reward function `{name}{signature}` cannot be called with `prompts`, `images` and the columns "
+                    f"{sorted(columns)} of the dataset: {error}. Add the column that is missing, or let the function "
+                    "take `**columns`."
+                ) from None
+
+    def __call__(self, prompts: list[str], images: list[Image.Image], **columns: list) -> torch.Tensor:
+        """
+        Rewards images with all functions.
+
+        Args:
+            prompts (`list[str]`):
+                One prompt per image.
+            images (`list[Image.Image]`):
+                The images.
+            columns:
+                Other columns of the dataset, each a list with one value per image.
+
+        Returns:
+            `torch.Tensor` of shape `(n, num_funcs)`: float32, on the CPU; NaN where a function has no opinion.
+
+        Raises:
+            `ValueError`: If a function returns anything else than one finite number or `None` per image; the message
+                names the function, what it returned and the way out.
+        """
+        rewards = torch.empty(len(images), len(self.functions))  # (n, num_funcs)
+        for column, (name, function) in enumerate(zip(self.names, self.functions, strict=True)):
+            # Lists of their own: a function that sorts or fills them must not harm the next one.
+            own = {key: list(values) for key, values in columns.items()}
+            output = function(prompts=list(prompts), images=list(images), **own)
+            rewards[:, column] = _as_rewards(output, len(images), name)
+        return rewards
+
+    def combine(self, rewards: torch.Tensor) -> torch.Tensor:
+        """
+        The weighted sum over the functions that have an opinion.
+
+        Args:
+            rewards (`torch.Tensor` of shape `(n, num_funcs)`):
+                Rewards of each function, NaN where it has no opinion.
+
+        Returns:
+            `torch.Tensor` of shape `(n,)`: float32, NaN where no function has an opinion.
+        """
+        weights = self.weights.to(rewards.device)
+        total = (rewards.float() * weights).nansum(dim=1)  # (n,)
+        return total.masked_fill(rewards.isnan().all(dim=1), math.nan)
+
+
+def reward_metrics(rewards: torch.Tensor, reward_functions: RewardFunctions) -> dict[str, float]:
+    """
+    Statistics of rewards under the names they are logged with.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(n, num_funcs)`):
+            Rewards of each function, NaN where it has no opinion; of all ranks.
+        reward_functions ([`RewardFunctions`]):
+            The functions, for their names and weights.
+
+    Returns:
+        `dict[str, float]`: `reward` and `reward_std` of the weighted sum; `rewards/<name>/mean`, `rewards/<name>/std`
+        and `rewards/<name>/frac_none` of each function. Means and standard deviations are over the images that have a
+        reward, and left out where none has: logs hold no NaN.
+    """
+    metrics = _mean_and_std(reward_functions.combine(rewards), "reward", "reward_std")
+    for name, column in zip(reward_functions.names, rewards.unbind(dim=1), strict=True):
+        metrics |= _mean_and_std(column, f"rewards/{name}/mean", f"rewards/{name}/std")
+        metrics[f"rewards/{name}/frac_none"] = column.isnan().float().mean().item()
+    return metrics
+
+
+def _mean_and_std(values: torch.Tensor, mean_name: str, std_name: str) -> dict[str, float]:
+    values = values[~values.isnan()].double()
+    if len(values) == 0:
+        return {}
+    # One value has no spread: 0, not the NaN of the unbiased estimate.
+    std = values.std().item() if len(values) > 1 else 0.0
+    return {mean_name: values.mean().item(), std_name: std}
+
+
+def _name_of(function: Any) -> str:
+    function = getattr(function, "func", function)  # of functools.partial
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _distinct(names: list[str]) -> list[str]:
+    distinct: list[str] = []
+    for name in names:
+        number, candidate = 1, name
+        while candidate in distinct or (number > 1 and candidate in names):
+            number += 1
+            candidate = f"{name}_{number}"
+        distinct.append(candidate)
+    return distinct
+
+
+def _as_rewards(output: Any, num_images: int, name: str) -> torch.Tensor:
+    """Checks what a reward function returned; `(num_images,)`, float32, NaN for no opinion."""
+    if isinstance(output, torch.Tensor):
+        if output.device.type != "cpu":
+            raise ValueError(
+                f"Reward function `{name}` returned a tensor on the device {output.device}. Return "
+                "`rewards.tolist()`, or `rewards.cpu()`."
+            )
+        output = output.detach().float().numpy()  # NumPy has no bfloat16
+    if isinstance(output, np.ndarray):
+        if output.ndim != 1:
+            raise ValueError(
+                f"Reward function `{name}` returned values of shape {tuple(output.shape)}. Return one number per "
+                f"image, of shape ({num_images},)."
+            )
+        output = output.tolist()
+    if not isinstance(output, Sequence) or isinstance(output, (str, bytes)):
+        raise ValueError(
+            f"Reward function `{name}` returned {_describe(output)}. Return a list with one number, or `None`, per "
+            "image."
+        )
+    if len(output) != num_images:
+        raise ValueError(
+            f"Reward function `{name}` returned {len(output)} rewards for {num_images} images. Return one number per "
+            "image, in their order, and `None` for an image it has no opinion on."
+        )
+    return torch.tensor([_as_number(value, index, name) for index, value in enumerate(output)], dtype=torch.float32)
+
+
+def _as_number(value: Any, index: int, name: str) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, torch.Tensor) and value.ndim == 0 and value.device.type == "cpu":
+        value = value.item()
+    if not isinstance(value, (Real, np.bool_)):
+        raise ValueError(
+            f"Reward function `{name}` returned {_describe(value)} for image {index}. Return a Python float, or `None` "
+            "if it has no opinion."
+        )
+    if not abs(float(value)) <= torch.finfo(torch.float32).max:
+        raise ValueError(
+            f"Reward function `{name}` returned {float(value)} for image {index}. Return a finite number of float32, "
+            "or `None` if it has no opinion."
+        )
+    return float(value)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)} on the device {value.device}"
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} of type `{type(value).__name__}`"
