@@ -140,6 +140,16 @@ def backbone_folder(official_checkpoints):
     return official_checkpoints["qwen2_5_vl"][0]
 
 
+@pytest.fixture(scope="session")
+def flux_folder(tmp_path_factory):
+    """Folder of a tiny `FluxPipeline`, as saved by diffusers. Treat it as read-only."""
+    from flux import build_flux_pipeline  # diffusers takes seconds to import: not for tests without it
+
+    folder = tmp_path_factory.mktemp("flux")
+    build_flux_pipeline().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def make_reward_model(official_checkpoints, processor):
     """A function that builds a tiny reward model, in evaluation mode, from a family's official-looking checkpoint."""

@@ -17,7 +17,7 @@ from datasets import load_from_disk
 from PIL import Image
 
 from trl_spatial import SpatialScore, __version__
-from trl_spatial.cli import COMMANDS, main
+from trl_spatial.cli import COMMANDS, LAUNCHED_COMMANDS, main
 from trl_spatial.scripts.utils import SpatialParser, load_dataset_dict
 
 
@@ -89,7 +89,7 @@ def test_help_of_a_command_has_examples_that_parse(command, monkeypatch):
     assert examples
     for words in examples:
         assert words[:2] == ["trl_spatial", command]
-        if command == "reward":
+        if command in LAUNCHED_COMMANDS:
             _, script_args = parser.split_launch_args(words[2:], launch_command_parser())
             assert "--dataset" in script_args
         else:

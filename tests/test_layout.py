@@ -115,7 +115,9 @@ def test_every_dependency_has_bounds():
 def test_public_names_resolve():
     import trl_spatial
 
-    assert {"GaussianRewardConfig", "GaussianRewardTrainer", "SpatialScore"} <= set(trl_spatial.__all__)
+    assert {
+        "DiffusionGRPOConfig", "DiffusionGRPOTrainer", "GaussianRewardConfig", "GaussianRewardTrainer", "SpatialScore",
+    } <= set(trl_spatial.__all__)  # fmt: skip
     for name in trl_spatial.__all__:
         assert getattr(trl_spatial, name) is not None
         assert name in dir(trl_spatial)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from PIL import Image
 
-from trl_spatial.cli import COMMANDS, main
+from trl_spatial.cli import COMMANDS, LAUNCHED_COMMANDS, main
 from trl_spatial.scenes import make_preference_dataset
 
 
@@ -22,29 +23,41 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 # Smaller numbers for a test.
 SMALLER = {
     "--num_pairs 1000 --num_test_pairs 200": "--num_pairs 4 --num_test_pairs 2",
+    "DiffusionGRPOConfig(output_dir=": "DiffusionGRPOConfig(num_generations=4, top_k=1, per_device_train_batch_size=2, "
+    "gradient_accumulation_steps=1, height=32, width=32, max_steps=1, use_cpu=True, output_dir=",
 }
 TINY_TRAINING = (
     "--lora_r 2 --min_pixels 256 --max_pixels 1024 --dataloader_num_workers 0 --use_cpu --disable_tqdm true"
 )
+TINY_GRPO = (
+    "--lora_r 2 --num_generations 4 --top_k 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 "
+    "--num_inference_steps 4 --eval_num_inference_steps 1 --height 32 --width 32 --eval_height 32 --eval_width 32 "
+    "--max_sequence_length 192 --max_steps 2 --eval_steps 2 --save_steps 2 --use_cpu --disable_tqdm true"
+)
 TINY_DEMO = "--max_steps 1 --num_train_pairs 4 --num_test_pairs 8 --output_dir {folder}/demo"
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language="bash|python"):
+    """Pairs of a block's language and its text."""
+    return re.findall(rf"^```({language})\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 
-def commands():
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+def commands(block):
+    lines = block.replace("\\\n", " ").splitlines()
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch, backbone_folder):
+def place(tmp_path, monkeypatch, backbone_folder, flux_folder):
     """A folder in which the README's names stand for tiny local things."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # rewards are imported from this folder
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     for name in ("Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL-3B-Instruct"):
         shutil.copytree(backbone_folder, tmp_path / "Qwen" / name)
+    shutil.copytree(flux_folder, tmp_path / "black-forest-labs" / "FLUX.1-dev")
+    for name in ("prompts.txt", "heldout.txt"):
+        (tmp_path / name).write_text("a red circle\na blue square to the left of a cat\n")
     folder = tmp_path / "ORG" / "SpatialReward"
     folder.mkdir(parents=True)
     for split, num_pairs in (("train", 4), ("test", 2)):
@@ -54,7 +67,8 @@ def place(tmp_path, monkeypatch, backbone_folder):
         row["chosen"].save(tmp_path / f"{name}.png")
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a red circle", "image": "a.png"}\n')
     (tmp_path / "recipes").symlink_to(REPOSITORY / "recipes")
-    return tmp_path
+    yield tmp_path
+    sys.modules.pop("my_rewards", None)
 
 
 def run_make(words, folder):
@@ -81,70 +95,73 @@ def run_make(words, folder):
 
 def run_pip(words, folder):
     """Install a wheel of this checkout into a folder by itself, and use it from there."""
-    assert words == ["pip", "install", "trl-spatial"]
-    subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder / "dist"],
-        cwd=REPOSITORY, check=True, capture_output=True,
-    )  # fmt: skip
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            *words,
-            "--quiet",
-            "--no-deps",
-            "--no-index",
-            "--find-links",
-            "dist",
-            "--target",
-            "site",
-        ],
-        check=True,
-    )
+    assert words[:-1] == ["pip", "install"] and words[-1] in ("trl-spatial", "trl-spatial[diffusion]")
+    site, dist = folder / f"site of {words[-1]}", folder / "dist"
+    if not dist.exists():
+        build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", dist]
+        subprocess.run(build, cwd=REPOSITORY, check=True, capture_output=True)
+    options = ["--no-deps", "--no-index", "--find-links", dist, "--target", site]
+    shown = subprocess.run([sys.executable, "-m", *words, *options], check=True, capture_output=True, text=True)
+    assert "does not provide the extra" not in shown.stderr
     shown = subprocess.run(
         [sys.executable, "-c", "import trl_spatial, trl_spatial.cli; print(trl_spatial.__file__); trl_spatial.cli.main([])"],
-        env=os.environ | {"PYTHONPATH": "site"}, check=True, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(site)}, check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
-    assert shown.startswith(str(folder / "site"))
-    assert (folder / "site" / "bin" / "trl_spatial").is_file()
+    assert shown.startswith(str(site))
+    assert (site / "bin" / "trl_spatial").is_file()
 
 
 def run_trl_spatial(words):
-    if words[1] != "reward":
+    if words[1] not in LAUNCHED_COMMANDS:
         assert main(words[1:]) == 0
         return
-    script = importlib.import_module("trl_spatial.scripts.reward")
+    script = importlib.import_module(f"trl_spatial.scripts.{words[1]}")
     launch_args, script_args = script.make_parser().split_launch_args(words[2:], launch_command_parser())
     assert launch_args in ([], ["--num_processes", "8"])  # the launcher itself runs in test_cli.py
-    script.main(*script.make_parser().parse_args_and_config([*script_args, *TINY_TRAINING.split()], is_launched=True))
+    tiny = {"reward": TINY_TRAINING, "grpo": TINY_GRPO}[words[1]]
+    script.main(*script.make_parser().parse_args_and_config([*script_args, *tiny.split()], is_launched=True))
+
+
+def run_command(words, folder):
+    if words[0] == "make":
+        run_make(words, folder)
+    elif words[0] == "pip":
+        run_pip(words, folder)
+    elif words[0] == "python":
+        subprocess.run([sys.executable, *words[1:]], check=True)
+    else:
+        assert words[0] == "trl_spatial"
+        run_trl_spatial(words)
 
 
 def test_every_command_and_program_runs(place):
-    programs = blocks("python")
-    assert len(programs) == 2
     ran = []
-    for command in commands():
+    for language, block in blocks():
         for text, smaller in SMALLER.items():
-            command = command.replace(text, smaller)
-        words = shlex.split(command, comments=True)
-        if words[0] == "make":
-            run_make(words, place)
-        elif words[0] == "pip":
-            run_pip(words, place)
+            block = block.replace(text, smaller)
+        file = re.match(r"# (\w+\.py)\n", block)
+        if file:  # a file that the text asks for
+            (place / file[1]).write_text(block)
+        elif language == "python":
+            exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
         else:
-            assert words[0] == "trl_spatial"
-            run_trl_spatial(words)
-        ran.append(" ".join(words[:2]))
-    for program in programs:
-        exec(compile(program, "README.md", "exec"), {"__name__": "readme"})
-    assert set(ran) >= {"make demo", "make test", "trl_spatial reward", "trl_spatial score", "trl_spatial merge"}
+            for command in commands(block):
+                words = shlex.split(command, comments=True)
+                run_command(words, place)
+                ran.append(" ".join(words[:2]))
+    assert set(ran) >= {"make demo", "make test", *(f"trl_spatial {name}" for name in COMMANDS if name != "demo")}
     assert (place / "demo" / "results.md").is_file()
     assert len((place / "scores.jsonl").read_text().splitlines()) == 1
     assert (place / "SpatialScore-7B" / "adapter_model.safetensors").is_file()
+    for folder in ("FLUX.1-dev-SpatialScore", "FLUX.1-dev-SpatialScore-fast", "FLUX.1-dev-red", "tiny-flux-red"):
+        assert (place / folder / "pytorch_lora_weights.safetensors").is_file()
+    assert Image.open(place / "red.png").size == (32, 32)
 
 
 def test_scoring_in_python_takes_ten_lines():
-    assert len([line for line in blocks("python")[0].splitlines() if line.strip()]) <= 10
+    _, program = blocks("python")[0]
+    assert "score(" in program
+    assert len([line for line in program.splitlines() if line.strip()]) <= 10
 
 
 def test_table_of_commands_is_complete():

@@ -3,18 +3,38 @@
 import ast
 import importlib.util
 import json
+import math
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from datasets import load_dataset
 
-from trl_spatial.scenes import make_preference_dataset
-from trl_spatial.scripts.reward import make_parser
+from trl_spatial import SpatialScore
+from trl_spatial.gaussian_reward import GaussianRewardModel
+from trl_spatial.scenes import make_preference_dataset, make_prompt_dataset
+from trl_spatial.scripts import grpo, reward
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RECIPE_YAML = RECIPES / "reward_spatialscore.yaml"
+# file: its script, and keys that repeat the default on purpose
+RECIPE_FILES = {
+    "reward_spatialscore.yaml": (reward, {"objective"}),  # the paper's, whatever the default becomes
+    "grpo_flux.yaml": (grpo, set()),
+    "grpo_flux_fast.yaml": (grpo, set()),
+    "tiny/grpo.yaml": (grpo, set()),
+}
+TINY_GRPO = (
+    "--num_generations 4 --top_k 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --lora_r 2 "
+    "--num_inference_steps 4 --eval_num_inference_steps 1 --height 32 --width 32 --eval_height 32 --eval_width 32 "
+    "--max_sequence_length 192 --max_steps 2 --eval_steps 1 --save_steps 1 --use_cpu --disable_tqdm true"
+)
 
 
 def test_recipes_are_short():
@@ -22,24 +42,42 @@ def test_recipes_are_short():
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 120, path
 
 
-def test_yaml_differs_from_the_defaults_in_every_line():
-    arguments = ["--dataset", "pairs", "--use_cpu"]
-    defaults = {}
-    for part in make_parser().parse_args_and_config(arguments):
-        defaults |= vars(part)
-    values = {}
-    for part in make_parser().parse_args_and_config([*arguments, "--config", str(RECIPE_YAML)]):
-        values |= vars(part)
-    same = [
-        key
-        for key in yaml.safe_load(RECIPE_YAML.read_text(encoding="utf-8"))
-        if values[key] == defaults[key] and key not in ("objective",)  # the paper's, whatever the default becomes
-    ]
-    assert not same
+@pytest.fixture
+def parse():
+    """Values of all options, by name, for a recipe's YAML file or, without it, the defaults."""
+
+    def run(name, use_file=True):
+        script, _ = RECIPE_FILES[name]
+        given = read_yaml(name) if use_file else {}
+        arguments = ["--use_cpu", *(["--config", str(RECIPES / name)] if use_file else [])]
+        for key in ("dataset", "output_dir", *(["rewards"] if script is grpo else [])):
+            arguments += [] if key in given else [f"--{key}", "none"]
+        values = {}
+        for part in script.make_parser().parse_args_and_config(arguments):
+            values |= vars(part)
+        return values
+
+    return run
 
 
-def test_yaml_is_the_papers():
-    _, model_args, args = make_parser().parse_args_and_config(
+def read_yaml(name):
+    return yaml.safe_load((RECIPES / name).read_text(encoding="utf-8"))
+
+
+def test_every_yaml_of_options_is_tested():
+    files = [path for path in RECIPES.rglob("*.yaml") if path.parent.name != "accelerate"]
+    assert {str(path.relative_to(RECIPES)) for path in files} == set(RECIPE_FILES)
+
+
+@pytest.mark.parametrize("name", RECIPE_FILES)
+def test_yaml_differs_from_the_defaults_in_every_line(name, parse):
+    values, defaults = parse(name), parse(name, use_file=False)
+    _, repeated = RECIPE_FILES[name]
+    assert not [key for key in read_yaml(name) if values[key] == defaults[key] and key not in repeated]
+
+
+def test_reward_yaml_is_the_papers():
+    _, model_args, args = reward.make_parser().parse_args_and_config(
         ["--dataset", "pairs", "--use_cpu", "--config", str(RECIPE_YAML)]
     )
     assert model_args.model_name_or_path == "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -47,6 +85,36 @@ def test_yaml_is_the_papers():
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 8 == 32
     assert (args.objective, args.estimator, args.num_samples) == ("expected_nll", "monte_carlo", 1000)
     assert (args.min_pixels, args.max_pixels) == (512**2, 1024**2)
+
+
+def test_grpo_yaml_is_the_papers(parse):
+    values = parse("grpo_flux.yaml")
+    expected = {
+        "model_name_or_path": "black-forest-labs/FLUX.1-dev",
+        "rewards": [read_yaml("reward_spatialscore.yaml")["output_dir"]],
+        **{"num_generations": 24, "top_k": 6, "advantage_scope": "kept", "num_inference_steps": 6, "lora_r": 32},
+        **{"learning_rate": 3e-4, "epsilon": 1e-4, "beta": 0.01, "dynamics": "flow_sde", "noise_level": 0.9},
+        **{"height": 512, "width": 512, "eval_height": 1024, "eval_width": 1024, "eval_num_inference_steps": 28},
+    }
+    assert {key: values[key] for key in expected} == expected
+    assert prompts_per_update(values, num_processes=8) == 48
+
+
+def test_fast_yaml_costs_two_thirds(parse):
+    values, fast = parse("grpo_flux.yaml"), parse("grpo_flux_fast.yaml")
+    assert (fast["dynamics"], fast["noise_level"], fast["sde_window_size"]) == ("cps", 0.8, 2)
+    assert prompts_per_update(fast, num_processes=8) == 48
+    assert (evaluations_per_image(values), evaluations_per_image(fast)) == (13.5, 9.0)
+
+
+def prompts_per_update(values, num_processes):
+    batch = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * num_processes
+    return batch / (2 * values["top_k"])
+
+
+def evaluations_per_image(values):
+    num_steps, size = values["num_inference_steps"], values["sde_window_size"]
+    return num_steps + 3 * (size or num_steps - 1) * 2 * values["top_k"] / values["num_generations"]
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
@@ -60,8 +128,8 @@ def test_accelerate_configs_are_understood(path):
     )
 
 
-def load_recipe():
-    spec = importlib.util.spec_from_file_location("reward_spatialscore", RECIPES / "reward_spatialscore.py")
+def load_recipe(name):
+    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -76,7 +144,7 @@ def test_reward_recipe_trains_and_measures(tmp_path, backbone_folder, capsys, mo
     for split in ("train", "test"):
         (tmp_path / f"{split}.parquet").rename(tmp_path / "pairs" / f"{split}.parquet")
 
-    recipe = load_recipe()
+    recipe = load_recipe("reward_spatialscore")
     arguments = (
         f"--config {RECIPE_YAML} --dataset pairs --model_name_or_path {backbone_folder} --output_dir out --lora_r 2 "
         "--max_steps 2 --eval_steps 1 --save_steps 1 --per_device_train_batch_size 2 --dataloader_num_workers 0 "
@@ -94,6 +162,84 @@ def test_reward_recipe_trains_and_measures(tmp_path, backbone_folder, capsys, mo
     assert "16" in capsys.readouterr().out
     # the folder is a checkpoint, with an evaluation by which the best one was chosen
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+@pytest.fixture
+def grpo_place(tmp_path, monkeypatch, official_checkpoints, processor):
+    """A folder with prompts and a reward model where the recipes expect it."""
+    monkeypatch.chdir(tmp_path)
+    folder, _ = official_checkpoints["qwen2_5_vl"]
+    model = GaussianRewardModel.from_backbone(
+        folder, reward_token_id=processor.reward_token_id, head_hidden_sizes=(16, 8)
+    )
+    SpatialScore(model, processor).save_pretrained("SpatialScore-7B")
+    for split, number in (("train", 3), ("test", 4)):
+        (tmp_path / "prompts").mkdir(exist_ok=True)
+        make_prompt_dataset(number, split=split).to_parquet(tmp_path / "prompts" / f"{split}.parquet")
+    return tmp_path
+
+
+def test_grpo_recipe_trains_and_compares_under_accelerate_launch(grpo_place, flux_folder):
+    command = (
+        f"accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no "
+        f"{RECIPES}/grpo_flux.py --config {RECIPES}/grpo_flux.yaml --dataset prompts --eval_rewards rules "
+        f"--model_name_or_path {flux_folder} {TINY_GRPO} --learning_rate 0.1 --ema_decay 0"
+    )
+    environment = os.environ | {"PYTHONPATH": str(RECIPES.parent)}
+    output = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *command.split()[2:]],
+        env=environment, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    folder = grpo_place / "FLUX.1-dev-SpatialScore"
+    results = json.loads((folder / "before_after.json").read_text())
+    assert list(results) == ["spatial_score", "rules"]
+    for name, result in results.items():
+        low, high = result["interval"]
+        assert result["n"] == 4 and low <= result["change"] <= high
+        assert math.isclose(result["after"] - result["before"], result["change"], abs_tol=1e-9)
+        assert re.search(rf"^{name} +before", output, flags=re.MULTILINE)
+    assert results["spatial_score"]["change"] != 0
+    # the images before are the base model's, those after the exported weights'
+    rewards = rewards_of_plain_pipelines(grpo_place, flux_folder, folder)
+    assert results["spatial_score"]["before"] == pytest.approx(rewards[0], abs=1e-4)
+    assert results["spatial_score"]["after"] == pytest.approx(rewards[1], abs=1e-4)
+    assert {path.name for path in (folder / "images").glob("eval_*")} >= {"eval_000001.png", "eval_000002.png"}
+
+
+def rewards_of_plain_pipelines(place, flux_folder, lora_folder):
+    """Mean reward of the test prompts without and with the exported LoRA, by diffusers alone."""
+    from diffusers import FluxPipeline
+
+    from trl_spatial.diffusion_grpo.rollout import image_generator
+
+    pipeline, scorer = FluxPipeline.from_pretrained(flux_folder), SpatialScore.from_pretrained("SpatialScore-7B")
+    prompts = load_dataset("parquet", data_files=str(place / "prompts" / "test.parquet"))["train"]["prompt"][:]
+    means = []
+    for lora in (None, lora_folder):
+        if lora:
+            pipeline.load_lora_weights(lora)
+        images = [
+            pipeline(
+                prompt, height=32, width=32, num_inference_steps=1, max_sequence_length=192,
+                generator=image_generator(42, index, 0),
+            ).images[0]
+            for index, prompt in enumerate(prompts)
+        ]  # fmt: skip
+        means.append(sum(scorer(prompts, images)) / len(prompts))
+    return means
+
+
+def test_fast_recipe_trains(grpo_place, flux_folder):
+    arguments = (
+        f"--config {RECIPES}/grpo_flux_fast.yaml --dataset prompts --model_name_or_path {flux_folder} {TINY_GRPO}"
+    )
+    grpo.main(*grpo.make_parser().parse_args_and_config(arguments.split()))
+    folder = grpo_place / "FLUX.1-dev-SpatialScore-fast"
+    state = json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
+    (entry,) = [entry for entry in state["log_history"] if "loss" in entry and entry["step"] == 2]
+    # 2 rollouts of 4 images: 4 steps each, and 3 evaluations of 2 kept images at 2 trained steps
+    assert entry["num_policy_evaluations"] == 2 * (4 * 4 + 3 * 2 * 2)
+    assert (folder / "pytorch_lora_weights.safetensors").is_file()
 
 
 def test_recipes_import_only_the_package_and_its_dependencies():

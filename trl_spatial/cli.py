@@ -18,17 +18,19 @@ from . import __version__
 COMMANDS = {
     "demo": "train a tiny reward model on rendered scenes and print how well it ranks held-out pairs",
     "reward": "train a spatial reward model on preference pairs",
+    "grpo": "fine-tune FLUX.1 by reinforcement learning with rewards for its images",
     "score": "score images for prompts with a trained reward model",
     "merge": "fold a checkpoint's LoRA adapter into its backbone",
     "data": "make preference pairs of rendered scenes",
 }
 # Training commands run through `accelerate launch`, as in TRL's CLI: they also take its arguments.
-LAUNCHED_COMMANDS = {"reward"}
+LAUNCHED_COMMANDS = {"reward", "grpo"}
 
 EXAMPLES = """\
 examples:
   trl_spatial demo
   trl_spatial reward --dataset ORG/SpatialReward --output_dir SpatialScore-7B
+  trl_spatial grpo --dataset prompts.txt --rewards SpatialScore-7B --output_dir FLUX.1-dev-SpatialScore
   trl_spatial score --model SpatialScore-7B --prompt "a red cup to the left of a blue book" cup.png
   trl_spatial COMMAND --help
 """
@@ -47,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trl_spatial",
         usage="trl_spatial COMMAND [OPTIONS]",
-        description=f"Spatial reward models for text-to-image models.\n\ncommands:\n{commands}",
+        description=f"Spatial reward models and reinforcement learning for text-to-image models.\n\ncommands:\n{commands}",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

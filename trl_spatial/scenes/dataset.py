@@ -1,4 +1,4 @@
-"""Preference datasets of rendered scenes: pairs of images that differ in one to three relations."""
+"""Datasets of scenes: pairs of rendered images that differ in one to three relations, and prompts alone."""
 
 import hashlib
 import io
@@ -103,6 +103,45 @@ def make_preference_dataset(
     )
 
 
+def make_prompt_dataset(num_prompts: int, *, split: str = "train", seed: int = 0) -> Dataset:
+    """
+    Make prompts of scenes with two to four objects and one to four relations, for training a text-to-image model with
+    [`~trl_spatial.rewards.SceneRules`].
+
+    Args:
+        num_prompts (`int`):
+            Number of prompts.
+        split (`str`, *optional*, defaults to `"train"`):
+            `"train"`, `"validation"` or `"test"`. No set of colored shapes is in two splits.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed. Prompt `i` depends on the seed, the split and `i` only.
+
+    Returns:
+        `Dataset` with the columns `prompt` and `scene`, which says in short sentences what the prompt may say in long
+        ones: [`parse_description`] makes the scene's graph of it.
+    """
+    if num_prompts < 1:
+        raise ValueError(f"num_prompts={num_prompts} must be at least 1.")
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} must be one of {list(SPLITS)}.")
+    return Dataset.from_list([_make_prompt(index, seed, split) for index in range(num_prompts)], split=split)
+
+
+def _make_prompt(index: int, seed: int, split: str) -> dict[str, str]:
+    rng = np.random.default_rng([seed, list(SPLITS).index(split), index])
+    while True:
+        objects, count = _draw_sizes(rng, (2, 4), (1, 4))
+        try:
+            graph = sample_graph(rng, num_objects=objects, num_relations=count, split=split)
+        except ValueError:
+            continue  # no consistent graph in this draw; the next one may have one
+        wording, length = int(rng.integers(2**31)), LENGTHS[rng.integers(2)]
+        return {
+            "prompt": describe_scene(graph, seed=wording, length=length),
+            "scene": describe_scene(graph, seed=wording),
+        }
+
+
 def _check_arguments(num_pairs, split, levels, num_objects, num_relations, relations, length, image_size) -> None:
     if num_pairs < 1:
         raise ValueError(f"num_pairs={num_pairs} must be at least 1.")
@@ -170,10 +209,7 @@ def _reverse(operations: list[Operation]) -> list[Operation]:
 def _sample_pair(rng, level, num_objects, num_relations, relations, split):
     """A graph and its perturbation, a layout of each, and the operations."""
     for _ in range(100):
-        count = int(rng.integers(max(num_relations[0], level), num_relations[1] + 1))
-        # enough objects that so many different pairs exist
-        least = next(n for n in itertools.count(num_objects[0]) if n * (n - 1) // 2 >= count or n == num_objects[1])
-        objects = int(rng.integers(least, num_objects[1] + 1))
+        objects, count = _draw_sizes(rng, num_objects, (max(num_relations[0], level), num_relations[1]))
         try:
             graph = sample_graph(rng, num_objects=objects, num_relations=count, relations=relations, split=split)
             perturbed, operations = perturb(graph, rng, level)
@@ -184,6 +220,15 @@ def _sample_pair(rng, level, num_objects, num_relations, relations, split):
         f"No pair with {level} changes, {num_objects} objects and {num_relations} relations of kinds {list(relations)} "
         "was found. Allow more objects, fewer relations or more kinds."
     )
+
+
+def _draw_sizes(
+    rng: np.random.Generator, num_objects: tuple[int, int], num_relations: tuple[int, int]
+) -> tuple[int, int]:
+    """Numbers of objects and of relations: enough objects that so many different pairs exist."""
+    count = int(rng.integers(num_relations[0], num_relations[1] + 1))
+    least = next(n for n in itertools.count(num_objects[0]) if n * (n - 1) // 2 >= count or n == num_objects[1])
+    return int(rng.integers(least, num_objects[1] + 1)), count
 
 
 def _encode(image) -> dict:

@@ -1,0 +1,127 @@
+"""A reward by its name: a checkpoint, the rules, or a function of a module; mistakes are named."""
+
+import shutil
+import sys
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from trl_spatial import SpatialScore
+from trl_spatial.rewards import SceneRules, load_reward
+
+
+MODULE = """
+import functools
+
+def redness(prompts, images, **columns):
+    return [image.getpixel((0, 0))[0] / 255 for image in images]
+
+class Aesthetics:
+    created = 0
+    def __init__(self):
+        Aesthetics.created += 1
+    def __call__(self, prompts, images, **columns):
+        return [None] * len(images)
+
+half = functools.partial(redness)
+LIMIT = 3
+"""
+
+
+@pytest.fixture
+def module_folder(tmp_path, monkeypatch):
+    """The current folder, with a module of rewards in it that is forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "my_rewards.py").write_text(MODULE)
+    (tmp_path / "broken_rewards.py").write_text("import not_installed_anywhere\n")
+    yield tmp_path
+    for name in ("my_rewards", "broken_rewards"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def scorer(official_checkpoints, processor):
+    from trl_spatial.gaussian_reward.modeling import GaussianRewardModel
+
+    folder, _ = official_checkpoints["qwen2_5_vl"]
+    torch.manual_seed(0)
+    model = GaussianRewardModel.from_backbone(
+        folder, reward_token_id=processor.reward_token_id, head_hidden_sizes=(16, 8)
+    )
+    return SpatialScore(model, processor)
+
+
+def test_rules():
+    assert isinstance(load_reward("rules"), SceneRules)
+    assert load_reward("rules").__name__ == "rules"
+
+
+def test_functions_objects_and_classes_of_a_module(module_folder, images):
+    import importlib
+
+    redness = load_reward("my_rewards:redness")
+    module = importlib.import_module("my_rewards")
+    assert redness is module.redness
+    assert load_reward("my_rewards:half") is module.half
+    aesthetics = load_reward("my_rewards:Aesthetics")
+    assert isinstance(aesthetics, module.Aesthetics) and module.Aesthetics.created == 1
+    assert load_reward("trl_spatial.rewards.rules:SceneRules")([""], images[:1]) == [None]
+
+
+def test_a_checkpoint_in_a_folder(scorer, tmp_path, monkeypatch, prompts, images):
+    monkeypatch.chdir(tmp_path)
+    scorer.save_pretrained("score@new")  # an @ in the name of a folder is no revision
+    for name in ("score@new", str(tmp_path / "score@new")):
+        loaded = load_reward(name, device="cpu")
+        assert loaded.__name__ == "spatial_score"
+        assert loaded(prompts, images) == pytest.approx(scorer(prompts, images), abs=1e-6)
+
+
+def test_a_checkpoint_on_the_hub_with_a_revision(scorer, tmp_path, monkeypatch, prompts, images):
+    """Oracle: two commits in the Hub's cache, of which one has another head."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--ORG--SpatialScore-7B"
+    expected = scorer(prompts, images)
+    for branch, commit, shift in (("main", "1" * 40, 0.0), ("v2", "2" * 40, 3.0)):
+        folder = repository / "snapshots" / commit
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / branch).write_text(commit)
+        scorer.save_pretrained(folder)
+        if shift:
+            loaded = SpatialScore.from_pretrained(folder, device="cpu")
+            with torch.no_grad():
+                [p for p in loaded.model.parameters() if p.shape == (2,)][-1][0] += shift
+            shutil.rmtree(folder)
+            loaded.save_pretrained(folder)
+    assert load_reward("ORG/SpatialScore-7B", device="cpu")(prompts, images) == pytest.approx(expected, abs=1e-6)
+    shifted = load_reward("ORG/SpatialScore-7B@v2", device="cpu")(prompts, images)
+    assert shifted == pytest.approx([value + 3 for value in expected], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["rule", "SpatialScore-7B", "./nowhere", "a/b/c", "", "my_rewards:", "/x/y:z", "a/b:c"]
+)
+def test_an_unknown_reward_names_the_three_forms(name, module_folder):
+    with pytest.raises(ValueError, match=r"no reward .*SpatialScore checkpoint .*, `rules`, or `module:function`"):
+        load_reward(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere:redness", "no module 'nowhere' in .*`module:function`"),
+        ("my_rewards.deep:redness", "no module 'my_rewards.deep'"),
+        ("my_rewards:greenness", "not a function: the functions of my_rewards are redness, Aesthetics, half"),
+        ("my_rewards:LIMIT", "not a function"),
+    ],
+)
+def test_mistakes_in_a_modules_name_are_named(name, message, module_folder):
+    with pytest.raises(ValueError, match=message):
+        load_reward(name)
+
+
+def test_what_a_module_itself_lacks_is_not_hidden(module_folder):
+    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
+        load_reward("broken_rewards:redness")

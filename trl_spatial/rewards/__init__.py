@@ -1,0 +1,7 @@
+"""Reward functions of GRPO training: what an image is worth for its prompt. A [`SpatialScore`] is one as it stands."""
+
+from .loading import load_reward
+from .rules import SceneRules
+
+
+__all__ = ["SceneRules", "load_reward"]

@@ -1,0 +1,78 @@
+"""A reward function by its name, as it stands on a command line or in a YAML file."""
+
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .rules import SceneRules
+
+
+_FORMS = (
+    "a SpatialScore checkpoint (a folder, or ORG/NAME or ORG/NAME@REVISION on the Hub), `rules`, or `module:function`"
+)
+
+
+def load_reward(name: str, *, device: Any = None) -> Callable[..., Sequence[float | None]]:
+    """
+    Loads a reward function by its name.
+
+    Args:
+        name (`str`):
+            One of:
+
+            - the checkpoint of a [`SpatialScore`]: a folder, or `ORG/NAME` or `ORG/NAME@REVISION` on the Hub;
+            - `rules`: [`SceneRules`], for prompts that describe scenes;
+            - `module:function`: a function `(prompts, images, **columns) -> list[float | None]` of a module that Python
+              finds, the current folder included. In place of a function, a class: it is created without arguments, once,
+              and its object is called.
+        device (`str` or `torch.device`, *optional*):
+            Where a [`SpatialScore`] runs. If `None`, the accelerator if there is one.
+
+    Returns:
+        `Callable`: The reward function.
+
+    Raises:
+        `ValueError`: If the name has none of these forms, or what it names is not there.
+    """
+    if name == "rules":
+        return SceneRules()
+    if re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", name):
+        return _import_function(*name.split(":"))
+    checkpoint, _, revision = name.partition("@")
+    if name and Path(name).is_dir():
+        checkpoint, revision = name, ""
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", checkpoint):
+        raise ValueError(f"There is no reward {name!r}. Name {_FORMS}.")
+    # transformers takes seconds to import: not for the other forms
+    from ..gaussian_reward.scoring import SpatialScore
+
+    return SpatialScore.from_pretrained(checkpoint, revision=revision or None, device=device)
+
+
+def _import_function(module_name: str, name: str) -> Callable[..., Sequence[float | None]]:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not f"{module_name}.".startswith(f"{error.name}."):  # the module is there, and needs another one
+            raise
+        raise ValueError(
+            f"The reward {module_name}:{name} cannot be imported: there is no module {error.name!r} in {os.getcwd()} or "
+            f"among the installed packages. Name {_FORMS}."
+        ) from error
+    function: Any = getattr(module, name, None)
+    if not callable(function):
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ValueError(
+            f"The reward {module_name}:{name} is not a function: the functions of {module_name} are "
+            f"{', '.join(functions) or 'none'}."
+        )
+    if inspect.isclass(function):
+        function = function()
+    return function

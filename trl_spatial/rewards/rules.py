@@ -1,0 +1,91 @@
+"""The checker of scenes as a reward: exact, on the small world of coloured shapes."""
+
+from functools import lru_cache
+from typing import Any
+
+from PIL import Image
+
+from ..scenes import SceneGraph, Verdict, check_scene, parse_description
+
+
+class SceneRules:
+    """
+    Rewards an image of a scene by what its pixels show of the prompt's relations.
+
+    The reward is the share of the relations that are satisfied, from 0.0 to 1.0. A relation of an object that is missing,
+    or there more than once, is not. Of a scene without relations it is the share of the objects that are there once.
+
+    Example:
+
+    ```python
+    >>> rules = SceneRules()
+    >>> rules(["A red circle is left of a blue square."], [image])
+    [1.0]
+    ```
+    """
+
+    def __init__(self) -> None:
+        self.__name__ = "rules"  # under which trainers log a reward function
+
+    def __call__(
+        self,
+        prompts: list[str],
+        images: list[Image.Image],
+        scene: list[str | None] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """
+        The reward function that the trainer calls. Other columns of the dataset are ignored.
+
+        Args:
+            prompts (`list[str]`):
+                One prompt per image.
+            images (`list[Image.Image]`):
+                The images, of at least 24 pixels.
+            scene (`list[str]`, *optional*):
+                Column of the dataset: the scene of each prompt in the words of [`~scenes.describe_scene`], or `None`
+                where there is none. Without the column the prompts themselves are read.
+
+        Returns:
+            `list[float]`: One reward per image; `None`, no opinion, where the prompt has no scene or is not in these
+            words.
+
+        Raises:
+            `ValueError`: If a value of the column `scene` cannot be read.
+        """
+        if scene is None:
+            graphs = [_read_prompt(prompt) for prompt in prompts]
+        else:
+            graphs = [_read_scene(index, text) for index, text in enumerate(scene)]
+        return [
+            None if graph is None else _share_shown(image, graph) for image, graph in zip(images, graphs, strict=True)
+        ]
+
+
+# The images of a group have one prompt.
+@lru_cache(maxsize=1024)
+def _read_prompt(prompt: str) -> SceneGraph | None:
+    try:
+        graph = parse_description(prompt)
+    except ValueError:
+        return None
+    return graph if graph.entities else None
+
+
+def _read_scene(index: int, text: str | None) -> SceneGraph | None:
+    if text is None:
+        return None
+    graph = _read_prompt(text)
+    if graph is None:
+        raise ValueError(
+            f"scene[{index}] is {text!r}, which does not describe a scene. Write it as `describe_scene` does, one relation "
+            "a sentence, or leave it `None`."
+        )
+    return graph
+
+
+def _share_shown(image: Image.Image, graph: SceneGraph) -> float:
+    check = check_scene(image, graph)
+    if graph.relations:
+        return sum(result.verdict == Verdict.SATISFIED for result in check.relations) / len(graph.relations)
+    return 1.0 - (len(check.missing) + len(check.duplicated)) / len(graph.entities)

@@ -1,0 +1,253 @@
+"""`trl_spatial grpo`: fine-tune a text-to-image model with rewards for its images."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .utils import SpatialParser, load_dataset_dict, pick_split
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from diffusers import DiffusionPipeline
+
+    from ..diffusion_grpo.config import DiffusionGRPOConfig
+    from ..diffusion_grpo.trainer import DiffusionGRPOTrainer
+
+
+EXAMPLES = """\
+  # the paper's recipe: LoRA on FLUX.1-dev, a SpatialScore model as the reward
+  trl_spatial grpo --dataset prompts.txt --rewards SpatialScore-7B --output_dir FLUX.1-dev-SpatialScore
+
+  # the same from a file, on eight GPUs; what the script does not know goes to `accelerate launch`
+  trl_spatial grpo --config recipes/grpo_flux.yaml --dataset ORG/SpatialPrompts --num_processes 8
+
+  # two rewards, the second one weighted half; a third one judges the evaluation and is not trained on
+  trl_spatial grpo --dataset prompts.jsonl --rewards SpatialScore-7B my_rewards:sharpness --reward_weights 1 0.5 \\
+      --eval_dataset heldout.txt --eval_strategy steps --eval_steps 50 --eval_rewards my_rewards:aesthetics \\
+      --output_dir out
+
+  # prompts and rules of the small world of shapes; going on where an interrupted run stopped
+  trl_spatial grpo --dataset scenes:1000 --rewards rules --output_dir out
+  trl_spatial grpo --dataset scenes:1000 --rewards rules --output_dir out --resume_from_checkpoint true
+"""
+
+
+@dataclass
+class GRPOScriptArguments:
+    """
+    Arguments of the GRPO script that say what is trained on.
+
+    Args:
+        dataset (`str`):
+            Prompts: a `.txt` file with one per line; `scenes:N`, captions of `N` scenes of the small world, with the column
+            `scene` for the reward `rules`; or a dataset with a column `prompt`, whose other columns the rewards get: a
+            folder written by `datasets`, a Parquet, JSON Lines or CSV file or a folder of them, or a dataset on the Hub,
+            `ORG/NAME` or `ORG/NAME@REVISION`.
+        rewards (`list[str]`):
+            Reward functions, as for [`~trl_spatial.rewards.load_reward`]. Their weights are `reward_weights`.
+        eval_rewards (`list[str]`, *optional*):
+            Further reward functions that judge the evaluation and are not trained on.
+        eval_dataset (`str`, *optional*):
+            Prompts to evaluate on, in the same forms. By default the split `dataset_test_split` of `dataset`.
+        dataset_config (`str`, *optional*):
+            Configuration of a `dataset` on the Hub.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`):
+            Split to train on.
+        dataset_test_split (`str`, *optional*, defaults to `"test"`):
+            Split to evaluate on, if `eval_strategy` asks for it.
+    """
+
+    dataset: str = field(
+        metadata={
+            "help": "Prompts: a .txt file with one per line; scenes:N, captions of N scenes; or a dataset with the column "
+            "prompt: a local folder or file, or ORG/NAME or ORG/NAME@REVISION on the Hub."
+        }
+    )
+    rewards: list[str] = field(
+        metadata={
+            "help": "Reward functions: SpatialScore checkpoints (folders or Hub ids), `rules`, or `module:function`. "
+            "--reward_weights are their weights."
+        }
+    )
+    eval_rewards: list[str] | None = field(
+        default=None, metadata={"help": "Further reward functions that judge the evaluation and are not trained on."}
+    )
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Prompts to evaluate on. By default the test split of --dataset."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split to evaluate on, if `eval_strategy` asks for it."}
+    )
+
+
+@dataclass
+class GRPOModelArguments:
+    """
+    Arguments of the GRPO script that say which model is trained and how. Names as in [`~trl.ModelConfig`].
+
+    Args:
+        model_name_or_path (`str`, *optional*, defaults to `"black-forest-labs/FLUX.1-dev"`):
+            Text-to-image pipeline: a folder or a Hub id.
+        model_revision (`str`, *optional*, defaults to `"main"`):
+            Branch, tag or commit of the pipeline on the Hub.
+        dtype (`str`, *optional*):
+            Type of the frozen weights. By default bfloat16 if `bf16` is on, else float32. What is trained is float32.
+        use_peft (`bool`, *optional*, defaults to `True`):
+            Whether to train LoRA on the transformer's attention.
+        lora_r (`int`, *optional*, defaults to `32`):
+            Rank.
+        lora_alpha (`int`, *optional*, defaults to `64`):
+            Alpha.
+    """
+
+    model_name_or_path: str = field(
+        default="black-forest-labs/FLUX.1-dev", metadata={"help": "Text-to-image pipeline: a folder or a Hub id."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the pipeline on the Hub."})
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Type of the frozen weights. By default bfloat16 if `bf16` is on, else float32.",
+            "choices": ["bfloat16", "float32"],
+        },
+    )
+    use_peft: bool = field(
+        default=True, metadata={"help": "Whether to train LoRA (--no_use_peft: all weights; needs --beta 0)."}
+    )
+    lora_r: int = field(default=32, metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=64, metadata={"help": "LoRA alpha."})
+
+
+def make_parser(prog: str = "trl_spatial grpo") -> SpatialParser:
+    from ..diffusion_grpo.config import DiffusionGRPOConfig
+
+    return SpatialParser(
+        (GRPOScriptArguments, GRPOModelArguments, DiffusionGRPOConfig),
+        prog=prog,
+        usage=f"{prog} --dataset PROMPTS --rewards REWARD [REWARD ...] [--config FILE] [OPTIONS] "
+        "[OPTIONS OF accelerate launch]",
+        description="Fine-tune a text-to-image model by GRPO: sample groups of images for a prompt, reward them, and make "
+        "the better ones likelier.",
+        examples=EXAMPLES,
+    )
+
+
+def load_prompts(
+    source: str, split: str, *, config_name: str | None = None, use_only_split: bool = False
+) -> "Dataset":
+    """
+    Load prompts to train or evaluate on.
+
+    Args:
+        source (`str`):
+            A `.txt` file, `scenes:N`, or a dataset; see [`GRPOScriptArguments`].
+        split (`str`):
+            Split of the dataset or the scenes. A text file is the split `"train"`.
+        config_name (`str`, *optional*):
+            Configuration of a dataset on the Hub.
+        use_only_split (`bool`, *optional*, defaults to `False`):
+            Whether to take the only split of a source that has just one, whatever its name.
+
+    Returns:
+        [`~datasets.Dataset`] with a column `prompt`.
+
+    Raises:
+        `ValueError`: If there are no prompts or no such split.
+        `FileNotFoundError`: If there is no such file or dataset.
+    """
+    from datasets import Dataset, DatasetDict, Image
+
+    kind, _, number = source.partition(":")
+    if kind == "scenes":
+        from ..scenes import make_prompt_dataset
+
+        if not re.fullmatch(r"[0-9]+", number):
+            raise ValueError(f"The prompts are {source!r}. Say how many scenes: scenes:1000.")
+        return make_prompt_dataset(int(number), split=split)
+    if source.endswith(".txt"):
+        lines = [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines()]
+        splits = DatasetDict({"train": Dataset.from_dict({"prompt": [line for line in lines if line]})})
+    else:
+        splits = load_dataset_dict(source, config_name=config_name)
+    prompts = pick_split(splits, next(iter(splits)) if use_only_split and len(splits) == 1 else split, source)
+    if "prompt" not in prompts.column_names or len(prompts) == 0:
+        raise ValueError(
+            f"{source} has {len(prompts)} rows and the columns {', '.join(prompts.column_names)}. It needs prompts: a "
+            "column `prompt`, or lines of text in a .txt file."
+        )
+    # prompts of preference pairs come without their images, which would be decoded for every row
+    return prompts.remove_columns([name for name, kind in prompts.features.items() if isinstance(kind, Image)])
+
+
+def load_pipeline(model_args: GRPOModelArguments, training_args: "DiffusionGRPOConfig") -> "DiffusionPipeline":
+    """The pipeline that the arguments name."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    dtype = model_args.dtype or ("bfloat16" if training_args.bf16 else "float32")
+    return DiffusionPipeline.from_pretrained(
+        model_args.model_name_or_path, revision=model_args.model_revision, dtype=getattr(torch, dtype)
+    )
+
+
+def build_trainer(
+    script_args: GRPOScriptArguments, model_args: GRPOModelArguments, training_args: "DiffusionGRPOConfig"
+) -> "DiffusionGRPOTrainer":
+    """The trainer that the arguments describe, with its prompts, rewards and pipeline loaded."""
+    from ..diffusion_grpo.lora import attention_lora_config
+    from ..diffusion_grpo.reward_functions import RewardFunction
+    from ..diffusion_grpo.trainer import DiffusionGRPOTrainer
+    from ..rewards import load_reward
+
+    # the quick things first: what is misspelt should be told before a model of 24 GB is loaded
+    train_dataset = load_prompts(
+        script_args.dataset, script_args.dataset_train_split, config_name=script_args.dataset_config
+    )
+    eval_dataset = None
+    if training_args.eval_strategy != "no":
+        eval_dataset = load_prompts(
+            script_args.eval_dataset or script_args.dataset,
+            script_args.dataset_test_split,
+            config_name=None if script_args.eval_dataset else script_args.dataset_config,
+            use_only_split=script_args.eval_dataset is not None,
+        )
+    rewards: list[RewardFunction] = [load_reward(name, device=training_args.device) for name in script_args.rewards]
+    eval_rewards: list[RewardFunction] = [
+        load_reward(name, device=training_args.device) for name in script_args.eval_rewards or []
+    ]
+    return DiffusionGRPOTrainer(
+        pipeline=load_pipeline(model_args, training_args),
+        reward_funcs=rewards,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        eval_reward_funcs=eval_rewards or None,
+        peft_config=(
+            attention_lora_config(rank=model_args.lora_r, alpha=model_args.lora_alpha) if model_args.use_peft else None
+        ),
+    )
+
+
+def train(trainer: "DiffusionGRPOTrainer") -> None:
+    """Train, from a checkpoint if the arguments name one, and save the weights."""
+    # "true" stands for the last complete checkpoint in the output folder
+    resume = trainer.args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.accelerator.print("✅ Training completed.")
+
+    trainer.save_model(trainer.args.output_dir)
+    trainer.accelerator.print(f"💾 Weights saved to {trainer.args.output_dir}.")
+
+
+def main(
+    script_args: GRPOScriptArguments, model_args: GRPOModelArguments, training_args: "DiffusionGRPOConfig"
+) -> None:
+    train(build_trainer(script_args, model_args, training_args))
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config(is_launched=True))
