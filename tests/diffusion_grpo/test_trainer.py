@@ -587,7 +587,7 @@ def too_few(prompts, images, **columns):
         ({"peft_config": LoraConfig(target_modules=TARGETS, use_dora=True)}, ["use_dora", "True"]),
         ({"max_sequence_length": 600}, ["max_sequence_length", "600", "512"]),
     ],
-    ids=str,
+    ids="-".join,  # of the keys, and of the words
 )
 def test_bad_input_is_an_error_at_the_start(make_trainer, wrong, words):
     with pytest.raises((TypeError, ValueError)) as error:
