@@ -229,7 +229,10 @@ def test_no_grids_if_not_wanted(make_trainer, tmp_path):
     assert not (tmp_path / "run" / "images").exists()
 
 
-def test_the_progress_bar_tells_how_it_goes(make_trainer, capsys):
+def test_the_progress_bar_tells_how_it_goes(make_trainer, capsys, monkeypatch):
+    # a wide terminal: some versions of transformers cut the bar to its width
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("LINES", "50")
     make_trainer(disable_tqdm=False, eval_dataset=ROWS, eval_strategy="steps", eval_steps=2).train()
     captured = capsys.readouterr()
     assert re.search(r"reward=-?0\.\d+, ratio=1, clip_low=0, clip_high=0, images/s=\d", captured.err)
