@@ -113,7 +113,7 @@ def test_bad_prompts_are_named(tmp_path, monkeypatch):
         ("scenes:0", ValueError, "num_prompts=0"),
         ("empty.txt", ValueError, "empty.txt has 0 rows"),
         ("captions.jsonl", ValueError, "the columns caption. It needs prompts: a column `prompt`"),
-        ("nowhere.txt", FileNotFoundError, "nowhere.txt"),
+        ("nowhere.txt", FileNotFoundError, "no file nowhere.txt"),
         ("nowhere", FileNotFoundError, "no file or folder nowhere"),
     ):
         with pytest.raises(error, match=message):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 EXAMPLES = """\
-  # everything, about ten minutes on two cores
+  # everything, about five minutes on two cores
   trl_spatial demo
 
   # a glance: a few steps and pairs, into another folder
@@ -41,7 +41,7 @@ class DemoArguments:
             Number of pairs to train on; each is used in both directions.
         num_test_pairs (`int`, *optional*, defaults to `3000`):
             Number of held-out pairs to measure on.
-        max_steps (`int`, *optional*, defaults to `400`):
+        max_steps (`int`, *optional*, defaults to `250`):
             Number of updates.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the pairs and of training.
@@ -52,7 +52,7 @@ class DemoArguments:
     )
     num_train_pairs: int = field(default=8000, metadata={"help": "Number of pairs to train on."})
     num_test_pairs: int = field(default=3000, metadata={"help": "Number of held-out pairs to measure on."})
-    max_steps: int = field(default=400, metadata={"help": "Number of updates."})
+    max_steps: int = field(default=250, metadata={"help": "Number of updates."})
     seed: int = field(default=0, metadata={"help": "Seed of the pairs and of training."})
 
     def __post_init__(self):

@@ -169,6 +169,8 @@ def load_prompts(
             raise ValueError(f"The prompts are {source!r}. Say how many scenes: scenes:1000.")
         return make_prompt_dataset(int(number), split=split)
     if source.endswith(".txt"):
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"There is no file {source}. It should hold the prompts, one per line.")
         lines = [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines()]
         splits = DatasetDict({"train": Dataset.from_dict({"prompt": [line for line in lines if line]})})
     else:
