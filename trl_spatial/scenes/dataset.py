@@ -103,10 +103,18 @@ def make_preference_dataset(
     )
 
 
-def make_prompt_dataset(num_prompts: int, *, split: str = "train", seed: int = 0) -> Dataset:
+def make_prompt_dataset(
+    num_prompts: int,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    num_objects: tuple[int, int] = (2, 4),
+    num_relations: tuple[int, int] = (1, 4),
+    relations: Sequence[str] = tuple(RELATIONS),
+    length: str | None = None,
+) -> Dataset:
     """
-    Make prompts of scenes with two to four objects and one to four relations, for training a text-to-image model with
-    [`~trl_spatial.rewards.SceneRules`].
+    Make prompts of scenes, for training a text-to-image model with [`~trl_spatial.rewards.SceneRules`].
 
     Args:
         num_prompts (`int`):
@@ -114,7 +122,15 @@ def make_prompt_dataset(num_prompts: int, *, split: str = "train", seed: int = 0
         split (`str`, *optional*, defaults to `"train"`):
             `"train"`, `"validation"` or `"test"`. No set of colored shapes is in two splits.
         seed (`int`, *optional*, defaults to `0`):
-            Seed. Prompt `i` depends on the seed, the split and `i` only.
+            Seed. Prompt `i` depends on the seed, the split, `i` and the options below only.
+        num_objects (`tuple[int, int]`, *optional*, defaults to `(2, 4)`):
+            Least and largest number of objects.
+        num_relations (`tuple[int, int]`, *optional*, defaults to `(1, 4)`):
+            Least and largest number of relations.
+        relations (`Sequence[str]`, *optional*):
+            Kinds of relations. Defaults to all of `RELATIONS`.
+        length (`str`, *optional*):
+            `"short"` or `"long"` prompts. By default one in two is long.
 
     Returns:
         `Dataset` with the columns `prompt` and `scene`, which says in short sentences what the prompt may say in long
@@ -122,41 +138,51 @@ def make_prompt_dataset(num_prompts: int, *, split: str = "train", seed: int = 0
     """
     if num_prompts < 1:
         raise ValueError(f"num_prompts={num_prompts} must be at least 1.")
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} must be one of {list(SPLITS)}.")
-    return Dataset.from_list([_make_prompt(index, seed, split) for index in range(num_prompts)], split=split)
+    _check_scenes(split, num_objects, num_relations, relations, length)
+    options = (tuple(num_objects), tuple(num_relations), tuple(relations), length)
+    return Dataset.from_list([_make_prompt(index, seed, split, *options) for index in range(num_prompts)], split=split)
 
 
-def _make_prompt(index: int, seed: int, split: str) -> dict[str, str]:
+def _make_prompt(index: int, seed: int, split: str, num_objects, num_relations, relations, length) -> dict[str, str]:
     rng = np.random.default_rng([seed, list(SPLITS).index(split), index])
-    while True:
-        objects, count = _draw_sizes(rng, (2, 4), (1, 4))
+    for _ in range(100):
+        objects, count = _draw_sizes(rng, num_objects, num_relations)
         try:
-            graph = sample_graph(rng, num_objects=objects, num_relations=count, split=split)
+            graph = sample_graph(rng, num_objects=objects, num_relations=count, relations=relations, split=split)
         except ValueError:
             continue  # no consistent graph in this draw; the next one may have one
-        wording, length = int(rng.integers(2**31)), LENGTHS[rng.integers(2)]
+        wording, drawn = int(rng.integers(2**31)), LENGTHS[rng.integers(2)]
         return {
-            "prompt": describe_scene(graph, seed=wording, length=length),
+            "prompt": describe_scene(graph, seed=wording, length=length or drawn),
             "scene": describe_scene(graph, seed=wording),
         }
+    raise ValueError(
+        f"No scene with {num_objects} objects and {num_relations} relations of kinds {list(relations)} was found. Allow "
+        "more objects, fewer relations or more kinds."
+    )
 
 
 def _check_arguments(num_pairs, split, levels, num_objects, num_relations, relations, length, image_size) -> None:
     if num_pairs < 1:
         raise ValueError(f"num_pairs={num_pairs} must be at least 1.")
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} must be one of {list(SPLITS)}.")
-    if length is not None and length not in LENGTHS:
-        raise ValueError(f"length={length!r} must be one of {LENGTHS}, or None for a mixture.")
+    _check_scenes(split, num_objects, num_relations, relations, length)
     if image_size < MIN_IMAGE_SIZE:
         raise ValueError(f"image_size={image_size} is too small to show shapes; use at least {MIN_IMAGE_SIZE}.")
-    if unknown := [name for name in relations if name not in RELATIONS]:
-        raise ValueError(f"relations has unknown kinds {unknown}; choose from {list(RELATIONS)}.")
     if not levels or not all(1 <= level <= num_relations[1] for level in levels):
         raise ValueError(
             f"levels={tuple(levels)} must be between 1 and the largest num_relations, {num_relations[1]}."
         )
+
+
+def _check_scenes(split, num_objects, num_relations, relations, length) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} must be one of {list(SPLITS)}.")
+    if length is not None and length not in LENGTHS:
+        raise ValueError(f"length={length!r} must be one of {LENGTHS}, or None for a mixture.")
+    if unknown := [name for name in relations if name not in RELATIONS]:
+        raise ValueError(f"relations has unknown kinds {unknown}; choose from {list(RELATIONS)}.")
+    if not relations:
+        raise ValueError(f"relations={relations!r} is empty; choose from {list(RELATIONS)}.")
     if not 2 <= num_objects[0] <= num_objects[1]:
         raise ValueError(f"num_objects={num_objects} must be a range (least, largest) with at least 2 objects.")
     pairs = num_objects[1] * (num_objects[1] - 1) // 2

@@ -1,0 +1,103 @@
+"""What a generator of images knows about space, judged on rendered scenes by their rules."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from ..scenes import SceneCheck, SceneGraph, check_scene
+from .statistics import Interval, accuracy_interval, bootstrap_interval
+
+
+def check_images(images: Sequence[Image.Image], graphs: Sequence[SceneGraph]) -> list[SceneCheck]:
+    """
+    Compare images with the scenes they were asked to show.
+
+    Args:
+        images (`Sequence[PIL.Image.Image]` of length `n`):
+            The images.
+        graphs (`Sequence[SceneGraph]` of length `n`):
+            What each should show.
+
+    Returns:
+        `list[SceneCheck]` of length `n`: as [`~scenes.check_scene`] gives it for each.
+    """
+    if len(images) != len(graphs):
+        raise ValueError(f"There are {len(images)} `images` and {len(graphs)} `graphs`. Give one graph per image.")
+    return [check_scene(image, graph) for image, graph in zip(images, graphs, strict=True)]
+
+
+def has_objects(check: SceneCheck) -> bool:
+    """Whether every named object is in the image exactly once, wherever it stands."""
+    return not (check.missing or check.duplicated)
+
+
+def summarize_checks(
+    checks: Sequence[SceneCheck], clusters: Sequence | np.ndarray | None = None
+) -> dict[str, Interval]:
+    """
+    Summarise what the images of a generator show, with 95 % intervals.
+
+    Args:
+        checks (`Sequence[SceneCheck]` of length `n`):
+            From [`check_images`], at least one.
+        clusters (sequence of length `n`, *optional*):
+            The prompt of each image, or its number, where several images share one: they succeed and fail together, so
+            the intervals draw whole prompts. If not set, the images count as independent.
+
+    Returns:
+        `dict[str, Interval]`: `"spatial_accuracy"`, the share of the images in which every named object is there once and
+        every relation holds; `"objects_present"`, the share in which the objects are there, wherever they stand; and,
+        if there are such images, `"relations_correct"`, the share of these in which the relations hold.
+
+    Raises:
+        `ValueError`: If `checks` is empty or `clusters` has another length.
+    """
+    if not checks:
+        raise ValueError("`checks` is empty: there is nothing to summarise.")
+    correct = np.array([check.is_correct for check in checks])
+    present = np.array([has_objects(check) for check in checks])
+    keys = None if clusters is None else np.asarray(clusters)
+    if keys is not None and keys.shape != correct.shape:
+        raise ValueError(
+            f"There are {len(checks)} `checks`, but `clusters` has shape {keys.shape}. Give one per check."
+        )
+    summary = {"spatial_accuracy": _interval(correct, keys), "objects_present": _interval(present, keys)}
+    if present.any():
+        summary["relations_correct"] = _interval(correct[present], None if keys is None else keys[present])
+    return summary
+
+
+def _interval(values: np.ndarray, clusters: np.ndarray | None) -> Interval:
+    # Of equal values every resample is the same: Wilson's interval does not collapse.
+    if clusters is None or values.all() or not values.any():
+        return accuracy_interval(values)
+    return bootstrap_interval(values, clusters, rng=np.random.default_rng(0))
+
+
+def pairwise_distance(images: Sequence[Image.Image], group_size: int) -> float:
+    """
+    Diversity of a generator: how much two images of the same prompt differ.
+
+    Args:
+        images (`Sequence[PIL.Image.Image]`):
+            Images of one size, those of a prompt next to each other.
+        group_size (`int`):
+            Number of images per prompt, at least 2.
+
+    Returns:
+        `float`: root mean square difference of the pixels, from 0 to 1, averaged over all pairs of different images of a
+        prompt, and over the prompts. 0 if a prompt always gives the same image.
+    """
+    if group_size < 2 or not images or len(images) % group_size:
+        raise ValueError(
+            f"{len(images)} images are no whole number of groups of group_size={group_size}: give at least 2 images of "
+            "every prompt."
+        )
+    pixels = np.stack([np.asarray(image.convert("RGB"), np.float32) / 255 for image in images])
+    groups = pixels.reshape(-1, group_size, pixels[0].size)  # (num_prompts, group_size, height * width * 3)
+    squares = np.einsum("gid,gid->gi", groups, groups)
+    products = np.einsum("gid,gjd->gij", groups, groups)
+    distances = (squares[:, :, None] + squares[:, None, :] - 2 * products).clip(0) / groups.shape[2]
+    rows, columns = np.triu_indices(group_size, k=1)
+    return float(np.sqrt(distances[:, rows, columns]).mean())
