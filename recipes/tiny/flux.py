@@ -12,7 +12,13 @@ import string
 from collections.abc import Iterable
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from tokenizers import trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
@@ -76,6 +82,24 @@ def build_t5_tokenizer(corpus: Iterable[str]) -> T5TokenizerFast:
     return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=512)
 
 
+def share_head(attention_head_dim: int) -> tuple[int, int, int]:
+    """Shares a head out to frames, rows and columns, 16 : 56 : 56 as in the released models, rounded to pairs."""
+    side = attention_head_dim * 7 // 32 * 2
+    return attention_head_dim - 2 * side, side, side
+
+
+def draw_weights(pipeline: DiffusionPipeline, gain: float) -> None:
+    """Puts the models of a pipeline into evaluation mode and draws their weights from the global generator."""
+    models = [model for model in pipeline.components.values() if isinstance(model, nn.Module)]
+    for module in [module for model in models for module in model.eval().modules()]:
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+        elif isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
+            nn.init.normal_(module.weight, std=gain / module.weight[0].numel() ** 0.5)
+            if module.bias is not None:
+                nn.init.normal_(module.bias, std=0.1 * gain)
+
+
 def build_flux_pipeline(
     *,
     corpus: Iterable[str] | None = None,
@@ -87,6 +111,8 @@ def build_flux_pipeline(
     latent_channels: int = 4,
     vae_channels: tuple[int, ...] = (8, 8, 8),
     text_hidden_size: int = 32,
+    num_text_layers: int = 1,
+    num_text_heads: int = 2,
     gain: float = 1.0,
     seed: int = 0,
 ) -> FluxPipeline:
@@ -109,6 +135,8 @@ def build_flux_pipeline(
             Channels of the VAE at each resolution, multiples of 4. Every entry but the first halves the image.
         text_hidden_size (`int`, *optional*, defaults to `32`):
             Size of the embeddings of both text encoders.
+        num_text_layers (`int`, *optional*, defaults to `1`), num_text_heads (`int`, *optional*, defaults to `2`):
+            Sizes of T5. The transformer sees no order of the words but what T5 tells it.
         gain (`float`, *optional*, defaults to `1.0`):
             Standard deviation of a random layer's output for inputs of standard deviation 1. With the initialisation
             of the classes, images of so small models hardly depend on the prompt.
@@ -140,12 +168,10 @@ def build_flux_pipeline(
             vae=_build_vae(latent_channels, vae_channels),
             text_encoder=_build_clip(clip_tokenizer, text_hidden_size),
             tokenizer=clip_tokenizer,
-            text_encoder_2=_build_t5(t5_tokenizer, text_hidden_size),
+            text_encoder_2=_build_t5(t5_tokenizer, text_hidden_size, num_text_layers, num_text_heads),
             tokenizer_2=t5_tokenizer,
         )
-        for component in pipeline.components.values():
-            if isinstance(component, nn.Module):
-                _draw_weights(component.eval(), gain)
+        draw_weights(pipeline, gain)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -160,8 +186,6 @@ def _build_transformer(
     text_hidden_size: int,
     guidance_embeds: bool,
 ) -> FluxTransformer2DModel:
-    # Rows and columns share the head as in FLUX.1, 16 : 56 : 56, rounded to pairs.
-    side = attention_head_dim * 7 // 32 * 2
     return FluxTransformer2DModel(
         in_channels=in_channels,
         num_layers=num_layers,
@@ -171,7 +195,7 @@ def _build_transformer(
         joint_attention_dim=text_hidden_size,
         pooled_projection_dim=text_hidden_size,
         guidance_embeds=guidance_embeds,
-        axes_dims_rope=(attention_head_dim - 2 * side, side, side),
+        axes_dims_rope=share_head(attention_head_dim),
     )
 
 
@@ -204,28 +228,18 @@ def _build_clip(tokenizer: CLIPTokenizer, hidden_size: int) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def _build_t5(tokenizer: T5TokenizerFast, hidden_size: int) -> T5EncoderModel:
+def _build_t5(tokenizer: T5TokenizerFast, hidden_size: int, num_layers: int, num_heads: int) -> T5EncoderModel:
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=hidden_size,
-        d_kv=hidden_size // 2,
+        d_kv=hidden_size // num_heads,
         d_ff=2 * hidden_size,
-        num_layers=1,
-        num_heads=2,
+        num_layers=num_layers,
+        num_heads=num_heads,
         feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
     )
     return T5EncoderModel(config)
-
-
-def _draw_weights(model: nn.Module, gain: float) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight)
-        elif isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.normal_(module.weight, std=gain / module.weight[0].numel() ** 0.5)
-            if module.bias is not None:
-                nn.init.normal_(module.bias, std=0.1 * gain)
 
 
 def main(argv: list[str] | None = None) -> None:
