@@ -6,15 +6,17 @@ import itertools
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 
-from .graph import SPLITS, Relation, SceneGraph
+from .graph import COLORS, SPLITS, Relation, SceneGraph
 from .layout import place_together
 from .perturbation import Operation, perturb, sample_graph
 from .relations import RELATIONS
 from .rendering import MIN_IMAGE_SIZE, render_layout, sample_style
+from .shapes import SHAPES
 from .wording import LENGTHS, describe_scene
 
 
@@ -111,6 +113,8 @@ def make_prompt_dataset(
     num_objects: tuple[int, int] = (2, 4),
     num_relations: tuple[int, int] = (1, 4),
     relations: Sequence[str] = tuple(RELATIONS),
+    colors: Sequence[str] = tuple(COLORS),
+    shapes: Sequence[str] = SHAPES,
     length: str | None = None,
 ) -> Dataset:
     """
@@ -129,6 +133,8 @@ def make_prompt_dataset(
             Least and largest number of relations.
         relations (`Sequence[str]`, *optional*):
             Kinds of relations. Defaults to all of `RELATIONS`.
+        colors (`Sequence[str]`, *optional*), shapes (`Sequence[str]`, *optional*):
+            Colors and shapes of the objects. Default to all of `COLORS` and `SHAPES`.
         length (`str`, *optional*):
             `"short"` or `"long"` prompts. By default one in two is long.
 
@@ -139,16 +145,25 @@ def make_prompt_dataset(
     if num_prompts < 1:
         raise ValueError(f"num_prompts={num_prompts} must be at least 1.")
     _check_scenes(split, num_objects, num_relations, relations, length)
-    options = (tuple(num_objects), tuple(num_relations), tuple(relations), length)
-    return Dataset.from_list([_make_prompt(index, seed, split, *options) for index in range(num_prompts)], split=split)
+    for name, given, known in (("colors", colors, COLORS), ("shapes", shapes, SHAPES)):
+        if not given or not set(given) <= set(known):
+            raise ValueError(f"{name}={given!r} must be some of {list(known)}.")
+    if len(colors) < num_objects[1]:
+        raise ValueError(f"colors={colors!r} are too few for num_objects={num_objects}: no two objects share a color.")
+    world = {"split": split, "relations": relations, "colors": tuple(colors), "shapes": tuple(shapes)}
+    prompts = (
+        _make_prompt([seed, list(SPLITS).index(split), index], num_objects, num_relations, length, world)
+        for index in range(num_prompts)
+    )
+    return Dataset.from_list(list(prompts), split=split)
 
 
-def _make_prompt(index: int, seed: int, split: str, num_objects, num_relations, relations, length) -> dict[str, str]:
-    rng = np.random.default_rng([seed, list(SPLITS).index(split), index])
+def _make_prompt(seed: list[int], num_objects, num_relations, length, world: dict[str, Any]) -> dict[str, str]:
+    rng = np.random.default_rng(seed)
     for _ in range(100):
         objects, count = _draw_sizes(rng, num_objects, num_relations)
         try:
-            graph = sample_graph(rng, num_objects=objects, num_relations=count, relations=relations, split=split)
+            graph = sample_graph(rng, num_objects=objects, num_relations=count, **world)
         except ValueError:
             continue  # no consistent graph in this draw; the next one may have one
         wording, drawn = int(rng.integers(2**31)), LENGTHS[rng.integers(2)]
@@ -157,7 +172,7 @@ def _make_prompt(index: int, seed: int, split: str, num_objects, num_relations, 
             "scene": describe_scene(graph, seed=wording),
         }
     raise ValueError(
-        f"No scene with {num_objects} objects and {num_relations} relations of kinds {list(relations)} was found. Allow "
+        f"No scene with {num_objects} objects, {num_relations} relations and {world} was found. Allow "
         "more objects, fewer relations or more kinds."
     )
 

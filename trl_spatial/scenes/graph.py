@@ -170,7 +170,12 @@ def split_of(entities: Sequence[Entity]) -> str:
 
 
 def sample_entities(
-    rng: np.random.Generator, num_objects: int, split: str | None = None, size_probability: float = 0.0
+    rng: np.random.Generator,
+    num_objects: int,
+    split: str | None = None,
+    size_probability: float = 0.0,
+    colors: Sequence[str] = tuple(COLORS),
+    shapes: Sequence[str] = SHAPES,
 ) -> tuple[Entity, ...]:
     """
     Draw objects of pairwise different colors.
@@ -184,20 +189,26 @@ def sample_entities(
             Draw from this split only.
         size_probability (`float`, *optional*, defaults to `0.0`):
             Probability that an object is given a size word.
+        colors (`Sequence[str]`, *optional*), shapes (`Sequence[str]`, *optional*):
+            Colors and shapes to draw from. Default to all.
 
     Returns:
         `tuple[Entity, ...]`: the objects.
+
+    Raises:
+        `ValueError`: If there are too few colors, or `split` or a shape is unknown.
     """
-    if not 1 <= num_objects <= len(COLORS):
-        raise ValueError(f"num_objects={num_objects} must be between 1 and {len(COLORS)}: no two share a color.")
+    if not 1 <= num_objects <= len(colors):
+        raise ValueError(f"num_objects={num_objects} must be between 1 and {len(colors)}: no two share a color.")
+    if not shapes:
+        raise ValueError(f"shapes={shapes!r} is empty; choose from {list(SHAPES)}.")
     if split is not None and split not in SPLITS:
         raise ValueError(f"Unknown split {split!r}; choose one of {list(SPLITS)}.")
-    colors = list(COLORS)
     while True:
         entities = tuple(
             Entity(
                 colors[color],
-                SHAPES[rng.integers(len(SHAPES))],
+                shapes[rng.integers(len(shapes))],
                 ("small", "large")[rng.integers(2)] if rng.random() < size_probability else None,
             )
             for color in rng.permutation(len(colors))[:num_objects]

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .graph import Relation, SceneGraph, sample_entities
+from .graph import COLORS, Relation, SceneGraph, sample_entities
 from .layout import is_placeable
 from .relations import MIRRORED_REGIONS, REGIONS, RELATIONS
+from .shapes import SHAPES
 
 
 _ATTEMPTS = 200
@@ -41,6 +42,8 @@ def sample_graph(
     relations: Sequence[str] = tuple(RELATIONS),
     split: str | None = None,
     size_probability: float = 0.0,
+    colors: Sequence[str] = tuple(COLORS),
+    shapes: Sequence[str] = SHAPES,
 ) -> SceneGraph:
     """
     Draw a consistent scene graph: one that can be placed on a canvas.
@@ -58,6 +61,8 @@ def sample_graph(
             Draw from this split only, see [`~SceneGraph.split`].
         size_probability (`float`, *optional*, defaults to `0.0`):
             Probability that an object is given a size word.
+        colors (`Sequence[str]`, *optional*), shapes (`Sequence[str]`, *optional*):
+            Colors and shapes of the objects. Default to all.
 
     Returns:
         [`SceneGraph`]: the graph.
@@ -66,7 +71,7 @@ def sample_graph(
         if name not in RELATIONS:
             raise ValueError(f"Unknown relation {name!r} in `relations`; choose from {list(RELATIONS)}.")
     for _ in range(_ATTEMPTS):
-        entities = sample_entities(rng, num_objects, split, size_probability)
+        entities = sample_entities(rng, num_objects, split, size_probability, colors, shapes)
         chosen: list[Relation] = []
         for _ in range(20 * num_relations):
             if len(chosen) == num_relations:
