@@ -190,7 +190,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
         combined = combine_rewards(
             rewards, args.num_generations, self.reward_functions.weights, args.multi_objective_aggregation
         )  # (num_processes * n,)
-        kept = select_top_k(combined, args.num_generations, args.top_k)  # (num_processes * num_kept,)
+        kept = self._select_kept(combined, rollout_index)  # (num_processes * num_kept,)
         advantages = group_advantages(
             combined, args.num_generations, args.scale_rewards, kept=kept, advantage_scope=args.advantage_scope
         )  # (num_processes * num_kept,)
@@ -198,6 +198,10 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
         kept = kept.view(args.world_size, -1)[args.process_index] - args.process_index * len(prompts)  # (num_kept,)
         advantages = advantages.view(args.world_size, -1)[args.process_index]  # (num_kept,)
         return self._fill_buffer(rollout, prompts, trained_steps, kept, advantages)
+
+    def _select_kept(self, rewards: torch.Tensor, rollout_index: int) -> torch.Tensor:
+        """Which images of a rollout are trained on, of all processes: `(num_prompts * num_kept,)` indices."""
+        return select_top_k(rewards, self.args.num_generations, self.args.top_k)
 
     def _rollout_rows(self, rollout_index: int) -> list[dict[str, Any]]:
         """Rows of this process's prompts, each once per image: group-contiguous."""
