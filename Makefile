@@ -20,7 +20,7 @@ TEST_ENV  := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKEN
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(INSTALLED) ## train a tiny reward model on rendered scenes and print how often it ranks held-out pairs rightly
+demo: $(INSTALLED) ## the whole method in a small world: reward model, reinforcement learning, an exact judge, a report
 	$(BIN)/python -m trl_spatial demo $(DEMO_ARGS)
 
 test: $(INSTALLED) ## run the tests
@@ -41,7 +41,7 @@ bench: $(INSTALLED) ## measure the numbers of the README's evidence section
 test-min: $(INSTALLED) ## run the tests with the lowest versions that pyproject.toml allows
 	rm -rf .venv-min && $(PYTHON) -m venv .venv-min
 	$(BIN)/uv pip compile --quiet --resolution lowest-direct --python .venv-min/bin/python \
-		--extra dev --extra diffusion --extra quant --output-file .venv-min/requirements.txt pyproject.toml
+		--extra dev --extra demo --extra diffusion --extra quant --output-file .venv-min/requirements.txt pyproject.toml
 	$(BIN)/uv pip install --python .venv-min/bin/python --requirement .venv-min/requirements.txt
 	$(BIN)/uv pip install --python .venv-min/bin/python --no-deps --editable .
 	$(TEST_ENV) .venv-min/bin/python -m pytest -n 2 $(PYTEST_ARGS)
@@ -53,5 +53,5 @@ clean: ## remove the environments and caches
 $(INSTALLED): pyproject.toml .ci/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install --constraint .ci/constraints.txt --editable '.[dev,diffusion,quant]'
+	$(BIN)/python -m pip install --constraint .ci/constraints.txt --editable '.[dev,demo,diffusion,quant]'
 	touch $@

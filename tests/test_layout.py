@@ -25,7 +25,8 @@ ALLOWED = {
     "cli": {"__version__"},
     "__main__": {"cli"},
     "__init__": set(),
-    "scripts": {"gaussian_reward", "diffusion_grpo", "scenes", "evaluation", "data", "rewards", "hub", "cli"},
+    "demo": {"gaussian_reward", "diffusion_grpo", "scenes", "evaluation", "rewards"},
+    "scripts": {"gaussian_reward", "diffusion_grpo", "scenes", "evaluation", "data", "rewards", "hub", "cli", "demo"},
 }
 # Distributions whose import name differs.
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "types-pyyaml": "yaml"}
@@ -88,7 +89,7 @@ def test_imports_only_what_the_graph_allows(path):
 
 def test_diffusers_is_imported_only_where_images_are_generated():
     users = {part_of(path) for path in PACKAGE.rglob("*.py") if "diffusers" in imports_of(path)[1]}
-    assert users <= {"diffusion_grpo", "scripts"}
+    assert users <= {"diffusion_grpo", "demo", "scripts"}
 
 
 def test_every_import_is_a_declared_dependency():
@@ -100,9 +101,11 @@ def test_every_import_is_a_declared_dependency():
         return {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names}
 
     needed = set().union(*(imports_of(path)[1] for path in PACKAGE.rglob("*.py"))) - set(sys.stdlib_module_names)
-    optional = import_names(line for name in ("diffusion", "judge", "review", "quant") for line in extras[name])
+    optional = import_names(
+        line for name in ("diffusion", "demo", "judge", "review", "quant") for line in extras[name]
+    )
     assert needed <= import_names(project["dependencies"]) | optional
-    assert import_names(project["dependencies"]) - needed <= {"accelerate", "jinja2", "scipy"}
+    assert import_names(project["dependencies"]) - needed <= {"accelerate", "scipy"}
 
 
 def test_every_dependency_has_bounds():

@@ -34,7 +34,9 @@ TINY_GRPO = (
     "--num_inference_steps 4 --eval_num_inference_steps 1 --height 32 --width 32 --eval_height 32 --eval_width 32 "
     "--max_sequence_length 192 --max_steps 2 --eval_steps 2 --save_steps 2 --use_cpu --disable_tqdm true"
 )
-TINY_DEMO = "--max_steps 1 --num_train_pairs 4 --num_test_pairs 8 --output_dir {folder}/demo"
+TINY_DEMO = (
+    "--reward_steps 1 --grpo_steps 1 --num_train_pairs 4 --num_test_pairs 8 --num_prompts 2 --output_dir {folder}/demo"
+)
 
 
 def blocks(language="bash|python"):
@@ -150,7 +152,7 @@ def test_every_command_and_program_runs(place):
                 run_command(words, place)
                 ran.append(" ".join(words[:2]))
     assert set(ran) >= {"make demo", "make test", *(f"trl_spatial {name}" for name in COMMANDS if name != "demo")}
-    assert (place / "demo" / "results.md").is_file()
+    assert (place / "demo" / "report.html").is_file()
     assert len((place / "scores.jsonl").read_text().splitlines()) == 1
     assert (place / "SpatialScore-7B" / "adapter_model.safetensors").is_file()
     for folder in ("FLUX.1-dev-SpatialScore", "FLUX.1-dev-SpatialScore-fast", "FLUX.1-dev-red", "tiny-flux-red"):

@@ -16,7 +16,7 @@ from . import __version__
 
 
 COMMANDS = {
-    "demo": "train a tiny reward model on rendered scenes and print how well it ranks held-out pairs",
+    "demo": "the whole method in a small world: reward model, reinforcement learning, an exact judge, a report",
     "reward": "train a spatial reward model on preference pairs",
     "grpo": "fine-tune FLUX.1 by reinforcement learning with rewards for its images",
     "score": "score images for prompts with a trained reward model",

@@ -1,87 +1,155 @@
-"""`trl_spatial demo` and the tiny backbone that is shipped for it."""
+"""`trl_spatial demo`, from its first pair to its report."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
-from dataclasses import asdict
-from pathlib import Path
+import time
 
 import numpy as np
 import pytest
+from datasets import Dataset
+from diffusers import FluxPipeline
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from trl_spatial import SpatialScore
+from trl_spatial.demo.generator import TINY_FLUX
+from trl_spatial.demo.reward_model import TINY_BACKBONE, measure
+from trl_spatial.demo.settings import DemoSettings
+from trl_spatial.evaluation.scenes import check_images
 from trl_spatial.gaussian_reward.processing import load_processor
-from trl_spatial.scenes import make_preference_dataset
-from trl_spatial.scripts.demo import TINY_BACKBONE, DemoArguments, main, measure
+from trl_spatial.scenes import make_preference_dataset, parse_description
+from trl_spatial.scripts.demo import main
+
+
+SIZES = {"num_train_pairs": 8, "num_test_pairs": 40, "reward_steps": 1, "grpo_steps": 2, "num_prompts": 3}
+
+
+def start(folder, **kwargs):
+    """The command in a process of its own."""
+    options = [f"--{name}={value}" for name, value in (SIZES | {"output_dir": folder}).items()]
+    return subprocess.Popen([sys.executable, "-m", "trl_spatial", "demo", *options], text=True, **kwargs)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of the command: its arguments, and the process that has ended."""
+    """A run of the command: its folder, what it said on stdout, and on stderr."""
     folder = tmp_path_factory.mktemp("demo")
-    arguments = DemoArguments(output_dir=str(folder), num_train_pairs=8, num_test_pairs=40, max_steps=1)
-    options = [f"--{name}={value}" for name, value in asdict(arguments).items()]
-    process = subprocess.run(
-        [sys.executable, "-m", "trl_spatial", "demo", *options], check=True, capture_output=True, text=True
-    )
-    return arguments, process
+    process = start(folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    return folder, stdout, stderr
 
 
 @pytest.fixture
-def demo(finished):
-    """The folder of that run, and its arguments."""
-    arguments, _ = finished
-    return Path(arguments.output_dir), arguments
+def folder(finished):
+    return finished[0]
+
+
+@pytest.fixture
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def without_times(results):
+    """Everything but how long it took."""
+    kept = {name: value for name, value in results.items() if name not in ("seconds", "stages", "environment")}
+    cost = {name: value for name, value in kept["training"]["cost"].items() if name != "seconds"}
+    return kept | {"training": kept["training"] | {"cost": cost}}
 
 
 class RuleScorer:
     """The exact judge in the place of the model."""
 
     def score(self, prompts, images, batch_size):
-        from trl_spatial.scenes import check_scene, parse_description
-
-        pairs = zip(prompts, images, strict=True)
-        correct = [check_scene(image, parse_description(prompt)).is_correct for prompt, image in pairs]
-        return np.array(correct, float) * 20, np.full(len(correct), 0.01)
+        checks = check_images(images, [parse_description(prompt) for prompt in prompts])
+        return np.array([check.is_correct for check in checks], float) * 20, np.full(len(checks), 0.01)
 
 
-def test_it_writes_numbers_pictures_and_a_model(demo):
-    folder, _ = demo
-    results = json.loads((folder / "results.json").read_text())
-    assert results["accuracy"]["all"]["all"]["num_pairs"] == 40
-    assert set(results["accuracy"]["level"]) <= {"1", "2", "3"}
+def test_it_writes_numbers_pictures_models_and_a_report(folder, results):
+    reward_model, generator = results["reward_model"], results["generator"]
+    assert reward_model["accuracy"]["all"]["all"]["num_pairs"] == 40
+    assert set(reward_model["accuracy"]["level"]) <= {"1", "2", "3"}
+    assert sum(bin["num_pairs"] for bin in reward_model["reliability"]) == 40
+    assert generator["num_images"] == 12
+    assert [row["step"] for row in results["training"]["steps"]] == [1, 2]
+    assert [row["step"] for row in results["training"]["evaluations"]] == [0, 1, 2]
+    assert [stage["name"] for stage in results["stages"]] == ["pairs", "reward", "measure", "before", "grpo", "after"]
     for name in ("best", "worst"):
         colors = np.asarray(Image.open(folder / f"{name}_pairs.png")).reshape(-1, 3)
         assert len(np.unique(colors, axis=0)) > 100
     assert (folder / "reward" / "adapter_model.safetensors").exists()
-    assert "| changes: 1 |" in (folder / "results.md").read_text()
+    text = (folder / "results.md").read_text()
+    assert "| changes: 1 |" in text and "| objects present |" in text
+    assert (folder / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_the_rules_judge_the_images_and_the_reward_model_scores_them(folder, results):
+    for when, name in (("before", "base_images"), ("after", "tuned_images")):
+        drawn = Dataset.load_from_disk(folder / name)
+        judged = results["generator"][when]
+        graphs = [parse_description(scene) for scene in drawn["scene"]]
+        correct = [check.is_correct for check in check_images(list(drawn["image"]), graphs)]
+        assert judged["spatial_accuracy"]["estimate"] == np.mean(correct)
+        scorer = SpatialScore.from_pretrained(folder / "reward")
+        mean, _ = scorer.score(list(drawn["prompt"]), list(drawn["image"]))
+        assert judged["reward"] == pytest.approx(mean.mean(), abs=1e-5)
+        shown = [image for example in results["examples"] for image in example[when]]
+        assert [image["is_correct"] for image in shown] == correct
+        assert all(bool(image["reasons"]) != image["is_correct"] for image in shown)
+
+
+def test_the_cost_is_what_the_formula_says(results):
+    # 8 prompts × 24 images, 2 updates; 6 steps, 5 of them trained on, forward and backward, on half of the images
+    cost = results["training"]["cost"]
+    assert cost["num_images"] == 2 * 8 * 24
+    assert cost["evaluations_per_image"] == 6 + 2 * 5 * 12 / 24
+    assert cost["evaluations_per_image_unfiltered"] == 6 + 2 * 5
+
+
+def test_plain_diffusers_loads_what_it_learned(folder):
+    pipeline = FluxPipeline.from_pretrained(TINY_FLUX)
+    pipeline.load_lora_weights(folder / "grpo")
+    assert pipeline.get_active_adapters()
 
 
 def test_it_shows_results_and_progress_but_no_warnings(finished):
-    _, process = finished
-    assert "| changes: 1 |" in process.stdout and "Written to" in process.stdout
-    assert "100%" in process.stderr
-    assert not re.findall(r"^.*(?:warn|fail|deprecated|differ).*$", process.stderr, flags=re.MULTILINE | re.IGNORECASE)
+    _, stdout, stderr = finished
+    assert "| changes: 1 |" in stdout and "report.html" in stdout
+    assert [line[:3] for line in stdout.splitlines() if re.match(r"\d/6", line)] == [f"{i}/6" for i in range(1, 7)]
+    assert "100%" in stderr
+    assert not re.findall(r"^.*(?:warn|fail|deprecated|differ).*$", stderr, flags=re.MULTILINE | re.IGNORECASE)
 
 
-def test_started_again_it_goes_on_and_gives_the_same_numbers(demo):
-    folder, arguments = demo
-    before = json.loads((folder / "results.json").read_text())
+def test_started_again_it_gives_the_same_numbers_at_once(folder, results):
     model = (folder / "reward" / "adapter_model.safetensors").stat().st_mtime_ns
-    main(arguments)
-    after = json.loads((folder / "results.json").read_text())
+    main(DemoSettings(output_dir=str(folder), **SIZES))
+    assert json.loads((folder / "results.json").read_text()) == results | {"seconds": results["seconds"]}
     assert (folder / "reward" / "adapter_model.safetensors").stat().st_mtime_ns == model
-    assert {**before, "seconds": 0} == {**after, "seconds": 0}
 
 
-def test_other_arguments_are_refused_in_the_same_folder(demo):
-    folder, _ = demo
+@pytest.mark.parametrize("trace", ["reward", "grpo/checkpoint-1/trainer_state.json"])
+def test_killed_it_goes_on_and_gives_the_same_numbers(finished, results, tmp_path, trace):
+    # the pairs are made once
+    (tmp_path / "pairs").symlink_to(finished[0] / "pairs")
+    if trace != "reward":
+        (tmp_path / "reward").symlink_to(finished[0] / "reward")
+    process = start(tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / trace).exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    main(DemoSettings(output_dir=str(tmp_path), **SIZES))
+    assert without_times(json.loads((tmp_path / "results.json").read_text())) == without_times(results)
+
+
+def test_other_arguments_are_refused_in_the_same_folder(folder):
     with pytest.raises(ValueError, match=r"num_test_pairs.*40, 41"):
-        main(DemoArguments(output_dir=str(folder), num_train_pairs=8, num_test_pairs=41, max_steps=1))
-    with pytest.raises(ValueError, match="`max_steps` is 0"):
-        DemoArguments(max_steps=0)
+        main(DemoSettings(output_dir=str(folder), **(SIZES | {"num_test_pairs": 41})))
 
 
 def test_a_perfect_judge_gets_perfect_numbers():

@@ -11,7 +11,13 @@ import pytest
 from datasets import Image, Value
 
 import trl_spatial
-from trl_spatial.scenes import SPLITS, check_scene, make_preference_dataset, parse_description
+from trl_spatial.scenes import (
+    SPLITS,
+    check_scene,
+    make_preference_dataset,
+    make_prompt_dataset,
+    parse_description,
+)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +104,41 @@ def test_levels_relations_and_size_are_as_asked():
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         make_preference_dataset(**{"num_pairs": 1, **options})
+
+
+def test_prompts_are_of_the_scenes_asked_for():
+    options = {"num_objects": (2, 3), "num_relations": (2, 2), "relations": ("above", "below"), "length": "short"}
+    prompts = make_prompt_dataset(60, seed=1, colors=("red", "blue", "pink"), shapes=("circle", "square"), **options)
+    for prompt, scene in zip(prompts["prompt"], prompts["scene"], strict=True):
+        graph = parse_description(scene)
+        assert prompt == scene and parse_description(prompt) == graph
+        assert 2 <= len(graph.entities) <= 3 and len(graph.relations) == 2
+        assert {relation.name for relation in graph.relations} <= {"above", "below"}
+        assert {entity.color for entity in graph.entities} <= {"red", "blue", "pink"}
+        assert {entity.shape for entity in graph.entities} <= {"circle", "square"}
+
+
+def test_a_prompt_depends_on_its_number_alone():
+    assert make_prompt_dataset(9, seed=2)["prompt"][:4] == make_prompt_dataset(4, seed=2)["prompt"]
+    assert make_prompt_dataset(4, seed=2)["prompt"] != make_prompt_dataset(4, seed=3)["prompt"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_prompts": 0}, "num_prompts=0"),
+        ({"split": "dev"}, "split='dev'"),
+        ({"num_objects": (1, 3)}, "num_objects=\\(1, 3\\)"),
+        ({"relations": ()}, "relations=\\(\\) is empty"),
+        ({"colors": ("red", "beige")}, "colors=.*beige"),
+        ({"shapes": ()}, "shapes=\\(\\)"),
+        ({"colors": ("red", "blue")}, "colors=.* too few for num_objects=\\(2, 4\\)"),
+        ({"length": "endless"}, "length='endless'"),
+    ],
+)
+def test_bad_arguments_of_prompts_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_prompt_dataset(**{"num_prompts": 1, **options})
 
 
 def test_another_version_of_the_world_makes_its_pairs_anew(tmp_path):

@@ -1,118 +1,45 @@
-"""`trl_spatial demo`: from rendered scenes to a trained and measured reward model, on a laptop."""
+"""SpatialScore in the demo: trained on pairs of rendered scenes, and measured on held-out ones."""
 
-import json
 import shutil
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from .utils import SpatialParser
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers.trainer_utils import get_last_checkpoint
 
+from .. import GaussianRewardConfig, GaussianRewardTrainer, SpatialScore
+from ..evaluation.figures import ScoredPair, draw_pairs
+from ..evaluation.pairs import PairScores, accuracy_table, score_pairs
+from ..evaluation.statistics import accuracy_interval, expected_calibration_error, reliability_bins
+from ..gaussian_reward import spatial_score_lora_config
+from ..gaussian_reward.losses import preference_probability
+from ..scenes import make_preference_dataset
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from ..evaluation.pairs import PairScores
-    from ..gaussian_reward.scoring import SpatialScore
-
-
-EXAMPLES = """\
-  # everything, about five minutes on two cores
-  trl_spatial demo
-
-  # a glance: a few steps and pairs, into another folder
-  trl_spatial demo --max_steps 5 --num_train_pairs 64 --num_test_pairs 60 --output_dir runs/glance
-"""
 
 # The tiny Qwen2.5-VL that is shipped with the package: see its card beside it.
 TINY_BACKBONE = Path(__file__).parents[1] / "tiny_models" / "qwen2_5_vl"
 
 
-@dataclass
-class DemoArguments:
+def load_pairs(folder: Path, num_pairs: int, *, split: str, seed: int) -> Dataset:
     """
-    Arguments of the demo.
+    Preference pairs of rendered scenes from a folder, made first if they are not there.
 
     Args:
-        output_dir (`str`, *optional*, defaults to `"runs/demo"`):
-            Folder of the model, the numbers and the pictures. An interrupted run in it goes on.
-        num_train_pairs (`int`, *optional*, defaults to `8000`):
-            Number of pairs to train on; each is used in both directions.
-        num_test_pairs (`int`, *optional*, defaults to `3000`):
-            Number of held-out pairs to measure on.
-        max_steps (`int`, *optional*, defaults to `250`):
-            Number of updates.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the pairs and of training.
+        folder (`Path`):
+            Where they are kept.
+        num_pairs (`int`):
+            Number of pairs.
+        split (`str`):
+            `"train"`, `"validation"` or `"test"`.
+        seed (`int`):
+            Seed of the pairs.
+
+    Returns:
+        `Dataset`: as [`~scenes.make_preference_dataset`] makes it.
     """
-
-    output_dir: str = field(
-        default="runs/demo", metadata={"help": "Folder of the model, the numbers and the pictures."}
-    )
-    num_train_pairs: int = field(default=8000, metadata={"help": "Number of pairs to train on."})
-    num_test_pairs: int = field(default=3000, metadata={"help": "Number of held-out pairs to measure on."})
-    max_steps: int = field(default=250, metadata={"help": "Number of updates."})
-    seed: int = field(default=0, metadata={"help": "Seed of the pairs and of training."})
-
-    def __post_init__(self):
-        for name in ("num_train_pairs", "num_test_pairs", "max_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}. Use a positive number.")
-
-
-def make_parser(prog: str = "trl_spatial demo") -> SpatialParser:
-    return SpatialParser(
-        DemoArguments,
-        prog=prog,
-        description="Train a spatial reward model on rendered scenes, from the tiny backbone in the package, and measure "
-        "how often it ranks held-out pairs rightly.",
-        examples=EXAMPLES,
-    )
-
-
-def main(args: DemoArguments) -> None:
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    _check_same_run(args, output_dir)
-    started = time.perf_counter()
-    print("1/3  Scenes: rendering pairs of images that differ in one to three relations", flush=True)
-    train_dataset = _load_pairs(output_dir / "pairs" / "train", args.num_train_pairs, "train", args.seed)
-    test_dataset = _load_pairs(output_dir / "pairs" / "test", args.num_test_pairs, "test", args.seed)
-    print("2/3  SpatialScore: training the reward model", flush=True)
-    scorer = train_reward_model(train_dataset, output_dir / "reward", max_steps=args.max_steps, seed=args.seed)
-    print("3/3  Measuring on held-out pairs", flush=True)
-    results, scores = measure(scorer, test_dataset)
-    results["seconds"] = round(time.perf_counter() - started)
-    (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    for name in ("best", "worst"):
-        draw_sheet(test_dataset, scores, name).save(output_dir / f"{name}_pairs.png")
-    report = format_results(results)
-    (output_dir / "results.md").write_text(report)
-    print(
-        f"\n{report}\nWritten to {output_dir}: results.md, results.json, best_pairs.png, worst_pairs.png, reward/",
-        flush=True,
-    )
-
-
-def _check_same_run(args: DemoArguments, output_dir: Path) -> None:
-    """An interrupted run goes on with its own arguments; other arguments belong into another folder."""
-    file = output_dir / "arguments.json"
-    arguments = asdict(args) | {"output_dir": None}
-    if file.exists() and (found := json.loads(file.read_text())) != arguments:
-        changed = {key: (found.get(key), value) for key, value in arguments.items() if found.get(key) != value}
-        raise ValueError(
-            f"{output_dir} holds a run with other arguments (there, here): {changed}. Choose another --output_dir or "
-            "remove that folder."
-        )
-    file.write_text(json.dumps(arguments, indent=2) + "\n")
-
-
-def _load_pairs(folder: Path, num_pairs: int, split: str, seed: int) -> "Dataset":
-    from datasets import Dataset
-
-    from ..scenes import make_preference_dataset
-
     if not folder.exists():
         dataset = make_preference_dataset(num_pairs, split=split, seed=seed, num_proc=2)
         partial = folder.with_suffix(".partial")
@@ -123,8 +50,8 @@ def _load_pairs(folder: Path, num_pairs: int, split: str, seed: int) -> "Dataset
 
 
 def train_reward_model(
-    dataset: "Dataset", output_dir: Path, *, max_steps: int, seed: int, objective: str | None = None
-) -> "SpatialScore":
+    dataset: Dataset, output_dir: Path, *, max_steps: int, seed: int, objective: str | None = None
+) -> SpatialScore:
     """
     Train a reward model from the tiny backbone, or go on with an interrupted training.
 
@@ -143,11 +70,6 @@ def train_reward_model(
     Returns:
         [`SpatialScore`]: the trained model.
     """
-    from transformers.trainer_utils import get_last_checkpoint
-
-    from .. import GaussianRewardConfig, GaussianRewardTrainer, SpatialScore
-    from ..gaussian_reward import spatial_score_lora_config
-
     if not (output_dir / "adapter_model.safetensors").exists():
         training_args = GaussianRewardConfig(
             output_dir=str(output_dir),
@@ -177,7 +99,7 @@ def train_reward_model(
     return SpatialScore.from_pretrained(output_dir)
 
 
-def measure(scorer: "SpatialScore", dataset: "Dataset") -> tuple[dict, "PairScores"]:
+def measure(scorer: SpatialScore, dataset: Dataset) -> tuple[dict[str, Any], PairScores]:
     """
     Measure a reward model on held-out pairs.
 
@@ -185,26 +107,30 @@ def measure(scorer: "SpatialScore", dataset: "Dataset") -> tuple[dict, "PairScor
         scorer ([`SpatialScore`]):
             The model.
         dataset (`Dataset`):
-            Pairs from [`make_preference_dataset`].
+            Pairs from [`~scenes.make_preference_dataset`].
 
     Returns:
-        `tuple[dict, PairScores]`: accuracies with intervals, calibration and the flip test; and the scores.
+        `tuple[dict, PairScores]`: accuracies with intervals, calibration and the flip test, as JSON holds them; and the
+        scores.
     """
-    import numpy as np
-
-    from ..evaluation.pairs import accuracy_table, score_pairs
-    from ..evaluation.statistics import accuracy_interval, expected_calibration_error
 
     def score(prompts, images):
         return scorer.score(prompts, images, batch_size=128)
 
     scores, mirrored = score_pairs(score, dataset), score_pairs(score, dataset, is_mirrored=True)
+    probability = preference(scores)
+    bins = reliability_bins(probability)
     results = {
         "accuracy": {
             group: {name: {**asdict(row.accuracy), "num_pairs": row.num_pairs} for name, row in rows.items()}
             for group, rows in accuracy_table(scores, dataset).items()
         },
-        "expected_calibration_error": expected_calibration_error(preference(scores)),
+        "expected_calibration_error": expected_calibration_error(probability),
+        "reliability": [
+            {"confidence": float(confidence), "accuracy": float(accuracy), "num_pairs": int(count)}
+            for confidence, accuracy, count in zip(bins.confidence, bins.accuracy, bins.counts, strict=True)
+            if count
+        ],
         "flip_test": {
             "same_order": asdict(accuracy_interval(np.sign(scores.margin) == np.sign(mirrored.margin))),
             "accuracy": asdict(accuracy_interval(mirrored.correct)),
@@ -213,57 +139,53 @@ def measure(scorer: "SpatialScore", dataset: "Dataset") -> tuple[dict, "PairScor
     return results, scores
 
 
-def preference(scores: "PairScores"):
+def preference(scores: PairScores) -> np.ndarray:
     """P(chosen ≻ rejected) of every pair, `(num_pairs,)`."""
-    import torch
-
-    from ..gaussian_reward.losses import preference_probability
-
     fields = (scores.chosen_mean, scores.chosen_std, scores.rejected_mean, scores.rejected_std)
     chosen_mean, chosen_std, rejected_mean, rejected_std = (torch.as_tensor(values).float() for values in fields)
     return preference_probability(chosen_mean, chosen_std.log(), rejected_mean, rejected_std.log()).numpy()
 
 
-def draw_sheet(dataset: "Dataset", scores: "PairScores", which: str, num_pairs: int = 8):
-    """Draw the pairs with the largest (`which="best"`) or smallest (`"worst"`) margin."""
-    import numpy as np
+def save_examples(dataset: Dataset, scores: PairScores, output_dir: Path, num_pairs: int = 8) -> list[dict[str, Any]]:
+    """
+    Save pictures of the pairs with the largest and the smallest margins: half of them are those that the model finds
+    easiest, the other half those it finds hardest, the ones that it gets wrong included.
 
-    from ..evaluation.figures import ScoredPair, draw_pairs
+    Args:
+        dataset (`Dataset`):
+            The pairs.
+        scores ([`~evaluation.pairs.PairScores`]):
+            Their scores.
+        output_dir (`Path`):
+            The pictures go into its folder `pair_images`, and a sheet of each half beside it.
+        num_pairs (`int`, *optional*, defaults to `8`):
+            Number of pairs.
 
-    order = np.argsort(-scores.margin if which == "best" else scores.margin, kind="stable")
-    pairs = []
-    for index in order[:num_pairs].tolist():
-        row = dataset[index]
-        changes = "; ".join(f"{o['before']} to {o['after']}" for o in row["operations"])
-        pairs.append(
-            ScoredPair(
-                prompt=row["prompt"],
-                chosen=row["chosen"],
-                rejected=row["rejected"],
-                chosen_score=(float(scores.chosen_mean[index]), float(scores.chosen_std[index])),
-                rejected_score=(float(scores.rejected_mean[index]), float(scores.rejected_std[index])),
-                caption=f"changed: {changes}",
-            )
-        )
-    return draw_pairs(pairs, title=f"Held-out pairs, {which} margins")
+    Returns:
+        `list[dict]`: prompt, files of the images, relative to `output_dir`, scores and change of each pair.
+    """
+    folder = output_dir / "pair_images"
+    folder.mkdir(exist_ok=True)
+    order, half = np.argsort(-scores.margin, kind="stable"), -(-num_pairs // 2)
+    examples = []
+    for name, indices in (("best", order[:half]), ("worst", order[::-1][:half])):
+        pairs = [_scored_pair(dataset[index], scores, index) for index in indices.tolist()]
+        draw_pairs(pairs, title=f"Held-out pairs, {name} margins").save(output_dir / f"{name}_pairs.png")
+        for number, pair in enumerate(pairs):
+            files = {role: f"pair_images/{name}_{number}_{role}.png" for role in ("chosen", "rejected")}
+            for role, file in files.items():
+                getattr(pair, role).save(output_dir / file)
+            scored = {"chosen_score": list(pair.chosen_score), "rejected_score": list(pair.rejected_score)}
+            examples.append({"prompt": pair.prompt, **files, **scored, "change": pair.caption})
+    return examples
 
 
-def format_results(results: dict) -> str:
-    """The results as Markdown tables."""
-    lines = ["| held-out pairs | accuracy | 95 % interval | pairs |", "|---|---|---|---|"]
-    titles = {"all": "all", "level": "changes: {}", "relation": "one change, {}", "operation": "one change by {}"}
-    for group, title in titles.items():
-        for name, row in results["accuracy"][group].items():
-            lines.append(
-                f"| {title.format(name)} | {row['estimate']:.3f} | {row['low']:.3f} – {row['high']:.3f} | {row['num_pairs']} |"
-            )
-    flip = results["flip_test"]
-    lines += [
-        "",
-        f"Calibration of P(chosen): expected calibration error {results['expected_calibration_error']:.3f}",
-        f"Flip test: order kept when image and text are mirrored, {flip['same_order']['estimate']:.3f} of pairs; accuracy "
-        f"on the mirrored pairs {flip['accuracy']['estimate']:.3f}",
-        f"Time: {results['seconds'] // 60} min {results['seconds'] % 60} s",
-        "",
-    ]
-    return "\n".join(lines)
+def _scored_pair(row: dict[str, Any], scores: PairScores, index: int) -> ScoredPair:
+    return ScoredPair(
+        prompt=row["prompt"],
+        chosen=row["chosen"],
+        rejected=row["rejected"],
+        chosen_score=(float(scores.chosen_mean[index]), float(scores.chosen_std[index])),
+        rejected_score=(float(scores.rejected_mean[index]), float(scores.rejected_std[index])),
+        caption="; ".join(f"{o['before']} to {o['after']}" for o in row["operations"]),
+    )

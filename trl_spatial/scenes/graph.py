@@ -207,8 +207,8 @@ def sample_entities(
     while True:
         entities = tuple(
             Entity(
-                colors[color],
-                shapes[rng.integers(len(shapes))],
+                colors[int(color)],
+                shapes[int(rng.integers(len(shapes)))],
                 ("small", "large")[rng.integers(2)] if rng.random() < size_probability else None,
             )
             for color in rng.permutation(len(colors))[:num_objects]

@@ -1,0 +1,184 @@
+"""Which parts of Spatial-RL matter? Each question is answered by the truth: the rules of the scenes judge the images.
+
+    trl_spatial demo                                        # gives the reward model
+    python recipes/ablations/spatial_rl.py --output_dir runs/ablations --reward_model runs/demo/reward
+
+Trains the tiny FLUX of the demo once per variant and seed, and draws held-out prompts with each. The questions are taken in
+the order of `STUDIES`, so that the first ones are answered if time runs out; started again, it goes on where it was, and
+`--studies` picks some. The results so far are in `table.md`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from trl_spatial import DiffusionGRPOTrainer
+from trl_spatial.demo.generator import (
+    draw_images,
+    grpo_config,
+    judge,
+    load_generator,
+    make_prompts,
+    make_trainer,
+    spatial_accuracy,
+    train_generator,
+)
+from trl_spatial.demo.run import make_reward
+from trl_spatial.diffusion_grpo.reward_functions import RewardFunction
+from trl_spatial.diffusion_grpo.rollout import image_generator
+
+
+NUM_PROMPTS_PER_UPDATE = 8
+
+
+class RandomFilterTrainer(DiffusionGRPOTrainer):
+    """Trains on as many images of a group as the filter keeps, whichever they are."""
+
+    def _select_kept(self, rewards: torch.Tensor, rollout_index: int) -> torch.Tensor:
+        size, num_kept = self.args.num_generations, self.args.num_kept
+        # beside the generators of the images, whose last number is below `size`
+        generator = image_generator(self.args.seed, rollout_index, 0, size)
+        order = torch.rand(len(rewards) // size, size, generator=generator).argsort(dim=1)[:, :num_kept]
+        return (order.sort(dim=1).values + size * torch.arange(len(order))[:, None]).flatten()
+
+
+def brightness(prompts: list[str], images: list[Image.Image], **columns: Any) -> list[float]:
+    """A wrong reward: the mean of the pixels, which says nothing about where things are."""
+    return [float(np.asarray(image).mean() / 255) for image in images]
+
+
+# Variant: how its configuration differs from the demo's. Those of `_OTHERS` differ by more than the configuration.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "no filter": {"top_k": None, "per_device_train_batch_size": NUM_PROMPTS_PER_UPDATE * 24},
+    "k = 4": {"top_k": 4, "per_device_train_batch_size": NUM_PROMPTS_PER_UPDATE * 8},
+    "12 at random": {},
+    "rule as reward": {},
+    "brightness as reward": {},
+    "advantage over the group": {"advantage_scope": "group"},
+    "CPS": {"dynamics": "cps"},
+    "window of 2": {"sde_window_size": 2},
+    # Where every rollout is trained on once the ratio is 1 and nothing is ever clipped: these take two updates of each.
+    "two updates, clip": {"num_iterations": 2},
+    "two updates, ratio normalised": {"num_iterations": 2, "ratio_norm": True},
+    "two updates, KL mask": {"num_iterations": 2, "kl_mask": 1e-5},
+}
+_TRAINERS = {"12 at random": RandomFilterTrainer}
+_REWARDS: dict[str, RewardFunction] = {"rule as reward": spatial_accuracy, "brightness as reward": brightness}
+
+# Question: the variants that answer it. "default" is SpatialScore, k = 6, advantages over the kept images, Flow-SDE, all steps.
+STUDIES: dict[str, list[str]] = {
+    "filter": ["no filter", "default", "k = 4", "12 at random"],
+    "reward": ["default", "rule as reward", "brightness as reward"],
+    "advantage": ["default", "advantage over the group"],
+    "dynamics": ["default", "CPS"],
+    "window": ["default", "window of 2"],
+    "clip": ["two updates, clip", "two updates, ratio normalised", "two updates, KL mask"],
+}
+
+
+def run(variant: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
+    """Train one variant and measure it, or give what was measured before."""
+    folder = args.output_dir / f"{variant.replace(' ', '_').replace('=', '').replace(',', '')}-{seed}"
+    result_file = folder / "result.json"
+    if result_file.exists():
+        return json.loads(result_file.read_text())
+    print(f"{variant}, seed {seed}", flush=True)
+    scorer = make_reward(args.reward_model)
+    changes = VARIANTS[variant]
+    config = grpo_config(
+        folder,
+        max_steps=args.max_steps * changes.get("num_iterations", 1),  # as many rollouts, whatever is done with each
+        seed=seed,
+        eval_strategy="no",
+        eval_on_start=False,
+        num_logged_images=0,
+        **changes,
+    )
+    trainer = make_trainer(
+        config,
+        _REWARDS.get(variant, scorer),
+        trainer_class=_TRAINERS.get(variant, DiffusionGRPOTrainer),
+    )
+    training = train_generator(trainer)
+    result = measure(folder, scorer, args)
+    cost = training["cost"]
+    result |= {name: cost[name] for name in ("num_policy_evaluations", "evaluations_per_image", "seconds")}
+    result_file.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def measure(adapter: Path | None, scorer: RewardFunction, args: argparse.Namespace) -> dict[str, float]:
+    """Truth and reward on held-out prompts, the same prompts and noise for every variant and seed."""
+    prompts = make_prompts(args.num_prompts, split="test", seed=0)
+    judged = judge(draw_images(load_generator(adapter), prompts, scorer))
+    return {
+        **{name: judged[name]["estimate"] for name in ("spatial_accuracy", "objects_present", "relations_correct")},
+        **{name: judged[name] for name in ("reward", "diversity")},
+    }
+
+
+def format_table(results: dict[str, list[dict[str, float]]]) -> str:
+    """The results so far: mean ± standard deviation (n - 1) over the seeds."""
+    columns = {
+        "spatial_accuracy": ("spatial accuracy", "{:.3f}"),
+        "objects_present": ("objects present", "{:.3f}"),
+        "reward": ("SpatialScore", "{:.2f}"),
+        "diversity": ("diversity", "{:.3f}"),
+        "evaluations_per_image": ("evaluations per image", "{:g}"),
+        "num_policy_evaluations": ("policy evaluations, thousands", "{:.0f}"),
+    }
+    titles = " | ".join(title for title, _ in columns.values())
+    lines = [f"| question | variant | {titles} | seeds |", "|---" * (len(columns) + 3) + "|"]
+    if "base" in results:
+        lines.append(_row("", "base, untrained", results["base"], columns))
+    for study, variants in STUDIES.items():
+        for variant in variants:
+            if results.get(variant):
+                lines.append(_row(study, variant, results[variant], columns))
+            else:
+                lines.append(f"| {study} | {variant} | not run" + " |" * (len(columns) + 1))
+    return "\n".join(lines) + "\n"
+
+
+def _row(study: str, variant: str, runs: list[dict[str, float]], columns: dict[str, tuple[str, str]]) -> str:
+    cells = []
+    for name, (_, form) in columns.items():
+        values = [run[name] / (1000 if name == "num_policy_evaluations" else 1) for run in runs if name in run]
+        if not values:
+            cells.append("–")
+        elif len(values) == 1 or name in ("evaluations_per_image", "num_policy_evaluations"):
+            cells.append(form.format(values[0]))  # equal for all seeds
+        else:
+            cells.append(f"{form.format(np.mean(values))} ± {form.format(np.std(values, ddof=1))}")
+    return f"| {study} | {variant} | {' | '.join(cells)} | {len(runs)} |"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--reward_model", type=Path, required=True, help="folder of a SpatialScore checkpoint")
+    parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=list(STUDIES))
+    parser.add_argument("--max_steps", type=int, default=60, help="number of rollouts")
+    parser.add_argument("--num_prompts", type=int, default=256)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    args = parser.parse_args(argv)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    results: dict[str, list[dict[str, float]]] = {"base": [measure(None, make_reward(args.reward_model), args)]}
+    for study in args.studies:
+        for seed in args.seeds:
+            for variant in STUDIES[study]:
+                if len(results.get(variant, [])) <= args.seeds.index(seed):
+                    results.setdefault(variant, []).append(run(variant, seed, args))
+                (args.output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+                (args.output_dir / "table.md").write_text(format_table(results))
+    print(format_table(results))
+
+
+if __name__ == "__main__":
+    main()
