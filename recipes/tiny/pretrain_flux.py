@@ -52,7 +52,7 @@ from trl_spatial.scenes import (
 )
 
 
-NUM_HELD_OUT = 512
+NUM_HELD_OUT = 1024
 OBJECT_RADII = (0.18, 0.2)  # in canvas units
 NUM_WORDINGS = 64  # seeds of the wording: more than there are phrases
 # 32 × 32 × 3 numbers become 8 × 8 × 4, which the transformer sees as 16 tokens of 16: few and narrow against its width of
@@ -406,7 +406,7 @@ def save_pipeline(pipeline: FluxPipeline, args: argparse.Namespace, vae_metrics:
     pipeline.save_pretrained(folder)
     saved = FluxPipeline.from_pretrained(folder, dtype=torch.float32)
     saved.set_progress_bar_config(disable=True)
-    settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "save_steps")}
+    settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "save_steps", "notes")}
     ModelCard.from_template(
         ModelCardData(license="apache-2.0", library_name="diffusers", pipeline_tag="text-to-image"),
         template_path=str(card_template("tiny_flux.md")),
@@ -418,6 +418,7 @@ def save_pipeline(pipeline: FluxPipeline, args: argparse.Namespace, vae_metrics:
         num_inference_steps=NUM_INFERENCE_STEPS,
         wrong_share=f"{args.wrong_share:.0%}",
         settings=settings,
+        notes=args.notes,
         num_held_out=NUM_HELD_OUT,
         metrics={split: evaluate(saved, split, args.seed) for split in ("train", "validation", "test")},
         vae_metrics=vae_metrics,
@@ -440,6 +441,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--timestep_shift", type=float, default=3.0)
     parser.add_argument("--save_steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--notes", default="", help="text for the card, for example how a run differed from the script"
+    )
     return parser.parse_args(argv)
 
 

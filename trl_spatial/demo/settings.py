@@ -8,7 +8,7 @@ _FULL = {
     "num_train_pairs": 8000,
     "num_test_pairs": 3000,
     "reward_steps": 250,
-    "grpo_steps": 150,
+    "grpo_steps": 200,
     "num_prompts": 256,
 }
 _QUICK = {
@@ -38,7 +38,7 @@ class DemoSettings:
             Number of held-out pairs to measure the reward model on.
         reward_steps (`int`, *optional*, defaults to `250`, quick `50`):
             Number of updates of the reward model.
-        grpo_steps (`int`, *optional*, defaults to `150`, quick `12`):
+        grpo_steps (`int`, *optional*, defaults to `200`, quick `12`):
             Number of updates of the generator.
         num_prompts (`int`, *optional*, defaults to `256`, quick `48`):
             Number of held-out prompts on which the generator is measured before and after, with 4 images each.
@@ -61,7 +61,7 @@ class DemoSettings:
         default=None, metadata={"help": "Number of updates of the reward model. If `None`, 250, quick 50."}
     )
     grpo_steps: int = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Number of updates of the generator. If `None`, 150, quick 12."}
+        default=None, metadata={"help": "Number of updates of the generator. If `None`, 200, quick 12."}
     )
     num_prompts: int = field(  # type: ignore[assignment]
         default=None,
