@@ -4,12 +4,13 @@
     python recipes/ablations/spatial_rl.py --output_dir runs/ablations --reward_model runs/demo/reward
 
 Trains the tiny FLUX of the demo once per variant and seed, and draws held-out prompts with each. The questions are taken in
-the order of `STUDIES`, so that the first ones are answered if time runs out; started again, it goes on where it was, and
-`--studies` picks some. The results so far are in `table.md`.
+the order of `STUDIES`, so that the first ones are answered if time runs out. Started again, it goes on where it was; several
+can work on one folder, with other `--variants` or `--seeds` each. The results so far are in `table.md`.
 """
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "two updates, ratio normalised": {"num_iterations": 2, "ratio_norm": True},
     "two updates, KL mask": {"num_iterations": 2, "kl_mask": 1e-5},
 }
-_TRAINERS = {"12 at random": RandomFilterTrainer}
+_TRAINERS: dict[str, type[DiffusionGRPOTrainer]] = {"12 at random": RandomFilterTrainer}
 _REWARDS: dict[str, RewardFunction] = {"rule as reward": spatial_accuracy, "brightness as reward": brightness}
+_OTHERS = (_TRAINERS, _REWARDS)
 
 # Question: the variants that answer it. "default" is SpatialScore, k = 6, advantages over the kept images, Flow-SDE, all steps.
 STUDIES: dict[str, list[str]] = {
@@ -82,12 +84,12 @@ STUDIES: dict[str, list[str]] = {
 }
 
 
-def run(variant: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
-    """Train one variant and measure it, or give what was measured before."""
-    folder = args.output_dir / f"{variant.replace(' ', '_').replace('=', '').replace(',', '')}-{seed}"
-    result_file = folder / "result.json"
+def run(variant: str, seed: int, args: argparse.Namespace) -> None:
+    """Train one variant and measure it, unless that has been done."""
+    result_file = _result_file(args.output_dir, variant, seed)
+    folder = result_file.parent
     if result_file.exists():
-        return json.loads(result_file.read_text())
+        return
     print(f"{variant}, seed {seed}", flush=True)
     scorer = make_reward(args.reward_model)
     changes = VARIANTS[variant]
@@ -110,7 +112,28 @@ def run(variant: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
     cost = training["cost"]
     result |= {name: cost[name] for name in ("num_policy_evaluations", "evaluations_per_image", "seconds")}
     result_file.write_text(json.dumps(result, indent=1) + "\n")
-    return result
+
+
+def measure_base(args: argparse.Namespace) -> None:
+    """Measure the generator as it is shipped, once."""
+    result_file = _result_file(args.output_dir, "base", 0)
+    if not result_file.exists():
+        result_file.parent.mkdir(parents=True, exist_ok=True)
+        result_file.write_text(json.dumps(measure(None, make_reward(args.reward_model), args), indent=1) + "\n")
+
+
+def _result_file(output_dir: Path, variant: str, seed: int) -> Path:
+    return output_dir / f"{re.sub('[^a-zA-Z0-9]+', '_', variant)}-{seed}" / "result.json"
+
+
+def collect(output_dir: Path) -> dict[str, list[dict[str, float]]]:
+    """What has been measured so far: variant → a result per seed."""
+    files = {variant: sorted(output_dir.glob(_pattern(variant))) for variant in ("base", *VARIANTS)}
+    return {variant: [json.loads(file.read_text()) for file in found] for variant, found in files.items() if found}
+
+
+def _pattern(variant: str) -> str:
+    return str(_result_file(Path(), variant, 0)).replace("-0/", "-*/")
 
 
 def measure(adapter: Path | None, scorer: RewardFunction, args: argparse.Namespace) -> dict[str, float]:
@@ -124,7 +147,7 @@ def measure(adapter: Path | None, scorer: RewardFunction, args: argparse.Namespa
 
 
 def format_table(results: dict[str, list[dict[str, float]]]) -> str:
-    """The results so far: mean ± standard deviation (n - 1) over the seeds."""
+    """The results so far as Markdown: mean ± standard deviation (n - 1) over the seeds."""
     columns = {
         "spatial_accuracy": ("spatial accuracy", "{:.3f}"),
         "objects_present": ("objects present", "{:.3f}"),
@@ -164,20 +187,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--reward_model", type=Path, required=True, help="folder of a SpatialScore checkpoint")
     parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=list(STUDIES))
-    parser.add_argument("--max_steps", type=int, default=60, help="number of rollouts")
-    parser.add_argument("--num_prompts", type=int, default=256)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--max_steps", type=int, default=100, help="number of rollouts")
+    parser.add_argument("--num_prompts", type=int, default=256)
     args = parser.parse_args(argv)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    results: dict[str, list[dict[str, float]]] = {"base": [measure(None, make_reward(args.reward_model), args)]}
+    measure_base(args)
     for study in args.studies:
         for seed in args.seeds:
             for variant in STUDIES[study]:
-                if len(results.get(variant, [])) <= args.seeds.index(seed):
-                    results.setdefault(variant, []).append(run(variant, seed, args))
-                (args.output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-                (args.output_dir / "table.md").write_text(format_table(results))
-    print(format_table(results))
+                if variant in args.variants:
+                    run(variant, seed, args)
+                (args.output_dir / "table.md").write_text(format_table(collect(args.output_dir)))
+    print((args.output_dir / "table.md").read_text())
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from trl_spatial.evaluation.scenes import check_images, summarize_checks
 from trl_spatial.gaussian_reward.model_card import card_template
 from trl_spatial.scenes import (
     COLORS,
+    RELATIONS,
     Relation,
     SceneGraph,
     Style,
@@ -52,7 +53,6 @@ from trl_spatial.scenes import (
 )
 
 
-NUM_HELD_OUT = 1024
 OBJECT_RADII = (0.18, 0.2)  # in canvas units
 NUM_WORDINGS = 64  # seeds of the wording: more than there are phrases
 # 32 × 32 × 3 numbers become 8 × 8 × 4, which the transformer sees as 16 tokens of 16: few and narrow against its width of
@@ -73,28 +73,9 @@ SIZES: dict[str, Any] = {
 
 def build_corpus() -> list[str]:
     """Every word of a caption in each spelling it can have."""
-    words = {
-        *PALETTE,
-        *OUTLINES,
-        *[
-            "a",
-            "an",
-            "the",
-            "is",
-            "to",
-            "left",
-            "right",
-            "of",
-            "above",
-            "below",
-            "sits",
-            "on",
-            "side",
-            "over",
-            "beneath",
-        ],
-    }
-    words |= {*["higher", "lower", "up", "down", "than", "floats"]}
+    phrases = [phrase for name in DIRECTIONS for phrase in RELATIONS[name].phrases]
+    words = {word for phrase in phrases for word in phrase.split() if "{" not in word}
+    words |= {*PALETTE, *OUTLINES, "a", "an", "the"}
     return [spelling for word in sorted(words) for spelling in (word, word.capitalize())] + ["."]
 
 
@@ -353,7 +334,7 @@ def train_transformer(
             metrics = {
                 "stage": name,
                 "step": stage.step,
-                **evaluate(with_modules(pipeline, stage.average), "validation", args.seed),
+                **evaluate(with_modules(pipeline, stage.average), "validation", args),
             }
             print(json.dumps(metrics), flush=True)
             with (args.output_dir / "log.jsonl").open("a") as log:
@@ -367,9 +348,9 @@ def with_modules(pipeline: FluxPipeline, modules: dict[str, nn.Module]) -> FluxP
     return other
 
 
-def evaluate(pipeline: FluxPipeline, split: str, seed: int) -> dict[str, float]:
+def evaluate(pipeline: FluxPipeline, split: str, args: argparse.Namespace) -> dict[str, float]:
     """What held-out captions are drawn as."""
-    graphs = [make_graph(5_000_000 + index, split) for index in range(NUM_HELD_OUT)]
+    graphs = [make_graph(5_000_000 + index, split) for index in range(args.num_held_out)]
     captions = [describe_scene(graph, seed=index) for index, graph in enumerate(graphs)]
     images: list[Image.Image] = []
     for start in range(0, len(captions), 128):
@@ -379,7 +360,7 @@ def evaluate(pipeline: FluxPipeline, split: str, seed: int) -> dict[str, float]:
             width=IMAGE_SIZE,
             num_inference_steps=NUM_INFERENCE_STEPS,
             max_sequence_length=MAX_SEQUENCE_LENGTH,
-            generator=torch.Generator().manual_seed(seed + start),
+            generator=torch.Generator().manual_seed(args.seed + start),
         )
         images += output.images
     return summarize(images, graphs)
@@ -406,7 +387,11 @@ def save_pipeline(pipeline: FluxPipeline, args: argparse.Namespace, vae_metrics:
     pipeline.save_pretrained(folder)
     saved = FluxPipeline.from_pretrained(folder, dtype=torch.float32)
     saved.set_progress_bar_config(disable=True)
-    settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "save_steps", "notes")}
+    settings = {
+        name: value
+        for name, value in vars(args).items()
+        if name not in ("output_dir", "save_steps", "num_held_out", "notes")
+    }
     ModelCard.from_template(
         ModelCardData(license="apache-2.0", library_name="diffusers", pipeline_tag="text-to-image"),
         template_path=str(card_template("tiny_flux.md")),
@@ -419,8 +404,8 @@ def save_pipeline(pipeline: FluxPipeline, args: argparse.Namespace, vae_metrics:
         wrong_share=f"{args.wrong_share:.0%}",
         settings=settings,
         notes=args.notes,
-        num_held_out=NUM_HELD_OUT,
-        metrics={split: evaluate(saved, split, args.seed) for split in ("train", "validation", "test")},
+        num_held_out=args.num_held_out,
+        metrics={split: evaluate(saved, split, args) for split in ("train", "validation", "test")},
         vae_metrics=vae_metrics,
     ).save(folder / "README.md")
 
@@ -439,6 +424,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--careless_learning_rate", type=float, default=1e-3)
     parser.add_argument("--ema_decay", type=float, default=0.995)
     parser.add_argument("--timestep_shift", type=float, default=3.0)
+    parser.add_argument("--num_held_out", type=int, default=1024, help="images of each measurement")
     parser.add_argument("--save_steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -454,7 +440,7 @@ def main(argv: list[str] | None = None) -> None:
     zero_gates(pipeline.transformer)
     graphs, images = make_scenes(args.num_scenes, 10_000_000 * (args.seed + 1), "train")
     train_vae(pipeline, images, args)
-    held_out = [make_scene(6_000_000 + index, "validation") for index in range(NUM_HELD_OUT)]
+    held_out = [make_scene(6_000_000 + index, "validation") for index in range(args.num_held_out)]
     vae_metrics = evaluate_vae(pipeline, [graph for graph, _ in held_out], np.stack([image for _, image in held_out]))
     print(json.dumps({name: round(value, 4) for name, value in vae_metrics.items()}), flush=True)
     for name, wrong_share in (("true", 0.0), ("careless", args.wrong_share)):

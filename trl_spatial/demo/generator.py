@@ -316,13 +316,15 @@ def train_generator(trainer: DiffusionGRPOTrainer) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=True if is_interrupted else None)
     trainer.save_model()
     history = trainer.state.log_history
+    # a resumed run evaluates once more where it goes on
+    evaluations = {
+        log["step"]: _pick(log, _EVALUATION_NAMES) | {"num_images": NUM_MONITORED_PROMPTS}
+        for log in history
+        if "eval_reward" in log
+    }
     return {
         "steps": [_pick(log, _STEP_NAMES) for log in history if "loss" in log],
-        "evaluations": [
-            _pick(log, _EVALUATION_NAMES) | {"num_images": NUM_MONITORED_PROMPTS}
-            for log in history
-            if "eval_reward" in log
-        ],
+        "evaluations": list(evaluations.values()),
         "settings": {name: getattr(args, name) for name in _SETTING_NAMES} | {"lora_rank": LORA_RANK},
         "cost": _cost(args, history),
     }

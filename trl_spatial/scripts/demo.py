@@ -66,7 +66,11 @@ def format_results(results: dict[str, Any]) -> str:
         "relations_correct": "rightly placed, of the images with all objects",
     }
     before, after = generator["before"], generator["after"]
-    lines += [f"| {title} | {_cells(before[name])} | {_cells(after[name])} |" for name, title in titles.items()]
+    lines += [
+        f"| {title} | {_cells(before[name])} | {_cells(after[name])} |"
+        for name, title in titles.items()
+        if name in before and name in after  # without an image that has all objects, there are none to be placed
+    ]
     for name, title in {"reward": "mean SpatialScore", "diversity": "diversity (pixel distance)"}.items():
         lines.append(f"| {title} | {before[name]:.3f} | | {after[name]:.3f} | |")
     cost = results["training"]["cost"]
