@@ -153,7 +153,7 @@ def format_table(results: dict[str, list[dict[str, float]]]) -> str:
         "objects_present": ("objects present", "{:.3f}"),
         "reward": ("SpatialScore", "{:.2f}"),
         "diversity": ("diversity", "{:.3f}"),
-        "evaluations_per_image": ("evaluations per image", "{:g}"),
+        "evaluations_per_image": ("evaluations per image", "{:.1f}"),
         "num_policy_evaluations": ("policy evaluations, thousands", "{:.0f}"),
     }
     titles = " | ".join(title for title, _ in columns.values())

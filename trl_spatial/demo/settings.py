@@ -15,7 +15,7 @@ _QUICK = {
     "num_train_pairs": 1600,
     "num_test_pairs": 300,
     "reward_steps": 50,
-    "grpo_steps": 12,
+    "grpo_steps": 60,
     "num_prompts": 48,
 }
 
@@ -38,7 +38,7 @@ class DemoSettings:
             Number of held-out pairs to measure the reward model on.
         reward_steps (`int`, *optional*, defaults to `250`, quick `50`):
             Number of updates of the reward model.
-        grpo_steps (`int`, *optional*, defaults to `200`, quick `12`):
+        grpo_steps (`int`, *optional*, defaults to `200`, quick `60`):
             Number of updates of the generator.
         num_prompts (`int`, *optional*, defaults to `256`, quick `48`):
             Number of held-out prompts on which the generator is measured before and after, with 4 images each.
@@ -61,7 +61,7 @@ class DemoSettings:
         default=None, metadata={"help": "Number of updates of the reward model. If `None`, 250, quick 50."}
     )
     grpo_steps: int = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Number of updates of the generator. If `None`, 200, quick 12."}
+        default=None, metadata={"help": "Number of updates of the generator. If `None`, 200, quick 60."}
     )
     num_prompts: int = field(  # type: ignore[assignment]
         default=None,

@@ -8,14 +8,14 @@ from .utils import SpatialParser
 
 
 EXAMPLES = """\
-  # everything, about a quarter of an hour on two cores
+  # everything, about eight minutes on two cores
   trl_spatial demo
 
   # a glance in three minutes, into another folder
   trl_spatial demo --quick --output_dir runs/glance
 
   # other pairs and prompts, and more updates of the generator
-  trl_spatial demo --seed 1 --grpo_steps 200 --output_dir runs/demo-1
+  trl_spatial demo --seed 1 --grpo_steps 300 --output_dir runs/demo-1
 """
 
 
