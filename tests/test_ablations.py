@@ -73,7 +73,9 @@ def test_the_table_is_mean_and_deviation_over_the_seeds(tmp_path):
         result = common | {"spatial_accuracy": accuracy, "num_policy_evaluations": 5000, "evaluations_per_image": 11.0}
         (folder / "result.json").write_text(json.dumps(result))
     rows = [line for line in format_table(collect(tmp_path)).splitlines() if "| default |" in line]
-    assert rows and all("| 0.600 ± 0.100 | 0.900 ± 0.000 |" in row and row.endswith("| 11.0 | 5 | 3 |") for row in rows)
+    assert rows and all(
+        "| 0.600 ± 0.100 | 0.900 ± 0.000 |" in row and row.endswith("| 11.0 | 5 | 3 |") for row in rows
+    )
 
 
 def test_brightness_is_the_mean_of_the_pixels():
