@@ -29,7 +29,7 @@ class DemoSettings:
         output_dir (`str`, *optional*, defaults to `"runs/demo"`):
             Folder of the models, the numbers and the report. An interrupted run in it goes on.
         quick (`bool`, *optional*, defaults to `False`):
-            Whether to take smaller numbers where none is given: a glance, whose results say little.
+            Whether to take smaller numbers where none is given: a glance, whose results say less.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the pairs, the prompts, and both trainings.
         num_train_pairs (`int`, *optional*, defaults to `8000`, quick `1600`):
