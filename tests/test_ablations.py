@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from recipes.ablations.spatial_rl import (
-    _OTHERS,
+    _REWARDS,
+    _TRAINERS,
     STUDIES,
     VARIANTS,
     RandomFilterTrainer,
@@ -31,7 +32,7 @@ def reward_folder(tmp_path_factory):
 
 def test_every_variant_answers_a_question_and_has_its_settings():
     assert {variant for variants in STUDIES.values() for variant in variants} == set(VARIANTS)
-    assert all(set(names) <= set(VARIANTS) for names in _OTHERS)
+    assert {*_TRAINERS, *_REWARDS} <= set(VARIANTS)
 
 
 def test_random_filter_keeps_as_many_of_each_group_whatever_their_rewards():
@@ -63,6 +64,8 @@ def test_runs_go_on_and_the_table_says_what_has_not_run(tmp_path, reward_folder,
     assert results["k = 4"][0]["num_policy_evaluations"] == 8 * 24 * 6 + 2 * 5 * 8 * 8
     assert "| filter | no filter | not run |" in capsys.readouterr().out
     assert (tmp_path / "table.md").read_text() == format_table(results)
+    with pytest.raises(SystemExit, match=r"'max_steps': '1'.*'max_steps': '2'"):
+        main([*options, "--max_steps", "2"])
 
 
 def test_the_table_is_mean_and_deviation_over_the_seeds(tmp_path):

@@ -53,7 +53,7 @@ def brightness(prompts: list[str], images: list[Image.Image], **columns: Any) ->
     return [float(np.asarray(image).mean() / 255) for image in images]
 
 
-# Variant: how its configuration differs from the demo's. Those of `_OTHERS` differ by more than the configuration.
+# Variant: how its configuration differs from the demo's. Those of `_TRAINERS` and `_REWARDS` differ by more.
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no filter": {"top_k": None, "per_device_train_batch_size": NUM_PROMPTS_PER_UPDATE * 24},
@@ -71,7 +71,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 _TRAINERS: dict[str, type[DiffusionGRPOTrainer]] = {"12 at random": RandomFilterTrainer}
 _REWARDS: dict[str, RewardFunction] = {"rule as reward": spatial_accuracy, "brightness as reward": brightness}
-_OTHERS = (_TRAINERS, _REWARDS)
 
 # Question: the variants that answer it. "default" is SpatialScore, k = 6, advantages over the kept images, Flow-SDE, all steps.
 STUDIES: dict[str, list[str]] = {
@@ -114,6 +113,16 @@ def run(variant: str, seed: int, args: argparse.Namespace) -> None:
     result_file.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def check_same_runs(args: argparse.Namespace) -> None:
+    """Results of other settings must not stand in one table."""
+    file = args.output_dir / "arguments.json"
+    settings = {name: str(getattr(args, name)) for name in ("reward_model", "max_steps", "num_prompts")}
+    if file.exists() and (found := json.loads(file.read_text())) != settings:
+        raise SystemExit(f"{args.output_dir} holds runs with {found}, not {settings}. Choose another --output_dir.")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings, indent=1) + "\n")
+
+
 def measure_base(args: argparse.Namespace) -> None:
     """Measure the generator as it is shipped, once."""
     result_file = _result_file(args.output_dir, "base", 0)
@@ -141,7 +150,7 @@ def measure(adapter: Path | None, scorer: RewardFunction, args: argparse.Namespa
     prompts = make_prompts(args.num_prompts, split="test", seed=0)
     judged = judge(draw_images(load_generator(adapter), prompts, scorer))
     return {
-        **{name: judged[name]["estimate"] for name in ("spatial_accuracy", "objects_present", "relations_correct")},
+        **{name: judged[name]["estimate"] for name in ("spatial_accuracy", "objects_present")},
         **{name: judged[name] for name in ("reward", "diversity")},
     }
 
@@ -192,6 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_steps", type=int, default=100, help="number of rollouts")
     parser.add_argument("--num_prompts", type=int, default=256)
     args = parser.parse_args(argv)
+    check_same_runs(args)
     measure_base(args)
     for study in args.studies:
         for seed in args.seeds:
