@@ -100,6 +100,39 @@ def draw_weights(pipeline: DiffusionPipeline, gain: float) -> None:
                 nn.init.normal_(module.bias, std=0.1 * gain)
 
 
+def build_vae(
+    latent_channels: int, channels: tuple[int, ...], *, scaling_factor: float, shift_factor: float
+) -> AutoencoderKL:
+    """Builds the autoencoder: every entry of `channels` but the first halves the image."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=channels,
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=4,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def build_t5(tokenizer: T5TokenizerFast, hidden_size: int, num_layers: int, num_heads: int) -> T5EncoderModel:
+    """Builds the text encoder that reads the whole prompt."""
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=hidden_size,
+        d_kv=hidden_size // num_heads,
+        d_ff=2 * hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+    )
+    return T5EncoderModel(config)
+
+
 def build_flux_pipeline(
     *,
     corpus: Iterable[str] | None = None,
@@ -165,10 +198,10 @@ def build_flux_pipeline(
                 base_image_seq_len=256,
                 max_image_seq_len=4096,
             ),
-            vae=_build_vae(latent_channels, vae_channels),
+            vae=build_vae(latent_channels, vae_channels, scaling_factor=0.3611, shift_factor=0.1159),
             text_encoder=_build_clip(clip_tokenizer, text_hidden_size),
             tokenizer=clip_tokenizer,
-            text_encoder_2=_build_t5(t5_tokenizer, text_hidden_size, num_text_layers, num_text_heads),
+            text_encoder_2=build_t5(t5_tokenizer, text_hidden_size, num_text_layers, num_text_heads),
             tokenizer_2=t5_tokenizer,
         )
         draw_weights(pipeline, gain)
@@ -199,21 +232,6 @@ def _build_transformer(
     )
 
 
-def _build_vae(latent_channels: int, channels: tuple[int, ...]) -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(channels),
-        up_block_types=("UpDecoderBlock2D",) * len(channels),
-        block_out_channels=channels,
-        layers_per_block=1,
-        latent_channels=latent_channels,
-        norm_num_groups=4,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-
-
 def _build_clip(tokenizer: CLIPTokenizer, hidden_size: int) -> CLIPTextModel:
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -226,20 +244,6 @@ def _build_clip(tokenizer: CLIPTokenizer, hidden_size: int) -> CLIPTextModel:
         pad_token_id=tokenizer.pad_token_id,
     )
     return CLIPTextModel(config)
-
-
-def _build_t5(tokenizer: T5TokenizerFast, hidden_size: int, num_layers: int, num_heads: int) -> T5EncoderModel:
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=hidden_size,
-        d_kv=hidden_size // num_heads,
-        d_ff=2 * hidden_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-    )
-    return T5EncoderModel(config)
 
 
 def main(argv: list[str] | None = None) -> None:
