@@ -43,24 +43,6 @@ def inputs(flux_policy):
 # ---------------------------------------------------------------------------------------------------- the tiny pipeline
 
 
-@torch.no_grad()
-def test_the_tiny_model_listens_to_all_its_inputs(flux_policy, inputs, options):
-    latents, sigma, embeds = inputs
-    transformer = flux_policy.transformer
-    velocity = flux_policy.predict_velocity(transformer, latents, sigma, embeds, options)
-    others = {name: rows.roll(1, dims=0) for name, rows in embeds.items()}
-    for changed in (
-        (latents.roll(1, dims=0), sigma, embeds, options),
-        (latents, torch.tensor(0.5), embeds, options),
-        (latents, sigma, embeds | {"prompt_embeds": others["prompt_embeds"]}, options),
-        (latents, sigma, embeds | {"pooled_prompt_embeds": others["pooled_prompt_embeds"]}, options),
-        (latents, sigma, embeds, replace(options, guidance_scale=1.0)),
-    ):
-        assert relative_change(flux_policy.predict_velocity(transformer, *changed), velocity) > 0.05
-    flipped = flux_policy.predict_velocity(transformer, latents.flip(1), sigma, embeds, options).flip(1)
-    assert relative_change(flipped, velocity) > 0.05  # positions
-
-
 def test_the_tiny_images_depend_on_the_prompt_and_are_not_saturated(flux_policy):
     kwargs = dict(height=32, width=32, num_inference_steps=4, max_sequence_length=16, output_type="np")
     images = flux_policy.pipeline(
@@ -148,37 +130,6 @@ def test_a_fixed_shift_is_kept(make_flux_pipeline, options):
     assert make_policy(pipeline).prepare_sigmas(options).tolist() == pytest.approx([1, 0.75, 0.5, 0.25, 0])
 
 
-@pytest.mark.parametrize("guidance_embeds", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_velocity_is_what_the_pipeline_computes(make_flux_pipeline, options, dtype, guidance_embeds):
-    # 8 steps: bfloat16 rounds half of their timesteps to other values than a thousand times their rounded sigmas.
-    options = replace(options, height=24, width=48, num_inference_steps=8)
-    pipeline = make_flux_pipeline(guidance_embeds=guidance_embeds).to(dtype)
-    policy = make_policy(pipeline, max_sequence_length=16)
-    calls = []
-    hook = pipeline.transformer.register_forward_hook(
-        lambda _module, _args, kwargs, output: calls.append((kwargs["hidden_states"], output[0])), with_kwargs=True
-    )
-    pipeline(
-        PROMPTS,
-        height=24,
-        width=48,
-        num_inference_steps=8,
-        guidance_scale=3.5,
-        max_sequence_length=16,
-        generator=generators(3),
-        output_type="latent",
-    )
-    hook.remove()
-    sigmas, embeds = policy.prepare_sigmas(options), policy.encode_prompt(PROMPTS)
-    assert len(calls) == 8
-    for sigma, (latents, expected) in zip(sigmas[:-1], calls, strict=True):
-        with torch.no_grad():
-            velocity = policy.predict_velocity(policy.transformer, latents.float(), sigma, embeds, options)
-        assert velocity.dtype == torch.float32 and expected.dtype == dtype
-        assert torch.equal(velocity, expected.float())
-
-
 def test_a_bfloat16_transformer_rounds_little(make_flux_pipeline, flux_policy, inputs, options):
     # A noise level and a guidance scale whose thousandfold bfloat16 holds: this untrained model hears the rounding of
     # others as the pipeline in bfloat16 does.
@@ -194,45 +145,6 @@ def test_a_bfloat16_transformer_rounds_little(make_flux_pipeline, flux_policy, i
         )
     assert velocity.dtype == torch.float32
     assert 1e-4 < relative_change(velocity, reference) < 0.03
-
-
-def test_velocity_is_that_of_the_given_transformer_and_has_its_gradient(
-    make_flux_pipeline, flux_policy, inputs, options
-):
-    other = make_policy(make_flux_pipeline(seed=1), max_sequence_length=16)
-    velocity = flux_policy.predict_velocity(other.transformer, *inputs, options)
-    assert torch.equal(velocity, other.predict_velocity(other.transformer, *inputs, options))
-    velocity.sum().backward()
-    assert all(parameter.grad is not None for parameter in other.transformer.parameters())
-    assert all(parameter.grad is None for parameter in flux_policy.transformer.parameters())
-
-
-@pytest.mark.parametrize("use_autocast", [False, True])
-def test_latents_are_decoded_as_by_the_pipeline(flux_policy, options, use_autocast):
-    options = replace(options, height=24, width=48)
-    kwargs = dict(height=24, width=48, num_inference_steps=2, max_sequence_length=16)
-    latents = flux_policy.pipeline(PROMPTS, generator=generators(3), output_type="latent", **kwargs).images
-    expected = flux_policy.pipeline(PROMPTS, generator=generators(3), **kwargs).images
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=use_autocast):
-        images = flux_policy.decode_latents(latents, options)
-    for image, reference in zip(images, expected, strict=True):
-        assert image.size == (48, 24) and np.array_equal(image, reference)
-
-
-def test_a_bfloat16_vae_decodes(make_flux_pipeline, flux_policy, inputs, options):
-    pipeline = make_flux_pipeline()
-    pipeline.vae.to(torch.bfloat16)
-    images, references = (
-        np.stack([np.asarray(image, dtype=float) for image in policy.decode_latents(inputs[0], options)])
-        for policy in (make_policy(pipeline), flux_policy)
-    )
-    assert 0 < np.abs(images - references).mean() < 3
-
-
-def test_components_are_the_pipelines(flux_policy):
-    pipeline = flux_policy.pipeline
-    assert flux_policy.encoders == [pipeline.text_encoder, pipeline.text_encoder_2]
-    assert flux_policy.transformer is pipeline.transformer and flux_policy.vae is pipeline.vae
 
 
 # ------------------------------------------------------------------------------------------------------------- bad input

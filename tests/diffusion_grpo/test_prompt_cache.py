@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 
+from tests.diffusion_grpo.families import shared_policy
 from trl_spatial.diffusion_grpo.policies import make_policy
 from trl_spatial.diffusion_grpo.policies.flux import FluxPolicy
 from trl_spatial.diffusion_grpo.prompt_cache import PromptCache
@@ -152,3 +153,15 @@ def test_rows_of_different_lengths_are_padded_with_zeros(make_flux_pipeline):
     for row, (prompt, length) in enumerate(zip(PROMPTS, lengths, strict=True)):
         assert torch.equal(embeds["prompt_embeds"][row, :length], policy.encode_prompt([prompt])["prompt_embeds"][0])
         assert not embeds["prompt_embeds"][row, length:].any()
+
+
+def test_embeddings_of_the_negative_prompt_are_beside_those_of_every_prompt():
+    policy = shared_policy("qwen_image")
+    cache = PromptCache(policy, "cpu", negative_prompt="a dog")
+    embeds, plain = cache.get(PROMPTS), PromptCache(policy, "cpu").get(PROMPTS)
+    assert cache.num_encoded == 4 and cache.get(PROMPTS[:1]).keys() == embeds.keys() and cache.num_encoded == 4
+    assert bitwise_equal({name: embeds[name] for name in plain}, plain)
+    expected = policy.encode_prompt(["a dog"])  # as long as it is, whatever the prompts are
+    assert {name.removeprefix("negative_") for name in embeds.keys() - plain.keys()} == expected.keys()
+    for name, row in expected.items():
+        assert torch.equal(embeds[f"negative_{name}"], torch.cat([row] * 4))

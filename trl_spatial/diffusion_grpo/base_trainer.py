@@ -92,7 +92,7 @@ class DiffusionTrainer(Trainer):
         set_seed(args.seed)  # for the first weights of the adapters
 
         super().__init__(
-            model=prepare_transformer(pipeline, args, peft_config),
+            model=prepare_transformer(self.policy, args, peft_config),
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -104,7 +104,9 @@ class DiffusionTrainer(Trainer):
         adapt_callbacks(self)
 
         self.policy.vae.to(args.device)
-        self.prompt_cache = PromptCache(self.policy, args.device)
+        # The same guidance in training and in evaluation, hence the same negative prompt
+        negative_prompt = self.policy.negative_prompt(self._options)
+        self.prompt_cache = PromptCache(self.policy, args.device, negative_prompt=negative_prompt)
         self.ema = EMA(self.model, args.ema_decay, every=args.ema_steps) if args.ema_decay > 0 else None
         self._metrics = TrainingMetrics()
         self._timer = StepTimer()

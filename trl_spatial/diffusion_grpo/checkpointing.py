@@ -82,7 +82,8 @@ def export_weights(
 ) -> None:
     """
     Saves the trained weights so that users load them with diffusers alone: `pipeline.load_lora_weights(folder)` for an
-    adapter, or `FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer")` for a fully trained model.
+    adapter, or `from_pretrained(folder, subfolder="transformer")` of the transformer's class, such as
+    `FluxTransformer2DModel`, for a fully trained model.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):

@@ -36,13 +36,16 @@ def check_inputs(
     metric: str | None,
 ) -> None:
     """
-    Checks what a trainer is given: image sizes, datasets, and the metric by which the best checkpoint is chosen.
+    Checks what a trainer is given: sizes, steps and guidance of the images, datasets, and the metric by which the best
+    checkpoint is chosen.
 
     Raises:
         `TypeError`: If a dataset cannot be indexed.
         `ValueError`: If something else is wrong; the message names it.
     """
     policy.check_size(options.height, options.width)
+    policy.check_num_inference_steps(options.num_inference_steps)
+    policy.check_guidance(options)  # the same in evaluation
     if train_dataset is not None:
         check_data(train_dataset, "train_dataset", policy, reward_functions)
     if eval_dataset is None:
@@ -51,6 +54,10 @@ def check_inputs(
         policy.check_size(eval_options.height, eval_options.width)
     except ValueError as error:
         raise ValueError(f"`eval_height` and `eval_width`: {error}") from None
+    try:
+        policy.check_num_inference_steps(eval_options.num_inference_steps)
+    except ValueError as error:
+        raise ValueError(f"`eval_num_inference_steps`: {error}") from None
     if isinstance(eval_dataset, dict):
         for name, dataset in eval_dataset.items():
             check_data(dataset, f"eval_dataset[{name!r}]", policy, eval_reward_functions)

@@ -45,13 +45,20 @@ class DiffusionGRPOConfig(TrainingArguments):
         num_inference_steps (`int`, *optional*, defaults to `6`):
             Number of denoising steps in training.
         guidance_scale (`float`, *optional*, defaults to `3.5`):
-            Guidance, the same in rollout, training and evaluation.
+            Guidance, the same in rollout, training and evaluation, of the kind that the model family has. FLUX.1-dev
+            takes it as an input. For Stable Diffusion 3 and Qwen-Image, whose pipeline calls it `true_cfg_scale`, it is
+            the scale of classifier-free guidance: above 1 every velocity takes two evaluations of the transformer, and
+            `1.0` means no guidance.
+        negative_prompt (`str`, *optional*):
+            What classifier-free guidance leads away from. If `None`, the empty prompt. A family whose guidance is an
+            input refuses it.
         height (`int`, *optional*, defaults to `512`):
             Height of the images in training, in pixels.
         width (`int`, *optional*, defaults to `512`):
             Width of the images in training, in pixels.
         max_sequence_length (`int`, *optional*, defaults to `512`):
-            Number of tokens to which prompts are padded. A longer prompt is an error.
+            The most tokens a prompt may have; a longer one is an error. FLUX.1 and Stable Diffusion 3 pad every prompt to
+            as many, and see the padding.
         dynamics (`str`, *optional*, defaults to `"flow_sde"`):
             How noise is added to a denoising step: `"flow_sde"` ([Flow-GRPO](https://huggingface.co/papers/2505.05470)),
             `"dance_sde"` ([DanceGRPO](https://huggingface.co/papers/2505.07818)) or `"cps"` ([Coefficients-preserving
@@ -224,7 +231,14 @@ class DiffusionGRPOConfig(TrainingArguments):
     )
     guidance_scale: float = field(
         default=3.5,
-        metadata={"help": "Guidance, the same in rollout, training and evaluation."},
+        metadata={
+            "help": "Guidance, the same in rollout, training and evaluation: an input of FLUX.1-dev, the scale of "
+            "classifier-free guidance of the other families (`1.0` means none; above, twice the evaluations)."
+        },
+    )
+    negative_prompt: str | None = field(
+        default=None,
+        metadata={"help": "What classifier-free guidance leads away from. If `None`, the empty prompt."},
     )
     height: int = field(
         default=512,
@@ -236,7 +250,9 @@ class DiffusionGRPOConfig(TrainingArguments):
     )
     max_sequence_length: int = field(
         default=512,
-        metadata={"help": "Number of tokens to which prompts are padded. A longer prompt is an error."},
+        metadata={
+            "help": "The most tokens a prompt may have, and what some families pad to. A longer one is an error."
+        },
     )
     dynamics: str = field(
         default="flow_sde",

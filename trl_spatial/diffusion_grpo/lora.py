@@ -8,7 +8,8 @@ def attention_lora_config(rank: int = 32, alpha: int = 64) -> LoraConfig:
     LoRA as in [Enhancing Spatial Understanding in Image Generation via Reward
     Modeling](https://huggingface.co/papers/2602.24233): rank 32 on the transformer. Where the paper is silent, as in
     [Flow-GRPO](https://huggingface.co/papers/2505.05470): on the attention projections of all blocks, for image and text
-    tokens, with Gaussian initial weights.
+    tokens, with Gaussian initial weights. The second attention that some blocks of Stable Diffusion 3.5 Medium have is one
+    of them, which Flow-GRPO leaves out.
 
     Args:
         rank (`int`, *optional*, defaults to `32`):
@@ -17,7 +18,8 @@ def attention_lora_config(rank: int = 32, alpha: int = 64) -> LoraConfig:
             Scale of the adapters: their output is multiplied by `alpha / rank`.
 
     Returns:
-        [`~peft.LoraConfig`]: For a diffusers transformer whose attention has diffusers' usual names, as FLUX.1's.
+        [`~peft.LoraConfig`]: For a diffusers transformer whose attention has diffusers' usual names, as that of every
+        family in [`policies.POLICIES`]. Names that a transformer does not have are passed over.
     """
     return LoraConfig(
         r=rank,
@@ -26,5 +28,6 @@ def attention_lora_config(rank: int = 32, alpha: int = 64) -> LoraConfig:
         target_modules=[
             *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),  # of image tokens, and of all in single blocks
             *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),  # of text tokens
+            *("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),  # of image tokens alone, in some blocks
         ],
     )

@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 from .checkpointing import check_exportable, has_adapter
 from .config import DiffusionGRPOConfig
-from .policies import SamplingOptions
+from .policies import DiffusionPolicy, SamplingOptions
 
 
 def load_pipeline(name: str, args: DiffusionGRPOConfig) -> DiffusionPipeline:
@@ -27,23 +27,26 @@ def load_pipeline(name: str, args: DiffusionGRPOConfig) -> DiffusionPipeline:
 
 def sampling_options(args: DiffusionGRPOConfig) -> tuple[SamplingOptions, SamplingOptions]:
     """How images are sampled in training, and in evaluation."""
+    guidance_scale, negative_prompt = args.guidance_scale, args.negative_prompt
     return (
-        SamplingOptions(args.height, args.width, args.num_inference_steps, args.guidance_scale),
-        SamplingOptions(args.eval_height, args.eval_width, args.eval_num_inference_steps, args.guidance_scale),
+        SamplingOptions(args.height, args.width, args.num_inference_steps, guidance_scale, negative_prompt),
+        SamplingOptions(
+            args.eval_height, args.eval_width, args.eval_num_inference_steps, guidance_scale, negative_prompt
+        ),
     )
 
 
 def prepare_transformer(
-    pipeline: DiffusionPipeline, args: DiffusionGRPOConfig, peft_config: LoraConfig | None
+    policy: DiffusionPolicy, args: DiffusionGRPOConfig, peft_config: LoraConfig | None
 ) -> torch.nn.Module:
     """
     Freezes a pipeline but for what is trained: new adapters, the adapters that its transformer already has, or, without
-    any, the whole transformer. What is trained is in float32, as bfloat16 would lose small updates; what is frozen
-    keeps its dtype.
+    any, the whole transformer, each without the policy's idle modules. What is trained is in float32, as bfloat16 would
+    lose small updates; what is frozen keeps its dtype.
 
     Args:
-        pipeline ([`~diffusers.DiffusionPipeline`]):
-            The pipeline. Its transformer is changed in place.
+        policy ([`DiffusionPolicy`]):
+            The policy. Its transformer is changed in place.
         args ([`DiffusionGRPOConfig`]):
             Configuration of the training.
         peft_config ([`~peft.LoraConfig`], *optional*):
@@ -56,8 +59,8 @@ def prepare_transformer(
         `ValueError`: If the adapters cannot be exported or two sets would be stacked, if there is no reference policy
         for `beta`, or if dropout would move the ratio away from 1.
     """
-    transformer: Any = pipeline.transformer
-    for component in pipeline.components.values():
+    transformer = policy.transformer
+    for component in policy.pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False)
     if has_adapter(transformer):
@@ -82,6 +85,7 @@ def prepare_transformer(
     else:
         transformer.requires_grad_(True)
     cast_training_params(transformer, torch.float32)
+    freeze_idle_modules(policy)
     _check_dropout(transformer)
     if args.beta > 0 and not has_adapter(transformer):
         raise ValueError(
@@ -90,6 +94,19 @@ def prepare_transformer(
         )
     _redirect_gradient_checkpointing(transformer)
     return transformer
+
+
+def freeze_idle_modules(policy: DiffusionPolicy) -> None:
+    """
+    Freezes the modules of the transformer that never get a gradient. To be called again whenever adapters were enabled,
+    which makes all of them trainable.
+
+    Args:
+        policy ([`DiffusionPolicy`]):
+            The policy.
+    """
+    for name in policy.idle_modules:
+        policy.transformer.get_submodule(name).requires_grad_(False)
 
 
 def _check_dropout(transformer: torch.nn.Module) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from .policies import DiffusionPolicy
+from .policies.base import NEGATIVE_PREFIX
 
 
 class PromptCache:
@@ -22,18 +23,29 @@ class PromptCache:
             The policy. Its text encoders are moved to the CPU.
         device (`str` or `torch.device`):
             Where to encode, and where [`~PromptCache.get`] returns the embeddings.
+        negative_prompt (`str`, *optional*):
+            Negative prompt of classifier-free guidance, from [`~policies.DiffusionPolicy.negative_prompt`]. If given,
+            [`~PromptCache.get`] returns its embeddings beside those of the prompts.
         max_bytes (`int`, *optional*, defaults to 8 GiB):
             Memory for embeddings on the CPU. Beyond it the prompts that were not used for longest are dropped, with
             one warning. A prompt of FLUX.1 takes 4 MiB at 512 tokens.
 
     Attributes:
         num_encoded (`int`):
-            Number of prompts encoded so far.
+            Number of prompts encoded so far, the negative one among them.
     """
 
-    def __init__(self, policy: DiffusionPolicy, device: str | torch.device, max_bytes: int = 8 * 2**30):
+    def __init__(
+        self,
+        policy: DiffusionPolicy,
+        device: str | torch.device,
+        *,
+        negative_prompt: str | None = None,
+        max_bytes: int = 8 * 2**30,
+    ):
         self.policy = policy
         self.device = torch.device(device)
+        self.negative_prompt = negative_prompt
         self.max_bytes = max_bytes
         self.num_encoded = 0
         self._rows: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()  # least recently used first
@@ -51,8 +63,18 @@ class PromptCache:
 
         Returns:
             `dict[str, torch.Tensor]`: Tensors of shape `(len(prompts), ...)` on the device, rows in the order of
-            `prompts`. Rows of different lengths are padded with zeros on the right.
+            `prompts`. Rows of different lengths are padded with zeros on the right. Embeddings of the negative prompt
+            have the same names, with `negative_` before them; their rows are one and the same memory.
         """
+        embeds = self._get(prompts)
+        if self.negative_prompt is None:
+            return embeds
+        negative = self._get([self.negative_prompt])
+        return embeds | {
+            f"{NEGATIVE_PREFIX}{name}": row.expand(len(prompts), *row.shape[1:]) for name, row in negative.items()
+        }
+
+    def _get(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         positions = {prompt: position for position, prompt in enumerate(dict.fromkeys(prompts))}  # of distinct prompts
         unseen = [prompt for prompt in positions if prompt not in self._rows]
         if unseen:

@@ -17,6 +17,7 @@ from .checks import warn_about_settings
 from .config import DiffusionGRPOConfig
 from .losses import PolicyLossOutput
 from .metrics import frac_zero_std
+from .model_setup import freeze_idle_modules
 from .monitoring import equal_rewards_warning
 from .objective import ScoredStep, policy_objective, reference_kl
 from .reward_functions import RewardFunction, reward_metrics
@@ -234,7 +235,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
                 batch_size=args.rollout_batch_size,
             )
         self._metrics.totals["num_images"] += len(prompts)
-        self._metrics.totals["num_policy_evaluations"] += len(prompts) * args.num_inference_steps
+        self._count_evaluations("policy", len(prompts) * args.num_inference_steps)
         return rollout
 
     def _fill_buffer(
@@ -276,7 +277,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
                 for step in self._batch_steps(buffer, position):
                     old = self._score(self.model, step)
                     step.store_old_policy(old.log_probs, old.mean)
-                    self._metrics.totals["num_old_log_prob_evaluations"] += len(step.latents)
+                    self._count_evaluations("old_log_prob", len(step.latents))
 
     @property
     def _uses_rollout_log_probs(self) -> bool:
@@ -292,7 +293,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
         reference = self._score_reference(inputs) if args.beta > 0 else None
         policy = self._score(model, inputs)
         num_evaluations = 3 if args.gradient_checkpointing else 2  # forward, again with checkpointing, backward
-        self._metrics.totals["num_policy_evaluations"] += num_evaluations * len(inputs.latents)
+        self._count_evaluations("policy", num_evaluations * len(inputs.latents))
 
         old_log_probs, old_mean = inputs.old_log_probs, inputs.old_mean
         if inputs.is_on_policy and not self._uses_rollout_log_probs:
@@ -336,12 +337,18 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
 
     @torch.no_grad()
     def _score_reference(self, inputs: TrainingStep) -> ScoredStep:
-        self._metrics.totals["num_reference_evaluations"] += len(inputs.latents)
+        self._count_evaluations("reference", len(inputs.latents))
         self.model.disable_adapters()
         try:
             return self._score(self.model, inputs)
         finally:
             self.model.enable_adapters()
+            freeze_idle_modules(self.policy)
+
+    def _count_evaluations(self, kind: str, num_velocities: int) -> None:
+        """Counts evaluations of the transformer for one image, of which guidance may take two for a velocity."""
+        num_evaluations = num_velocities * self.policy.num_evaluations(self._options)
+        self._metrics.totals[f"num_{kind}_evaluations"] += num_evaluations
 
     def _step_weight(self, step: int) -> float:
         # GRPO-Guard divides the loss by the size of the step. Relative to the mean size, it stays comparable to `beta`.

@@ -9,6 +9,8 @@ from .base import DiffusionPolicy, SamplingOptions
 # class of the diffusers pipeline: module and class of its policy, imported when it is used
 POLICIES = {
     "FluxPipeline": "flux:FluxPolicy",
+    "QwenImagePipeline": "qwen_image:QwenImagePolicy",
+    "StableDiffusion3Pipeline": "sd3:StableDiffusion3Policy",
 }
 
 __all__ = ["POLICIES", "DiffusionPolicy", "SamplingOptions", "make_policy"]
@@ -22,7 +24,7 @@ def make_policy(pipeline: Any, *, max_sequence_length: int = 512) -> DiffusionPo
         pipeline ([`~diffusers.DiffusionPipeline`]):
             A pipeline of one of the classes in `POLICIES`.
         max_sequence_length (`int`, *optional*, defaults to `512`):
-            Number of tokens a prompt is padded to, and the most it may have.
+            The most tokens a prompt may have, and the number to which a family of fixed length pads it.
 
     Raises:
         `ValueError`: If the pipeline's class is not known; the message lists the known ones.

@@ -5,8 +5,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift  # every family's pipeline has the same
 from PIL import Image
 from torch import nn
+
+
+# What names of embeddings of the negative prompt begin with, as diffusers' do
+NEGATIVE_PREFIX = "negative_"
 
 
 @dataclass(frozen=True)
@@ -20,13 +25,17 @@ class SamplingOptions:
         num_inference_steps (`int`):
             Number of denoising steps.
         guidance_scale (`float`):
-            Strength of the guidance, as the family's pipeline understands it.
+            Strength of the guidance, of the kind that the family has: an input of the transformer, or the scale of
+            classifier-free guidance, where 1 means none.
+        negative_prompt (`str`, *optional*):
+            What classifier-free guidance leads away from. If `None`, the empty prompt.
     """
 
     height: int
     width: int
     num_inference_steps: int
     guidance_scale: float
+    negative_prompt: str | None = None
 
 
 class DiffusionPolicy(ABC):
@@ -40,7 +49,7 @@ class DiffusionPolicy(ABC):
         pipeline ([`~diffusers.DiffusionPipeline`]):
             Pipeline of the class that `pipeline_class` names.
         max_sequence_length (`int`, *optional*, defaults to `512`):
-            Number of tokens a prompt is padded to, and the most it may have.
+            The most tokens a prompt may have, and the number to which a family of fixed length pads it.
 
     Raises:
         `ValueError`: If the scheduler is not flow matching's Euler scheduler, or `max_sequence_length` is out of range.
@@ -50,6 +59,7 @@ class DiffusionPolicy(ABC):
     pipeline_class: ClassVar[str]  # name of the diffusers class
     prompt_tokenizer: ClassVar[str]  # name of the component that counts a prompt's tokens
     max_prompt_tokens: ClassVar[int]  # the most the pipeline itself accepts as `max_sequence_length`
+    has_classifier_free_guidance: ClassVar[bool]  # or else the guidance scale is an input of the transformer
 
     def __init__(self, pipeline: Any, *, max_sequence_length: int = 512):
         scheduler = type(pipeline.scheduler).__name__
@@ -85,8 +95,35 @@ class DiffusionPolicy(ABC):
 
     @property
     def size_multiple(self) -> int:
-        """Height and width of an image are multiples of this many pixels: a latent's, times two for packing."""
+        """Height and width of an image are multiples of this many pixels: a token is 2 × 2 positions of the latents."""
         return 2 * self.pipeline.vae_scale_factor
+
+    @property
+    def idle_modules(self) -> list[str]:
+        """
+        Names of modules in the transformer whose output goes nowhere. Their weights never get a gradient, which
+        distributed training would wait for.
+        """
+        return []
+
+    def negative_prompt(self, options: SamplingOptions) -> str | None:
+        """
+        Gives the prompt whose embeddings [`~DiffusionPolicy.predict_velocity`] needs besides the prompts' own.
+
+        Args:
+            options ([`SamplingOptions`]):
+                Guidance scale and negative prompt.
+
+        Returns:
+            `str` or `None`: the prompt, if the options ask for classifier-free guidance.
+        """
+        if not self.has_classifier_free_guidance or options.guidance_scale <= 1:
+            return None
+        return options.negative_prompt or ""
+
+    def num_evaluations(self, options: SamplingOptions) -> int:
+        """Evaluations of the transformer for one velocity: two with classifier-free guidance, else one."""
+        return 1 if self.negative_prompt(options) is None else 2
 
     @abstractmethod
     def encode_prompt(self, prompts: list[str]) -> dict[str, torch.Tensor]:
@@ -100,7 +137,7 @@ class DiffusionPolicy(ABC):
         Returns:
             `dict[str, torch.Tensor]`: What [`~DiffusionPolicy.predict_velocity`] needs of the prompts: tensors of
             shape `(len(prompts), ...)`. Where the number of tokens differs between calls, it is the second dimension,
-            zeros on its right mean padding, and a mask is among the tensors.
+            zeros on its right mean padding, and a mask is among the tensors. Names are diffusers'.
         """
 
     @abstractmethod
@@ -148,12 +185,16 @@ class DiffusionPolicy(ABC):
             sigma (`torch.Tensor` of shape `()`):
                 Noise level, float32.
             embeds (`dict[str, torch.Tensor]`):
-                From [`~DiffusionPolicy.encode_prompt`], a row per image.
+                From [`~DiffusionPolicy.encode_prompt`], a row per image. With classifier-free guidance also those of
+                the negative prompt, their names beginning with `negative_`, as [`PromptCache`] gives them.
             options ([`SamplingOptions`]):
                 Size and guidance scale.
 
         Returns:
             `torch.Tensor` of shape `(n, image_seq_len, num_channels)`: float32.
+
+        Raises:
+            `ValueError`: If classifier-free guidance is asked for and there is no embedding of the negative prompt.
         """
 
     @abstractmethod
@@ -176,18 +217,14 @@ class DiffusionPolicy(ABC):
             prompts (`list[str]`):
                 The prompts; errors name a prompt by its index.
         """
-        tokenizer = getattr(self.pipeline, self.prompt_tokenizer)
         for index, prompt in enumerate(prompts):
             if not isinstance(prompt, str) or not prompt.strip():
                 raise ValueError(f"Prompt {index} is {prompt!r}, which says nothing. Drop it, or give it a text.")
-            num_tokens = len(tokenizer(prompt, verbose=False).input_ids)
-            if num_tokens > self.max_sequence_length:
-                short = prompt if len(prompt) <= 60 else f"{prompt[:57]}..."
-                raise ValueError(
-                    f"Prompt {index}, {short!r}, has {num_tokens} tokens; the text encoder takes "
-                    f"`max_sequence_length={self.max_sequence_length}`. Shorten it, or raise `max_sequence_length` "
-                    f"(at most {self.max_prompt_tokens})."
-                )
+            self._check_length(f"Prompt {index}", prompt)
+
+    def count_tokens(self, prompt: str) -> int:
+        """Number of tokens that `max_sequence_length` limits."""
+        return len(getattr(self.pipeline, self.prompt_tokenizer)(prompt, verbose=False).input_ids)
 
     def check_size(self, height: int, width: int) -> None:
         """
@@ -207,3 +244,94 @@ class DiffusionPolicy(ABC):
                 f"`{field}={size}` is not a size that {self.pipeline_class} can make: sides are multiples of {multiple} "
                 f"pixels. Nearest: {nearest}."
             )
+
+    def check_num_inference_steps(self, num_inference_steps: int) -> None:
+        """
+        Raises an error for a number of denoising steps of which the scheduler makes sigmas that are not numbers.
+
+        Args:
+            num_inference_steps (`int`):
+                Number of denoising steps.
+        """
+        shift_terminal = self.pipeline.scheduler.config.shift_terminal
+        if shift_terminal and num_inference_steps < 2:
+            raise ValueError(
+                f"`num_inference_steps={num_inference_steps}` is too few for this scheduler. It stretches the sigmas so "
+                f"that the last one is `shift_terminal={shift_terminal}`; the only sigma of one step is 1, which stays 1 "
+                "however it is stretched. Use at least 2 steps."
+            )
+
+    def check_guidance(self, options: SamplingOptions) -> None:
+        """
+        Raises an error for guidance that the family does not have, instead of sampling without it.
+
+        Args:
+            options ([`SamplingOptions`]):
+                Guidance scale and negative prompt.
+        """
+        negative_prompt = options.negative_prompt
+        if self.has_classifier_free_guidance and options.guidance_scale < 1:
+            raise ValueError(
+                f"`guidance_scale={options.guidance_scale}` is below 1, where {self.pipeline_class} samples without "
+                "guidance: it is the scale of classifier-free guidance. Use 1.0 for none, or a number above."
+            )
+        if negative_prompt is None:
+            return
+        if not self.has_classifier_free_guidance:
+            raise ValueError(
+                f"`negative_prompt` is {negative_prompt!r}, but the guidance of {self.pipeline_class} is an input of its "
+                "transformer, which knows no negative prompt. Leave it `None`."
+            )
+        if self.negative_prompt(options) is None:
+            raise ValueError(
+                f"`negative_prompt` is {negative_prompt!r}, but `guidance_scale={options.guidance_scale}` means no "
+                "guidance. Raise it above 1, or leave `negative_prompt` `None`."
+            )
+        self._check_length("`negative_prompt`", negative_prompt)
+
+    def _check_length(self, name: str, prompt: str) -> None:
+        num_tokens = self.count_tokens(prompt)
+        if num_tokens > self.max_sequence_length:
+            short = prompt if len(prompt) <= 60 else f"{prompt[:57]}..."
+            raise ValueError(
+                f"{name}, {short!r}, has {num_tokens} tokens; the text encoder takes "
+                f"`max_sequence_length={self.max_sequence_length}`. Shorten it, or raise `max_sequence_length` (at most "
+                f"{self.max_prompt_tokens})."
+            )
+
+    def _set_timesteps(self, options: SamplingOptions, **kwargs: Any) -> torch.Tensor:
+        """The scheduler's sigmas. `kwargs` say how the pipeline asks for them: a number of steps, or sigmas to shift."""
+        self.check_num_inference_steps(options.num_inference_steps)
+        scheduler = self.pipeline.scheduler
+        shift = calculate_shift(
+            (options.height // self.size_multiple) * (options.width // self.size_multiple),
+            scheduler.config.base_image_seq_len,
+            scheduler.config.max_image_seq_len,
+            scheduler.config.base_shift,
+            scheduler.config.max_shift,
+        )  # without dynamic shifting the scheduler takes its own
+        scheduler.set_timesteps(mu=shift, **kwargs)
+        return scheduler.sigmas  # (num_inference_steps + 1,)
+
+
+def negative_embeds(embeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Picks the embeddings of the negative prompt, under the names of a prompt's own.
+
+    Args:
+        embeds (`dict[str, torch.Tensor]`):
+            Embeddings of prompts and of the negative prompt.
+
+    Raises:
+        `ValueError`: If there is none of the negative prompt.
+    """
+    negative = {
+        name.removeprefix(NEGATIVE_PREFIX): rows for name, rows in embeds.items() if name.startswith(NEGATIVE_PREFIX)
+    }
+    if not negative:
+        raise ValueError(
+            "Classifier-free guidance needs embeddings of the negative prompt, but there are only "
+            f"{', '.join(map(repr, embeds))}. `PromptCache(policy, device, negative_prompt=...)` gives both; "
+            "`guidance_scale=1.0` needs none."
+        )
+    return negative

@@ -1,16 +1,12 @@
 """FLUX.1 as a policy."""
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import torch
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 from torch import nn
 
 from .base import DiffusionPolicy, SamplingOptions
+from .clip import no_warnings_about_clip
 
 
 class FluxPolicy(DiffusionPolicy):
@@ -23,12 +19,13 @@ class FluxPolicy(DiffusionPolicy):
     pipeline_class = "FluxPipeline"
     prompt_tokenizer = "tokenizer_2"
     max_prompt_tokens = 512
+    has_classifier_free_guidance = False
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         device = self.pipeline.text_encoder.device
         # A caller's autocast is for the transformer. Here as below, encoders and VAE compute as in the pipeline.
-        with torch.autocast(device.type, enabled=False), _no_warnings_about_clip():
+        with torch.autocast(device.type, enabled=False), no_warnings_about_clip(self.pipeline):
             prompt_embeds, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
                 prompts, device=device, max_sequence_length=self.max_sequence_length
             )  # (n, max_sequence_length, joint_attention_dim), (n, pooled_projection_dim)
@@ -47,17 +44,8 @@ class FluxPolicy(DiffusionPolicy):
         return latents  # (n, image_seq_len, in_channels)
 
     def prepare_sigmas(self, options: SamplingOptions) -> torch.Tensor:
-        scheduler = self.pipeline.scheduler
         num_steps = options.num_inference_steps
-        mu = calculate_shift(
-            (options.height // self.size_multiple) * (options.width // self.size_multiple),
-            scheduler.config.base_image_seq_len,
-            scheduler.config.max_image_seq_len,
-            scheduler.config.base_shift,
-            scheduler.config.max_shift,
-        )
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
-        return scheduler.sigmas  # (num_steps + 1,)
+        return self._set_timesteps(options, sigmas=np.linspace(1.0, 1 / num_steps, num_steps))
 
     def predict_velocity(
         self,
@@ -95,24 +83,3 @@ class FluxPolicy(DiffusionPolicy):
         with torch.autocast(vae.device.type, enabled=False):
             images = vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]  # (n, 3, height, width)
         return self.pipeline.image_processor.postprocess(images, output_type="pil")
-
-
-@contextmanager
-def _no_warnings_about_clip() -> Iterator[None]:
-    # Both libraries would warn of every prompt beyond 77 tokens. CLIP is meant to see no more: T5 reads the rest.
-    loggers = [
-        logging.getLogger(name)
-        for name in ("diffusers.pipelines.flux.pipeline_flux", "transformers.tokenization_utils_base")
-    ]
-
-    def is_about_something_else(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        return "CLIP can only handle" not in message and not message.startswith("Token indices sequence length")
-
-    for logger in loggers:
-        logger.addFilter(is_about_something_else)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(is_about_something_else)

@@ -1,0 +1,67 @@
+"""The families of text-to-image models: a row each, with guidance and without. The policy tests run for every row."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+from flux import build_flux_pipeline
+from qwen_image import build_qwen_image_pipeline
+from sd3 import build_sd3_pipeline
+
+from trl_spatial.diffusion_grpo.policies import DiffusionPolicy, SamplingOptions, make_policy
+
+
+MAX_SEQUENCE_LENGTH = 16
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    A family whose tiny pipeline is sampled in one way.
+
+    Args:
+        build (`Callable`):
+            Builds the pipeline, from a seed if it is given one.
+        guidance (`dict`):
+            Guidance in our names, for `SamplingOptions` and `DiffusionGRPOConfig`.
+        pipeline_guidance (`dict`):
+            The same guidance in the names of the pipeline's own call.
+    """
+
+    build: Callable[..., Any]
+    guidance: dict[str, Any]
+    pipeline_guidance: dict[str, Any]
+
+    def options(self, height: int = 32, width: int = 32, num_inference_steps: int = 4) -> SamplingOptions:
+        return SamplingOptions(height, width, num_inference_steps, **self.guidance)
+
+    def make_policy(self, **kwargs) -> DiffusionPolicy:
+        """A policy of its own; keyword arguments go to `build`."""
+        return make_policy(self.build(**kwargs), max_sequence_length=MAX_SEQUENCE_LENGTH)
+
+
+FAMILIES = {
+    "flux": Family(build_flux_pipeline, {"guidance_scale": 3.5}, {"guidance_scale": 3.5}),
+    "flux_unguided": Family(partial(build_flux_pipeline, guidance_embeds=False), {"guidance_scale": 3.5}, {}),
+    "qwen_image": Family(
+        build_qwen_image_pipeline,
+        {"guidance_scale": 4.0, "negative_prompt": "a dog"},
+        {"true_cfg_scale": 4.0, "negative_prompt": "a dog"},
+    ),
+    "qwen_image_unguided": Family(build_qwen_image_pipeline, {"guidance_scale": 1.0}, {"true_cfg_scale": 1.0}),
+    "sd3": Family(
+        build_sd3_pipeline,
+        {"guidance_scale": 4.5, "negative_prompt": "a dog"},
+        {"guidance_scale": 4.5, "negative_prompt": "a dog"},
+    ),
+    "sd3_unguided": Family(build_sd3_pipeline, {"guidance_scale": 1.0}, {"guidance_scale": 1.0}),
+}
+# Those whose transformer differs; the others differ from them by their options.
+GUIDED = [name for name in FAMILIES if not name.endswith("_unguided")]
+
+
+@cache
+def shared_policy(name: str) -> DiffusionPolicy:
+    """The policy of a row, built once. Treat it as read-only."""
+    return FAMILIES[name].make_policy()

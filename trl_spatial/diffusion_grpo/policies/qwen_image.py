@@ -1,0 +1,115 @@
+"""Qwen-Image as a policy."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from .base import DiffusionPolicy, SamplingOptions, negative_embeds
+
+
+class QwenImagePolicy(DiffusionPolicy):
+    """
+    Qwen-Image: `QwenImagePipeline` ([Qwen-Image Technical Report](https://huggingface.co/papers/2508.02324)).
+
+    Its guidance is classifier-free: `guidance_scale` is what the pipeline calls `true_cfg_scale`. Prompts are as long as
+    they are, and a mask tells them from padding.
+    """
+
+    pipeline_class = "QwenImagePipeline"
+    prompt_tokenizer = "tokenizer"
+    max_prompt_tokens = 1024
+    has_classifier_free_guidance = True
+
+    @property
+    def idle_modules(self) -> list[str]:
+        last = len(self.transformer.transformer_blocks) - 1  # what it makes of the text tokens is not used
+        return [f"transformer_blocks.{last}.attn.to_add_out", f"transformer_blocks.{last}.txt_mlp"]
+
+    def count_tokens(self, prompt: str) -> int:
+        # The pipeline counts what is left of its template behind the prompt, too.
+        template, start = self.pipeline.prompt_template_encode, self.pipeline.prompt_template_encode_start_idx
+        return super().count_tokens(template.format(prompt)) - start
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        device = self.pipeline.text_encoder.device
+        with torch.autocast(device.type, enabled=False):
+            prompt_embeds, mask = self.pipeline.encode_prompt(
+                prompts, device=device, max_sequence_length=self.max_sequence_length
+            )  # (n, text_seq_len, joint_attention_dim), (n, text_seq_len) or None
+        if mask is None:  # there is no padding
+            mask = torch.ones(prompt_embeds.shape[:2], dtype=torch.long, device=device)
+        return {"prompt_embeds": prompt_embeds, "prompt_embeds_mask": mask}
+
+    def prepare_latents(self, generators: list[torch.Generator], options: SamplingOptions) -> torch.Tensor:
+        return self.pipeline.prepare_latents(
+            len(generators),
+            self.transformer.config.in_channels // 4,
+            options.height,
+            options.width,
+            torch.float32,
+            self.transformer.device,
+            generators,
+        )  # (n, image_seq_len, in_channels)
+
+    def prepare_sigmas(self, options: SamplingOptions) -> torch.Tensor:
+        num_steps = options.num_inference_steps
+        return self._set_timesteps(options, sigmas=np.linspace(1.0, 1 / num_steps, num_steps))
+
+    def predict_velocity(
+        self,
+        transformer: nn.Module,
+        latents: torch.Tensor,
+        sigma: torch.Tensor,
+        embeds: dict[str, torch.Tensor],
+        options: SamplingOptions,
+    ) -> torch.Tensor:
+        velocity = self._evaluate(transformer, latents, sigma, embeds, options)
+        if self.negative_prompt(options) is not None:
+            unguided = self._evaluate(transformer, latents, sigma, negative_embeds(embeds), options)
+            guided = unguided + options.guidance_scale * (velocity - unguided)
+            # Each token keeps the norm that it has without guidance.
+            norm, guided_norm = (torch.norm(tokens, dim=-1, keepdim=True) for tokens in (velocity, guided))
+            velocity = guided * (norm / guided_norm)
+        return velocity.float()  # (n, image_seq_len, in_channels)
+
+    def _evaluate(
+        self,
+        transformer: nn.Module,
+        latents: torch.Tensor,
+        sigma: torch.Tensor,
+        embeds: dict[str, torch.Tensor],
+        options: SamplingOptions,
+    ) -> torch.Tensor:
+        """Velocity for the prompts, without guidance, in the type of the weights."""
+        dtype = self.transformer.dtype
+        # Padding that a longer prompt elsewhere has left: without it, and without a mask where no row needs one, images
+        # of one prompt are computed alike whatever they are batched with.
+        mask = embeds["prompt_embeds_mask"]
+        mask = mask[:, : int(mask.sum(dim=1).max())]  # (n, text_seq_len)
+        # Rounded as a timestep, as in the pipeline: in bfloat16 the rounded sigma is up to 4 of 1000 timesteps elsewhere.
+        timestep = (sigma.to(latents.device) * 1000).to(dtype) / 1000
+        size = (1, options.height // self.size_multiple, options.width // self.size_multiple)
+        (velocity,) = transformer(
+            hidden_states=latents.to(dtype),
+            timestep=timestep.expand(len(latents)),
+            encoder_hidden_states=embeds["prompt_embeds"][:, : mask.shape[1]].to(dtype),
+            encoder_hidden_states_mask=None if mask.all() else mask,
+            img_shapes=[[size]] * len(latents),
+            return_dict=False,
+        )
+        return velocity
+
+    @torch.no_grad()
+    def decode_latents(self, latents: torch.Tensor, options: SamplingOptions) -> list[Image.Image]:
+        vae = self.vae
+        latents = self.pipeline._unpack_latents(latents, options.height, options.width, self.pipeline.vae_scale_factor)
+        latents = latents.to(vae.device, vae.dtype)  # (n, latent_channels, 1, rows, columns)
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        with torch.autocast(vae.device.type, enabled=False):
+            images = vae.decode(latents / (1 / std) + mean, return_dict=False)[0][:, :, 0]  # (n, 3, height, width)
+        return self.pipeline.image_processor.postprocess(images, output_type="pil")
