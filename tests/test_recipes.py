@@ -28,11 +28,13 @@ RECIPE_FILES = {
     "reward_spatialscore.yaml": (reward, {"objective"}),  # the paper's, whatever the default becomes
     "grpo_flux.yaml": (grpo, set()),
     "grpo_flux_fast.yaml": (grpo, set()),
+    "grpo_qwen_image.yaml": (grpo, set()),
+    "grpo_sd3.yaml": (grpo, set()),
     "tiny/grpo.yaml": (grpo, set()),
 }
 TINY_GRPO = (
     "--num_generations 4 --top_k 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --lora_r 2 "
-    "--num_inference_steps 4 --eval_num_inference_steps 1 --height 32 --width 32 --eval_height 32 --eval_width 32 "
+    "--num_inference_steps 4 --eval_num_inference_steps 2 --height 32 --width 32 --eval_height 32 --eval_width 32 "
     "--max_sequence_length 192 --max_steps 2 --eval_steps 1 --save_steps 1 --use_cpu --disable_tqdm true"
 )
 
@@ -98,6 +100,33 @@ def test_grpo_yaml_is_the_papers(parse):
     }
     assert {key: values[key] for key in expected} == expected
     assert prompts_per_update(values, num_processes=8) == 48
+
+
+# What the paper does not tell of the other models is from Flow-GRPO's recipes for them
+OTHER_FAMILIES = {
+    "qwen_image": {
+        "model_name_or_path": "Qwen/Qwen-Image",
+        **{"guidance_scale": 4.0, "negative_prompt": " ", "num_inference_steps": 10, "eval_num_inference_steps": 50},
+        **{"noise_level": 1.2, "sde_window_size": 2, "sde_window_range": [0, 5]},
+    },
+    "sd3": {
+        "model_name_or_path": "stabilityai/stable-diffusion-3.5-medium",
+        **{"guidance_scale": 4.5, "negative_prompt": None, "num_inference_steps": 10, "eval_num_inference_steps": 40},
+        **{"noise_level": 0.7, "sde_window_size": 8, "sde_window_range": [0, 8], "max_sequence_length": 256},
+    },
+}
+
+
+@pytest.mark.parametrize(("family", "num_groups", "num_evaluations"), [("qwen_image", 32, 26), ("sd3", 48, 44)])
+def test_yaml_of_the_other_families(parse, family, num_groups, num_evaluations):
+    values, flux = parse(f"grpo_{family}.yaml"), parse("grpo_flux.yaml")
+    expected = OTHER_FAMILIES[family]
+    assert {key: values[key] for key in expected} == expected
+    papers = ["num_generations", "top_k", "advantage_scope", "lora_r", "learning_rate", "epsilon", "beta", "dynamics"]
+    same = ["rewards", "lora_alpha", "height", "width", "eval_height", "eval_width", "max_steps"]
+    assert {key: values[key] for key in papers + same} == {key: flux[key] for key in papers + same}
+    assert prompts_per_update(values, num_processes=8) == num_groups
+    assert 2 * evaluations_per_image(values) == num_evaluations  # guidance takes two for a velocity
 
 
 def test_fast_yaml_costs_two_thirds(parse):
@@ -190,7 +219,30 @@ def test_grpo_recipe_trains_and_compares_under_accelerate_launch(grpo_place, flu
         [sys.executable, "-m", "accelerate.commands.launch", *command.split()[2:]],
         env=environment, check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
-    folder = grpo_place / "FLUX.1-dev-SpatialScore"
+    check_comparison(grpo_place, flux_folder, "FLUX.1-dev-SpatialScore", output, guidance_scale=3.5)
+
+
+@pytest.mark.parametrize(
+    ("family", "guidance", "folder"),
+    [
+        ("qwen_image", {"true_cfg_scale": 4.0, "negative_prompt": " "}, "Qwen-Image-SpatialScore"),
+        ("sd3", {"guidance_scale": 4.5}, "stable-diffusion-3.5-medium-SpatialScore"),
+    ],
+)
+def test_recipes_of_the_other_families_train_and_compare(grpo_place, family, guidance, folder, capsys):
+    importlib.import_module(family).main(["pipeline"])  # a tiny one
+    recipe = load_recipe(f"grpo_{family}")
+    arguments = (
+        f"--config {RECIPES}/grpo_{family}.yaml --dataset prompts --eval_rewards rules --model_name_or_path pipeline "
+        f"{TINY_GRPO} --sde_window_size 2 --sde_window_range 0 2 --learning_rate 0.1 --ema_decay 0"
+    )
+    recipe.main(*recipe.make_parser().parse_args_and_config(arguments.split()))
+    check_comparison(grpo_place, "pipeline", folder, capsys.readouterr().out, **guidance)
+
+
+def check_comparison(place, pipeline_folder, name, output, **guidance):
+    """What a recipe printed and left in its folder, against plain diffusers."""
+    folder = place / name
     results = json.loads((folder / "before_after.json").read_text())
     assert list(results) == ["spatial_score", "rules"]
     for name, result in results.items():
@@ -200,19 +252,20 @@ def test_grpo_recipe_trains_and_compares_under_accelerate_launch(grpo_place, flu
         assert re.search(rf"^{name} +before", output, flags=re.MULTILINE)
     assert results["spatial_score"]["change"] != 0
     # the images before are the base model's, those after the exported weights'
-    rewards = rewards_of_plain_pipelines(grpo_place, flux_folder, folder)
+    rewards = rewards_of_plain_pipelines(place, pipeline_folder, folder, **guidance)
     assert results["spatial_score"]["before"] == pytest.approx(rewards[0], abs=1e-4)
     assert results["spatial_score"]["after"] == pytest.approx(rewards[1], abs=1e-4)
     assert {path.name for path in (folder / "images").glob("eval_*")} >= {"eval_000001.png", "eval_000002.png"}
 
 
-def rewards_of_plain_pipelines(place, flux_folder, lora_folder):
+def rewards_of_plain_pipelines(place, pipeline_folder, lora_folder, **guidance):
     """Mean reward of the test prompts without and with the exported LoRA, by diffusers alone."""
-    from diffusers import FluxPipeline
+    from diffusers import DiffusionPipeline
 
     from trl_spatial.diffusion_grpo.rollout import image_generator
 
-    pipeline, scorer = FluxPipeline.from_pretrained(flux_folder), SpatialScore.from_pretrained("SpatialScore-7B")
+    pipeline = DiffusionPipeline.from_pretrained(pipeline_folder)
+    scorer = SpatialScore.from_pretrained("SpatialScore-7B")
     prompts = load_dataset("parquet", data_files=str(place / "prompts" / "test.parquet"))["train"]["prompt"][:]
     means = []
     for lora in (None, lora_folder):
@@ -220,8 +273,8 @@ def rewards_of_plain_pipelines(place, flux_folder, lora_folder):
             pipeline.load_lora_weights(lora)
         images = [
             pipeline(
-                prompt, height=32, width=32, num_inference_steps=1, max_sequence_length=192,
-                generator=image_generator(42, index, 0),
+                prompt, height=32, width=32, num_inference_steps=2, max_sequence_length=192,
+                generator=image_generator(42, index, 0), **guidance,
             ).images[0]
             for index, prompt in enumerate(prompts)
         ]  # fmt: skip

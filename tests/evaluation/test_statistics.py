@@ -8,6 +8,7 @@ from trl_spatial.evaluation.statistics import (
     accuracy_interval,
     area_under_roc_curve,
     bootstrap_interval,
+    compare_rewards,
     expected_calibration_error,
     reliability_bins,
 )
@@ -181,3 +182,21 @@ class TestAreaUnderROCCurve:
     def test_unusable_argument(self, scores, labels, message):
         with pytest.raises(ValueError, match=message):
             area_under_roc_curve(scores, labels)
+
+
+class TestCompareRewards:
+    def test_change_is_paired_and_of_the_images_with_an_opinion_both_times(self, rng):
+        before = rng.normal(size=(50, 3)) * [1, 10, 1]
+        after = before + np.array([0.5, 0.0, 1.0])
+        after[:, 1] += rng.normal(size=50)
+        before[:10, 0], after[5:20, 0], before[:, 2] = np.nan, np.nan, np.nan
+        results = compare_rewards(before.astype(np.float32), after.astype(np.float32), ["shifted", "noisy", "silent"])
+        assert list(results) == ["shifted", "noisy"]
+        shifted, noisy = results.values()
+        assert (shifted["n"], noisy["n"]) == (30, 50)
+        assert shifted["interval"] == pytest.approx([0.5, 0.5], abs=1e-5)  # although the rewards differ by more
+        assert shifted["before"] == pytest.approx(before[20:, 0].mean(), abs=1e-6)
+        theirs = scipy.stats.bootstrap([after[:, 1] - before[:, 1]], np.mean, method="percentile", rng=1)
+        ours = noisy["interval"]
+        assert ours == pytest.approx(list(theirs.confidence_interval), abs=0.1)
+        assert noisy["after"] - noisy["before"] == pytest.approx(noisy["change"], abs=1e-6)

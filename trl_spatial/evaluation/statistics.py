@@ -149,6 +149,48 @@ def bootstrap_interval(
     return Interval(float(statistic(values)), float(low), float(high))
 
 
+def compare_rewards(before: np.ndarray, after: np.ndarray, names: Sequence[str]) -> dict[str, dict]:
+    """
+    Mean rewards before and after a training, and the change with its 95 % interval over the images, which are paired: both
+    have the same prompt and noise.
+
+    Args:
+        before, after (`np.ndarray` of shape `(num_images, num_funcs)`):
+            Rewards of each image; NaN where a function has no opinion.
+        names (`Sequence[str]` of length `num_funcs`):
+            Names of the functions.
+
+    Returns:
+        `dict[str, dict]`: For each function with an opinion on any image, the `"before"` and `"after"` means, the
+        `"change"`, its `"interval"` and the number of images, `"n"`. JSON holds it.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from trl_spatial.evaluation.statistics import compare_rewards
+
+    >>> compare_rewards(np.array([[1.0], [3.0]]), np.array([[2.0], [4.0]]), ["redness"])
+    {'redness': {'before': 2.0, 'after': 3.0, 'change': 1.0, 'interval': [1.0, 1.0], 'n': 2}}
+    ```
+    """
+    results = {}
+    for name, old, new in zip(names, before.T, after.T, strict=True):
+        known = ~(np.isnan(old) | np.isnan(new))
+        if not known.any():
+            continue
+        old, new = old[known].astype(float), new[known].astype(float)
+        change = bootstrap_interval(new - old, rng=np.random.default_rng(0))
+        results[name] = {
+            "before": float(old.mean()),
+            "after": float(new.mean()),
+            "change": change.estimate,
+            "interval": [change.low, change.high],
+            "n": int(known.sum()),
+        }
+    return results
+
+
 def reliability_bins(
     probabilities: ArrayLike, outcomes: ArrayLike | None = None, *, num_bins: int = 10
 ) -> ReliabilityBins:

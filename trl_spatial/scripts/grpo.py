@@ -1,5 +1,6 @@
 """`trl_spatial grpo`: fine-tune a text-to-image model with rewards for its images."""
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,9 @@ EXAMPLES = """\
 
   # the same from a file, on eight GPUs; what the script does not know goes to `accelerate launch`
   trl_spatial grpo --config recipes/grpo_flux.yaml --dataset ORG/SpatialPrompts --num_processes 8
+
+  # another family: Qwen-Image with classifier-free guidance; its recipe says what else differs
+  trl_spatial grpo --config recipes/grpo_qwen_image.yaml --dataset ORG/SpatialPrompts --num_processes 8
 
   # two rewards, the second one weighted half; a third one judges the evaluation and is not trained on
   trl_spatial grpo --dataset prompts.jsonl --rewards SpatialScore-7B my_rewards:sharpness --reward_weights 1 0.5 \\
@@ -91,7 +95,7 @@ class GRPOModelArguments:
 
     Args:
         model_name_or_path (`str`, *optional*, defaults to `"black-forest-labs/FLUX.1-dev"`):
-            Text-to-image pipeline: a folder or a Hub id.
+            Text-to-image pipeline: a folder or a Hub id. FLUX.1, Qwen-Image, or Stable Diffusion 3 or 3.5.
         model_revision (`str`, *optional*, defaults to `"main"`):
             Branch, tag or commit of the pipeline on the Hub.
         dtype (`str`, *optional*):
@@ -105,7 +109,8 @@ class GRPOModelArguments:
     """
 
     model_name_or_path: str = field(
-        default="black-forest-labs/FLUX.1-dev", metadata={"help": "Text-to-image pipeline: a folder or a Hub id."}
+        default="black-forest-labs/FLUX.1-dev",
+        metadata={"help": "Text-to-image pipeline, FLUX.1, Qwen-Image or Stable Diffusion 3: a folder or a Hub id."},
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the pipeline on the Hub."})
     dtype: str | None = field(
@@ -130,8 +135,8 @@ def make_parser(prog: str = "trl_spatial grpo") -> SpatialParser:
         prog=prog,
         usage=f"{prog} --dataset PROMPTS --rewards REWARD [REWARD ...] [--config FILE] [OPTIONS] "
         "[OPTIONS OF accelerate launch]",
-        description="Fine-tune a text-to-image model by GRPO: sample groups of images for a prompt, reward them, and make "
-        "the better ones likelier.",
+        description="Fine-tune a text-to-image model, FLUX.1, Qwen-Image or Stable Diffusion 3, by GRPO: sample groups of "
+        "images for a prompt, reward them, and make the better ones likelier.",
         examples=EXAMPLES,
     )
 
@@ -243,6 +248,30 @@ def train(trainer: "DiffusionGRPOTrainer") -> None:
 
     trainer.save_model(trainer.args.output_dir)
     trainer.accelerator.print(f"💾 Weights saved to {trainer.args.output_dir}.")
+
+
+def train_and_compare(trainer: "DiffusionGRPOTrainer") -> None:
+    """
+    Train, and measure what it changed: rewards of the evaluation prompts before and after, from the same noise, with 95 %
+    intervals of the change. They are printed and written to `before_after.json` in the output folder.
+    """
+    from ..evaluation.statistics import compare_rewards
+
+    if trainer.eval_dataset is None:
+        raise SystemExit("There is nothing to measure on: set `eval_strategy`, or use `trl_spatial grpo`.")
+    before = trainer.predict(trainer.eval_dataset).predictions  # (num_images, num_funcs)
+    train(trainer)
+    after = trainer.predict(trainer.eval_dataset).predictions  # (num_images, num_funcs)
+
+    if trainer.is_world_process_zero():
+        results = compare_rewards(before, after, trainer.eval_reward_functions.names)
+        for name, result in results.items():
+            low, high = result["interval"]
+            print(
+                f"{name:<20} before {result['before']:.4f}  after {result['after']:.4f}  "
+                f"change {result['change']:+.4f}  [{low:+.4f}, {high:+.4f}]  n = {result['n']}"
+            )
+        Path(trainer.args.output_dir, "before_after.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 def main(
