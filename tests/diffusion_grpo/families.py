@@ -57,7 +57,7 @@ FAMILIES = {
     ),
     "sd3_unguided": Family(build_sd3_pipeline, {"guidance_scale": 1.0}, {"guidance_scale": 1.0}),
 }
-# Those whose transformer differs; the others differ from them by their options.
+# Each family once
 GUIDED = [name for name in FAMILIES if not name.endswith("_unguided")]
 
 
