@@ -102,7 +102,7 @@ def test_every_import_is_a_declared_dependency():
 
     needed = set().union(*(imports_of(path)[1] for path in PACKAGE.rglob("*.py"))) - set(sys.stdlib_module_names)
     optional = import_names(
-        line for name in ("diffusion", "demo", "judge", "review", "quant") for line in extras[name]
+        line for name in ("data", "diffusion", "demo", "judge", "review", "quant", "space") for line in extras[name]
     )
     assert needed <= import_names(project["dependencies"]) | optional
     assert import_names(project["dependencies"]) - needed <= {"accelerate", "scipy"}
