@@ -97,7 +97,9 @@ def test_prompts_of_scenes_come_with_their_scene_and_differ_between_splits():
 def test_prompts_of_a_dataset_keep_its_columns_but_for_images(tmp_path):
     make_preference_dataset(4, image_size=32).save_to_disk(tmp_path / "pairs")
     prompts = load_prompts(str(tmp_path / "pairs"), "train")
-    assert prompts.column_names == ["prompt", "perturbed_prompt", "level", "operations", "relations", "seed"]
+    assert prompts.column_names == [
+        "prompt", "perturbed_prompt", "level", "operations", "relations", "scene", "generator", "seed",
+    ]  # fmt: skip
     lines = [json.dumps({"prompt": f"prompt {i}", "style": i}) for i in range(3)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     assert load_prompts(str(tmp_path / "rows.jsonl"), "train")["style"][:] == [0, 1, 2]

@@ -15,18 +15,30 @@ PACKAGE = REPOSITORY / "trl_spatial"
 
 # What each part of the package may import from the others. The top modules are the command line.
 ALLOWED = {
-    "gaussian_reward": set(),
-    "diffusion_grpo": set(),
+    "hub": set(),
     "scenes": set(),
     "evaluation": {"scenes"},
-    "data": {"scenes", "evaluation"},
-    "rewards": {"gaussian_reward", "evaluation", "scenes"},
-    "hub": set(),
+    "gaussian_reward": {"hub", "evaluation"},
+    "diffusion_grpo": {"hub"},
+    "data": {"scenes", "evaluation", "hub"},
+    "rewards": {"gaussian_reward", "evaluation", "scenes", "hub"},
+    "space": {"gaussian_reward", "hub"},
     "cli": {"__version__"},
     "__main__": {"cli"},
     "__init__": set(),
-    "demo": {"gaussian_reward", "diffusion_grpo", "scenes", "evaluation", "rewards"},
-    "scripts": {"gaussian_reward", "diffusion_grpo", "scenes", "evaluation", "data", "rewards", "hub", "cli", "demo"},
+    "demo": {"gaussian_reward", "diffusion_grpo", "scenes", "evaluation", "rewards", "hub"},
+    "scripts": {
+        "gaussian_reward",
+        "diffusion_grpo",
+        "scenes",
+        "evaluation",
+        "data",
+        "rewards",
+        "hub",
+        "cli",
+        "demo",
+        "space",
+    },
 }
 # Distributions whose import name differs.
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "types-pyyaml": "yaml"}
@@ -102,7 +114,7 @@ def test_every_import_is_a_declared_dependency():
 
     needed = set().union(*(imports_of(path)[1] for path in PACKAGE.rglob("*.py"))) - set(sys.stdlib_module_names)
     optional = import_names(
-        line for name in ("diffusion", "demo", "judge", "review", "quant") for line in extras[name]
+        line for name in ("data", "diffusion", "demo", "judge", "review", "quant", "space") for line in extras[name]
     )
     assert needed <= import_names(project["dependencies"]) | optional
     assert import_names(project["dependencies"]) - needed <= {"accelerate", "scipy"}

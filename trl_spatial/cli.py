@@ -21,7 +21,9 @@ COMMANDS = {
     "grpo": "fine-tune FLUX.1, Qwen-Image or Stable Diffusion 3 by rewards for their images",
     "score": "score images for prompts with a trained reward model",
     "merge": "fold a checkpoint's LoRA adapter into its backbone",
-    "data": "make preference pairs of rendered scenes",
+    "data": "make and validate datasets of preference pairs",
+    "push": "upload a model, a dataset or a Space to the Hub, with its card",
+    "space": "build or run a page that scores images",
 }
 # Training commands run through `accelerate launch`, as in TRL's CLI: they also take its arguments.
 LAUNCHED_COMMANDS = {"reward", "grpo"}
@@ -32,6 +34,7 @@ examples:
   trl_spatial reward --dataset ORG/SpatialReward --output_dir SpatialScore-7B
   trl_spatial grpo --dataset prompts.txt --rewards SpatialScore-7B --output_dir FLUX.1-dev-SpatialScore
   trl_spatial score --model SpatialScore-7B --prompt "a red cup to the left of a blue book" cup.png
+  trl_spatial push SpatialScore-7B --to hub/SpatialScore-7B
   trl_spatial COMMAND --help
 """
 

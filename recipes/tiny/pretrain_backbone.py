@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelCard, ModelCardData
 from models import build_processor, build_qwen2_5_vl, build_tokenizer
 from questions import (
     ANSWERS,
@@ -38,8 +37,9 @@ from questions import (
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
-from trl_spatial.gaussian_reward.model_card import card_template
+from trl_spatial.evaluation.statistics import accuracy_interval
 from trl_spatial.gaussian_reward.processing import SpatialScoreProcessor
+from trl_spatial.hub import Card, Result
 from trl_spatial.scenes import COLORS, REGIONS, RELATIONS, SHAPES
 
 
@@ -462,18 +462,34 @@ def save_backbone(model, processor: SpatialScoreProcessor, args: argparse.Namesp
     groups = {**names, **{relation: f"1 change, {relation}" for relation in args.relations}}
     settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "notes", "save_steps")}
     settings["relations"] = ", ".join(args.relations)
-    ModelCard.from_template(
-        ModelCardData(license="apache-2.0", library_name="transformers", pipeline_tag="image-text-to-text"),
-        template_path=str(card_template("tiny_backbone.md")),
-        model_id="trl_spatial/tiny_models/qwen2_5_vl",
-        script="recipes/tiny/pretrain_backbone.py",
-        num_parameters=f"{sum(p.numel() for p in model.parameters()):,}",
-        num_tokens=len(processor.tokenizer),
-        settings=settings,
-        notes=args.notes,
-        num_held_out=NUM_HELD_OUT,
-        metrics={title: f"{metrics[name]:.3f}" for name, title in groups.items() if name in metrics},
-    ).save(folder / "README.md")
+    card = Card(
+        template="tiny_backbone.md",
+        front_matter={"library_name": "transformers", "pipeline_tag": "image-text-to-text", "license": "apache-2.0"},
+        values={
+            "script": "recipes/tiny/pretrain_backbone.py",
+            "num_parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+            "num_tokens": len(processor.tokenizer),
+            "settings": settings,
+            "notes": args.notes,
+            "num_held_out": NUM_HELD_OUT,
+            "metrics": {title: f"{metrics[name]:.3f}" for name, title in groups.items() if name in metrics},
+        },
+        results=[_result(metrics["pairs"])],
+    )
+    card.save(folder, model_id="trl_spatial/tiny_models/qwen2_5_vl")
+
+
+def _result(accuracy: float) -> Result:
+    interval = accuracy_interval(np.full(NUM_HELD_OUT, accuracy))
+    return Result(
+        metric="accuracy",
+        value=accuracy,
+        num_samples=NUM_HELD_OUT,
+        unit="scenes",
+        interval=(interval.low, interval.high),
+        dataset="rendered scenes",
+        split="validation",
+    )
 
 
 if __name__ == "__main__":

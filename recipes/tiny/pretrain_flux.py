@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import FluxPipeline
 from flux import build_flux_pipeline
-from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
@@ -38,7 +37,8 @@ from trl_spatial.demo.generator import (
     PALETTE,
 )
 from trl_spatial.evaluation.scenes import check_images, summarize_checks
-from trl_spatial.gaussian_reward.model_card import card_template
+from trl_spatial.evaluation.statistics import accuracy_interval
+from trl_spatial.hub import Card, Result
 from trl_spatial.scenes import (
     COLORS,
     RELATIONS,
@@ -392,22 +392,39 @@ def save_pipeline(pipeline: FluxPipeline, args: argparse.Namespace, vae_metrics:
         for name, value in vars(args).items()
         if name not in ("output_dir", "save_steps", "num_held_out", "notes")
     }
-    ModelCard.from_template(
-        ModelCardData(license="apache-2.0", library_name="diffusers", pipeline_tag="text-to-image"),
-        template_path=str(card_template("tiny_flux.md")),
-        model_id="trl_spatial/tiny_models/flux",
-        script="recipes/tiny/pretrain_flux.py",
-        num_parameters={name: f"{number:,}" for name, number in num_parameters.items()},
-        image_size=IMAGE_SIZE,
-        max_sequence_length=MAX_SEQUENCE_LENGTH,
-        num_inference_steps=NUM_INFERENCE_STEPS,
-        wrong_share=f"{args.wrong_share:.0%}",
-        settings=settings,
-        notes=args.notes,
-        num_held_out=args.num_held_out,
-        metrics={split: evaluate(saved, split, args) for split in ("train", "validation", "test")},
-        vae_metrics=vae_metrics,
-    ).save(folder / "README.md")
+    metrics = {split: evaluate(saved, split, args) for split in ("train", "validation", "test")}
+    card = Card(
+        template="tiny_flux.md",
+        front_matter={"library_name": "diffusers", "pipeline_tag": "text-to-image", "license": "apache-2.0"},
+        values={
+            "script": "recipes/tiny/pretrain_flux.py",
+            "num_parameters": {name: f"{number:,}" for name, number in num_parameters.items()},
+            "image_size": IMAGE_SIZE,
+            "max_sequence_length": MAX_SEQUENCE_LENGTH,
+            "num_inference_steps": NUM_INFERENCE_STEPS,
+            "wrong_share": f"{args.wrong_share:.0%}",
+            "settings": settings,
+            "notes": args.notes,
+            "num_held_out": args.num_held_out,
+            "metrics": metrics,
+            "vae_metrics": vae_metrics,
+        },
+        results=[_result(row["spatial_accuracy"], args.num_held_out, split) for split, row in metrics.items()],
+    )
+    card.save(folder, model_id="trl_spatial/tiny_models/flux")
+
+
+def _result(accuracy: float, num_images: int, split: str) -> Result:
+    interval = accuracy_interval(np.full(num_images, accuracy))
+    return Result(
+        metric="spatial accuracy",
+        value=accuracy,
+        num_samples=num_images,
+        unit="images",
+        interval=(interval.low, interval.high),
+        dataset="captions of rendered scenes",
+        split=split,
+    )
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

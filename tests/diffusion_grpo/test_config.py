@@ -94,7 +94,6 @@ def test_sizes_of_a_rollout(tmp_path, fields, num_prompts, num_updates):
         {"fp16": True},
         {"auto_find_batch_size": True},
         {"torch_compile": True},
-        {"push_to_hub": True},
         {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
     ],
     ids=str,

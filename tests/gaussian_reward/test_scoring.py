@@ -269,7 +269,7 @@ def test_wrong_folders_say_what_is_missing(adapter_folder, whole_folder, backbon
             SpatialScore.from_pretrained(folder, device="cpu")
         return str(error.value)
 
-    assert "neither a folder nor a Hub id" in message_of(tmp_path / "nothing")
+    assert "no file or folder" in message_of(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     assert "lacks config.json, tokenizer.json" in message_of(tmp_path / "empty")
     assert "is a qwen2_5_vl model, not a reward model" in message_of(backbone_folder)

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,11 +19,11 @@ from trl import RewardConfig
 
 from tests.hub_stub import HubStub
 from trl_spatial.gaussian_reward.config import GaussianRewardConfig
-from trl_spatial.gaussian_reward.model_card import card_template
 from trl_spatial.gaussian_reward.modeling import GaussianRewardModel, spatial_score_lora_config
 from trl_spatial.gaussian_reward.processing import load_processor
 from trl_spatial.gaussian_reward.scoring import SpatialScore
 from trl_spatial.gaussian_reward.trainer import GaussianRewardTrainer
+from trl_spatial.hub import card_template
 
 
 WORDS = ["cube", "sphere", "cat", "lamp", "window", "table"]
@@ -504,7 +505,9 @@ def test_the_card_holds_what_was_measured(make_trainer, tmp_path):
         head_learning_rate=3e-4,
     )
     trainer.train()
+    trainer.save_model()
     trainer.create_model_card(dataset_name="org/pairs", tags="mine")
+    assert Image.open(tmp_path / "my-scorer" / "samples.png").width > 300
     card = ModelCard.load(tmp_path / "my-scorer" / "README.md")
     metadata = card.data.to_dict()
     assert metadata["datasets"] == "org/pairs"
@@ -513,7 +516,10 @@ def test_the_card_holds_what_was_measured(make_trainer, tmp_path):
     logs = [log for log in trainer.state.log_history if log["step"] == 2]
     for name in ("easy", "hard"):
         accuracy = next(log[f"eval_{name}_accuracy"] for log in logs if f"eval_{name}_accuracy" in log)
-        assert f"| {name}_accuracy | {accuracy:.4g} |" in card.text
+        number = {"easy": 3, "hard": 5}[name]
+        assert re.search(rf"\| accuracy \| {accuracy:.4g} \| .+ to .+ \| {number} pairs \| {name} \|", card.text)
+        (result,) = [result for result in card.data.eval_results if result.dataset_name == name]
+        assert result.metric_value == pytest.approx(accuracy, abs=1e-4) and result.metric_args["num_samples"] == number
     assert 'SpatialScore.from_pretrained("my-scorer")' in card.text
     assert "| learning rate of head and reward token | 0.0003 |" in card.text
     assert "{{" not in card.text.replace("{{TRL", "").replace("{{Enhancing", "")
@@ -558,7 +564,7 @@ trainer = train("scorer", 2, save_total_limit=1, **best)
 trainer.push_to_hub(dataset_name="org/pairs")
 prompts, images = dataset["prompt"][:2], dataset["chosen"][:2]
 here = SpatialScore(trainer.model, trainer.processing_class).score(prompts, images)
-there = SpatialScore.from_pretrained("tester/scorer").score(prompts, images)
+there = SpatialScore.from_pretrained("tester/scorer", backbone="backbone").score(prompts, images)
 assert abs(here.mean - there.mean).max() < 1e-6 and abs(here.std - there.std).max() < 1e-6
 """
 
@@ -631,7 +637,12 @@ def test_what_is_pushed_of_a_checkpoint_is_what_it_holds(pushed):
         model = {name: data for name, data in held.items() if not name.endswith(PICKLES) and "state" not in name}
         assert len(held) - len(model) == 4 and len(model) >= 6
         at_top = {name: data for name, data in hub.history["tester/all", title].items() if "/" not in name}
-        assert at_top == model
+        assert at_top.keys() == model.keys()
+        # made anew for the Hub: the local path of the backbone is not for others, and the card names the repository
+        assert json.loads(at_top["adapter_config.json"])["base_model_name_or_path"] is None
+        for name in ("adapter_config.json", "card.json", "README.md"):
+            del model[name]
+        assert {name: at_top[name] for name in model} == model
         files = hub.history["tester/all", f"{title}, checkpoint"]
         assert {name: files[f"checkpoint-{step}/{name}"] for name in model} == model
 

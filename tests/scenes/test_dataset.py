@@ -26,8 +26,10 @@ def dataset():
 
 
 def test_columns_and_types(dataset):
-    columns = ["prompt", "chosen", "rejected", "perturbed_prompt", "level", "operations", "relations", "seed"]
-    assert dataset.column_names == columns
+    assert dataset.column_names == [
+        "prompt", "chosen", "rejected", "perturbed_prompt", "level", "operations", "relations", "scene", "generator", "seed",
+    ]  # fmt: skip
+    assert set(dataset["generator"]) == {"trl_spatial.scenes"}
     assert isinstance(dataset.features["chosen"], Image) and dataset.features["prompt"] == Value("string")
     assert dataset[0]["chosen"].size == dataset[0]["rejected"].size == (64, 64)
 
@@ -39,6 +41,20 @@ def test_each_image_shows_its_own_text_and_not_the_other(dataset):
         assert check_scene(row["rejected"], perturbed).is_correct, row["perturbed_prompt"]
         assert not check_scene(row["chosen"], perturbed).is_correct
         assert not check_scene(row["rejected"], graph).is_correct
+
+
+@pytest.mark.parametrize("length", ["short", "long"])
+def test_the_scene_is_what_the_chosen_image_shows_in_short_sentences(length):
+    rows = make_preference_dataset(30, seed=4, length=length, both_directions=True)
+    for row in rows:
+        graph = parse_description(row["scene"])
+        assert graph == parse_description(row["prompt"])
+        assert check_scene(row["chosen"], graph).is_correct, row["scene"]
+        assert not check_scene(row["rejected"], graph).is_correct, row["scene"]
+        assert row["prompt"] == row["scene"] if length == "short" else len(row["prompt"]) > len(row["scene"])
+    if length == "short":  # a pair is the same pair whatever is said of it
+        scenes = make_preference_dataset(30, seed=4, length="long", both_directions=True)["scene"]
+        assert scenes[:] == rows["scene"][:]
 
 
 def test_the_record_tells_what_was_changed(dataset):

@@ -169,18 +169,19 @@ def save_examples(dataset: Dataset, scores: PairScores, output_dir: Path, num_pa
     order, half = np.argsort(-scores.margin, kind="stable"), -(-num_pairs // 2)
     examples = []
     for name, indices in (("best", order[:half]), ("worst", order[::-1][:half])):
-        pairs = [_scored_pair(dataset[index], scores, index) for index in indices.tolist()]
+        pairs = [scored_pair(dataset[index], scores, index) for index in indices.tolist()]
         draw_pairs(pairs, title=f"Held-out pairs, {name} margins").save(output_dir / f"{name}_pairs.png")
         for number, pair in enumerate(pairs):
             files = {role: f"pair_images/{name}_{number}_{role}.png" for role in ("chosen", "rejected")}
             for role, file in files.items():
                 getattr(pair, role).save(output_dir / file)
-            scored = {"chosen_score": list(pair.chosen_score), "rejected_score": list(pair.rejected_score)}
+            scored = {"chosen_score": pair.chosen_score, "rejected_score": pair.rejected_score}
             examples.append({"prompt": pair.prompt, **files, **scored, "change": pair.caption})
     return examples
 
 
-def _scored_pair(row: dict[str, Any], scores: PairScores, index: int) -> ScoredPair:
+def scored_pair(row: dict[str, Any], scores: PairScores, index: int) -> ScoredPair:
+    """A pair as it is drawn: with its scores, and what was changed."""
     return ScoredPair(
         prompt=row["prompt"],
         chosen=row["chosen"],

@@ -19,6 +19,7 @@ from ..diffusion_grpo.reward_functions import RewardFunction
 from ..evaluation.scenes import check_images
 from ..scenes import SceneCheck
 from . import generator, reward_model
+from .cards import update_generator_card, update_reward_card
 from .report import write_report
 from .settings import DemoSettings
 from .stages import Stages
@@ -64,9 +65,11 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     before = stages.run("before", partial(draw, "base_images", None))
     results["training"] = stages.run("grpo", partial(_train_generator, settings, output_dir))
     after = stages.run("after", partial(draw, "tuned_images", output_dir / "grpo"))
+    num_images = settings.num_prompts * generator.IMAGES_PER_PROMPT
+    update_generator_card(output_dir / "grpo", before, after, num_images)
     results["generator"] = {
         "num_prompts": settings.num_prompts,
-        "num_images": settings.num_prompts * generator.IMAGES_PER_PROMPT,
+        "num_images": num_images,
         "num_inference_steps": generator.NUM_INFERENCE_STEPS,
         "before": before,
         "after": after,
@@ -110,7 +113,10 @@ def _load_pairs(settings: DemoSettings, output_dir: Path, split: str) -> Dataset
 
 
 def _make_pairs(settings: DemoSettings, output_dir: Path) -> dict[str, int]:
-    return {split: len(_load_pairs(settings, output_dir, split)) for split in ("train", "test")}
+    numbers = {split: len(_load_pairs(settings, output_dir, split)) for split in ("train", "test")}
+    # so that the two folders are one dataset for `datasets`, and for `trl_spatial push`
+    (output_dir / "pairs" / "dataset_dict.json").write_text(json.dumps({"splits": list(numbers)}), encoding="utf-8")
+    return numbers
 
 
 def _train_reward_model(settings: DemoSettings, output_dir: Path) -> None:
@@ -125,6 +131,7 @@ def _train_reward_model(settings: DemoSettings, output_dir: Path) -> None:
 def _measure_reward_model(settings: DemoSettings, output_dir: Path) -> dict[str, Any]:
     pairs = _load_pairs(settings, output_dir, "test")
     results, scores = reward_model.measure(SpatialScore.from_pretrained(output_dir / "reward"), pairs)
+    update_reward_card(output_dir / "reward", results, pairs, scores)
     return results | {"examples": reward_model.save_examples(pairs, scores, output_dir)}
 
 

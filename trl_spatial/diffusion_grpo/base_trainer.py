@@ -1,4 +1,5 @@
 import math
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from PIL.Image import Image
-from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
+from transformers import ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     PredictionOutput,
@@ -22,6 +23,9 @@ from transformers.trainer_utils import (
     speed_metrics,
 )
 
+from ..hub.cards import SAMPLES_FILE, Card
+from ..hub.checkpoints import is_local_name
+from ..hub.training import HubTrainerMixin, dataset_split
 from . import checkpointing
 from .callbacks import RolloutProgressCallback, UpdateCallback
 from .checks import check_inputs, warn_about_deviation, with_held_out
@@ -31,6 +35,7 @@ from .evaluation import EvaluationOutput, evaluate_policy
 from .image_grid import save_image_grid
 from .integrations import adapt_callbacks, log_image
 from .metrics import TrainingMetrics, gather_evaluation
+from .model_card import build_card
 from .model_setup import load_pipeline, prepare_transformer, sampling_options
 from .monitoring import HackingMonitor, StepTimer
 from .policies import make_policy
@@ -43,18 +48,21 @@ logger = get_logger(__name__)
 Rows: TypeAlias = Dataset | list[dict[str, Any]]
 
 
-class DiffusionTrainer(Trainer):
+class DiffusionTrainer(HubTrainerMixin):
     """
     A [`~transformers.Trainer`] of the transformer of a diffusion pipeline: everything but the algorithm.
 
     - Evaluation generates images with the averaged weights and rewards them.
     - Logs hold metrics of all processes, counts, and the time of each phase. Grids of images are saved.
+    - The exported weights are uploaded to the Hub with their card (`push_to_hub`), see [`~hub.training.HubTrainerMixin`].
     - Checkpoints hold exactly what training changes, and are marked when they are complete. Half-written ones are never
       resumed from, and older ones are deleted only when a newer one is complete. The best one is always saved and kept.
 
     A subclass gives `training_step`, and `_training_state` and `_load_training_state` for what else it remembers.
     Arguments are those of [`DiffusionGRPOTrainer`].
     """
+
+    _tag_names = ["diffusion-grpo", "spatial-rl", "trl"]
 
     def __init__(
         self,
@@ -74,7 +82,7 @@ class DiffusionTrainer(Trainer):
                 "set `CUDA_VISIBLE_DEVICES`."
             )
         if isinstance(pipeline, str):
-            pipeline = load_pipeline(pipeline, args)
+            pipeline = load_pipeline(pipeline, torch.bfloat16 if args.bf16 else torch.float32)
         self.policy = make_policy(pipeline, max_sequence_length=args.max_sequence_length)
         self.reward_functions = RewardFunctions(reward_funcs, args.reward_weights)
         self.eval_reward_functions = with_held_out(self.reward_functions, eval_reward_funcs)
@@ -300,6 +308,42 @@ class DiffusionTrainer(Trainer):
         if self.args.should_save:
             folder = self.args.output_dir if output_dir is None else output_dir
             checkpointing.export_weights(self.policy.pipeline, self.model, folder, ema=self.ema)
+            self._save_samples(Path(folder))
+            self._build_card().save(folder, model_id=Path(self.args.output_dir).absolute().name)
+
+    def _save_samples(self, folder: Path) -> None:
+        """The newest grid of an evaluation, or, without one, of a rollout, as the picture of the card."""
+        images = Path(self.args.output_dir) / "images"
+        grids = sorted(images.glob("eval*.png"), key=_grid_number) or sorted(
+            images.glob("rollout*.png"), key=_grid_number
+        )
+        if grids:
+            shutil.copyfile(grids[-1], folder / SAMPLES_FILE)
+
+    def _build_card(self) -> Card:
+        args, name = self.args, self.policy.pipeline.config.get("_name_or_path")  # none if it was built in Python
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        rewards = self.reward_functions
+        return build_card(
+            args,
+            self.state.log_history,
+            lora_config=next(iter(self.model.peft_config.values())) if checkpointing.has_adapter(self.model) else None,
+            pipeline_name=type(self.policy.pipeline).__name__,
+            num_updates=self.state.global_step,
+            trained_rewards=dict(zip(rewards.names, rewards.weights.tolist(), strict=True)),
+            eval_datasets={
+                f"eval_{key}" if key else "eval": (len(part), self.eval_dataset_name, dataset_split(part))
+                for key, part in evaluated.items()
+                if part is not None
+            },
+            tags=self._tag_names,
+            trainer_name=type(self).__name__,
+            hardware=self._hardware(),
+            training_time=self._training_time(),
+            # a local path says nothing to others
+            base_model=None if not name or is_local_name(name) else name,
+            dataset=self.dataset_name,
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         checkpointing.load_trained_state(self.model, resume_from_checkpoint, ema=self.ema)
@@ -307,6 +351,10 @@ class DiffusionTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         checkpointing.load_trained_state(self.model, self.state.best_model_checkpoint, ema=self.ema)
+
+
+def _grid_number(path: Path) -> int:
+    return int(path.stem.rpartition("_")[2])
 
 
 def _caption(names: list[str], rewards: list[float]) -> str:

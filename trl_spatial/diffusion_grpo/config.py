@@ -526,7 +526,6 @@ class DiffusionGRPOConfig(TrainingArguments):
             "auto_find_batch_size": "the batch size decides how many prompts a rollout has. Set "
             "`per_device_train_batch_size`",
             "torch_compile": "rollout and training would round differently. Leave it False",
-            "push_to_hub": "it is not supported. Upload the exported folder with `hf upload`",
             "gradient_checkpointing_kwargs": "diffusers has one kind of checkpointing. Leave it `None`",
             "label_smoothing_factor": "there are no labels. Leave it 0",
         }

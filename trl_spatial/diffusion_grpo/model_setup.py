@@ -7,22 +7,35 @@ from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 
+from ..hub.errors import explain_errors
+from ..hub.references import find_reference
+from ..hub.safety import check_repository
 from .checkpointing import check_exportable, has_adapter
 from .config import DiffusionGRPOConfig
 from .policies import DiffusionPolicy, SamplingOptions
 
 
-def load_pipeline(name: str, args: DiffusionGRPOConfig) -> DiffusionPipeline:
+def load_pipeline(name: str, dtype: torch.dtype, *, revision: str | None = None) -> DiffusionPipeline:
     """
-    Loads a pipeline for training: in bfloat16 if `args.bf16`, else in float32.
+    Loads a pipeline.
 
     Args:
         name (`str`):
-            Model id on huggingface.co, or path to a folder.
-        args ([`DiffusionGRPOConfig`]):
-            Configuration of the training.
+            A folder, `org/name` or `org/name@revision` on the Hub, or `hub/NAME` for one of your own.
+        dtype (`torch.dtype`):
+            Type of its weights.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+
+    Raises:
+        `ValueError`: If there is no such folder, or the repository holds pickles or code.
     """
-    return DiffusionPipeline.from_pretrained(name, dtype=torch.bfloat16 if args.bf16 else torch.float32)
+    reference = find_reference(name, kind="model", revision=revision)
+    check_repository(reference, kind="model")
+    with explain_errors(f"Loading the pipeline {reference}"):
+        return DiffusionPipeline.from_pretrained(
+            reference.name, revision=reference.revision, dtype=dtype, use_safetensors=True
+        )
 
 
 def sampling_options(args: DiffusionGRPOConfig) -> tuple[SamplingOptions, SamplingOptions]:

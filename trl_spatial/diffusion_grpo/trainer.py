@@ -108,8 +108,8 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
         peft_config: LoraConfig | None = None,
     ):
         if args is None:
-            name = pipeline if isinstance(pipeline, str) else pipeline.config._name_or_path
-            args = DiffusionGRPOConfig(f"{name.split('/')[-1]}-GRPO")
+            name = pipeline if isinstance(pipeline, str) else pipeline.config.get("_name_or_path", "")
+            args = DiffusionGRPOConfig(f"{name.split('/')[-1]}-GRPO".removeprefix("-"))
         elif not isinstance(args, DiffusionGRPOConfig):
             raise TypeError(f"`args` must be a `DiffusionGRPOConfig`, got `{type(args).__name__}`.")
         super().__init__(

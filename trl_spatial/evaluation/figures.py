@@ -22,8 +22,8 @@ class ScoredPair:
             The prompt.
         chosen (`Image.Image`), rejected (`Image.Image`):
             The two images.
-        chosen_score (`tuple[float, float]`), rejected_score (`tuple[float, float]`):
-            Mean and standard deviation of their scores.
+        chosen_score (`tuple[float, float]`, *optional*), rejected_score (`tuple[float, float]`, *optional*):
+            Mean and standard deviation of their scores; both `None` if they have none.
         caption (`str`):
             A line below, for example what was changed.
     """
@@ -31,8 +31,8 @@ class ScoredPair:
     prompt: str
     chosen: Image.Image
     rejected: Image.Image
-    chosen_score: tuple[float, float]
-    rejected_score: tuple[float, float]
+    chosen_score: tuple[float, float] | None
+    rejected_score: tuple[float, float] | None
     caption: str
 
 
@@ -83,12 +83,19 @@ def _draw_lines(draw, lines: list[str], corner: tuple[int, int], line_height: in
 
 
 def _draw_images(sheet, draw, pair: ScoredPair, corner: tuple[int, int], image_size: int) -> None:
-    color = _RIGHT if pair.chosen_score[0] > pair.rejected_score[0] else _WRONG
-    highest = max(pair.chosen_score[0], pair.rejected_score[0])
     scored = ((pair.chosen, pair.chosen_score, "chosen"), (pair.rejected, pair.rejected_score, "rejected"))
-    for side, (image, (mean, std), role) in enumerate(scored):
+    for side, (image, score, role) in enumerate(scored):
         left, top = corner[0] + side * (image_size + 8), corner[1]
         sheet.paste(image.convert("RGB").resize((image_size, image_size), Image.Resampling.LANCZOS), (left, top))
-        text = f"{role}  {mean:+.2f} ± {std:.2f}"
-        text_color = color if mean == highest else _QUIET
-        draw.text((left, top + image_size + 3), text, fill=text_color, font=ImageFont.load_default(14))
+        text = role if score is None else f"{role}  {score[0]:+.2f} ± {score[1]:.2f}"
+        color = _score_color(pair, score)
+        draw.text((left, top + image_size + 3), text, fill=color, font=ImageFont.load_default(14))
+
+
+def _score_color(pair: ScoredPair, score: tuple[float, float] | None) -> tuple[int, int, int]:
+    if score is None or pair.chosen_score is None or pair.rejected_score is None:
+        return _QUIET
+    highest = max(pair.chosen_score[0], pair.rejected_score[0])
+    if score[0] != highest:
+        return _QUIET
+    return _RIGHT if pair.chosen_score[0] > pair.rejected_score[0] else _WRONG

@@ -1,94 +1,112 @@
+from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import numpy as np
 from peft import LoraConfig, PeftModel, PeftType
 from transformers import SchedulerType
 
+from ..evaluation.statistics import accuracy_interval
+from ..hub.cards import Card, Result
 from .config import GaussianRewardConfig
 from .modeling import GaussianRewardModel
 from .processing import SpatialScoreProcessor
 
 
-def card_template(name: str) -> Path:
+TEMPLATE = "spatial_score.md"
+
+
+@dataclass(frozen=True)
+class EvaluatedDataset:
     """
-    Returns the path of a card template of `hub_cards/`, which lies in the package when it is installed from a wheel and
-    beside it in a checkout.
+    What a card says of a dataset that was evaluated on.
 
     Args:
-        name (`str`):
-            File name of the template.
-
-    Raises:
-        `FileNotFoundError`: If there is none.
+        num_rows (`int`, *optional*):
+            Number of its pairs; with reverse pairs, which show the same images, of the rows that they were made of.
+        split (`str`, *optional*):
+            Its split.
     """
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "hub_cards", package.parent / "hub_cards"):
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(f"There is no card template {name} in {package / 'hub_cards'} or beside {package}.")
+
+    num_rows: int | None = None
+    split: str | None = None
 
 
-def build_model_card(
-    template: str,
-    *,
-    model_name: str,
-    model_id: str,
-    trainer_name: str,
-    paper: dict[str, str],
+def build_card(
     settings: dict[str, Any],
     log_history: list[dict[str, Any]],
+    *,
+    evaluated: dict[str, EvaluatedDataset],
+    tags: list[str],
+    trainer_name: str,
+    hardware: str,
+    training_time: str | None = None,
     base_model: str | None = None,
-    dataset_name: str | None = None,
-    tags: list[str] | None = None,
-) -> ModelCard:
+    dataset: str | None = None,
+    eval_dataset: str | None = None,
+) -> Card:
     """
-    Fills the card of a trained reward model with what was set and measured.
+    Makes the card of a trained reward model from what was set and measured.
 
     Args:
-        template (`str`):
-            File name of the template in `hub_cards/`.
-        model_name (`str`):
-            Name of the model.
-        model_id (`str`):
-            What [`SpatialScore.from_pretrained`] loads it from.
-        trainer_name (`str`):
-            Name of the trainer.
-        paper (`dict[str, str]`):
-            `title`, `id` and `citation` of the paper of the method.
         settings (`dict[str, Any]`):
             What the training was set to; entries that are `None` are left out.
         log_history (`list[dict[str, Any]]`):
             Logs of the training. The last evaluation goes into the card.
+        evaluated (`dict[str, EvaluatedDataset]`):
+            Prefix of the logged metrics, such as `"eval"`, → the dataset.
+        tags (`list[str]`):
+            Tags of the repository.
+        trainer_name (`str`):
+            Name of the trainer.
+        hardware (`str`):
+            What it ran on.
+        training_time (`str`, *optional*):
+            How long it took.
         base_model (`str`, *optional*):
             Hub id of the backbone.
-        dataset_name (`str`, *optional*):
-            Hub id of the dataset.
-        tags (`list[str]`, *optional*):
-            Tags of the repository.
+        dataset (`str`, *optional*):
+            Hub id of the training dataset.
+        eval_dataset (`str`, *optional*):
+            Hub id of the dataset that was evaluated on.
     """
     step, metrics = _last_evaluation(log_history)
-    card_data = ModelCardData(
+    results = [
+        Result(
+            metric="accuracy",
+            value=metrics[f"{prefix}_accuracy"],
+            num_samples=source.num_rows,
+            unit="pairs",
+            interval=_interval(metrics[f"{prefix}_accuracy"], source.num_rows),
+            dataset=prefix.removeprefix("eval").removeprefix("_") or None,
+            dataset_id=eval_dataset,
+            split=source.split,
+        )
+        for prefix, source in evaluated.items()
+        if f"{prefix}_accuracy" in metrics
+    ]
+    shown = {name.removeprefix("eval_"): value for name, value in metrics.items() if not name.endswith("_accuracy")}
+    return Card(
+        template=TEMPLATE,
+        front_matter={
+            "library_name": "trl_spatial",
+            "pipeline_tag": "image-text-to-text",
+            "tags": sorted({"generated_from_trainer", *tags}),
+        },
+        values={
+            "metrics": shown,
+            "metrics_step": step,
+            "settings": {name: value for name, value in settings.items() if value is not None},
+            "trainer_name": trainer_name,
+            "hardware": hardware,
+            "training_time": training_time,
+            "versions": {
+                name: version(name) for name in ("trl", "transformers", "peft", "torch", "datasets", "tokenizers")
+            },
+        },
+        results=results,
         base_model=base_model,
-        datasets=dataset_name,
-        library_name="trl_spatial",
-        model_name=model_name,
-        tags=["generated_from_trainer", *(tags or [])],
-    )
-    return ModelCard.from_template(
-        card_data,
-        template_path=str(card_template(template)),
-        base_model=base_model,
-        dataset_name=dataset_name,
-        metrics=metrics,
-        metrics_step=step,
-        model_id=model_id,
-        model_name=model_name,
-        paper=paper,
-        settings={name: value for name, value in settings.items() if value is not None},
-        trainer_name=trainer_name,
-        versions={name: version(name) for name in ("trl", "transformers", "peft", "torch", "datasets", "tokenizers")},
+        dataset=dataset,
     )
 
 
@@ -116,18 +134,29 @@ def training_settings(
         "learning rate": args.learning_rate,
         "learning rate of head and reward token": args.head_learning_rate,
         "schedule": SchedulerType(args.lr_scheduler_type).value,
-        "precision": args.mixed_precision,
+        "precision": "fp32" if args.mixed_precision == "no" else args.mixed_precision,
         "pixels of an image": f"{size['shortest_edge']} to {size['longest_edge']}",
         "seed": args.seed,
     }
 
 
-def _last_evaluation(log_history: list[dict[str, Any]]) -> tuple[int | None, dict[str, str]]:
+def _interval(accuracy: float, num_rows: int | None) -> tuple[float, float] | None:
+    """
+    Wilson's 95 % interval. A pair and its reverse show the same images, and their mean counts as one: a little too wide
+    where they are independent, never too narrow.
+    """
+    if not num_rows:
+        return None
+    interval = accuracy_interval(np.full(num_rows, accuracy))
+    return interval.low, interval.high
+
+
+def _last_evaluation(log_history: list[dict[str, Any]]) -> tuple[int | None, dict[str, float]]:
     """Step and metrics of the last evaluation, of all its datasets if there were several."""
     is_about_speed = ("_runtime", "_per_second", "_time", "_num_tokens")
     steps = [log["step"] for log in log_history if any(key.startswith("eval_") for key in log)]
     metrics = {
-        key.removeprefix("eval_"): f"{value:.4g}"
+        key: float(value)
         for log in log_history
         if steps and log["step"] == steps[-1]
         for key, value in log.items()

@@ -7,8 +7,27 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, BitsAndBytesConfig
 
+from ..hub.references import find_reference
+from ..hub.safety import check_repository
 from .modeling import GaussianRewardModel, GaussianRewardModelConfig
 from .processing import SpatialScoreProcessor
+
+
+def find_model(name: str, model_init_kwargs: dict[str, Any]) -> tuple[str, str | None]:
+    """
+    Says which folder or repository a model's name means, see [`~hub.references.find_reference`].
+
+    Returns:
+        `tuple[str, str | None]`: folder or Hub id, and revision.
+
+    Raises:
+        `ValueError`: If the name says nothing, or the repository holds pickles or code.
+    """
+    revision = model_init_kwargs.get("revision")
+    # the default of `--model_revision` is not an opinion
+    reference = find_reference(name, kind="model", revision=None if revision == "main" else revision)
+    check_repository(reference, kind="model")
+    return reference.name, reference.revision or revision
 
 
 def load_trainable_model(

@@ -12,6 +12,10 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig
 
+from ..hub.cards import Card
+from ..hub.errors import call_with_retries, explain_errors
+from ..hub.references import Reference, UnknownReferenceError, find_reference
+from ..hub.safety import PICKLE_SUFFIXES, check_repository
 from .modeling import GaussianRewardModel, GaussianRewardModelConfig
 from .processing import SpatialScoreProcessor, load_image, load_processor, open_image
 
@@ -26,7 +30,6 @@ SMALL_FILES = (
     "processor_config.json",
     "chat_template.jinja",
 )
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # A list of this length takes long enough for a progress bar to be welcome.
 PROGRESS_FROM = 200
 
@@ -80,6 +83,7 @@ class SpatialScore:
         self.processor = processor
         self.sample = sample
         self.generator = generator
+        self.card: Card | None = None  # what is recorded of its training
         self.__name__ = "spatial_score"  # under which trainers log a reward function
 
     @classmethod
@@ -102,7 +106,7 @@ class SpatialScore:
 
         Args:
             name_or_path (`str` or `Path`):
-                Local folder or Hub id.
+                Local folder, `org/name` or `org/name@revision` on the Hub, or `hub/NAME` for a model of your own.
             revision (`str`, *optional*):
                 Branch, tag or commit of the Hub repository.
             dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
@@ -119,7 +123,9 @@ class SpatialScore:
                 See [`SpatialScore`].
 
         Raises:
-            `ValueError`: If the folder is not a reward model; the message lists what is missing.
+            `ValueError`: If the folder is not a reward model; the message lists what is missing. If a repository on the Hub
+                holds pickles or code.
+            `HubError`: If a repository is not there, may not be read, or cannot be reached.
         """
         folder = _find_checkpoint(name_or_path, revision)
         if device is None:
@@ -150,7 +156,9 @@ class SpatialScore:
             model = GaussianRewardModel.from_pretrained(folder, dtype=dtype, attn_implementation=attn_implementation)
         if quantization_config is None:
             model = model.to(device)
-        return cls(model, processor, sample=sample, generator=generator)
+        scorer = cls(model, processor, sample=sample, generator=generator)
+        scorer.card = Card.load(folder)
+        return scorer
 
     def score(
         self,
@@ -243,6 +251,8 @@ class SpatialScore:
                 Where to; created if missing.
         """
         save_checkpoint(self.model, self.processor, folder)
+        if self.card is not None:
+            self.card.save(folder)
 
     def merge(self, folder: str | Path) -> None:
         """
@@ -331,13 +341,21 @@ def _load_adapter(
 ) -> PeftModel:
     peft_config = PeftConfig.from_pretrained(folder, inference_mode=True)
     recorded = peft_config.base_model_name_or_path
-    if backbone is not None:
-        peft_config.base_model_name_or_path = str(backbone)
+    if backbone is None and recorded is None:
+        raise ValueError(
+            "The adapter does not say which model it was trained on. Pass `backbone=` with the folder or Hub id of that model."
+        )
     try:
+        if backbone is None:
+            reference = find_reference(recorded, kind="model", revision=config.backbone_revision)
+        else:
+            reference = find_reference(backbone, kind="model")
+        check_repository(reference, kind="model")
+        peft_config.base_model_name_or_path = reference.name
         model = GaussianRewardModel.from_backbone(
-            peft_config.base_model_name_or_path,
+            reference.name,
             reward_token_id=reward_token_id,
-            revision=config.backbone_revision if backbone is None else None,
+            revision=reference.revision,
             dtype=dtype,
             attn_implementation=attn_implementation,
             quantization_config=quantization_config,
@@ -347,12 +365,12 @@ def _load_adapter(
             log_std_min=config.log_std_min,
             log_std_max=config.log_std_max,
         )
-    except OSError as error:
+    except (OSError, UnknownReferenceError) as error:
         if backbone is not None:
             raise
         raise ValueError(
-            f"The adapter was trained on {recorded}, which cannot be loaded from here. Pass `backbone=` with the folder "
-            "or Hub id of that model."
+            f"The adapter was trained on {recorded}, which cannot be loaded from here ({error}) Pass `backbone=` with the "
+            "folder or Hub id of that model."
         ) from error
     model = get_peft_model(model, peft_config)
     tensors = load_file(folder / ADAPTER_WEIGHTS)
@@ -369,22 +387,32 @@ def _load_adapter(
 
 def _find_checkpoint(name_or_path: str | Path, revision: str | None) -> Path:
     """The local folder of a checkpoint, which is downloaded if need be, once its small files have been checked."""
-    folder = Path(name_or_path)
-    if folder.is_dir():
+    reference = find_reference(name_or_path, kind="model", revision=revision)
+    if reference.is_local:
+        folder = Path(reference.name)
+        if not folder.is_dir():
+            raise ValueError(f"{name_or_path} is a file. Name the folder of a checkpoint.")
         _check_small_files(name_or_path, folder)
-    elif folder.exists() or str(name_or_path).count("/") != 1 or str(name_or_path).startswith("."):
-        raise ValueError(f"{name_or_path} is neither a folder nor a Hub id (organization/name).")
     else:
-        folder = _download(str(name_or_path), revision, ["*.json", "*.jinja"])
-        _check_small_files(name_or_path, folder)
-        folder = _download(str(name_or_path), revision, ["*.json", "*.jinja", "*.safetensors"])
+        check_repository(reference, kind="model")
+        folder = _download(reference, ["*.json", "*.jinja"])
+        _check_small_files(reference.name, folder)
+        folder = _download(reference, ["*.json", "*.jinja", "*.safetensors"])
     _check_weights(name_or_path, folder)
     return folder
 
 
-def _download(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
-    offline = constants.is_offline_mode()
-    return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, local_files_only=offline))
+def _download(reference: Reference, patterns: list[str]) -> Path:
+    with explain_errors(f"Downloading {reference}"):
+        folder = call_with_retries(
+            snapshot_download,
+            reference.name,
+            revision=reference.revision,
+            allow_patterns=patterns,
+            local_files_only=constants.is_offline_mode(),
+            has_fallback=True,  # what is in the cache
+        )
+    return Path(folder)
 
 
 def _check_small_files(name_or_path: str | Path, folder: Path) -> None:

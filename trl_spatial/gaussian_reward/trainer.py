@@ -1,14 +1,11 @@
-import textwrap
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
 from transformers import (
     BitsAndBytesConfig,
@@ -17,34 +14,37 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, PredictionOutput, TrainOutput
-from transformers.utils import PushInProgress
-from transformers.utils.hub import hf_api
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
 from trl import RewardTrainer
 
+from ..evaluation.figures import ScoredPair, draw_pairs
+from ..hub.cards import SAMPLES_FILE, Card
+from ..hub.checkpoints import is_local_name
+from ..hub.training import HubTrainerMixin, dataset_split
 from .config import GaussianRewardConfig
 from .data import IS_REVERSE_COLUMN, ROW_COLUMN, DataCollatorForSpatialPreference, PreferencePairs, prepare_pairs
 from .losses import gaussian_bradley_terry_loss
-from .model_card import build_model_card, training_settings
-from .model_setup import check_model, copy_trained_parameters, load_trainable_model, restore_fp32
+from .model_card import EvaluatedDataset, build_card, training_settings
+from .model_setup import check_model, copy_trained_parameters, find_model, load_trainable_model, restore_fp32
 from .modeling import GaussianRewardModel
-from .processing import SpatialScoreProcessor, load_processor
+from .processing import SpatialScoreProcessor, load_image, load_processor
+from .row_checks import as_image_source
 from .scoring import save_checkpoint
 
 
 logger = get_logger(__name__)
 
+NUM_SAMPLES = 4  # pairs in the picture of the card
 
-class GaussianRewardTrainer(RewardTrainer):
+
+class GaussianRewardTrainer(HubTrainerMixin, RewardTrainer):
     """
     Trainer for reward models that give an image a Gaussian score for its prompt, as introduced in [Enhancing Spatial
     Understanding in Image Generation via Reward Modeling](https://huggingface.co/papers/2602.24233).
 
     This class is a [`~trl.RewardTrainer`] for pairs of images. It inherits all of its attributes and methods.
 
-    What it uploads to the Hub during training (`push_to_hub`, `hub_strategy`) is the model of a checkpoint, never a pickle.
-    So no folder on the Hub, `last-checkpoint` included, resumes a training: that takes the local checkpoint. With
-    `save_total_limit`, saving waits until the checkpoint before is uploaded, as its folder may be deleted.
+    What it uploads to the Hub (`push_to_hub`, `hub_strategy`) is told by [`~hub.training.HubTrainerMixin`].
 
     Example:
 
@@ -110,20 +110,6 @@ class GaussianRewardTrainer(RewardTrainer):
 
     _tag_names = ["trl", "reward-trainer", "spatial-score"]
     _name = "Gaussian Reward"
-    _paper = {
-        "title": "Enhancing Spatial Understanding in Image Generation via Reward Modeling",
-        "id": "2602.24233",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @inproceedings{tang2026enhancing,
-                title        = {{Enhancing Spatial Understanding in Image Generation via Reward Modeling}},
-                author       = {Tang and others},
-                year         = 2026,
-                booktitle    = {IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
-                eprint       = {arXiv:2602.24233},
-            }"""),
-    }
-    _template_file = "spatial_score.md"
 
     def __init__(
         self,
@@ -147,6 +133,10 @@ class GaussianRewardTrainer(RewardTrainer):
         peft_config: PeftConfig | None = None,
     ):
         name = model if isinstance(model, str) else model.config._name_or_path
+        revision = None
+        if isinstance(model, str):
+            model, revision = find_model(name, {} if args is None else args.model_init_kwargs or {})
+            name = model
         if args is None:  # a model that was built in Python has no name
             args = GaussianRewardConfig(f"{Path(name).name}-GaussianReward".removeprefix("-"))
         elif not isinstance(args, GaussianRewardConfig):
@@ -157,7 +147,6 @@ class GaussianRewardTrainer(RewardTrainer):
                 "built with."
             )
         if processing_class is None:
-            revision = (args.model_init_kwargs or {}).get("revision")
             processing_class = load_processor(
                 name, revision=revision, min_pixels=args.min_pixels, max_pixels=args.max_pixels
             )
@@ -175,7 +164,7 @@ class GaussianRewardTrainer(RewardTrainer):
         if isinstance(model, str):
             model = load_trainable_model(
                 model,
-                args.model_init_kwargs or {},
+                {**(args.model_init_kwargs or {}), "revision": revision},
                 reward_token_id=processing_class.reward_token_id,
                 seed=args.seed,
                 is_adapted=peft_config is not None,
@@ -188,12 +177,10 @@ class GaussianRewardTrainer(RewardTrainer):
             data_collator = DataCollatorForSpatialPreference(processing_class)
         if args.skip_bad_rows and args.should_save:
             _bad_rows_file(args).unlink(missing_ok=True)  # it is about this run
-        if args.push_to_hub and args.hub_strategy == HubStrategy.CHECKPOINT:
-            logger.warning(
-                "With `hub_strategy='checkpoint'` the folder `last-checkpoint` on the Hub holds the model alone: what "
-                "training resumes from is pickled, and pickles are not uploaded. Resume from `output_dir`."
-            )
         trained = copy_trained_parameters(model)
+        splits = {name: dataset_split(part) for name, part in _named(eval_dataset).items()}
+        self._samples: list[list[float]] = []  # scores of the first pairs of the last evaluation
+        self._takes_samples = False
 
         self._processor = processing_class
         super().__init__(
@@ -212,6 +199,10 @@ class GaussianRewardTrainer(RewardTrainer):
             peft_config=peft_config,
         )
         args.model_init_kwargs = model_init_kwargs
+        self._evaluated = {
+            name: EvaluatedDataset(len(part.rows) if isinstance(part, PreferencePairs) else None, splits[name])
+            for name, part in _named(self.eval_dataset).items()
+        }
         self.processing_class = self.callback_handler.processing_class = processing_class
 
         restore_fp32(self.model, trained)
@@ -301,6 +292,11 @@ class GaussianRewardTrainer(RewardTrainer):
         with torch.no_grad():
             mean_std = (chosen_log_std.exp() + rejected_log_std.exp()) / 2
             self._record_metrics(mode, chosen_mean, rejected_mean, mean_std, inputs["attention_mask"])
+            if mode == "eval" and self._takes_samples:
+                # the first batch of the first process are the first pairs
+                scores = (chosen_mean, chosen_log_std.exp(), rejected_mean, rejected_log_std.exp())
+                self._samples = torch.stack(scores, dim=1)[:NUM_SAMPLES].float().tolist()
+                self._takes_samples = False
         if not return_outputs:
             return loss
         # One row per pair, so that the gathered predictions are the pairs of the dataset
@@ -333,6 +329,9 @@ class GaussianRewardTrainer(RewardTrainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
         self._metrics["eval"].clear()
+        self._takes_samples = metric_key_prefix == next(iter(self._evaluated), None)
+        if self._takes_samples:
+            self._samples = []
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         # Here and not in `log`, where the parent adds them: only here is the name of the evaluated dataset known.
         metrics = {key: sum(values) / len(values) for key, values in self._metrics["eval"].items()}
@@ -364,97 +363,53 @@ class GaussianRewardTrainer(RewardTrainer):
         output_dir = self.args.output_dir if output_dir is None else output_dir
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         save_checkpoint(model, self.processing_class, output_dir, state_dict=state_dict)
-        self._build_model_card(Path(self.args.output_dir).name).save(Path(output_dir) / "README.md")
+        self._save_samples(Path(output_dir))
+        self._build_card().save(output_dir, model_id=Path(self.args.output_dir).absolute().name)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The parent uploads from `output_dir`, whose files the next save would change under the upload, and with the
-        # model it uploads pickles: the training arguments, the states of the optimizer and of the random numbers.
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+    def _save_samples(self, folder: Path) -> None:
+        """Draws the first pairs of the last evaluation with their scores."""
+        if not self._samples:
             return
-        if self.args.save_total_limit is not None:
-            self._finish_current_push()  # its folder may be deleted next
-        if not self.args.hub_always_push and self.push_in_progress is not None and not self.push_in_progress.is_done():
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        message = f"Training in progress, step {self.state.global_step}"
-        uploads: list[tuple[str | None, str]] = [(None, message)]
-        if self.args.hub_strategy == HubStrategy.CHECKPOINT:
-            uploads.append(("last-checkpoint", f"{message}, checkpoint"))
-        elif self.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
-            uploads.append((Path(checkpoint_folder).name, f"{message}, checkpoint"))
-        jobs = [
-            hf_api().upload_folder(
-                repo_id=self.hub_model_id,
-                folder_path=checkpoint_folder,
-                path_in_repo=path_in_repo,
-                allow_patterns=[path.name for path in Path(checkpoint_folder).iterdir() if _is_model_file(path)],
-                commit_message=commit_message,
-                token=self.args.hub_token,
-                revision=self.args.hub_revision,
-                run_as_future=True,
+        dataset = self.eval_dataset
+        dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
+        pairs = [
+            ScoredPair(
+                prompt=row["prompt"],
+                chosen=load_image(as_image_source(row["chosen"])),
+                rejected=load_image(as_image_source(row["rejected"])),
+                chosen_score=(chosen_mean, chosen_std),
+                rejected_score=(rejected_mean, rejected_std),
+                caption="",
             )
-            for path_in_repo, commit_message in uploads
+            for row, (chosen_mean, chosen_std, rejected_mean, rejected_std) in zip(
+                dataset, self._samples, strict=False
+            )
         ]
-        for job in jobs:
-            job.add_done_callback(_warn_of_failed_upload)
-        if self.push_in_progress is None or self.push_in_progress.is_done():
-            self.push_in_progress = PushInProgress(jobs)
-        else:
-            self.push_in_progress.jobs.extend(jobs)
-        if self.args.save_total_limit == 1 and self.state.best_model_checkpoint is not None:
-            self._finish_current_push()  # the end of training deletes every folder but the best one's
+        draw_pairs(pairs, title=f"Held-out pairs, step {self.state.global_step}").save(folder / SAMPLES_FILE)
 
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-    ):
-        """
-        Creates a draft of a model card using the information available to the `Trainer`.
-
-        Args:
-            model_name (`str`, *optional*):
-                Name of the model.
-            dataset_name (`str`, *optional*):
-                Name of the dataset used for training.
-            tags (`str` or `list[str]`, *optional*):
-                Tags to be associated with the model card.
-        """
-        if self.is_world_process_zero():
-            card = self._build_model_card(model_name, dataset_name, tags)
-            card.save(Path(self.args.output_dir) / "README.md")
-
-    def _build_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> ModelCard:
-        args = self.args
-        model_name = model_name or Path(args.output_dir).name
-        tags = [tags] if isinstance(tags, str) else list(tags or [])
-        config = self.model.config
-        return build_model_card(
-            self._template_file,
-            model_name=model_name,
-            model_id=self.hub_model_id or args.hub_model_id or model_name,
+    def _build_card(self) -> Card:
+        name = self.model.config._name_or_path
+        return build_card(
+            training_settings(self.args, self.model, self.processing_class, num_updates=self.state.global_step),
+            self.state.log_history,
+            evaluated=self._evaluated,
+            eval_dataset=self.eval_dataset_name,
+            tags=self._tag_names,
             trainer_name=type(self).__name__,
-            paper=self._paper,
-            settings=training_settings(args, self.model, self.processing_class, num_updates=self.state.global_step),
-            log_history=self.state.log_history,
+            hardware=self._hardware(),
+            training_time=self._training_time(),
             # A local path says nothing to others.
-            base_model=None if Path(config._name_or_path).is_dir() else config._name_or_path,
-            dataset_name=dataset_name,
-            tags=sorted({*self._tag_names, *tags}),
+            base_model=None if is_local_name(name) else name,
+            dataset=self.dataset_name,
         )
+
+
+def _named(eval_dataset: Any) -> dict[str, Any]:
+    """The evaluated datasets by the prefixes of their metrics."""
+    if isinstance(eval_dataset, dict):
+        return {f"eval_{name}": part for name, part in eval_dataset.items()}
+    return {} if eval_dataset is None else {"eval": eval_dataset}
 
 
 def _bad_rows_file(args: GaussianRewardConfig) -> Path:
     return Path(args.output_dir) / "_bad_rows.jsonl"  # the underscore keeps it from being pushed to the Hub
-
-
-def _warn_of_failed_upload(upload: Future) -> None:
-    if error := upload.exception():
-        logger.warning(f"A checkpoint was not uploaded to the Hub, training goes on: {error}")
-
-
-def _is_model_file(path: Path) -> bool:
-    return path.suffix in (".safetensors", ".json", ".jinja", ".md", ".txt") and path.name != "trainer_state.json"

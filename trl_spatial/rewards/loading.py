@@ -6,14 +6,15 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+from ..hub.references import UnknownReferenceError, find_reference
 from .rules import SceneRules
 
 
 _FORMS = (
-    "a SpatialScore checkpoint (a folder, or ORG/NAME or ORG/NAME@REVISION on the Hub), `rules`, or `module:function`"
+    "a SpatialScore checkpoint (a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, or hub/NAME for your own), `rules`, or "
+    "`module:function`"
 )
 
 
@@ -25,7 +26,7 @@ def load_reward(name: str, *, device: Any = None) -> Callable[..., Sequence[floa
         name (`str`):
             One of:
 
-            - the checkpoint of a [`SpatialScore`]: a folder, or `ORG/NAME` or `ORG/NAME@REVISION` on the Hub;
+            - the checkpoint of a [`SpatialScore`]: a folder, `ORG/NAME` or `ORG/NAME@REVISION` on the Hub, or `hub/NAME`;
             - `rules`: [`SceneRules`], for prompts that describe scenes;
             - `module:function`: a function `(prompts, images, **columns) -> list[float | None]` of a module that Python
               finds, the current folder included. In place of a function, a class: it is created without arguments, once,
@@ -43,15 +44,14 @@ def load_reward(name: str, *, device: Any = None) -> Callable[..., Sequence[floa
         return SceneRules()
     if re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", name):
         return _import_function(*name.split(":"))
-    checkpoint, _, revision = name.partition("@")
-    if name and Path(name).is_dir():
-        checkpoint, revision = name, ""
-    elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", checkpoint):
-        raise ValueError(f"There is no reward {name!r}. Name {_FORMS}.")
+    try:
+        find_reference(name, kind="model")
+    except UnknownReferenceError as error:
+        raise ValueError(f"There is no reward {name!r}. Name {_FORMS}.") from error
     # transformers takes seconds to import: not for the other forms
     from ..gaussian_reward.scoring import SpatialScore
 
-    return SpatialScore.from_pretrained(checkpoint, revision=revision or None, device=device)
+    return SpatialScore.from_pretrained(name, device=device)
 
 
 def _import_function(module_name: str, name: str) -> Callable[..., Sequence[float | None]]:

@@ -20,6 +20,9 @@ from .shapes import SHAPES
 from .wording import LENGTHS, describe_scene
 
 
+# What drew the images. It names the renderer and no version, so that the same seed gives the same data.
+GENERATOR = "trl_spatial.scenes"
+
 FEATURES = Features(
     {
         "prompt": Value("string"),
@@ -29,6 +32,8 @@ FEATURES = Features(
         "level": Value("int32"),
         "operations": List({"operation": Value("string"), "before": Value("string"), "after": Value("string")}),
         "relations": List({"relation": Value("string"), "arguments": List(Value("string"))}),
+        "scene": Value("string"),
+        "generator": Value("string"),
         "seed": Value("int64"),
     }
 )
@@ -79,8 +84,17 @@ def make_preference_dataset(
             Number of processes.
 
     Returns:
-        `Dataset` with the columns `prompt`, `chosen`, `rejected`, `perturbed_prompt`, `level`, `operations`, `relations`
-        and `seed`.
+        `Dataset` with the columns:
+
+        - `prompt` (`str`) and `perturbed_prompt` (`str`): what the chosen and what the rejected image shows.
+        - `chosen` and `rejected` ([`~datasets.Image`]): PNG images of `image_size` by `image_size` pixels, in RGB.
+        - `level` (`int`): number of changed relations.
+        - `operations` (`list[dict[str, str]]` of length `level`): each change, as `operation`, `before` and `after`.
+        - `relations` (`list[dict]`): the relations of the prompt, as `relation` and `arguments`.
+        - `scene` (`str`): what the chosen image shows, in short sentences, even if the prompt is long:
+          [`parse_description`] makes the scene's graph of it, and [`~trl_spatial.rewards.SceneRules`] reads it.
+        - `generator` (`str`): what drew the images, here always `"trl_spatial.scenes"`.
+        - `seed` (`int`): seed of the pair.
     """
     _check_arguments(num_pairs, split, levels, num_objects, num_relations, relations, length, image_size)
     options = {
@@ -237,9 +251,9 @@ def _make_pair(
     images = [_encode(render_layout(layout, style, image_size)) for layout in layouts]
     wording, chosen_length = int(rng.integers(2**31)), length or LENGTHS[rng.integers(2)]
     texts = [describe_scene(graph, seed=wording, length=chosen_length) for graph in graphs]
-    rows = [_row(texts, images, graphs[0], level, operations, pair_seed)]
+    rows = [_row(texts, images, graphs[0], wording, level, operations, pair_seed)]
     if both_directions:
-        rows.append(_row(texts[::-1], images[::-1], graphs[1], level, _reverse(operations), pair_seed))
+        rows.append(_row(texts[::-1], images[::-1], graphs[1], wording, level, _reverse(operations), pair_seed))
     return rows
 
 
@@ -278,7 +292,9 @@ def _encode(image) -> dict:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def _row(texts, images, graph: SceneGraph, level: int, operations: list[Operation], seed: int) -> dict:
+def _row(
+    texts, images, graph: SceneGraph, wording: int, level: int, operations: list[Operation], seed: int
+) -> dict[str, Any]:
     return {
         "prompt": texts[0],
         "chosen": images[0],
@@ -287,6 +303,8 @@ def _row(texts, images, graph: SceneGraph, level: int, operations: list[Operatio
         "level": level,
         "operations": [{"operation": o.operation, "before": str(o.before), "after": str(o.after)} for o in operations],
         "relations": [_relation_row(relation) for relation in graph.relations],
+        "scene": describe_scene(graph, seed=wording),
+        "generator": GENERATOR,
         "seed": seed,
     }
 

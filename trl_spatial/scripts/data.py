@@ -1,26 +1,41 @@
-"""`trl_spatial data make`: preference pairs of rendered scenes."""
+"""`trl_spatial data`: make preference pairs of rendered scenes, validate a preference dataset."""
 
 import argparse
+import json
+import sys
 
-from .utils import SpatialParser, new_folder
+from .utils import SpatialParser, load_dataset_dict, new_folder, pick_split
 
 
-EXAMPLES = """\
+MAKE_EXAMPLES = """\
   trl_spatial data make --num_pairs 1000 --output pairs
   trl_spatial data make --num_pairs 20000 --num_test_pairs 2000 --image_size 256 --num_proc 8 --output pairs
   trl_spatial data make --num_pairs 500 --relations left_of right_of --levels 1 --both_directions --output flips
 """
+VALIDATE_EXAMPLES = """\
+  trl_spatial data validate pairs
+  trl_spatial data validate ORG/SpatialReward --splits test --max_rows 1000 --json
+  trl_spatial data validate pairs --output pairs-statistics
+"""
 
 
 def make_parser(prog: str = "trl_spatial data") -> SpatialParser:
-    parser = SpatialParser(prog=prog, description="Build preference datasets.", examples=EXAMPLES)
+    parser = SpatialParser(
+        prog=prog, description="Make and check preference datasets.", examples=MAKE_EXAMPLES + VALIDATE_EXAMPLES
+    )
     commands = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    _add_make(commands)
+    _add_validate(commands)
+    return parser
+
+
+def _add_make(commands: argparse._SubParsersAction) -> None:
     make = commands.add_parser(
         "make",
         help="make preference pairs of rendered scenes",
         description="Make preference pairs of rendered scenes, with a train and a test split that share no scene. The "
         "folder that is written is what `trl_spatial reward --dataset` and `datasets.load_from_disk` take.",
-        examples=EXAMPLES,
+        examples=MAKE_EXAMPLES,
     )
     make.add_argument("--num_pairs", type=int, required=True, help="Number of training pairs.")
     make.add_argument("--num_test_pairs", type=int, default=0, help="Number of test pairs; 0: no test split.")
@@ -42,10 +57,38 @@ def make_parser(prog: str = "trl_spatial data") -> SpatialParser:
     )
     make.add_argument("--both_directions", action="store_true", help="Give every pair twice, the second one reversed.")
     make.add_argument("--num_proc", type=int, help="Number of processes.")
-    return parser
+
+
+def _add_validate(commands: argparse._SubParsersAction) -> None:
+    validate = commands.add_parser(
+        "validate",
+        help="check the rows of a preference dataset and count what is in it",
+        description="Check a preference dataset: its columns, every row, every image to its last byte, and whether splits "
+        "share images or prompts. The exit code is 1 if there are errors, 0 if there are at most warnings.",
+        examples=VALIDATE_EXAMPLES,
+    )
+    validate.add_argument(
+        "dataset",
+        metavar="REF",
+        help="Folder written by `save_to_disk`; a .parquet, .json, .jsonl or .csv file, or a folder of them; or a dataset "
+        "on the Hub: ORG/NAME, ORG/NAME@REVISION, or hub/NAME for one of your own.",
+    )
+    validate.add_argument("--config_name", help="Configuration of a dataset on the Hub.")
+    validate.add_argument("--splits", nargs="+", metavar="SPLIT", help="Splits to look at; by default all.")
+    validate.add_argument("--max_rows", type=int, help="Look at the first rows of each split only; by default at all.")
+    validate.add_argument(
+        "--output",
+        help="Folder for statistics.json, which is what --json prints, and statistics.png; it must be empty or not exist "
+        "yet.",
+    )
+    validate.add_argument("--json", action="store_true", help="Print JSON instead of a report.")
 
 
 def main(args: argparse.Namespace) -> None:
+    (_make if args.action == "make" else _validate)(args)
+
+
+def _make(args: argparse.Namespace) -> None:
     output = new_folder(args.output)
     from datasets import DatasetDict
 
@@ -72,6 +115,31 @@ def main(args: argparse.Namespace) -> None:
     dataset.save_to_disk(output)
     rows = ", ".join(f"{len(pairs)} rows in the {split} split" for split, pairs in dataset.items())
     print(f"Saved to {output}: {rows}")
+
+
+def _validate(args: argparse.Namespace) -> None:
+    output = new_folder(args.output) if args.output is not None else None
+    if output is not None:
+        try:
+            from ..data import charts
+        except ModuleNotFoundError as error:
+            raise ValueError(f'--output draws a figure with {error.name}: pip install "trl-spatial[data]"') from error
+    from ..data import format_report, validate_splits
+
+    splits = load_dataset_dict(args.dataset, config_name=args.config_name)
+    if args.splits:
+        splits = {split: pick_split(splits, split, args.dataset) for split in args.splits}
+    report = validate_splits(splits, max_rows=args.max_rows, show_progress=True)
+    text = json.dumps(report.to_dict(), indent=1, ensure_ascii=False)
+    print(text if args.json else format_report(report, args.dataset), flush=True)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "statistics.json").write_text(f"{text}\n", encoding="utf-8")
+        charts.save_statistics(report.statistics, output / "statistics.png", title=args.dataset)
+        print(f"Saved to {output}: statistics.json, statistics.png", file=sys.stderr)
+    if report.errors:
+        number = len(report.errors)
+        raise ValueError(f"{args.dataset} has {number:,} error{'' if number == 1 else 's'}; the report lists them.")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .utils import SpatialParser, load_dataset_dict, pick_split
+from .utils import SpatialParser, hub_dataset_name, load_dataset_dict, pick_split
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from diffusers import DiffusionPipeline
 
     from ..diffusion_grpo.config import DiffusionGRPOConfig
     from ..diffusion_grpo.trainer import DiffusionGRPOTrainer
@@ -48,7 +47,7 @@ class GRPOScriptArguments:
             Prompts: a `.txt` file with one per line; `scenes:N`, captions of `N` scenes of the small world, with the column
             `scene` for the reward `rules`; or a dataset with a column `prompt`, whose other columns the rewards get: a
             folder written by `datasets`, a Parquet, JSON Lines or CSV file or a folder of them, or a dataset on the Hub,
-            `ORG/NAME` or `ORG/NAME@REVISION`.
+            `ORG/NAME`, `ORG/NAME@REVISION` or `hub/NAME`.
         rewards (`list[str]`):
             Reward functions, as for [`~trl_spatial.rewards.load_reward`]. Their weights are `reward_weights`.
         eval_rewards (`list[str]`, *optional*):
@@ -66,7 +65,7 @@ class GRPOScriptArguments:
     dataset: str = field(
         metadata={
             "help": "Prompts: a .txt file with one per line; scenes:N, captions of N scenes; or a dataset with the column "
-            "prompt: a local folder or file, or ORG/NAME or ORG/NAME@REVISION on the Hub."
+            "prompt: a local folder or file, ORG/NAME or ORG/NAME@REVISION on the Hub, or hub/NAME for your own."
         }
     )
     rewards: list[str] = field(
@@ -95,7 +94,8 @@ class GRPOModelArguments:
 
     Args:
         model_name_or_path (`str`, *optional*, defaults to `"black-forest-labs/FLUX.1-dev"`):
-            Text-to-image pipeline: a folder or a Hub id. FLUX.1, Qwen-Image, or Stable Diffusion 3 or 3.5.
+            Text-to-image pipeline, FLUX.1, Qwen-Image, Stable Diffusion 3 or 3.5: a folder, ORG/NAME or ORG/NAME@REVISION
+            on the Hub, or hub/NAME.
         model_revision (`str`, *optional*, defaults to `"main"`):
             Branch, tag or commit of the pipeline on the Hub.
         dtype (`str`, *optional*):
@@ -110,7 +110,10 @@ class GRPOModelArguments:
 
     model_name_or_path: str = field(
         default="black-forest-labs/FLUX.1-dev",
-        metadata={"help": "Text-to-image pipeline, FLUX.1, Qwen-Image or Stable Diffusion 3: a folder or a Hub id."},
+        metadata={
+            "help": "Text-to-image pipeline, FLUX.1, Qwen-Image or Stable Diffusion 3: a folder, ORG/NAME or "
+            "ORG/NAME@REVISION on the Hub, or hub/NAME."
+        },
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the pipeline on the Hub."})
     dtype: str | None = field(
@@ -190,22 +193,14 @@ def load_prompts(
     return prompts.remove_columns([name for name, kind in prompts.features.items() if isinstance(kind, Image)])
 
 
-def load_pipeline(model_args: GRPOModelArguments, training_args: "DiffusionGRPOConfig") -> "DiffusionPipeline":
-    """The pipeline that the arguments name."""
-    import torch
-    from diffusers import DiffusionPipeline
-
-    dtype = model_args.dtype or ("bfloat16" if training_args.bf16 else "float32")
-    return DiffusionPipeline.from_pretrained(
-        model_args.model_name_or_path, revision=model_args.model_revision, dtype=getattr(torch, dtype)
-    )
-
-
 def build_trainer(
     script_args: GRPOScriptArguments, model_args: GRPOModelArguments, training_args: "DiffusionGRPOConfig"
 ) -> "DiffusionGRPOTrainer":
     """The trainer that the arguments describe, with its prompts, rewards and pipeline loaded."""
+    import torch
+
     from ..diffusion_grpo.lora import attention_lora_config
+    from ..diffusion_grpo.model_setup import load_pipeline
     from ..diffusion_grpo.reward_functions import RewardFunction
     from ..diffusion_grpo.trainer import DiffusionGRPOTrainer
     from ..rewards import load_reward
@@ -226,8 +221,10 @@ def build_trainer(
     eval_rewards: list[RewardFunction] = [
         load_reward(name, device=training_args.device) for name in script_args.eval_rewards or []
     ]
-    return DiffusionGRPOTrainer(
-        pipeline=load_pipeline(model_args, training_args),
+    dtype = model_args.dtype or ("bfloat16" if training_args.bf16 else "float32")
+    revision = None if model_args.model_revision == "main" else model_args.model_revision
+    trainer = DiffusionGRPOTrainer(
+        pipeline=load_pipeline(model_args.model_name_or_path, getattr(torch, dtype), revision=revision),
         reward_funcs=rewards,
         args=training_args,
         train_dataset=train_dataset,
@@ -237,6 +234,9 @@ def build_trainer(
             attention_lora_config(rank=model_args.lora_r, alpha=model_args.lora_alpha) if model_args.use_peft else None
         ),
     )
+    trainer.dataset_name = hub_dataset_name(script_args.dataset)
+    trainer.eval_dataset_name = hub_dataset_name(script_args.eval_dataset or script_args.dataset)
+    return trainer
 
 
 def train(trainer: "DiffusionGRPOTrainer") -> None:
@@ -246,8 +246,12 @@ def train(trainer: "DiffusionGRPOTrainer") -> None:
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.accelerator.print("✅ Training completed.")
 
-    trainer.save_model(trainer.args.output_dir)
-    trainer.accelerator.print(f"💾 Weights saved to {trainer.args.output_dir}.")
+    if trainer.args.push_to_hub:
+        address = trainer.push_to_hub()
+        trainer.accelerator.print(f"🤗 Weights saved to {trainer.args.output_dir} and pushed to the Hub: {address}")
+    else:
+        trainer.save_model(trainer.args.output_dir)
+        trainer.accelerator.print(f"💾 Weights saved to {trainer.args.output_dir}.")
 
 
 def train_and_compare(trainer: "DiffusionGRPOTrainer") -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .utils import SpatialParser, load_dataset_dict, pick_split
+from .utils import SpatialParser, hub_dataset_name, load_dataset_dict, pick_split
 
 
 if TYPE_CHECKING:
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 
 EXAMPLES = """\
+  # your own dataset on the Hub
+  trl_spatial reward --dataset hub/SpatialReward
+
   # the paper's recipe: LoRA on Qwen2.5-VL-7B, 32 pairs per update
   trl_spatial reward --dataset ORG/SpatialReward --output_dir SpatialScore-7B
 
@@ -35,7 +38,7 @@ class RewardScriptArguments:
     Args:
         dataset (`str`):
             Folder written by `datasets` or by `trl_spatial data make`; a Parquet, JSON Lines or CSV file or a folder of
-            them; or a dataset on the Hub, `ORG/NAME` or `ORG/NAME@REVISION`.
+            them; or a dataset on the Hub, `ORG/NAME`, `ORG/NAME@REVISION`, or `hub/NAME` for one of your own.
         dataset_config (`str`, *optional*):
             Configuration of a dataset on the Hub.
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
@@ -48,8 +51,8 @@ class RewardScriptArguments:
 
     dataset: str = field(
         metadata={
-            "help": "Preference pairs with the columns prompt, chosen, rejected: a local folder or file, or ORG/NAME or "
-            "ORG/NAME@REVISION on the Hub."
+            "help": "Preference pairs with the columns prompt, chosen, rejected: a local folder or file, ORG/NAME or "
+            "ORG/NAME@REVISION on the Hub, or hub/NAME for your own."
         }
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
@@ -90,7 +93,8 @@ class RewardModelArguments:
     """
 
     model_name_or_path: str = field(
-        default="Qwen/Qwen2.5-VL-7B-Instruct", metadata={"help": "Image-text backbone: a folder or a Hub id."}
+        default="Qwen/Qwen2.5-VL-7B-Instruct",
+        metadata={"help": "Image-text backbone: a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, or hub/NAME."},
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the backbone on the Hub."})
     dtype: str | None = field(
@@ -151,7 +155,7 @@ def build_trainer(
         **({} if model_args.dtype is None else {"dtype": model_args.dtype}),
         **(training_args.model_init_kwargs or {}),
     }
-    return GaussianRewardTrainer(
+    trainer = GaussianRewardTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
         train_dataset=pick_split(splits, script_args.dataset_train_split, script_args.dataset),
@@ -178,6 +182,8 @@ def build_trainer(
             else None
         ),
     )
+    trainer.dataset_name = trainer.eval_dataset_name = hub_dataset_name(script_args.dataset)
+    return trainer
 
 
 def main(
@@ -190,12 +196,12 @@ def main(
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.accelerator.print("✅ Training completed.")
 
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
-
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset)
-        trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
+        address = trainer.push_to_hub()
+        trainer.accelerator.print(f"🤗 Model saved to {training_args.output_dir} and pushed to the Hub: {address}")
+    else:
+        trainer.save_model(training_args.output_dir)
+        trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import yaml
 from trl.scripts.utils import TrlParser
 
 from ..cli import nearest
+from ..hub.references import NAMESPACE_VARIABLE
 
 
 if TYPE_CHECKING:
@@ -53,6 +54,13 @@ class SpatialParser(TrlParser):
             default=argparse.SUPPRESS,
             help="YAML file of options without their dashes; options on the command line win. A mapping under `env` "
             "sets environment variables.",
+        )
+        self.add_argument(
+            "--namespace",
+            metavar="ORG",
+            default=argparse.SUPPRESS,
+            help="User or organization on the Hub that `hub/` stands for in names. By default TRL_SPATIAL_NAMESPACE of the "
+            "environment, else the logged-in user.",
         )
 
     def parse_args_and_config(self, args: list[str] | None = None, *, is_launched: bool = False) -> tuple[Any, ...]:
@@ -171,18 +179,14 @@ class SpatialParser(TrlParser):
         return {flag for _, action in self._all_actions() for flag in action.option_strings}
 
     def _read_config(self, args: list[str]) -> tuple[list[str], dict[str, Any], str | None]:
-        """Take `--config FILE` out of `args` and read the file: the other arguments, the file's mapping and its path."""
-        others: list[str] = []
-        paths: list[str] = []
-        tokens = iter(args)
-        for token in tokens:
-            if token == "--config":
-                paths.append(next(tokens, ""))
-            elif token.startswith("--config="):
-                paths.append(token.removeprefix("--config="))
-            else:
-                others.append(token)
+        """
+        Take `--config FILE` and `--namespace ORG` out of `args` and read the file: the other arguments, the file's mapping and
+        its path. The namespace goes to the environment, where the Hub's part of the package looks for it.
+        """
+        others, namespaces = _take_option(args, "--namespace")
+        others, paths = _take_option(others, "--config")
         if not paths:
+            self._set_namespace(namespaces)
             return others, {}, None
         if len(paths) > 1 or not paths[0]:
             self.error("--config takes one YAML file")
@@ -196,7 +200,15 @@ class SpatialParser(TrlParser):
         if not isinstance(variables, dict):
             self.error(f"{paths[0]}: `env` must be a mapping from environment variables to values")
         os.environ.update({name: str(value) for name, value in variables.items()})
+        self._set_namespace(namespaces or ([str(config["namespace"])] if "namespace" in config else []))
+        config.pop("namespace", None)
         return others, config, paths[0]
+
+    def _set_namespace(self, namespaces: list[str]) -> None:
+        if len(namespaces) > 1 or "" in namespaces:
+            self.error("--namespace takes one user or organization on the Hub")
+        for namespace in namespaces:
+            os.environ[NAMESPACE_VARIABLE] = namespace
 
     def _set_config_defaults(self, config: dict[str, Any], config_path: str | None) -> list[str]:
         """Make the YAML file's values the parser's defaults; returns the keys that are not options of the parser."""
@@ -245,6 +257,21 @@ class SpatialParser(TrlParser):
         return set()
 
 
+def _take_option(args: list[str], option: str) -> tuple[list[str], list[str]]:
+    """The other arguments, and the values that the option has been given: `""` for none."""
+    others: list[str] = []
+    values: list[str] = []
+    tokens = iter(args)
+    for token in tokens:
+        if token == option:
+            values.append(next(tokens, ""))
+        elif token.startswith(f"{option}="):
+            values.append(token.removeprefix(f"{option}="))
+        else:
+            others.append(token)
+    return others, values
+
+
 def _launcher_flags(launcher: argparse.ArgumentParser) -> set[str]:
     return {"--accelerate_config", *(flag for flag in launcher._option_string_actions if flag.startswith("--"))}
 
@@ -273,7 +300,7 @@ def load_dataset_dict(
     Args:
         name_or_path (`str`):
             Folder written by `save_to_disk`; a Parquet, JSON, JSON Lines or CSV file, or a folder of them; or a dataset on
-            the Hub, `ORG/NAME` or `ORG/NAME@REVISION`.
+            the Hub: `ORG/NAME`, `ORG/NAME@REVISION`, or `hub/NAME` for one of your own.
         config_name (`str`, *optional*):
             Configuration of a dataset on the Hub.
         streaming (`bool`, *optional*, defaults to `False`):
@@ -285,8 +312,12 @@ def load_dataset_dict(
 
     Raises:
         `FileNotFoundError`: If `name_or_path` is neither a file or folder nor like a name on the Hub.
+        `ValueError`: If a file is of another kind, or a dataset on the Hub holds pickles or code.
+        `HubError`: If a dataset on the Hub is not there, may not be read, or cannot be reached.
     """
     from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
+
+    from ..hub import check_repository, explain_errors, find_reference
 
     path = Path(name_or_path)
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
@@ -297,23 +328,31 @@ def load_dataset_dict(
             if streaming
             else splits
         )
+    builder = {".jsonl": "json"}.get(path.suffix, path.suffix.removeprefix("."))
     if path.is_file():
-        builder = {".jsonl": "json"}.get(path.suffix, path.suffix.removeprefix("."))
         if builder not in ("parquet", "json", "csv"):
             raise ValueError(f"{path} is not a .parquet, .json, .jsonl or .csv file.")
         return load_dataset(builder, data_files=str(path), streaming=streaming)
     if path.is_dir():
         return load_dataset(str(path), streaming=streaming)
-    name, _, revision = name_or_path.partition("@")
-    if (
-        name.count("/") != 1
-        or name.startswith((".", "~", "/"))
-        or path.suffix in (".parquet", ".json", ".jsonl", ".csv")
-    ):
-        raise FileNotFoundError(
-            f"There is no file or folder {name_or_path}. (A dataset on the Hub is ORG/NAME or ORG/NAME@REVISION.)"
-        )
-    return load_dataset(name, name=config_name, revision=revision or None, streaming=streaming)
+    if builder in ("parquet", "json", "csv"):  # a name on the Hub may have a point, but not these
+        raise FileNotFoundError(f"There is no file or folder {name_or_path}.")
+    reference = find_reference(name_or_path, kind="dataset")
+    check_repository(reference, kind="dataset")
+    with explain_errors(f"Loading the dataset {reference}"):
+        return load_dataset(reference.name, name=config_name, revision=reference.revision, streaming=streaming)
+
+
+def hub_dataset_name(name_or_path: str | None) -> str | None:
+    """Id on the Hub of what [`load_dataset_dict`] was given, or `None` if that is not on the Hub."""
+    from ..hub import find_reference
+    from ..hub.references import UnknownReferenceError
+
+    try:
+        reference = find_reference(name_or_path or "", kind="dataset")
+    except UnknownReferenceError:
+        return None
+    return None if reference.is_local else reference.name
 
 
 def pick_split(

@@ -1,0 +1,28 @@
+"""Preference datasets as data: which columns they have, what is wrong with their rows, and what is in them."""
+
+from .export import card_files, check_splits, prepare_splits, push_dataset
+from .findings import KINDS, Finding, Place
+from .report import format_report
+from .schema import COLUMNS, Column, check_columns
+from .statistics import QUANTITIES, Quantity, SplitStatistics
+from .validation import ValidationReport, validate_splits
+
+
+__all__ = [
+    "COLUMNS",
+    "KINDS",
+    "QUANTITIES",
+    "Column",
+    "Finding",
+    "Place",
+    "Quantity",
+    "SplitStatistics",
+    "ValidationReport",
+    "card_files",
+    "check_columns",
+    "check_splits",
+    "format_report",
+    "prepare_splits",
+    "push_dataset",
+    "validate_splits",
+]

@@ -1,0 +1,241 @@
+"""Publishing a preference dataset on the Hub."""
+
+import io
+import os
+import tempfile
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, Image
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+from huggingface_hub.errors import EntryNotFoundError
+from PIL import Image as PILImage
+
+from ..evaluation.figures import ScoredPair, draw_pairs
+from ..hub.cards import PAPER, SAMPLES_FILE, card_template
+from ..hub.errors import call_with_retries, explain_errors
+from ..hub.upload import create_repository, push_files
+from .findings import shorten
+from .schema import COLUMNS, IMAGE_COLUMNS
+from .validation import ValidationReport, validate_splits
+
+
+PLOT_FILE = "statistics.png"
+NUM_SAMPLES = 4
+_SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6), ("1M<n<10M", 10**7))
+
+
+def prepare_splits(splits: Mapping[str, Dataset], source: str) -> DatasetDict:
+    """
+    Makes images of what names or holds image files, so that they are embedded when the dataset is uploaded, and checks the rest.
+
+    Args:
+        splits (`Mapping[str, Dataset]`):
+            The splits.
+        source (`str`):
+            Where they are from: paths of images in a file are relative to its folder.
+
+    Returns:
+        [`~datasets.DatasetDict`]: the same rows; the columns of `COLUMNS` first and in their order.
+    """
+    folder = Path(source).absolute()
+    folder = folder if folder.is_dir() else folder.parent
+    return DatasetDict({split: _prepare(rows, folder) for split, rows in splits.items()})
+
+
+def _prepare(rows: Dataset, folder: Path) -> Dataset:
+    for column in IMAGE_COLUMNS:
+        feature = rows.features.get(column)
+        if feature is None or isinstance(feature, Image):
+            continue
+        if getattr(feature, "dtype", None) == "string":
+            rows = rows.map(_find_files, fn_kwargs={"column": column, "folder": folder})
+        rows = rows.cast_column(column, Image())
+    known = [name for name in COLUMNS if name in rows.column_names]
+    return rows.select_columns(known + [name for name in rows.column_names if name not in COLUMNS])
+
+
+def _find_files(row: dict[str, Any], column: str, folder: Path) -> dict[str, str]:
+    return {column: os.path.join(folder, row[column])}
+
+
+def check_splits(splits: DatasetDict, *, show_progress: bool = True) -> ValidationReport:
+    """
+    Validates what is to be uploaded.
+
+    Raises:
+        `ValueError`: If it has errors; the message names the first ones.
+    """
+    report = validate_splits(splits, show_progress=show_progress)
+    if report.errors:
+        shown = "; ".join(f"{finding.place}: {finding.value} {finding.reason}" for finding in report.errors[:3])
+        raise ValueError(
+            f"The dataset has {len(report.errors)} errors, and is not uploaded: {shown} `trl_spatial data validate` lists "
+            "them all."
+        )
+    return report
+
+
+def push_dataset(
+    splits: DatasetDict,
+    repo_id: str,
+    report: ValidationReport,
+    *,
+    config_name: str = "default",
+    private: bool | None = None,
+    max_shard_size: str = "500MB",
+    license: str | None = None,
+) -> str:
+    """
+    Uploads a dataset: Parquet shards with the images in them, and a card. An interrupted upload that is started again sends
+    only the shards that are not there.
+
+    Args:
+        splits ([`~datasets.DatasetDict`]):
+            From [`prepare_splits`].
+        repo_id (`str`):
+            `"org/name"`; made if it is not there. Splits of the same names in it are replaced, others stay.
+        report ([`ValidationReport`]):
+            From [`check_splits`]: what the card tells.
+        config_name (`str`, *optional*, defaults to `"default"`):
+            Configuration: one of several datasets of a repository.
+        private (`bool`, *optional*):
+            Whether a new repository is private.
+        max_shard_size (`str`, *optional*, defaults to `"500MB"`):
+            Largest size of a shard.
+        license (`str`, *optional*):
+            License for the card, as the Hub abbreviates it.
+
+    Returns:
+        `str`: address of the repository.
+
+    Raises:
+        `HubError`: If the Hub cannot be reached or refuses; the message says why.
+    """
+    address = create_repository(repo_id, repo_type="dataset", private=private)
+    with explain_errors(f"Uploading to {repo_id}"):
+        call_with_retries(
+            splits.push_to_hub, repo_id, config_name=config_name, private=private, max_shard_size=max_shard_size
+        )
+    push_files(
+        card_files(splits, repo_id, report, config_name=config_name, license=license, written=_metadata(repo_id)),
+        repo_id,
+        repo_type="dataset",
+        message="Card",
+    )
+    return address
+
+
+def card_files(
+    splits: DatasetDict,
+    dataset_id: str,
+    report: ValidationReport,
+    *,
+    config_name: str = "default",
+    license: str | None = None,
+    written: Mapping[str, Any] | None = None,
+) -> dict[str, Path | bytes]:
+    """
+    The card of a dataset with its pictures.
+
+    Args:
+        splits ([`~datasets.DatasetDict`]):
+            The dataset.
+        dataset_id (`str`):
+            Where it goes.
+        report ([`ValidationReport`]):
+            What is in it.
+        config_name (`str`, *optional*, defaults to `"default"`), license (`str`, *optional*):
+            See [`push_dataset`].
+        written (`Mapping[str, Any]`, *optional*):
+            Front matter that is there already, from the upload of the shards: which files are which split.
+
+    Returns:
+        `dict[str, Path | bytes]`: name in the repository → content.
+    """
+    written = dict(written or {})
+    pictures: dict[str, Path | bytes] = {SAMPLES_FILE: _png(_draw_samples(next(iter(splits.values()))))}
+    if find_spec("matplotlib") is not None:
+        pictures[PLOT_FILE] = _plot(report, dataset_id)
+    number = sum(map(len, splits.values()))
+    front_matter = {
+        "license": license or written.pop("license", None),
+        "language": ["en"],
+        "pretty_name": dataset_id.split("/")[-1],
+        "size_categories": [next((name for name, limit in _SIZES if number < limit), "n>10M")],
+        "task_categories": ["text-to-image"],
+        "tags": ["preference", "reward-model", "spatial-reasoning", "trl"],
+    }
+    features = next(iter(splits.values())).features
+    card = DatasetCard.from_template(
+        DatasetCardData(**(written | {name: value for name, value in front_matter.items() if value is not None})),
+        template_path=str(card_template("dataset.md")),
+        name=dataset_id.split("/")[-1],
+        dataset_id=dataset_id,
+        config_name=None if config_name == "default" else config_name,
+        first_split=next(iter(splits)),
+        splits={split: statistics.to_dict() for split, statistics in report.statistics.items()},
+        no_shared_prompts=not any(finding.kind == "shared_prompt" for finding in report.findings),
+        columns=[_describe_column(name, feature) for name, feature in features.items()],
+        generators=sorted({name for part in report.statistics.values() for name in part.counts["generators"]}),
+        samples=SAMPLES_FILE,
+        plot=PLOT_FILE if PLOT_FILE in pictures else None,
+        paper=PAPER,
+    )
+    return {"README.md": str(card).encode(), **pictures}
+
+
+def _metadata(repo_id: str) -> dict[str, Any]:
+    """The front matter that the upload of the shards has written."""
+    with explain_errors(f"Reading the card of {repo_id}"):
+        try:
+            return call_with_retries(DatasetCard.load, repo_id, token=HfApi().token).data.to_dict()
+        except EntryNotFoundError:
+            return {}
+
+
+def _describe_column(name: str, feature: Any) -> dict[str, str]:
+    column = COLUMNS.get(name)
+    kind = (
+        "image" if isinstance(feature, Image) else getattr(feature, "dtype", None) or (column.holds if column else "")
+    )
+    return {"name": name, "type": str(kind), "purpose": column.purpose if column else ""}
+
+
+def _draw_samples(rows: Dataset) -> PILImage.Image:
+    pairs = [
+        ScoredPair(
+            prompt=row["prompt"],
+            chosen=row["chosen"],
+            rejected=row["rejected"],
+            chosen_score=None,
+            rejected_score=None,
+            caption=_describe_change(row),
+        )
+        for row in rows.select(range(min(NUM_SAMPLES, len(rows))))
+    ]
+    return draw_pairs(pairs, title="")
+
+
+def _describe_change(row: Mapping[str, Any]) -> str:
+    operations = row.get("operations") or []
+    if operations and isinstance(operations[0], Mapping) and {"before", "after"} <= set(operations[0]):
+        return "; ".join(f"{operation['before']} to {operation['after']}" for operation in operations)
+    return shorten(row.get("perturbed_prompt") or "")
+
+
+def _plot(report: ValidationReport, title: str) -> bytes:
+    from .charts import save_statistics
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / PLOT_FILE
+        save_statistics(report.statistics, file, title=title)
+        return file.read_bytes()
+
+
+def _png(picture: PILImage.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()

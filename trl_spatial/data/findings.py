@@ -1,0 +1,104 @@
+"""What a validation finds: in which place, what is there, what is wrong with it."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+# Kind of finding → how grave it is, and what the report calls it. An error makes the dataset unfit for training.
+KINDS: dict[str, tuple[str, str]] = {
+    "missing_column": ("error", "required columns that are missing"),
+    "wrong_type": ("error", "columns of a wrong type"),
+    "empty_split": ("error", "splits without rows"),
+    "bad_prompt": ("error", "prompts that are missing or empty"),
+    "bad_image": ("error", "images that are missing or damaged"),
+    "same_images": ("error", "pairs of one and the same image"),
+    "same_prompts": ("error", "perturbed prompts that are the prompt itself"),
+    "wrong_level": ("error", "levels that are not the number of operations"),
+    "no_relations": ("error", "empty lists of relations"),
+    "shared_image": ("error", "images that are in two splits"),
+    "duplicate_row": ("warning", "rows that are there twice"),
+    "shared_prompt": ("warning", "prompts that are in two splits"),
+    "absent_column": ("note", "optional columns that are not there"),
+    "unknown_column": ("note", "columns that are not checked"),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """
+    A place in a dataset.
+
+    Args:
+        split (`str`):
+            Name of the split.
+        row (`int`, *optional*):
+            Number of the row, from 0. `None`: all of the split.
+        column (`str`, *optional*):
+            Name of the column. `None`: the row as a whole.
+    """
+
+    split: str
+    row: int | None = None
+    column: str | None = None
+
+    def __str__(self) -> str:
+        parts = [self.split]
+        if self.row is not None:
+            parts.append(f"row {self.row}")
+        if self.column is not None:
+            parts.append(f"`{self.column}`")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """
+    One thing that a validation found.
+
+    Args:
+        kind (`str`):
+            A key of `KINDS`.
+        place ([`Place`]):
+            Where it is.
+        value (`str`):
+            What is there, shortened.
+        reason (`str`):
+            What is wrong with it, as a sentence whose subject is the value.
+        other ([`Place`], *optional*):
+            The other place, of what is in two.
+    """
+
+    kind: str
+    place: Place
+    value: str
+    reason: str
+    other: Place | None = None
+
+    @property
+    def severity(self) -> str:
+        """`"error"`, `"warning"` or `"note"`."""
+        return KINDS[self.kind][0]
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.value} {self.reason}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The finding as a flat mapping for JSON."""
+        flat = {"kind": self.kind, **asdict(self.place), "value": self.value, "reason": self.reason}
+        other = asdict(self.other) if self.other is not None else {}
+        return flat | {f"other_{name}": value for name, value in other.items()}
+
+
+def shorten(value: Any) -> str:
+    """A value as a message shows it: bytes by their number, an image file by its name, long texts by both ends."""
+    if isinstance(value, dict) and {"bytes", "path"} >= set(value):
+        value = value.get("path") or value.get("bytes")
+    if isinstance(value, (bytes, bytearray)):
+        return f"<{len(value)} bytes>"
+    return clip(repr(value), 80)
+
+
+def clip(text: str, length: int) -> str:
+    """A text of at most `length` characters, the middle left out."""
+    half = (length - 3) // 2
+    return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"

@@ -1,0 +1,236 @@
+"""Checking a preference dataset row by row, and its splits against each other."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from datasets import Dataset, Image
+from tqdm.auto import tqdm
+
+from .findings import Finding, Place, shorten
+from .images import ImageFacts, read_image
+from .schema import IMAGE_COLUMNS, PROMPT_COLUMNS, check_columns
+from .statistics import SplitStatistics, kinds_of
+
+
+_BATCH_SIZE = 16  # rows whose image files are in memory at a time
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """
+    What is wrong with a preference dataset, and what is in it.
+
+    Args:
+        findings (`list[Finding]`):
+            All that was found: split by split in the order of the rows, then what the splits share.
+        statistics (`dict[str, SplitStatistics]`):
+            What is in each split.
+    """
+
+    findings: list[Finding]
+    statistics: dict[str, SplitStatistics]
+
+    def of_severity(self, severity: str) -> list[Finding]:
+        """The findings that are an `"error"`, a `"warning"` or a `"note"`."""
+        return [finding for finding in self.findings if finding.severity == severity]
+
+    @property
+    def errors(self) -> list[Finding]:
+        """What makes the dataset unfit for training."""
+        return self.of_severity("error")
+
+    @property
+    def warnings(self) -> list[Finding]:
+        """What is worth a look."""
+        return self.of_severity("warning")
+
+    @property
+    def notes(self) -> list[Finding]:
+        """What is left to the reader."""
+        return self.of_severity("note")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report for JSON: `is_valid`, `errors`, `warnings`, `notes`, and `splits` with their statistics."""
+        found = {
+            name: [finding.to_dict() for finding in getattr(self, name)] for name in ("errors", "warnings", "notes")
+        }
+        splits = {split: statistics.to_dict() for split, statistics in self.statistics.items()}
+        return {"is_valid": not self.errors, **found, "splits": splits}
+
+
+def validate_splits(
+    splits: Mapping[str, Dataset],
+    *,
+    max_rows: int | None = None,
+    num_threads: int | None = None,
+    show_progress: bool = False,
+) -> ValidationReport:
+    """
+    Validate a preference dataset.
+
+    Images are decoded to the last byte, one at a time per thread, and forgotten: what is kept is 16 bytes for each. A null in
+    an optional column means that the value is not known, but for `perturbed_prompt`, which training would use.
+
+    Args:
+        splits ([`~datasets.DatasetDict`]):
+            The splits. Columns other than those of `COLUMNS` are not read.
+        max_rows (`int`, *optional*):
+            Look at the first rows of each split only.
+        num_threads (`int`, *optional*):
+            Threads that decode images. By default one per processor, at most 8.
+        show_progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a progress bar.
+
+    Returns:
+        [`ValidationReport`]: what was found. A dataset with faults is no exception.
+
+    Raises:
+        `ValueError`: If there is no split, or `max_rows` or `num_threads` is below 1.
+    """
+    if not splits:
+        raise ValueError("splits is empty: there is nothing to validate.")
+    for name, number in (("max_rows", max_rows), ("num_threads", num_threads)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name}={number} must be at least 1.")
+    heads = {
+        split: rows if max_rows is None else rows.select(range(min(max_rows, len(rows))))
+        for split, rows in splits.items()
+    }
+    total = max(sum(map(len, splits.values())), 1)
+    checks = []
+    bar = tqdm(total=sum(map(len, heads.values())), desc="Validating", unit="row", disable=not show_progress)
+    with bar, ThreadPoolExecutor(num_threads or min(os.cpu_count() or 1, 8)) as pool:
+        for split, rows in heads.items():
+            check = _SplitCheck(split, SplitStatistics(len(splits[split]), len(splits[split]) / total))
+            for num_rows in check.run(rows, pool):
+                bar.update(num_rows)
+            checks.append(check)
+    findings = [finding for check in checks for finding in check.findings] + _find_shared(checks)
+    return ValidationReport(findings, {check.split: check.statistics for check in checks})
+
+
+class _SplitCheck:
+    """Reads a split once and keeps what was found, what was counted, and where each prompt and image is first."""
+
+    def __init__(self, split: str, statistics: SplitStatistics):
+        self.split, self.statistics = split, statistics
+        self.findings: list[Finding] = []
+        self.prompts: dict[str, Place] = {}
+        self.images: dict[bytes, Place] = {}  # by the hash of their pixels
+        self.rows: dict[bytes, int] = {}  # by the hash of the prompt and of both images
+        self.scenes: set[str] = set()
+
+    def run(self, rows: Dataset, pool: ThreadPoolExecutor) -> Iterator[int]:
+        """Check all rows; yields how many were checked, batch by batch."""
+        columns, self.findings = check_columns(rows.features, self.split)
+        if len(rows) == 0:
+            self.findings.append(Finding("empty_split", Place(self.split), "the split", "has no rows."))
+        if not columns:
+            return
+        rows = rows.with_format(None).select_columns(columns)
+        for column in IMAGE_COLUMNS:
+            if isinstance(rows.features.get(column), Image):
+                rows = rows.cast_column(column, Image(decode=False))
+        start = 0
+        for batch in rows.iter(_BATCH_SIZE):
+            num_rows = len(batch[columns[0]])
+            images = {
+                column: list(pool.map(_try_to_read, batch[column])) for column in IMAGE_COLUMNS if column in batch
+            }
+            for i in range(num_rows):
+                row = {column: batch[column][i] for column in columns}
+                self._check_row(start + i, row, {column: found[i] for column, found in images.items()})
+            start += num_rows
+            yield num_rows
+        self.statistics.num_prompts, self.statistics.num_images = len(self.prompts), len(self.images)
+        if "scene" in columns:
+            self.statistics.num_scenes = len(self.scenes)
+
+    def _check_row(self, number: int, row: dict[str, Any], images: dict[str, ImageFacts | ValueError]) -> None:
+        self._check_prompts(number, row)
+        self._check_images(number, row, images)
+        self._check_record(number, row)
+        decoded = [image for image in images.values() if isinstance(image, ImageFacts)]
+        self.statistics.add(row, decoded)
+        if row.get("scene"):
+            self.scenes.add(row["scene"])
+        if isinstance(row.get("prompt"), str) and len(decoded) == len(IMAGE_COLUMNS):
+            self._check_duplicate(number, row["prompt"], decoded)
+
+    def _report(self, kind: str, number: int, column: str | None, value: str, reason: str) -> None:
+        self.findings.append(Finding(kind, Place(self.split, number, column), value, reason))
+
+    def _check_prompts(self, number: int, row: dict[str, Any]) -> None:
+        good = []
+        for column in PROMPT_COLUMNS:
+            if column not in row:
+                continue
+            if not isinstance(row[column], str):
+                reason = f"is a {type(row[column]).__name__}, not a string."
+                self._report("bad_prompt", number, column, shorten(row[column]), reason)
+            elif not row[column].strip():
+                self._report("bad_prompt", number, column, shorten(row[column]), "is empty.")
+            else:
+                good.append(row[column])
+                if column == "prompt":
+                    self.prompts.setdefault(row[column], Place(self.split, number, column))
+        if len(good) == len(PROMPT_COLUMNS) and good[0] == good[1]:
+            reason = "is the prompt itself, so that the reverse pair contradicts the pair."
+            self._report("same_prompts", number, "perturbed_prompt", shorten(good[1]), reason)
+
+    def _check_images(self, number: int, row: dict[str, Any], images: dict[str, ImageFacts | ValueError]) -> None:
+        digests = []
+        for column, image in images.items():
+            if isinstance(image, ValueError):
+                self._report("bad_image", number, column, shorten(row[column]), f"{image}.")
+            else:
+                digests.append(image.digest)
+                self.images.setdefault(image.digest, Place(self.split, number, column))
+        if len(digests) == len(IMAGE_COLUMNS) and digests[0] == digests[1]:
+            reason = "shows the same pixels as the chosen image: there is nothing to prefer."
+            self._report("same_images", number, "rejected", shorten(row["rejected"]), reason)
+
+    def _check_record(self, number: int, row: dict[str, Any]) -> None:
+        level, operations = row.get("level"), kinds_of(row.get("operations"), "operation")
+        if level is not None and operations is not None and level != len(operations):
+            reason = f"is not the number of operations, {len(operations)}."
+            self._report("wrong_level", number, "level", str(level), reason)
+        if kinds_of(row.get("relations"), "relation") == []:
+            reason = "is empty: the prompt asks for nothing."
+            self._report("no_relations", number, "relations", shorten(row["relations"]), reason)
+
+    def _check_duplicate(self, number: int, prompt: str, images: Sequence[ImageFacts]) -> None:
+        digest = hashlib.blake2b(b"".join(image.digest for image in images) + prompt.encode(), digest_size=16).digest()
+        first = self.rows.setdefault(digest, number)
+        if first != number:
+            reason, other = f"repeats row {first}: same prompt, same images.", Place(self.split, first)
+            self.findings.append(Finding("duplicate_row", Place(self.split, number), "the row", reason, other))
+
+
+def _try_to_read(value: Any) -> ImageFacts | ValueError:
+    try:
+        return read_image(value)
+    except ValueError as error:
+        return error
+
+
+def _find_shared(checks: Sequence[_SplitCheck]) -> list[Finding]:
+    """Images and prompts that are in two splits, each once for each two splits, at its first rows."""
+    findings = []
+    for first, second in combinations(checks, 2):
+        for digest, place in second.images.items():
+            if digest in first.images:
+                findings.append(_shared("shared_image", "the image", place, first.images[digest]))
+        for prompt, place in second.prompts.items():
+            if prompt in first.prompts:
+                findings.append(_shared("shared_prompt", shorten(prompt), place, first.prompts[prompt]))
+    return findings
+
+
+def _shared(kind: str, value: str, place: Place, other: Place) -> Finding:
+    return Finding(kind, place, value, f"is also at {other}.", other)

@@ -1,0 +1,94 @@
+"""What the demo measured, in the cards of the models it trained."""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from ..evaluation.figures import draw_pairs
+from ..evaluation.pairs import PairScores
+from ..hub.cards import SAMPLES_FILE, Card, Result
+from .reward_model import scored_pair
+
+
+NUM_SAMPLES = 4
+
+
+def update_reward_card(folder: Path, measured: dict[str, Any], pairs: Dataset, scores: PairScores) -> None:
+    """
+    Writes the measured accuracies and a picture into the card of the reward model.
+
+    Args:
+        folder (`Path`):
+            Folder of the model.
+        measured (`dict`):
+            From [`~demo.reward_model.measure`].
+        pairs (`Dataset`):
+            The held-out pairs.
+        scores ([`~evaluation.pairs.PairScores`]):
+            Their scores.
+    """
+    card = Card.load(folder)
+    if card is None:
+        return
+    titles = {
+        "all": {"all": "accuracy"},
+        "level": {"1": "accuracy, one change", "2": "two changes", "3": "three changes"},
+    }
+    results = [
+        Result(
+            metric=titles[group][name],
+            value=row["estimate"],
+            num_samples=row["num_pairs"],
+            unit="pairs",
+            interval=(row["low"], row["high"]),
+            dataset="pairs of rendered scenes",
+            split="test",
+        )
+        for group in titles
+        for name, row in measured["accuracy"][group].items()
+        if name in titles[group]
+    ]
+    # the first pairs: not chosen by how they came out
+    first = [scored_pair(pairs[index], scores, index) for index in range(min(NUM_SAMPLES, len(pairs)))]
+    draw_pairs(first, title="The first held-out pairs").save(folder / SAMPLES_FILE)
+    notes = (
+        f"Expected calibration error of P(chosen): {measured['expected_calibration_error']:.3f}. The model was trained and measured "
+        "in the small world of rendered shapes of `trl_spatial demo`, and knows no other images."
+    )
+    card.with_results(results, notes=notes).save(folder)
+
+
+def update_generator_card(folder: Path, before: dict[str, Any], after: dict[str, Any], num_images: int) -> None:
+    """
+    Writes what the rules of the scenes say of the images, and the mean reward, into the card of the LoRA weights.
+
+    Args:
+        folder (`Path`):
+            Folder of the weights.
+        before (`dict`), after (`dict`):
+            From [`~demo.generator.judge`], without and with the weights.
+        num_images (`int`):
+            Number of images of each.
+    """
+    card = Card.load(folder)
+    if card is None:
+        return
+    judged = {
+        "spatial_accuracy": "spatial accuracy, by the rules of the scenes (not trained on)",
+        "objects_present": "objects present, by the rules (not trained on)",
+    }
+    where = ("captions of rendered scenes", None, "test")
+    results = [
+        Result(title, after[name]["estimate"], num_images, "images", (after[name]["low"], after[name]["high"]), *where)
+        for name, title in judged.items()
+    ]
+    results.append(Result("mean SpatialScore (trained on)", after["reward"], num_images, "images", None, *where))
+    earlier = {title: before[name]["estimate"] for name, title in judged.items()}
+    card.with_results(
+        results,
+        before=earlier | {"mean SpatialScore (trained on)": before["reward"]},
+        metrics_step=None,
+        notes="The same noise before and after; intervals draw whole prompts. Trained and measured in the small world of rendered "
+        "shapes of `trl_spatial demo`; the base model is the tiny FLUX that ships with the package.",
+    ).save(folder)

@@ -1,0 +1,23 @@
+"""Names, uploads and cards: whatever has to do with the Hugging Face Hub."""
+
+from .cards import Card, Result, card_template
+from .checkpoints import collect_files
+from .errors import HubError, explain_errors
+from .references import Reference, find_reference
+from .safety import UnsafeRepositoryError, check_repository
+from .upload import push_files
+
+
+__all__ = [
+    "Card",
+    "HubError",
+    "Reference",
+    "Result",
+    "UnsafeRepositoryError",
+    "card_template",
+    "check_repository",
+    "collect_files",
+    "explain_errors",
+    "find_reference",
+    "push_files",
+]

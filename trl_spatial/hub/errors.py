@@ -1,0 +1,157 @@
+"""What went wrong with the Hub, in words."""
+
+import errno
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import logging
+
+
+logger = logging.get_logger(__name__)
+T = TypeVar("T")
+
+LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token from the settings of your account on the Hub."
+# Disk, quota and the largest size of a file: what a download or a converted dataset runs into.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_TRANSIENT = {408, 429, 500, 502, 503, 504}
+_MAX_TRIES, _LONGEST_WAIT = 6, 300.0
+
+
+class HubError(OSError):
+    """Something about the Hub failed; the message says what, where, and what to do."""
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status of an error, or `None` if there was no answer."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether the Hub was not reached at all."""
+    return isinstance(error, (ConnectionError, OfflineModeIsEnabled)) or (
+        isinstance(error, HTTPError) and status_of(error) is None
+    )
+
+
+@contextmanager
+def explain_errors(action: str) -> Iterator[None]:
+    """
+    Turns the Hub's errors into a [`HubError`] that says what to do.
+
+    Args:
+        action (`str`):
+            What is being done, for the message: `"Uploading to org/name"`.
+    """
+    try:
+        yield
+    except HubError:
+        raise
+    except (HTTPError, LocalTokenNotFoundError, LocalEntryNotFoundError, ConnectionError) as error:
+        status = status_of(error)
+        code = "" if status is None else f" (HTTP {status})"
+        raise HubError(f"{action} failed{code}: {_advice(error)}") from error
+    except OSError as error:
+        if not _is_full(error):
+            raise
+        raise HubError(
+            f"{action} failed: there is no room left on the disk ({error}). Free some, or let HF_HOME name a folder on a "
+            "larger one. What was finished is kept: the same command goes on from there."
+        ) from error
+
+
+def call_with_retries(function: Callable[..., T], *args: Any, has_fallback: bool = False, **kwargs: Any) -> T:
+    """
+    Calls a function that talks to the Hub, again if the Hub is busy or the connection breaks: after the time the Hub asks for
+    (`Retry-After`), or after 1, 2, 4, … seconds.
+
+    Args:
+        function (`Callable`):
+            A function that may be called again after it failed.
+        has_fallback (`bool`, *optional*, defaults to `False`):
+            Whether the caller can do without an answer, so that a Hub that cannot be reached is not waited for.
+        *args, **kwargs:
+            Arguments of the function.
+
+    Raises:
+        What the function raised the last time.
+    """
+    for number in range(1, _MAX_TRIES + 1):
+        try:
+            return function(*args, **kwargs)
+        except (HTTPError, ConnectionError, LocalEntryNotFoundError) as caught:
+            # what the Hub said when it was asked for a file that is not in the cache
+            error = caught.__cause__ if isinstance(caught, LocalEntryNotFoundError) and caught.__cause__ else caught
+            is_transient = status_of(error) in _TRANSIENT or (
+                is_connection_error(error) and not isinstance(error, OfflineModeIsEnabled) and not has_fallback
+            )
+            if number == _MAX_TRIES or not is_transient:
+                raise
+            wait = _retry_after(error)
+            wait = 2.0 ** (number - 1) if wait is None else wait
+            if wait > _LONGEST_WAIT:
+                raise
+            logger.warning(f"The Hub did not take it ({status_of(error) or error}); trying again in {wait:g} s.")
+            time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def _retry_after(error: BaseException) -> float | None:
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    value = headers.get("Retry-After", "")
+    return float(value) if value.isdigit() else None
+
+
+def _is_full(error: BaseException) -> bool:
+    # datasets wraps what it meets, or finds out beforehand that there is too little room
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    return any(
+        getattr(cause, "errno", None) in _FULL or str(cause).startswith("Not enough disk space") for cause in causes
+    )
+
+
+def _advice(error: BaseException) -> str:
+    status = status_of(error)
+    if isinstance(error, LocalTokenNotFoundError):
+        return f"you are not logged in. {LOG_IN}"
+    if isinstance(error, GatedRepoError):
+        return "access to it has to be asked for on its page, with the account whose token you use."
+    if isinstance(error, RevisionNotFoundError):
+        return "it has no such revision. After the @ comes a branch, a tag or a commit."
+    if isinstance(error, RepositoryNotFoundError):
+        return f"there is no such repository, or your token may not see it. {LOG_IN}"
+    if status == 401:
+        return f"the Hub does not know your token. {LOG_IN}"
+    if status == 403:
+        return (
+            "your token may not do this. It needs the right to write, and you the right to write in that namespace: "
+            "choose another one with --namespace, or make a token with the role `write`."
+        )
+    if status == 429:
+        return f"the Hub limits how often you may ask{_seconds(error)}. The same command goes on where it was."
+    if isinstance(error, HfHubHTTPError) and status is not None:
+        return str(error).splitlines()[0]
+    if isinstance(error, LocalEntryNotFoundError):
+        return (
+            "it is not in the cache, and the Hub cannot be reached (HF_HUB_OFFLINE is set, or there is no network). Load "
+            "it once while you are online."
+        )
+    return f"the Hub cannot be reached ({error}). The same command goes on where it was."
+
+
+def _seconds(error: BaseException) -> str:
+    wait = _retry_after(error)
+    return "" if wait is None else f"; try again in {wait:g} s"

@@ -1,0 +1,166 @@
+"""What a dataset or a model is called: a local path, or a repository on the Hub."""
+
+import os
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from huggingface_hub import constants, get_token, whoami
+from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import logging
+
+from .errors import HubError, call_with_retries, is_connection_error, status_of
+
+
+logger = logging.get_logger(__name__)
+
+NAMESPACE_VARIABLE = "TRL_SPATIAL_NAMESPACE"
+OWN_NAMESPACE = "hub"  # `hub/NAME` is NAME under the user's namespace
+FORMS = "a local path, ORG/NAME or ORG/NAME@REVISION on the Hub, or hub/NAME for NAME under your own namespace"
+_PART = r"[A-Za-z0-9_-][\w.-]*"
+_REFERENCE = re.compile(rf"(?P<namespace>{_PART})/(?P<name>{_PART})(?:@(?P<revision>\S+))?")
+_NAMESPACE_HELP = (
+    f"`hub/NAME` stands for NAME under your namespace on the Hub. Say which that is: --namespace ORG, or "
+    f"{NAMESPACE_VARIABLE}=ORG in the environment, or log in with `hf auth login`; or write ORG/NAME."
+)
+
+
+class UnknownReferenceError(ValueError, FileNotFoundError):
+    """A name is neither a local path nor like one of the Hub."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """
+    Where a dataset or a model is.
+
+    Args:
+        name (`str`):
+            Local path, or the id of a repository, `"org/name"`.
+        revision (`str`, *optional*):
+            Branch, tag or commit of the repository.
+        is_local (`bool`):
+            Whether it is a local path.
+    """
+
+    name: str
+    revision: str | None
+    is_local: bool
+
+    def __str__(self) -> str:
+        return self.name if self.revision is None else f"{self.name}@{self.revision}"
+
+
+def find_reference(name: str | Path, *, kind: str, revision: str | None = None) -> Reference:
+    """
+    Says where the dataset or model is that a user has named. What is there as a file or folder is local.
+
+    Args:
+        name (`str` or `Path`):
+            A local path, `org/name`, `org/name@revision`, or `hub/NAME`, which is NAME under the namespace of
+            [`find_namespace`].
+        kind (`str`):
+            `"model"`, `"dataset"` or `"space"`.
+        revision (`str`, *optional*):
+            Branch, tag or commit, if it was given beside the name.
+
+    Raises:
+        [`UnknownReferenceError`]: If the name has none of these forms.
+        `ValueError`: If two revisions were given.
+        `HubError`: If `hub/NAME` is asked for and there is no namespace.
+    """
+    if str(name) and Path(name).exists():
+        return Reference(str(name), None, is_local=True)
+    match = _REFERENCE.fullmatch(str(name))
+    if match is None:
+        raise UnknownReferenceError(f"There is no file or folder {name}. Name a {kind} by {FORMS}.")
+    if revision is not None and match["revision"] not in (None, revision):
+        raise ValueError(f"{name} asks for the revision {match['revision']!r}, but {revision!r} was given too.")
+    namespace = match["namespace"]
+    if namespace == OWN_NAMESPACE:
+        namespace = find_namespace(match["name"], kind=kind)
+    return Reference(f"{namespace}/{match['name']}", match["revision"] or revision, is_local=False)
+
+
+def find_repository(name: str, *, kind: str, token: str | None = None) -> str:
+    """
+    Id of the repository that something is to be uploaded to.
+
+    Args:
+        name (`str`):
+            `org/name`, `hub/NAME`, or `NAME` alone, which means `hub/NAME`.
+        kind (`str`):
+            `"model"`, `"dataset"` or `"space"`.
+        token (`str`, *optional*):
+            Token of the user whose namespace `hub/` is. Defaults to the one of the logged-in user.
+
+    Raises:
+        `ValueError`: If the name has none of these forms.
+        `HubError`: If there is no namespace.
+    """
+    match = _REFERENCE.fullmatch(name if "/" in name else f"{OWN_NAMESPACE}/{name}")
+    if match is None or match["revision"] is not None:
+        raise ValueError(
+            f"{name!r} is not the name of a repository. Write ORG/NAME, or hub/NAME for NAME under your own namespace; names "
+            "have letters, digits, `-`, `_` and `.`."
+        )
+    namespace = match["namespace"]
+    if namespace == OWN_NAMESPACE:
+        namespace = find_namespace(match["name"], kind=kind, token=token)
+    return f"{namespace}/{match['name']}"
+
+
+def find_namespace(name: str, *, kind: str, token: str | None = None) -> str:
+    """
+    The namespace that `hub/` stands for: `TRL_SPATIAL_NAMESPACE`, which `--namespace` sets, or the logged-in user. Without a
+    connection, where nobody can be asked who is logged in, it is the namespace under which `name` is in the cache.
+
+    Args:
+        name (`str`):
+            Name of the repository.
+        kind (`str`):
+            `"model"`, `"dataset"` or `"space"`.
+        token (`str`, *optional*):
+            Token of the user. Defaults to the one of the logged-in user.
+
+    Raises:
+        `HubError`: If there is none; the message says how to set it.
+    """
+    if namespace := os.environ.get(NAMESPACE_VARIABLE, "").strip():
+        if not re.fullmatch(_PART, namespace):
+            raise ValueError(f"The namespace {namespace!r} is not the name of a user or an organization on the Hub.")
+        return namespace
+    try:
+        return _logged_in_user(token or get_token())
+    except LocalTokenNotFoundError as error:
+        raise HubError(f"You are not logged in, and no namespace is set. {_NAMESPACE_HELP}") from error
+    except (HTTPError, ConnectionError) as error:
+        if is_connection_error(error):
+            return _cached_namespace(name, kind, error)
+        if status_of(error) in (401, 403):
+            raise HubError(f"The Hub does not know your token, and no namespace is set. {_NAMESPACE_HELP}") from error
+        raise HubError(f"The Hub was asked who is logged in, and answered {error}. {_NAMESPACE_HELP}") from error
+
+
+@lru_cache
+def _logged_in_user(token: str | None) -> str:
+    if constants.is_offline_mode():
+        raise ConnectionError("HF_HUB_OFFLINE is set")
+    return call_with_retries(whoami, token=token, has_fallback=True)["name"]
+
+
+def _cached_namespace(name: str, kind: str, error: Exception) -> str:
+    prefix = f"{kind}s--"
+    found = sorted(
+        folder.name.removeprefix(prefix).removesuffix(f"--{name}")
+        for folder in Path(constants.HF_HUB_CACHE).glob(f"{prefix}*--{name}")
+        if any((folder / "snapshots").glob("*"))
+    )
+    if len(found) != 1:
+        state = f"the cache has it of {', '.join(found)}" if found else "the cache has nothing of that name"
+        raise HubError(
+            f"The Hub cannot be asked who is logged in ({error}), and {state}. {_NAMESPACE_HELP}"
+        ) from error
+    logger.warning(f"The Hub cannot be reached: hub/{name} is taken to be {found[0]}/{name}, which is in the cache.")
+    return found[0]

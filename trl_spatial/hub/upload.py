@@ -1,0 +1,139 @@
+"""Uploads that can be interrupted, and leave a repository either as it was or complete."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+from .errors import call_with_retries, explain_errors, status_of
+from .safety import check_public
+
+
+# What the Hub itself puts into a repository, or replaces in one go.
+_HUB_FILES = (".gitattributes", "README.md")
+
+
+def create_repository(
+    repo_id: str, *, repo_type: str = "model", private: bool | None = None, token: str | None = None
+) -> str:
+    """
+    Makes a repository, if it is not there.
+
+    Args:
+        repo_id (`str`):
+            `"org/name"`.
+        repo_type (`str`, *optional*, defaults to `"model"`):
+            `"model"`, `"dataset"` or `"space"`.
+        private (`bool`, *optional*):
+            Whether only its owners see it. One that is there stays as it is.
+        token (`str`, *optional*):
+            Token of the Hub. Defaults to the one of the logged-in user.
+
+    Returns:
+        `str`: its address.
+    """
+    with explain_errors(f"Making the {repo_type} repository {repo_id}"):
+        return str(
+            call_with_retries(
+                HfApi(token=token).create_repo,
+                repo_id,
+                repo_type=repo_type,
+                private=private,
+                exist_ok=True,
+                space_sdk="gradio" if repo_type == "space" else None,
+            )
+        )
+
+
+def push_files(
+    files: Mapping[str, Path | bytes],
+    repo_id: str,
+    *,
+    repo_type: str = "model",
+    message: str,
+    path_in_repo: str = "",
+    private: tuple[Path, ...] = (),
+    replace: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+) -> str:
+    """
+    Uploads files to a repository in one commit: it has all of them afterwards, or none. What an interrupted upload had
+    finished is not sent again.
+
+    Args:
+        files (`Mapping[str, Path | bytes]`):
+            Name in the repository → local file, or its content.
+        repo_id (`str`):
+            `"org/name"`; it must be there, see [`create_repository`].
+        repo_type (`str`, *optional*, defaults to `"model"`):
+            `"model"`, `"dataset"` or `"space"`.
+        message (`str`):
+            Title of the commit.
+        path_in_repo (`str`, *optional*):
+            Folder of the repository that they go to.
+        private (`tuple[Path, ...]`, *optional*):
+            Folders whose paths must not be in the files, see [`~hub.safety.check_public`].
+        replace (`bool`, *optional*):
+            What to do if the repository has other files: `True` deletes them, `False` is an error, so that two models do not
+            mix. `None` leaves them there.
+        token (`str`, *optional*):
+            Token of the Hub. Defaults to the one of the logged-in user.
+        revision (`str`, *optional*):
+            Branch. Defaults to `"main"`.
+
+    Returns:
+        `str`: address of the commit.
+
+    Raises:
+        `ValueError`: If something in the files is not for the public, or the repository has other files.
+        `HubError`: If the Hub cannot be reached or refuses; the message says why.
+    """
+    check_public(files, private=private)
+    api = HfApi(token=token)
+    names = {f"{path_in_repo}/{name}" if path_in_repo else name: source for name, source in files.items()}
+    with explain_errors(f"Uploading to {repo_id}"):
+        others = [] if replace is None else _other_files(api, repo_id, repo_type, revision, set(names))
+        if others and not replace:
+            raise ValueError(
+                f"{repo_id} has files that this upload does not: {', '.join(others[:5])}"
+                f"{f' and {len(others) - 5} more' if len(others) > 5 else ''}. Choose another name, or delete them in the "
+                "same commit with --replace (the repository's history keeps them)."
+            )
+        return call_with_retries(_commit, api, names, others, repo_id, repo_type, message, revision)
+
+
+def _commit(
+    api: HfApi,
+    files: Mapping[str, Path | bytes],
+    deleted: list[str],
+    repo_id: str,
+    repo_type: str,
+    message: str,
+    revision: str | None,
+) -> str:
+    # made anew for every try: the client refuses operations that it has seen
+    additions = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=source if isinstance(source, bytes) else str(source))
+        for name, source in files.items()
+    ]
+    deletions = [CommitOperationDelete(path_in_repo=name) for name in deleted]
+    commit = api.create_commit(
+        repo_id=repo_id,
+        repo_type=repo_type,
+        operations=[*additions, *deletions],
+        commit_message=message,
+        revision=revision,
+    )
+    return str(commit.commit_url)
+
+
+def _other_files(api: HfApi, repo_id: str, repo_type: str, revision: str | None, names: set[str]) -> list[str]:
+    try:
+        there = call_with_retries(api.list_repo_files, repo_id, repo_type=repo_type, revision=revision)
+    except HfHubHTTPError as error:
+        if status_of(error) == 404:  # made a moment ago, and still without a commit
+            return []
+        raise
+    return [name for name in there if name not in names and name not in _HUB_FILES]

@@ -1,0 +1,158 @@
+"""`trl_spatial push`: upload a model, a dataset or a Space to the Hub."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .utils import SpatialParser, load_dataset_dict
+
+
+if TYPE_CHECKING:
+    from ..hub.checkpoints import Kind
+
+
+EXAMPLES = """\
+  # a trained reward model; LoRA weights of a diffusion model
+  trl_spatial push SpatialScore-7B --to hub/SpatialScore-7B
+  trl_spatial push FLUX.1-dev-SpatialScore --to ORG/FLUX.1-dev-SpatialScore --private
+
+  # a dataset: Parquet with the images in it, and a card
+  trl_spatial push pairs --to hub/SpatialReward --license apache-2.0
+
+  # what would be uploaded
+  trl_spatial push SpatialScore-7B --to ORG/SpatialScore-7B --dry-run
+"""
+
+
+def make_parser(prog: str = "trl_spatial push") -> SpatialParser:
+    parser = SpatialParser(
+        prog=prog,
+        usage=f"{prog} RUN --to NAME [OPTIONS]",
+        description="Upload a folder to the Hub with a card that says how it was made and measured: a SpatialScore checkpoint, LoRA "
+        "weights or a pipeline, a dataset, a Space. What a training keeps for itself stays here, and so do paths and tokens. An "
+        "interrupted upload goes on where it was when it is started again.",
+        examples=EXAMPLES,
+    )
+    parser.add_argument(
+        "run", metavar="RUN", help="Folder to upload: of a training, a merged model, a dataset, a Space."
+    )
+    parser.add_argument(
+        "--to",
+        required=True,
+        metavar="NAME",
+        help="Repository: ORG/NAME, or hub/NAME for NAME under your own namespace.",
+    )
+    parser.add_argument("--private", action="store_true", help="Make the repository private, if it is new.")
+    parser.add_argument(
+        "--dry-run", "--dry_run", action="store_true", help="Show what would be uploaded, and upload nothing."
+    )
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="Delete the other files of the repository in the same commit. Its history keeps them.",
+    )
+    parser.add_argument(
+        "--base_model",
+        help="Hub id of the model that RUN was trained on, if it was trained on a local copy: ORG/NAME or hub/NAME.",
+    )
+    parser.add_argument("--license", help="License for the card, as the Hub abbreviates it, for example apache-2.0.")
+    parser.add_argument(
+        "--config_name", default="default", help="Of a dataset: name of the configuration in the repository."
+    )
+    parser.add_argument("--max_shard_size", default="500MB", help="Of a dataset: largest size of a Parquet shard.")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    from ..hub.checkpoints import find_kind
+    from ..hub.references import find_repository
+
+    kind = find_kind(args.run)
+    repo_id = find_repository(args.to, kind=kind.repo_type)
+    if kind.repo_type == "dataset":
+        push_dataset(args, repo_id)
+    else:
+        push_folder(args, repo_id, kind)
+
+
+def push_folder(args: argparse.Namespace, repo_id: str, kind: "Kind") -> None:
+    """Upload a model or a Space, or show what would be uploaded."""
+    from ..hub.checkpoints import collect_files, lacks_base_model
+    from ..hub.references import find_repository
+    from ..hub.safety import check_public
+    from ..hub.upload import create_repository, push_files
+
+    base_model = None if args.base_model is None else find_repository(args.base_model, kind="model")
+    files = collect_files(args.run, repo_id, base_model=base_model, license=args.license)
+    if lacks_base_model(files):
+        raise ValueError(
+            f"{args.run} is an adapter of a local copy of its base model, and would load nowhere else. Name the base model on "
+            "the Hub with --base_model ORG/NAME, or push a whole model: `trl_spatial merge --model "
+            f"{args.run} --output MERGED`."
+        )
+    private = (Path(args.run),)
+    if args.dry_run:
+        check_public(files, private=private)
+        show_plan(repo_id, kind, files)
+        return
+    address = create_repository(repo_id, repo_type=kind.repo_type, private=args.private or None)
+    push_files(
+        files,
+        repo_id,
+        repo_type=kind.repo_type,
+        message=f"Upload {kind.name}",
+        private=private,
+        replace=args.replace,
+    )
+    print(f"Pushed {len(files)} files, {format_size(sum(map(size_of, files.values())))}, to {address}")
+
+
+def push_dataset(args: argparse.Namespace, repo_id: str) -> None:
+    """Upload a dataset, or show what would be uploaded."""
+    from ..data import export
+
+    splits = export.prepare_splits(load_dataset_dict(args.run), args.run)
+    report = export.check_splits(splits)
+    for finding in report.warnings[:5]:
+        print(f"warning: {finding.place}: {finding.value} {finding.reason}")
+    rows = ", ".join(f"{len(pairs):,} rows in the {split} split" for split, pairs in splits.items())
+    if args.dry_run:
+        card = export.card_files(splits, repo_id, report, config_name=args.config_name, license=args.license)
+        print(f"Would push a dataset to {repo_id}: {rows}, as Parquet, and {', '.join(card)}")
+        return
+    address = export.push_dataset(
+        splits,
+        repo_id,
+        report,
+        config_name=args.config_name,
+        private=args.private or None,
+        max_shard_size=args.max_shard_size,
+        license=args.license,
+    )
+    print(f"Pushed {rows} to {address}")
+
+
+def show_plan(repo_id: str, kind: "Kind", files: dict[str, Path | bytes]) -> None:
+    """Print the files and their sizes."""
+    print(f"Would push {kind.name} to {repo_id}:")
+    for name, source in sorted(files.items()):
+        print(f"  {format_size(size_of(source)):>9}  {name}")
+    print(f"  {format_size(sum(map(size_of, files.values()))):>9}  in {len(files)} files")
+
+
+def size_of(source: Path | bytes) -> int:
+    """Number of bytes of a file."""
+    return len(source) if isinstance(source, bytes) else source.stat().st_size
+
+
+def format_size(size: float) -> str:
+    """`1536` → `1.5 kB`."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())

@@ -1,0 +1,123 @@
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+from huggingface_hub import SpaceCard, SpaceCardData
+
+from ..hub import Reference, card_template, find_reference
+
+
+APP = Path(__file__).with_name("app.py")
+GRADIO_VERSION = "6.30.0"
+REQUIREMENTS = f"""\
+trl-spatial>={version("trl-spatial")},<1
+gradio>=6.30,<7
+"""
+
+
+def build_space(folder: str | Path, model_id: str, title: str | None = None) -> None:
+    """
+    Writes a Space: `app.py`, `requirements.txt` and `README.md`.
+
+    Args:
+        folder (`str` or `Path`):
+            Where to; created if missing.
+        model_id (`str`):
+            The reward model on the Hub: `org/name`, `org/name@revision`, or `hub/NAME` for one of your own.
+        title (`str`, *optional*):
+            Title of the page and of the Space. If `None`, the name of the model.
+
+    Raises:
+        `ValueError`: If the model is a local path or its name not one of the Hub, or the title is not one line of text.
+    """
+    model = find_hub_model(model_id)
+    title = model.name.split("/")[1] if title is None else title.strip()
+    if not title or not title.isprintable():
+        raise ValueError(f"The title {title!r} is not one line of text.")
+    contents = {
+        "app.py": fill_constants(APP.read_text(encoding="utf-8"), MODEL_ID=str(model), TITLE=title),
+        "requirements.txt": REQUIREMENTS,
+        "README.md": build_card(model, title),
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        (folder / name).write_text(content, encoding="utf-8")
+
+
+def find_hub_model(name: str) -> Reference:
+    """
+    Says which model a Space is to load.
+
+    Args:
+        name (`str`):
+            What a user has named.
+
+    Returns:
+        [`Reference`]: The model, on the Hub.
+
+    Raises:
+        `ValueError`: If it is a local path, or not a name of the Hub.
+    """
+    model = find_reference(name, kind="model")
+    if model.is_local:
+        raise ValueError(
+            f"{name} is on this machine, where a Space cannot read it. Push the model to the Hub and give its id there "
+            f"(ORG/NAME), or serve the page from here: trl_spatial space serve --model {name}"
+        )
+    return model
+
+
+def fill_constants(source: str, **constants: str) -> str:
+    """
+    Sets constants in the source of a module.
+
+    Args:
+        source (`str`):
+            The module, with a line `NAME = "..."` per constant.
+        **constants (`str`):
+            Values by name.
+
+    Returns:
+        `str`: The module with these values.
+
+    Raises:
+        `ValueError`: If the module has none or several of these lines.
+    """
+    lines = source.splitlines(keepends=True)
+    for name, value in constants.items():
+        places = [index for index, line in enumerate(lines) if line.startswith(f'{name} = "')]
+        if len(places) != 1:
+            raise ValueError(f"Expected one line with the constant {name}, found {len(places)}.")
+        lines[places[0]] = f"{name} = {json.dumps(value, ensure_ascii=False)}\n"
+    return "".join(lines)
+
+
+def build_card(model: Reference, title: str) -> str:
+    """
+    Fills the Space's `README.md`.
+
+    Args:
+        model ([`Reference`]):
+            The reward model.
+        title (`str`):
+            Title of the Space.
+
+    Returns:
+        `str`: Front matter, which the Hub reads, and text.
+    """
+    card_data = SpaceCardData(
+        title=title,
+        emoji="📐",
+        colorFrom="blue",
+        colorTo="green",
+        sdk="gradio",
+        sdk_version=GRADIO_VERSION,
+        python_version="3.12",
+        app_file="app.py",
+        license="apache-2.0",
+        models=[model.name],
+        short_description="Rank images by how well they show a prompt's layout",
+    )
+    template = card_template("space.md")
+    return str(SpaceCard.from_template(card_data, template_path=str(template), title=title, model=model))
