@@ -304,7 +304,13 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
         model.get_base_model().config.save_pretrained(folder)
+        readme = folder / "README.md"
+        text = readme.read_bytes() if readme.is_file() else None
         model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+        # PEFT writes an empty form as the card, with the backbone's local path in it
+        readme.unlink(missing_ok=True)
+        if text is not None:
+            readme.write_bytes(text)
     else:
         model.save_pretrained(folder, state_dict=state_dict)
     processor.save_pretrained(folder)

@@ -22,6 +22,7 @@ _PRIVATE = (
 )
 _PRIVATE_WEIGHTS = ("trained_weights.safetensors", "ema.safetensors")
 ADAPTER_CONFIG = "adapter_config.json"
+_MODEL_NAMES = ("base_model_name_or_path", "_name_or_path", "name_or_path")
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 REWARD_MODEL_TYPE = "gaussian_reward"
 
@@ -162,8 +163,8 @@ def collect_files(
         names = ("app.py", "requirements.txt", "README.md")
         return {name: folder / name for name in names if (folder / name).is_file()}
     files: dict[str, Path | bytes] = {path.relative_to(folder).as_posix(): path for path in _model_files(folder, kind)}
-    if ADAPTER_CONFIG in files:
-        files[ADAPTER_CONFIG] = _public_adapter_config(folder / ADAPTER_CONFIG, base_model)
+    settings = [name for name in files if name.endswith("config.json") or name == "model_index.json"]
+    files |= {name: _without_local_names(folder / name, base_model) for name in settings}
     return files | _card_files(folder, kind, repo_id, base_model, license)
 
 
@@ -182,15 +183,27 @@ def _is_public(path: Path) -> bool:
     return path.is_file() and path.suffix in _WEIGHTS + _SETTINGS and path.name != CARD_FILE and not is_private
 
 
-def _public_adapter_config(file: Path, base_model: str | None) -> bytes:
-    """The adapter's configuration without the local path of the model it was trained on."""
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    recorded = config.get("base_model_name_or_path")
-    if base_model is not None:
-        config["base_model_name_or_path"] = base_model
-    elif recorded is not None and is_local_name(recorded):
-        config["base_model_name_or_path"] = None
-    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+def _without_local_names(file: Path, base_model: str | None) -> Path | bytes:
+    """A file of settings in which the local path of the model that was trained gives way to its Hub id, or to nothing."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    is_changed = _replace_local_names(settings, base_model)
+    return (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode() if is_changed else file
+
+
+def _replace_local_names(settings: Any, base_model: str | None) -> bool:
+    if isinstance(settings, list):
+        changed = [_replace_local_names(item, base_model) for item in settings]
+        return any(changed)
+    if not isinstance(settings, dict):
+        return False
+    is_changed = False
+    for key, value in settings.items():
+        if key in _MODEL_NAMES and isinstance(value, str) and value and is_local_name(value):
+            settings[key] = base_model
+            is_changed = True
+        elif _replace_local_names(value, base_model):
+            is_changed = True
+    return is_changed
 
 
 def is_local_name(name: str) -> bool:
@@ -201,7 +214,10 @@ def is_local_name(name: str) -> bool:
 def lacks_base_model(files: dict[str, Path | bytes]) -> bool:
     """Whether the files are an adapter that does not say on the Hub which model it belongs to."""
     config = files.get(ADAPTER_CONFIG)
-    return isinstance(config, bytes) and json.loads(config)["base_model_name_or_path"] is None
+    if config is None:
+        return False
+    text = config if isinstance(config, bytes) else config.read_bytes()
+    return json.loads(text).get("base_model_name_or_path") is None
 
 
 def _card_files(

@@ -24,6 +24,8 @@ _TOKENS = re.compile(
     r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}"
     r"|xox[abp]-[\w-]{10,})"
 )
+_PATHS = re.compile(r"(?<![\w./:])/[\w.@+-]+(?:/[\w.@+-]+)+")
+_SYSTEM_FOLDERS = ("/bin/", "/dev/", "/etc/", "/proc/", "/sys/", "/usr/")
 _TOKEN_VARIABLES = re.compile(r"(TOKEN|API_?KEY|SECRET|PASSWORD)$")
 _SHORTEST_SECRET = 8
 
@@ -51,17 +53,15 @@ def check_repository(reference: Reference, *, kind: str) -> None:
         return
     with explain_errors(f"Loading {reference}"):
         try:
-            files = call_with_retries(
-                HfApi().list_repo_files,
-                reference.name,
-                repo_type=kind,
-                revision=reference.revision,
-                has_fallback=True,
+            # not `list_repo_files`, which waits long for a Hub that cannot be reached
+            info = call_with_retries(
+                HfApi().repo_info, reference.name, repo_type=kind, revision=reference.revision, has_fallback=True
             )
         except HTTPError as error:
             if is_connection_error(error):
                 return
             raise
+    files = [file.rfilename for file in info.siblings or []]
     unsafe = [name for name in files if name.lower().endswith(PICKLE_SUFFIXES + CODE_SUFFIXES)]
     if unsafe:
         shown = ", ".join(unsafe[:5]) + (f" and {len(unsafe) - 5} more" if len(unsafe) > 5 else "")
@@ -96,7 +96,7 @@ def check_public(files: Mapping[str, Path | bytes], *, private: tuple[Path, ...]
         text = _readable_part(name, source)
         if _TOKENS.search(text) or any(secret in text for secret in secrets):
             findings.append(f"{name} holds a secret token")
-        if Path(name).name not in _VOCABULARIES and (found := next((path for path in paths if path in text), None)):
+        if Path(name).name not in _VOCABULARIES and (found := _find_path(text, paths)):
             findings.append(f"{name} holds the path {found} of this machine")
     if findings:
         raise ValueError(
@@ -117,6 +117,14 @@ def _own_paths(private: tuple[Path, ...]) -> list[str]:
     paths |= {f"/home/{user}", f"/Users/{user}", f"C:\\Users\\{user}"}
     # `/` and relative names are found everywhere and say nothing
     return sorted(path for path in paths if len(path) > 1 and Path(path).is_absolute())
+
+
+def _find_path(text: str, paths: list[str]) -> str | None:
+    """A folder of the user that the text names, or any other path in it that is there on this machine."""
+    if found := next((path for path in paths if path in text), None):
+        return found
+    named = (match[0] for match in _PATHS.finditer(text))
+    return next((path for path in named if not path.startswith(_SYSTEM_FOLDERS) and Path(path).exists()), None)
 
 
 def _readable_part(name: str, source: Path | bytes) -> str:
