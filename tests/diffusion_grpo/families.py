@@ -43,7 +43,9 @@ class Family:
 
 FAMILIES = {
     "flux": Family(build_flux_pipeline, {"guidance_scale": 3.5}, {"guidance_scale": 3.5}),
-    "flux_unguided": Family(partial(build_flux_pipeline, guidance_embeds=False), {"guidance_scale": 3.5}, {}),
+    "flux_unguided": Family(
+        partial(build_flux_pipeline, guidance_embeds=False), {"guidance_scale": 3.5}, {"guidance_scale": 3.5}
+    ),
     "qwen_image": Family(
         build_qwen_image_pipeline,
         {"guidance_scale": 4.0, "negative_prompt": "a dog"},

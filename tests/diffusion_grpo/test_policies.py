@@ -1,5 +1,7 @@
 """Every family against its own pipeline, alone and in a batch, in rollout and in training."""
 
+import ast
+import re
 from dataclasses import fields, replace
 
 import numpy as np
@@ -324,6 +326,7 @@ def test_components_are_the_pipelines(guided):
     pipeline = policy.pipeline
     assert POLICIES[type(pipeline).__name__].endswith(f":{type(policy).__name__}")
     assert policy.pipeline_class == type(pipeline).__name__
+    assert policy.pipeline_guidance(FAMILIES[guided].options()) == FAMILIES[guided].pipeline_guidance
     assert policy.transformer is pipeline.transformer and policy.vae is pipeline.vae
     encoders = [component for key, component in pipeline.components.items() if key.startswith("text_encoder")]
     assert policy.encoders == encoders and encoders
@@ -395,6 +398,14 @@ def test_exported_weights_make_the_same_images_in_plain_diffusers(make_trainer, 
 
     pipeline = family.build()
     before = run_pipeline(pipeline, family, options, output_type="latent")
+    # the card tells users the guidance in the pipeline's own words
+    (call,) = re.findall(
+        r"image = pipeline\(\n(.*?)\n\)", (tmp_path / "lora" / "README.md").read_text(), flags=re.DOTALL
+    )
+    arguments = ast.parse(f"call({call.strip()})", mode="eval").body.keywords
+    said = {argument.arg: ast.literal_eval(argument.value) for argument in arguments}
+    sizes = {key: said.pop(key) for key in ("height", "width", "num_inference_steps", "max_sequence_length")}
+    assert list(sizes.values()) == [16, 16, 3, MAX_SEQUENCE_LENGTH] and said == family.pipeline_guidance
     pipeline.load_lora_weights(tmp_path / "lora")
     after = run_pipeline(pipeline, family, options, output_type="latent")
     assert torch.equal(after, run_pipeline(trainer.policy.pipeline, family, options, output_type="latent"))

@@ -329,6 +329,7 @@ class DiffusionTrainer(HubTrainerMixin):
             self.state.log_history,
             lora_config=next(iter(self.model.peft_config.values())) if checkpointing.has_adapter(self.model) else None,
             pipeline_name=type(self.policy.pipeline).__name__,
+            guidance=self.policy.pipeline_guidance(self._eval_options),
             num_updates=self.state.global_step,
             trained_rewards=dict(zip(rewards.names, rewards.weights.tolist(), strict=True)),
             eval_datasets={

@@ -16,6 +16,7 @@ def build_card(
     *,
     lora_config: LoraConfig | None,
     pipeline_name: str,
+    guidance: dict[str, Any],
     num_updates: int,
     trained_rewards: dict[str, float],
     eval_datasets: dict[str, tuple[int, str | None, str | None]],
@@ -38,6 +39,8 @@ def build_card(
             The adapters; `None` if all weights were trained.
         pipeline_name (`str`):
             Class of the pipeline.
+        guidance (`dict[str, Any]`):
+            Guidance in the names of the pipeline's own call, from [`~policies.DiffusionPolicy.pipeline_guidance`].
         num_updates (`int`):
             Number of updates so far.
         trained_rewards (`dict[str, float]`):
@@ -77,7 +80,7 @@ def build_card(
         },
         values={
             "pipeline_name": pipeline_name,
-            "sampling": _sampling(args),
+            "sampling": _sampling(args, guidance),
             "before": {result.metric: result.value for result in before},
             "metrics_step": step,
             "settings": {name: value for name, value in settings.items() if value is not None},
@@ -125,13 +128,13 @@ def _reward_results(
     return results
 
 
-def _sampling(args: DiffusionGRPOConfig) -> dict[str, Any]:
+def _sampling(args: DiffusionGRPOConfig, guidance: dict[str, Any]) -> dict[str, Any]:
     """How the images of the evaluation were sampled: keyword arguments of the pipeline."""
     return {
         "height": args.eval_height,
         "width": args.eval_width,
         "num_inference_steps": args.eval_num_inference_steps,
-        "guidance_scale": args.guidance_scale,
+        **guidance,
         "max_sequence_length": args.max_sequence_length,
     }
 

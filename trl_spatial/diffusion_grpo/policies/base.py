@@ -60,6 +60,7 @@ class DiffusionPolicy(ABC):
     prompt_tokenizer: ClassVar[str]  # name of the component that counts a prompt's tokens
     max_prompt_tokens: ClassVar[int]  # the most the pipeline itself accepts as `max_sequence_length`
     has_classifier_free_guidance: ClassVar[bool]  # or else the guidance scale is an input of the transformer
+    guidance_argument: ClassVar[str] = "guidance_scale"  # what the pipeline's own call calls the scale
 
     def __init__(self, pipeline: Any, *, max_sequence_length: int = 512):
         scheduler = type(pipeline.scheduler).__name__
@@ -124,6 +125,21 @@ class DiffusionPolicy(ABC):
     def num_evaluations(self, options: SamplingOptions) -> int:
         """Evaluations of the transformer for one velocity: two with classifier-free guidance, else one."""
         return 1 if self.negative_prompt(options) is None else 2
+
+    def pipeline_guidance(self, options: SamplingOptions) -> dict[str, Any]:
+        """
+        Gives the guidance in the names of the pipeline's own call, for users of the trained weights.
+
+        Args:
+            options ([`SamplingOptions`]):
+                Guidance scale and negative prompt.
+
+        Returns:
+            `dict[str, Any]`: keyword arguments of the pipeline.
+        """
+        negative_prompt = self.negative_prompt(options)
+        guidance: dict[str, Any] = {self.guidance_argument: options.guidance_scale}
+        return guidance if negative_prompt is None else guidance | {"negative_prompt": negative_prompt}
 
     @abstractmethod
     def encode_prompt(self, prompts: list[str]) -> dict[str, torch.Tensor]:
