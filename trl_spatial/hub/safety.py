@@ -54,9 +54,8 @@ def check_repository(reference: Reference, *, kind: str) -> None:
     with explain_errors(f"Loading {reference}"):
         try:
             # not `list_repo_files`, which waits long for a Hub that cannot be reached
-            info = call_with_retries(
-                HfApi().repo_info, reference.name, repo_type=kind, revision=reference.revision, has_fallback=True
-            )
+            look_up = HfApi().dataset_info if kind == "dataset" else HfApi().model_info
+            info = call_with_retries(look_up, reference.name, revision=reference.revision, has_fallback=True)
         except HTTPError as error:
             if is_connection_error(error):
                 return
