@@ -5,14 +5,19 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 
+from tests.hub_stub import HubStub
 from trl_spatial.cli import COMMANDS, LAUNCHED_COMMANDS, main
 from trl_spatial.scenes import make_preference_dataset
 
@@ -73,6 +78,17 @@ def place(tmp_path, monkeypatch, backbone_folder, flux_folder):
     sys.modules.pop("my_rewards", None)
 
 
+@pytest.fixture
+def hub(place):
+    """A Hub that has the two default models, tiny ones of their classes."""
+    with HubStub() as hub:
+        for name in ("Qwen/Qwen2.5-VL-7B-Instruct", "black-forest-labs/FLUX.1-dev"):
+            folder = place / name
+            files = (path for path in folder.rglob("*") if path.is_file())
+            hub.files[name] = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+        yield hub
+
+
 def run_make(words, folder):
     """`make` without the installation, in the environment of this test."""
     # -o: the environment is there and needs no remaking
@@ -97,7 +113,11 @@ def run_make(words, folder):
 
 def run_pip(words, folder):
     """Install a wheel of this checkout into a folder by itself, and use it from there."""
-    assert words[:-1] == ["pip", "install"] and words[-1] in ("trl-spatial", "trl-spatial[diffusion]")
+    assert words[:-1] == ["pip", "install"] and words[-1] in (
+        "trl-spatial",
+        "trl-spatial[diffusion]",
+        "trl-spatial[space]",
+    )
     site, dist = folder / f"site of {words[-1]}", folder / "dist"
     if not dist.exists():
         build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", dist]
@@ -124,19 +144,52 @@ def run_trl_spatial(words):
     script.main(*script.make_parser().parse_args_and_config([*script_args, *tiny.split()], is_launched=True))
 
 
-def run_command(words, folder):
+def run_with_hub(words, environment, folder):
+    """
+    A command that names something on the Hub, by itself, as the address of the Hub is read when a program starts. It runs in a
+    folder where the models' names stand for what is on the Hub.
+    """
+    online = folder / "online"
+    online.mkdir(exist_ok=True)
+    for name in ("a.png", "b.png", "pairs"):
+        if not (online / name).exists():
+            (online / name).symlink_to(folder / name)
+    options = {"cwd": online, "env": os.environ | environment}
+    command = [sys.executable, "-m", *words]
+    if words[1] in LAUNCHED_COMMANDS and words[2:] != ["--dataset", "hub/SpatialReward"]:  # this one word for word
+        command += {"reward": TINY_TRAINING, "grpo": TINY_GRPO}[words[1]].split()
+    if words[1:3] != ["space", "serve"]:
+        subprocess.run(command, **options, check=True)
+        return
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with subprocess.Popen([*command, "--port", str(port)], **options) as server:
+        for _ in range(120):
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}") as page:
+                assert page.status == 200
+                break
+            assert server.poll() is None
+            time.sleep(0.5)
+        else:
+            pytest.fail("the page did not come up")
+        server.terminate()
+
+
+def run_command(words, folder, hub_environment):
     if words[0] == "make":
         run_make(words, folder)
     elif words[0] == "pip":
         run_pip(words, folder)
     elif words[0] == "python":
         subprocess.run([sys.executable, *words[1:]], check=True)
+    elif any(word.startswith("hub/") for word in words):
+        run_with_hub(words, hub_environment, folder)
     else:
         assert words[0] == "trl_spatial"
         run_trl_spatial(words)
 
 
-def test_every_command_and_program_runs(place):
+def test_every_command_and_program_runs(place, hub):
     ran = []
     for language, block in blocks():
         for text, smaller in SMALLER.items():
@@ -149,10 +202,15 @@ def test_every_command_and_program_runs(place):
         else:
             for command in commands(block):
                 words = shlex.split(command, comments=True)
-                run_command(words, place)
+                run_command(words, place, hub.environment)
                 ran.append(" ".join(words[:2]))
     assert set(ran) >= {"make demo", "make test", *(f"trl_spatial {name}" for name in COMMANDS if name != "demo")}
     assert (place / "demo" / "report.html").is_file()
+    assert hub.files.keys() >= {
+        "datasets/tester/SpatialReward", "tester/SpatialScore", "tester/SpatialScore-live", "tester/FLUX.1-dev-hub",
+        "spaces/tester/SpatialScore-page",
+    }  # fmt: skip
+    assert hub.unknown == []
     assert len((place / "scores.jsonl").read_text().splitlines()) == 1
     assert (place / "SpatialScore-7B" / "adapter_model.safetensors").is_file()
     for folder in ("FLUX.1-dev-SpatialScore", "FLUX.1-dev-SpatialScore-fast", "FLUX.1-dev-red", "tiny-flux-red"):

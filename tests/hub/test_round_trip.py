@@ -95,6 +95,16 @@ class TestDataset:
         assert "12 (32, 32)" in output
         assert 'is_valid": true' in machine.run("data", "validate", "hub/SpatialReward", "--json")
 
+    def test_a_second_configuration_stands_beside_the_first(self, trip):
+        hub, machine, _ = trip
+        machine.run("data", "make", "--num_pairs", 3, "--image_size", 32, "--seed", 9, "--output", "few")
+        machine.run("push", "few", "--to", "hub/both")
+        machine.run("push", "pairs", "--to", "hub/both", "--config_name", "many")
+        for name, rows in (("default", "train.* 3"), ("many", "train.* 12")):
+            assert re.search(rows, machine.run("data", "validate", "hub/both", "--config_name", name))
+        text = hub.files["datasets/tester/both"]["README.md"].decode()
+        assert 'load_dataset("tester/both", "many"' in text
+
     def test_its_card(self, trip):
         hub, _, _ = trip
         files = hub.files["datasets/tester/SpatialReward"]

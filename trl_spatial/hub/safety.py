@@ -5,10 +5,10 @@ import json
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import DatasetInfo, HfApi, ModelInfo, constants, get_token
 from huggingface_hub.errors import HTTPError
 
 from .errors import call_with_retries, explain_errors, is_connection_error
@@ -54,9 +54,9 @@ def check_repository(reference: Reference, *, kind: str) -> None:
     with explain_errors(f"Loading {reference}"):
         try:
             # not `list_repo_files`, which waits long for a Hub that cannot be reached
-            info = call_with_retries(
-                HfApi().repo_info, reference.name, repo_type=kind, revision=reference.revision, has_fallback=True
-            )
+            look_up: Callable[..., DatasetInfo | ModelInfo]
+            look_up = HfApi().dataset_info if kind == "dataset" else HfApi().model_info
+            info = call_with_retries(look_up, reference.name, revision=reference.revision, has_fallback=True)
         except HTTPError as error:
             if is_connection_error(error):
                 return

@@ -34,15 +34,20 @@ def make_parser(prog: str = "trl_spatial score") -> SpatialParser:
         examples=EXAMPLES,
     )
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="Image files, scored for --prompt and ranked.")
-    parser.add_argument("--model", required=True, help="Checkpoint: a folder or a Hub id, with an adapter or merged.")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="Checkpoint, with an adapter or merged: a folder, or a name on the Hub (ORG/NAME, ORG/NAME@REVISION, hub/NAME).",
+    )
     parser.add_argument("--revision", help="Branch, tag or commit of the checkpoint on the Hub.")
     parser.add_argument("--backbone", help="Folder or Hub id of the backbone, if it is not where the checkpoint says.")
     parser.add_argument("--prompt", help="Text that the images were made from.")
     parser.add_argument(
         "--input",
         help="Prompts and images: a .jsonl, .json, .csv or .parquet file (paths of images are relative to it), a dataset "
-        "folder, or a dataset on the Hub (ORG/NAME or ORG/NAME@REVISION).",
+        "folder, or a dataset on the Hub (ORG/NAME, ORG/NAME@REVISION, hub/NAME).",
     )
+    parser.add_argument("--input_config", help="Configuration of --input, if it is a dataset on the Hub.")
     parser.add_argument("--split", default="train", help="Split of --input; a file is the split `train`.")
     parser.add_argument("--prompt_column", default="prompt", help="Column of --input with the prompts.")
     parser.add_argument("--image_column", default="image", help="Column of --input with the images.")
@@ -66,7 +71,9 @@ def main(args: argparse.Namespace) -> None:
     if args.prompt is not None:
         prompts, images, names = [args.prompt] * len(args.images), list(args.images), list(args.images)
     else:
-        prompts, images, names = read_input(args.input, args.split, args.prompt_column, args.image_column)
+        prompts, images, names = read_input(
+            args.input, args.split, args.prompt_column, args.image_column, config_name=args.input_config
+        )
 
     from .. import SpatialScore
 
@@ -88,12 +95,12 @@ def main(args: argparse.Namespace) -> None:
 
 
 def read_input(
-    name_or_path: str, split: str, prompt_column: str, image_column: str
+    name_or_path: str, split: str, prompt_column: str, image_column: str, *, config_name: str | None = None
 ) -> tuple[list[str], list[Any], list[str]]:
     """Prompts, images (undecoded where they come from a dataset) and a name for each row of a dataset."""
     from datasets import Image
 
-    rows = pick_split(load_dataset_dict(name_or_path), split, name_or_path)
+    rows = pick_split(load_dataset_dict(name_or_path, config_name=config_name), split, name_or_path)
     for option, column in (("--prompt_column", prompt_column), ("--image_column", image_column)):
         if column not in rows.column_names:
             raise ValueError(
