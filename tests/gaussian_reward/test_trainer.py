@@ -640,7 +640,8 @@ def test_what_is_pushed_of_a_checkpoint_is_what_it_holds(pushed):
         assert at_top.keys() == model.keys()
         # made anew for the Hub: the local path of the backbone is not for others, and the card names the repository
         assert json.loads(at_top["adapter_config.json"])["base_model_name_or_path"] is None
-        for name in ("adapter_config.json", "card.json", "README.md"):
+        assert json.loads(at_top["config.json"])["backbone_config"]["_name_or_path"] is None
+        for name in ("adapter_config.json", "config.json", "card.json", "README.md"):
             del model[name]
         assert {name: at_top[name] for name in model} == model
         files = hub.history["tester/all", f"{title}, checkpoint"]

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import DatasetInfo, HfApi, ModelInfo, constants, get_token
@@ -53,15 +53,11 @@ def check_repository(reference: Reference, *, kind: str) -> None:
         return
     with explain_errors(f"Loading {reference}"):
         try:
-            # not `list_repo_files`, which waits long for a Hub that cannot be reached
-            look_up: Callable[..., DatasetInfo | ModelInfo]
-            look_up = HfApi().dataset_info if kind == "dataset" else HfApi().model_info
-            info = call_with_retries(look_up, reference.name, revision=reference.revision, has_fallback=True)
+            files = call_with_retries(_list_files, reference, kind, has_fallback=True)
         except HTTPError as error:
             if is_connection_error(error):
                 return
             raise
-    files = [file.rfilename for file in info.siblings or []]
     unsafe = [name for name in files if name.lower().endswith(PICKLE_SUFFIXES + CODE_SUFFIXES)]
     if unsafe:
         shown = ", ".join(unsafe[:5]) + (f" and {len(unsafe) - 5} more" if len(unsafe) > 5 else "")
@@ -72,6 +68,17 @@ def check_repository(reference: Reference, *, kind: str) -> None:
             f"`hf download {reference.name}{' --repo-type dataset' if kind == 'dataset' else ''} --include ... --local-dir "
             "FOLDER`) and name FOLDER."
         )
+
+
+def _list_files(reference: Reference, kind: str) -> list[str]:
+    # not `list_repo_files`, which waits long for a Hub that cannot be reached
+    api = HfApi()
+    info: ModelInfo | DatasetInfo
+    if kind == "dataset":
+        info = api.dataset_info(reference.name, revision=reference.revision)
+    else:
+        info = api.model_info(reference.name, revision=reference.revision)
+    return [file.rfilename for file in info.siblings or []]
 
 
 def check_public(files: Mapping[str, Path | bytes], *, private: tuple[Path, ...] = ()) -> None:
