@@ -92,6 +92,18 @@ class TestWhileTraining:
         assert run_code(files, Machine(hub, tmp_path / "reader")) == 1
         assert (tmp_path / "reader" / "image.png").is_file()
 
+    def test_a_fully_trained_transformer(self, hub, machine, flux_folder, tmp_path):
+        hub.files[PIPELINE] = files_of(flux_folder)
+        machine.run(
+            "grpo", "--dataset", "scenes:4", "--rewards", "rules", "--no_use_peft", "--beta", "0", *TINY_GRPO.split(),
+            "--output_dir", "tuned", "--push_to_hub", "--hub_strategy", "end",
+        )  # fmt: skip
+        files = hub.files["tester/tuned"]
+        assert {"transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"} < set(files)
+        check_nothing_private(hub, machine, ["tester/tuned"])
+        assert run_code(files, Machine(hub, tmp_path / "reader")) == 1
+        assert (tmp_path / "reader" / "image.png").is_file()
+
     def test_a_reward_model_at_the_end_only(self, hub, machine):
         machine.run("data", "make", "--num_pairs", 4, "--num_test_pairs", 3, "--image_size", 32, "--output", "pairs")
         output = machine.run(
@@ -107,6 +119,8 @@ class TestWhileTraining:
         assert result.metric_args["num_samples"] == 3 and low <= result.metric_value <= high
         assert "datasets" not in card.data.to_dict()  # it was a local folder
         assert ".eval_results" not in "".join(files)
+        # its backbone was the Hub's: nothing else has to be named
+        assert "BACKBONE" not in card.text
         assert "/tester/my-scorer/commit/" in output and "](samples.png)" in card.text
 
     def test_a_namespace_is_asked_for_before_the_training(self, hub, machine):

@@ -95,6 +95,16 @@ class TestDataset:
         assert "12 (32, 32)" in output
         assert 'is_valid": true' in machine.run("data", "validate", "hub/SpatialReward", "--json")
 
+    def test_what_is_in_the_cache_needs_no_network(self, trip):
+        _, machine, _ = trip  # which has trained on it
+        assert '"is_valid": true' in machine.run("data", "validate", "hub/SpatialReward", "--json", HF_HUB_OFFLINE="1")
+
+    def test_the_code_in_its_card_runs(self, trip):
+        hub, machine, _ = trip
+        text = hub.files["datasets/tester/SpatialReward"]["README.md"].decode()
+        (program,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        assert "(32, 32)" in machine.python(program)
+
     def test_a_second_configuration_stands_beside_the_first(self, trip):
         hub, machine, _ = trip
         machine.run("data", "make", "--num_pairs", 3, "--image_size", 32, "--seed", 9, "--output", "few")
