@@ -36,9 +36,10 @@ TINY_TRAINING = (
 )
 TINY_GRPO = (
     "--lora_r 2 --num_generations 4 --top_k 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 "
-    "--num_inference_steps 4 --eval_num_inference_steps 1 --height 32 --width 32 --eval_height 32 --eval_width 32 "
+    "--num_inference_steps 4 --eval_num_inference_steps 2 --height 32 --width 32 --eval_height 32 --eval_width 32 "
     "--max_sequence_length 192 --max_steps 2 --eval_steps 2 --save_steps 2 --use_cpu --disable_tqdm true"
 )
+FEWER_STEPS = {"recipes/grpo_sd3.yaml": "--sde_window_size 2 --sde_window_range 0 2"}  # of 4, instead of 8 of 10
 TINY_DEMO = (
     "--reward_steps 1 --grpo_steps 1 --num_train_pairs 4 --num_test_pairs 8 --num_prompts 2 --output_dir {folder}/demo"
 )
@@ -63,6 +64,8 @@ def place(tmp_path, monkeypatch, backbone_folder, flux_folder):
     for name in ("Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL-3B-Instruct"):
         shutil.copytree(backbone_folder, tmp_path / "Qwen" / name)
     shutil.copytree(flux_folder, tmp_path / "black-forest-labs" / "FLUX.1-dev")
+    for family, name in (("qwen_image", "Qwen/Qwen-Image"), ("sd3", "stabilityai/stable-diffusion-3.5-medium")):
+        importlib.import_module(family).main([str(tmp_path / name)])
     for name in ("prompts.txt", "heldout.txt"):
         (tmp_path / name).write_text("a red circle\na blue square to the left of a cat\n")
     folder = tmp_path / "ORG" / "SpatialReward"
@@ -141,6 +144,7 @@ def run_trl_spatial(words):
     launch_args, script_args = script.make_parser().split_launch_args(words[2:], launch_command_parser())
     assert launch_args in ([], ["--num_processes", "8"])  # the launcher itself runs in test_cli.py
     tiny = {"reward": TINY_TRAINING, "grpo": TINY_GRPO}[words[1]]
+    tiny = " ".join([tiny, *(options for recipe, options in FEWER_STEPS.items() if recipe in words)])
     script.main(*script.make_parser().parse_args_and_config([*script_args, *tiny.split()], is_launched=True))
 
 

@@ -1,12 +1,11 @@
 """The card of weights that were trained by reinforcement learning."""
 
 import math
-from importlib.metadata import version
 from typing import Any
 
 from peft import LoraConfig
 
-from ..hub.cards import Card, Result
+from ..hub.cards import Card, Result, training_values
 from .config import DiffusionGRPOConfig
 
 
@@ -83,13 +82,13 @@ def build_card(
             "sampling": _sampling(args, guidance),
             "before": {result.metric: result.value for result in before},
             "metrics_step": step,
-            "settings": {name: value for name, value in settings.items() if value is not None},
-            "trainer_name": trainer_name,
-            "hardware": hardware,
-            "training_time": training_time,
-            "versions": {
-                name: version(name) for name in ("trl", "transformers", "diffusers", "peft", "torch", "datasets")
-            },
+            **training_values(
+                settings,
+                trainer_name=trainer_name,
+                hardware=hardware,
+                training_time=training_time,
+                packages=("trl", "transformers", "diffusers", "peft", "torch", "datasets"),
+            ),
         },
         results=results,
         base_model=base_model,

@@ -1,5 +1,4 @@
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -7,7 +6,7 @@ from peft import LoraConfig, PeftModel, PeftType
 from transformers import SchedulerType
 
 from ..evaluation.statistics import accuracy_interval
-from ..hub.cards import Card, Result
+from ..hub.cards import Card, Result, training_values
 from .config import GaussianRewardConfig
 from .modeling import GaussianRewardModel
 from .processing import SpatialScoreProcessor
@@ -96,13 +95,13 @@ def build_card(
         values={
             "metrics": shown,
             "metrics_step": step,
-            "settings": {name: value for name, value in settings.items() if value is not None},
-            "trainer_name": trainer_name,
-            "hardware": hardware,
-            "training_time": training_time,
-            "versions": {
-                name: version(name) for name in ("trl", "transformers", "peft", "torch", "datasets", "tokenizers")
-            },
+            **training_values(
+                settings,
+                trainer_name=trainer_name,
+                hardware=hardware,
+                training_time=training_time,
+                packages=("trl", "transformers", "peft", "torch", "datasets", "tokenizers"),
+            ),
         },
         results=results,
         base_model=base_model,

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,33 @@ class Card:
             name = _slug(f"{result.dataset_id} {result.split or ''} {result.metric}")
             files[f".eval_results/{name}.yaml"] = content.encode()
         return files
+
+
+def training_values(
+    settings: dict[str, Any], *, trainer_name: str, hardware: str, training_time: str | None, packages: tuple[str, ...]
+) -> dict[str, Any]:
+    """
+    What the cards of all trainings show.
+
+    Args:
+        settings (`dict[str, Any]`):
+            What the training was set to; entries that are `None` are left out.
+        trainer_name (`str`):
+            Name of the trainer.
+        hardware (`str`):
+            What it ran on.
+        training_time (`str`, *optional*):
+            How long it took.
+        packages (`tuple[str, ...]`):
+            Packages whose versions are shown.
+    """
+    return {
+        "settings": {name: value for name, value in settings.items() if value is not None},
+        "trainer_name": trainer_name,
+        "hardware": hardware,
+        "training_time": training_time,
+        "versions": {name: version(name) for name in packages},
+    }
 
 
 def _legacy_result(card: Card, result: Result) -> EvalResult:
