@@ -11,6 +11,23 @@ from tests.hub.conftest import BACKBONE, Machine
 
 WEIGHTS = "adapter_model.safetensors"
 LOAD = "from trl_spatial import SpatialScore; SpatialScore.from_pretrained({!r}, device='cpu')"
+# What is said to each of several names that cannot be loaded.
+FAIL_TO_LOAD = """
+from trl_spatial import SpatialScore
+for name in {!r}:
+    try:
+        SpatialScore.from_pretrained(name, device="cpu")
+    except (OSError, ValueError) as error:
+        print(f"{{name}}: {{type(error).__name__}}: {{error}}")
+    else:
+        raise AssertionError(name)
+"""
+
+
+def what_is_said(machine, *names, **environment):
+    """The error messages by the names that were to be loaded."""
+    lines = machine.python(FAIL_TO_LOAD.format(names), **environment).splitlines()
+    return {name: next(line for line in lines if line.startswith(f"{name}: ")) for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +90,10 @@ class TestNames:
 
     def test_missing_private_or_misspelt_repositories(self, hub, machine, published):
         hub.repository("tester/scorer").settings["private"] = True
-        assert "no such repository, or your token may not see it" in machine.python(
-            LOAD.format("tester/scorer"), rc=1, HF_TOKEN=""
-        )
-        assert "no such repository" in machine.python(LOAD.format("tester/nothing"), rc=1)
-        assert "no such revision" in machine.python(LOAD.format("tester/scorer@v9"), rc=1)
+        hidden = what_is_said(machine, "tester/scorer", HF_TOKEN="")["tester/scorer"]
+        assert "no such repository, or your token may not see it" in hidden
+        said = what_is_said(machine, "tester/nothing", "tester/scorer@v9")
+        assert "no such repository" in said["tester/nothing"] and "no such revision" in said["tester/scorer@v9"]
         output = machine.run("data", "validate", "tester/nothing", rc=1)
         assert "tester/nothing" in output and "no such repository" in output
 
@@ -150,10 +166,10 @@ class TestNetwork:
         assert file.read_bytes() == published[WEIGHTS]
 
     def test_a_cold_cache_without_a_network(self, machine):
-        output = machine.python(LOAD.format("tester/scorer"), rc=1, HF_HUB_OFFLINE="1")
-        assert "not in the cache" in output and "while you are online" in output
-        output = machine.python(LOAD.format("hub/scorer"), rc=1, HF_HUB_OFFLINE="1")
-        assert "the cache has nothing of that name" in output and "TRL_SPATIAL_NAMESPACE" in output
+        said = what_is_said(machine, "tester/scorer", "hub/scorer", HF_HUB_OFFLINE="1")
+        assert "not in the cache" in said["tester/scorer"] and "while you are online" in said["tester/scorer"]
+        assert "the cache has nothing of that name" in said["hub/scorer"]
+        assert "TRL_SPATIAL_NAMESPACE" in said["hub/scorer"]
 
 
 def test_a_full_disk(hub, machine, published):
@@ -167,11 +183,12 @@ def test_a_full_disk(hub, machine, published):
 
 
 class TestUnsafe:
-    @pytest.mark.parametrize("name", ["pytorch_model.bin", "nested/data.pkl", "modeling.py"])
-    def test_models_with_pickles_or_code_are_refused(self, hub, machine, published, name):
-        published[name] = b"import os"
-        output = machine.python(LOAD.format("tester/scorer"), rc=1)
-        assert "is refused" in output and name in output and "hf download" in output
+    def test_models_with_pickles_or_code_are_refused(self, hub, machine, published):
+        unsafe = {"lab/a": "pytorch_model.bin", "lab/b": "nested/data.pkl", "lab/c": "modeling.py"}
+        for repo, name in unsafe.items():
+            hub.files[repo] = {**published, name: b"import os"}
+        for repo, said in what_is_said(machine, *unsafe).items():
+            assert "is refused" in said and unsafe[repo] in said and "hf download" in said
         assert not list((machine.folder / "cache").rglob("*.safetensors"))
 
     def test_so_are_backbones_and_datasets(self, hub, machine, published):

@@ -21,15 +21,18 @@ SCORE = """
 import sys
 from PIL import Image
 from trl_spatial import SpatialScore
-scorer = SpatialScore.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else {name!r}, device="cpu")
 images = [Image.new("RGB", (32, 32), color) for color in ("red", "blue", "white")]
-mean, std = scorer.score(["a red circle to the left of a blue square"] * 3, images)
-print("SCORES", *mean.tolist(), *std.tolist())
+for name in {names!r}:
+    scorer = SpatialScore.from_pretrained(name, device="cpu")
+    mean, std = scorer.score(["a red circle to the left of a blue square"] * 3, images)
+    print("SCORES", *mean.tolist(), *std.tolist())
 """
 
 
-def scores(text):
-    return np.array([float(word) for word in re.search("SCORES (.+)", text)[1].split()])
+def scores(machine, *names, **environment):
+    """Scores of the same images, (num_names, 6), of models that are loaded by their names."""
+    text = machine.python(SCORE.format(names=names), **environment)
+    return np.array([[float(word) for word in line.split()] for line in re.findall("SCORES (.+)", text)])
 
 
 @pytest.fixture(scope="module")
@@ -147,18 +150,14 @@ class TestModel:
 
     def test_it_scores_the_same_elsewhere(self, trip, tmp_path):
         hub, machine, _ = trip
-        here = scores(machine.python(SCORE.format(name="trainer_output")))
+        here = scores(machine, "trainer_output")
         elsewhere = Machine(hub, tmp_path / "elsewhere")
+        pinned = f"tester/SpatialScore@{hub.revision('tester/SpatialScore')}"
         assert np.abs(here).min() > 0
-        for name in (
-            "hub/SpatialScore",
-            "tester/SpatialScore",
-            f"tester/SpatialScore@{hub.revision('tester/SpatialScore')}",
-        ):
-            assert np.array_equal(scores(elsewhere.python(SCORE.format(name=name))), here)
+        assert np.array_equal(scores(elsewhere, "hub/SpatialScore", pinned), np.vstack([here, here]))
         # the warm cache is enough: offline, and without a network
         for gone in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
-            assert np.array_equal(scores(elsewhere.python(SCORE.format(name="hub/SpatialScore"), **gone)), here)
+            assert np.array_equal(scores(elsewhere, "hub/SpatialScore", **gone), here)
 
     def test_a_merged_model_is_pushed_with_the_card_of_its_training(self, trip):
         hub, machine, _ = trip
@@ -168,8 +167,8 @@ class TestModel:
         assert "model.safetensors" in files and "adapter_config.json" not in files
         card = files["README.md"].decode()
         assert 'from_pretrained("tester/merged")' in card and "| updates | 1 |" in card
-        here = scores(machine.python(SCORE.format(name="trainer_output")))
-        assert scores(machine.python(SCORE.format(name="hub/merged"))) == pytest.approx(here, abs=1e-4)
+        here, merged = scores(machine, "trainer_output", "hub/merged")
+        assert merged == pytest.approx(here, abs=1e-4)
 
     def test_its_card_holds_what_the_run_recorded(self, trip):
         hub, _, _ = trip
