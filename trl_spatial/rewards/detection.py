@@ -152,14 +152,17 @@ class ZeroShotColors:
             dtype=torch.float32,
         )
         self.model.to(_find_device(device))
+        config = self.model.config
+        self._padding: dict[str, Any] = {"padding": True}
+        if config.model_type.startswith("siglip"):  # trained on texts of one length
+            length = config.text_config.max_position_embeddings
+            self._padding = {"padding": "max_length", "max_length": length, "truncation": True}
 
     @torch.no_grad()
     def __call__(self, crop: Image.Image, class_name: str) -> str:
         """The color, one of `COLORS`, of the object of a class that fills a crop."""
         texts = [template.format(color=color, name=class_name) for color in COLORS for template in COLOR_TEMPLATES]
-        # SigLIP was trained on padded texts
-        padding = "max_length" if self.model.config.model_type.startswith("siglip") else True
-        inputs = self.processor(text=texts, images=[crop], return_tensors="pt", padding=padding).to(self.model.device)
+        inputs = self.processor(text=texts, images=[crop], return_tensors="pt", **self._padding).to(self.model.device)
         logits = self.model(**inputs).logits_per_image  # (1, num_colors * num_templates)
         return COLORS[int(logits.view(len(COLORS), len(COLOR_TEMPLATES)).mean(dim=1).argmax())]
 

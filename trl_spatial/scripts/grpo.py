@@ -35,8 +35,9 @@ EXAMPLES = """\
   trl_spatial grpo --dataset scenes:1000 --rewards rules --output_dir out
   trl_spatial grpo --dataset scenes:1000 --rewards rules --output_dir out --resume_from_checkpoint true
 
-  # the paper's baseline: GenEval's rules over what a detector sees, in the format of its prompts
-  trl_spatial grpo --dataset evaluation_metadata.jsonl --rewards geneval:PekingU/rtdetr_v2_r50vd,CLIP_FOLDER --output_dir out
+  # the paper's baseline: GenEval's rules over what a detector sees; the second model tells colors
+  trl_spatial grpo --dataset objects.jsonl --rewards geneval:PekingU/rtdetr_v2_r50vd,google/siglip-base-patch16-224 \\
+      --output_dir out
 """
 
 
