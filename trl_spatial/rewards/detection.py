@@ -30,8 +30,8 @@ class TransformersDetector:
     """
     An object detector of transformers: RT-DETR, DETR, Conditional and Deformable DETR, YOLOS, ...
 
-    Weights are read from safetensors only, and no code of a repository is run. Repositories that hold pickles beside their
-    safetensors are refused: `PekingU/rtdetr_v2_r50vd` holds none; download others without them. Images of one size go
+    Weights are read from safetensors only, and no code of a repository is run. A repository that holds pickles beside its
+    safetensors, as many older ones do, is refused; download it without those and name the folder. Images of one size go
     through the model together: padding, which YOLOS takes for a part of the picture, would make a box depend on the other
     images.
 
