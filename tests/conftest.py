@@ -160,3 +160,11 @@ def make_reward_model(official_checkpoints, processor):
         return GaussianRewardModel.from_backbone(folder, reward_token_id=processor.reward_token_id, **kwargs)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def detector_folder(tmp_path_factory):
+    """Folder of a tiny YOLOS that finds people and dogs everywhere. Treat it as read-only."""
+    from tests.detectors import save_yolos
+
+    return save_yolos(tmp_path_factory.mktemp("yolos"))

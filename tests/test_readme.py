@@ -1,6 +1,7 @@
 """Every command of the README runs, in its order, at tiny size. What differs from the README's words is in this file."""
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -56,7 +57,7 @@ def commands(block):
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch, backbone_folder, flux_folder):
+def place(tmp_path, monkeypatch, backbone_folder, flux_folder, detector_folder):
     """A folder in which the README's names stand for tiny local things."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))  # rewards are imported from this folder
@@ -66,6 +67,9 @@ def place(tmp_path, monkeypatch, backbone_folder, flux_folder):
     shutil.copytree(flux_folder, tmp_path / "black-forest-labs" / "FLUX.1-dev")
     for family, name in (("qwen_image", "Qwen/Qwen-Image"), ("sd3", "stabilityai/stable-diffusion-3.5-medium")):
         importlib.import_module(family).main([str(tmp_path / name)])
+    shutil.copytree(detector_folder, tmp_path / "PekingU" / "rtdetr_v2_r50vd")
+    objects = [{"class": "dog", "count": 1}, {"class": "person", "count": 1, "position": ["left of", 0]}]
+    (tmp_path / "objects.jsonl").write_text(json.dumps({"prompt": "x", "tag": "position", "include": objects}))
     for name in ("prompts.txt", "heldout.txt"):
         (tmp_path / name).write_text("a red circle\na blue square to the left of a cat\n")
     folder = tmp_path / "ORG" / "SpatialReward"
@@ -217,7 +221,13 @@ def test_every_command_and_program_runs(place, hub):
     assert hub.unknown == []
     assert len((place / "scores.jsonl").read_text().splitlines()) == 1
     assert (place / "SpatialScore-7B" / "adapter_model.safetensors").is_file()
-    for folder in ("FLUX.1-dev-SpatialScore", "FLUX.1-dev-SpatialScore-fast", "FLUX.1-dev-red", "tiny-flux-red"):
+    for folder in (
+        "FLUX.1-dev-SpatialScore",
+        "FLUX.1-dev-SpatialScore-fast",
+        "FLUX.1-dev-red",
+        "FLUX.1-dev-geneval",
+        "tiny-flux-red",
+    ):
         assert (place / folder / "pytorch_lora_weights.safetensors").is_file()
     assert Image.open(place / "red.png").size == (32, 32)
 

@@ -1,7 +1,20 @@
 """Reward functions of GRPO training: what an image is worth for its prompt. A [`SpatialScore`] is one as it stands."""
 
+from .geneval import Detection, GenEvalResult, Specification, judge, read_specification, relative_positions
+from .geneval_reward import GenEvalReward, SilentDetectorError
 from .loading import load_reward
 from .rules import SceneRules
 
 
-__all__ = ["SceneRules", "load_reward"]
+__all__ = [
+    "Detection",
+    "GenEvalResult",
+    "GenEvalReward",
+    "SceneRules",
+    "SilentDetectorError",
+    "Specification",
+    "judge",
+    "load_reward",
+    "read_specification",
+    "relative_positions",
+]

@@ -6,16 +6,19 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from ..hub.references import UnknownReferenceError, find_reference
+from .geneval_reward import GenEvalReward
 from .rules import SceneRules
 
 
 _FORMS = (
-    "a SpatialScore checkpoint (a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, or hub/NAME for your own), `rules`, or "
-    "`module:function`"
+    "a SpatialScore checkpoint (a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, or hub/NAME for your own), "
+    "`geneval:DETECTOR`, `rules`, or `module:function`"
 )
+_GENEVAL_KINDS: dict[str, Literal["partial", "strict"]] = {"geneval": "partial", "geneval-strict": "strict"}
 
 
 def load_reward(name: str, *, device: Any = None) -> Callable[..., Sequence[float | None]]:
@@ -28,11 +31,16 @@ def load_reward(name: str, *, device: Any = None) -> Callable[..., Sequence[floa
 
             - the checkpoint of a [`SpatialScore`]: a folder, `ORG/NAME` or `ORG/NAME@REVISION` on the Hub, or `hub/NAME`;
             - `rules`: [`SceneRules`], for prompts that describe scenes;
+            - `geneval:DETECTOR`: [`GenEvalReward`] with a detector of transformers, named as a checkpoint is, for datasets
+              with the columns of GenEval's `evaluation_metadata.jsonl`; `geneval:DETECTOR,CLASSIFIER` if there are colors in
+              it, with a model of zero-shot image classification such as CLIP; `geneval-strict:` in place of `geneval:` for
+              the benchmark's verdict in place of shares. These words before the colon always mean this, also where
+              DETECTOR looks like a function: a module of your own needs another name;
             - `module:function`: a function `(prompts, images, **columns) -> list[float | None]` of a module that Python
               finds, the current folder included. In place of a function, a class: it is created without arguments, once,
               and its object is called.
         device (`str` or `torch.device`, *optional*):
-            Where a [`SpatialScore`] runs. If `None`, the accelerator if there is one.
+            Where a [`SpatialScore`] or a detector runs. If `None`, the accelerator if there is one.
 
     Returns:
         `Callable`: The reward function.
@@ -42,6 +50,9 @@ def load_reward(name: str, *, device: Any = None) -> Callable[..., Sequence[floa
     """
     if name == "rules":
         return SceneRules()
+    prefix, _, models = name.partition(":")
+    if prefix in _GENEVAL_KINDS:
+        return _load_geneval(name, models, _GENEVAL_KINDS[prefix], device)
     if re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", name):
         return _import_function(*name.split(":"))
     try:
@@ -52,6 +63,26 @@ def load_reward(name: str, *, device: Any = None) -> Callable[..., Sequence[floa
     from ..gaussian_reward.scoring import SpatialScore
 
     return SpatialScore.from_pretrained(name, device=device)
+
+
+def _load_geneval(
+    name: str, models: str, kind: Literal["partial", "strict"], device: Any
+) -> Callable[..., Sequence[float | None]]:
+    # a folder whose name has a comma is that folder
+    detector_name, _, classifier_name = (models, "", "") if Path(models).exists() else models.partition(",")
+    for model in (detector_name, classifier_name) if models.endswith(",") or classifier_name else (detector_name,):
+        try:
+            find_reference(model, kind="model")
+        except UnknownReferenceError as error:
+            raise ValueError(
+                f"There is no reward {name!r}: {model!r} is no model. Write geneval:DETECTOR or geneval:DETECTOR,CLASSIFIER, "
+                "each a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, or hub/NAME for your own. If a module of yours is "
+                "called geneval, rename it."
+            ) from error
+    from .detection import TransformersDetector, ZeroShotColors
+
+    colors = ZeroShotColors(classifier_name, device=device) if classifier_name else None
+    return GenEvalReward(TransformersDetector(detector_name, device=device), colors, kind)
 
 
 def _import_function(module_name: str, name: str) -> Callable[..., Sequence[float | None]]:

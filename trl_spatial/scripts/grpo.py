@@ -34,6 +34,10 @@ EXAMPLES = """\
   # prompts and rules of the small world of shapes; going on where an interrupted run stopped
   trl_spatial grpo --dataset scenes:1000 --rewards rules --output_dir out
   trl_spatial grpo --dataset scenes:1000 --rewards rules --output_dir out --resume_from_checkpoint true
+
+  # the paper's baseline: GenEval's rules over what a detector sees; the second model tells colors
+  trl_spatial grpo --dataset objects.jsonl --rewards geneval:PekingU/rtdetr_v2_r50vd,google/siglip-base-patch16-224 \\
+      --output_dir out
 """
 
 
@@ -70,7 +74,9 @@ class GRPOScriptArguments:
     )
     rewards: list[str] = field(
         metadata={
-            "help": "Reward functions: SpatialScore checkpoints (folders or Hub ids), `rules`, or `module:function`. "
+            "help": "Reward functions: SpatialScore checkpoints (folders or Hub ids), `rules`, `geneval:DETECTOR` or "
+            "`geneval:DETECTOR,CLASSIFIER` (GenEval's rules over an object detector, and a CLIP for colors; "
+            "`geneval-strict:` for its verdict instead of shares), or `module:function`. "
             "--reward_weights are their weights."
         }
     )

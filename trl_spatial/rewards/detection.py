@@ -1,0 +1,196 @@
+"""Models of transformers that see for GenEval's rules: detectors of objects, and of their colors."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import (
+    MODEL_FOR_OBJECT_DETECTION_MAPPING,
+    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForObjectDetection,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+)
+
+from ..hub.errors import explain_errors
+from ..hub.references import find_reference
+from ..hub.safety import check_repository
+from .geneval import COLORS, THRESHOLD, Detection, geneval_name
+
+
+# GenEval's, whose logits are averaged
+COLOR_TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
+
+
+class TransformersDetector:
+    """
+    An object detector of transformers: RT-DETR, DETR, Conditional and Deformable DETR, YOLOS, ...
+
+    Weights are read from safetensors only, and no code of a repository is run. A repository that holds pickles beside its
+    safetensors, as many older ones do, is refused; download it without those and name the folder. Images of one size go
+    through the model together: padding, which YOLOS takes for a part of the picture, would make a box depend on the other
+    images.
+
+    Args:
+        name (`str`):
+            The model: a folder, `ORG/NAME` or `ORG/NAME@REVISION` on the Hub, or `hub/NAME`.
+        threshold (`float`, *optional*, defaults to `0.3`):
+            Score from which detections are returned.
+        device (`str` or `torch.device`, *optional*):
+            Where it runs. If `None`, the accelerator if there is one.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+            Type of its weights.
+        batch_size (`int`, *optional*, defaults to `16`):
+            How many images go through it at once.
+
+    Attributes:
+        labels (`list[str]`):
+            Its classes, in GenEval's names where they differ.
+
+    Raises:
+        `ValueError`: If there is no such model, it is no object detector, weights are missing, or the repository holds
+            pickles or code.
+        `OSError`: If the folder holds no model in safetensors.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        threshold: float = THRESHOLD,
+        *,
+        device: Any = None,
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 16,
+    ):
+        self.threshold = threshold
+        self.batch_size = batch_size
+        self.model, self.processor = _load(
+            name,
+            AutoModelForObjectDetection,
+            AutoImageProcessor,
+            MODEL_FOR_OBJECT_DETECTION_MAPPING,
+            what="an object detector, such as RT-DETR, DETR or YOLOS",
+            dtype=dtype,
+        )
+        self.model.to(_find_device(device))
+        # COCO's numbering has gaps, which checkpoints call N/A
+        self._names = {
+            int(index): geneval_name(label) for index, label in self.model.config.id2label.items() if label != "N/A"
+        }
+        self.labels = sorted(set(self._names.values()))
+
+    @torch.no_grad()
+    def __call__(self, images: list[Image.Image]) -> list[list[Detection]]:
+        """
+        Detects objects.
+
+        Args:
+            images (`list[Image.Image]`):
+                RGB images of any sizes.
+
+        Returns:
+            `list[list[Detection]]`: What is in each image with a score of more than `threshold`, boxes in its pixels.
+        """
+        by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, image in enumerate(images):
+            by_size[image.size].append(index)
+        found: list[list[Detection]] = [[] for _ in images]
+        for indices in by_size.values():
+            for start in range(0, len(indices), self.batch_size):
+                batch = indices[start : start + self.batch_size]
+                for index, detections in zip(batch, self._detect([images[i] for i in batch]), strict=True):
+                    found[index] = detections
+        return found
+
+    def _detect(self, images: Sequence[Image.Image]) -> list[list[Detection]]:
+        """Objects in images of one size."""
+        inputs = self.processor(images=list(images), return_tensors="pt").to(self.model.device)
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        outputs = self.model(**inputs)
+        sizes = [(image.height, image.width) for image in images]
+        results = self.processor.post_process_object_detection(outputs, threshold=self.threshold, target_sizes=sizes)
+        return [self._as_detections(result) for result in results]
+
+    def _as_detections(self, result: dict[str, torch.Tensor]) -> list[Detection]:
+        rows = zip(result["labels"].tolist(), result["scores"].tolist(), result["boxes"].tolist(), strict=True)
+        return [
+            Detection(self._names[label], score, (box[0], box[1], box[2], box[3]))
+            for label, score, box in rows
+            if label in self._names
+        ]
+
+
+class ZeroShotColors:
+    """
+    Names the color of an object by zero-shot image classification, as GenEval does with CLIP ViT-L/14.
+
+    The words are GenEval's. Other than there, the crop has its background: boxes have no mask to cut it out.
+
+    Args:
+        name (`str`):
+            The model, CLIP or SigLIP: a folder, `ORG/NAME` or `ORG/NAME@REVISION` on the Hub, or `hub/NAME`. Weights as
+            for [`TransformersDetector`].
+        device (`str` or `torch.device`, *optional*):
+            Where it runs. If `None`, the accelerator if there is one.
+
+    Raises:
+        `ValueError`: If there is no such model, it cannot classify so, weights are missing, or the repository holds
+            pickles or code.
+    """
+
+    def __init__(self, name: str, *, device: Any = None):
+        self.model, self.processor = _load(
+            name,
+            AutoModelForZeroShotImageClassification,
+            AutoProcessor,
+            MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING,
+            what="a model of zero-shot image classification, such as CLIP",
+            dtype=torch.float32,
+        )
+        self.model.to(_find_device(device))
+        config = self.model.config
+        self._padding: dict[str, Any] = {"padding": True}
+        if config.model_type.startswith("siglip"):  # trained on texts of one length
+            length = config.text_config.max_position_embeddings
+            self._padding = {"padding": "max_length", "max_length": length, "truncation": True}
+
+    @torch.no_grad()
+    def __call__(self, crop: Image.Image, class_name: str) -> str:
+        """The color, one of `COLORS`, of the object of a class that fills a crop."""
+        texts = [template.format(color=color, name=class_name) for color in COLORS for template in COLOR_TEMPLATES]
+        inputs = self.processor(text=texts, images=[crop], return_tensors="pt", **self._padding).to(self.model.device)
+        logits = self.model(**inputs).logits_per_image  # (1, num_colors * num_templates)
+        return COLORS[int(logits.view(len(COLORS), len(COLOR_TEMPLATES)).mean(dim=1).argmax())]
+
+
+def _find_device(device: Any) -> Any:
+    return device or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def _load(name: str, model_class: Any, processor_class: Any, mapping: Any, *, what: str, dtype: torch.dtype) -> Any:
+    """A model in evaluation mode and its processor."""
+    reference = find_reference(name, kind="model")
+    check_repository(reference, kind="model")
+    where = {"revision": reference.revision, "trust_remote_code": False}
+    with explain_errors(f"Loading {reference}"):
+        config = AutoConfig.from_pretrained(reference.name, **where)
+        if type(config) not in mapping:
+            raise ValueError(
+                f"{reference} is a {config.model_type} model, not {what}, or not one that transformers knows."
+            )
+        model, info = model_class.from_pretrained(
+            reference.name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
+        )
+        processor = processor_class.from_pretrained(reference.name, **where)
+    # buffers may be missing: some are computed
+    missing = sorted(set(info["missing_keys"]) & {key for key, _ in model.named_parameters()})
+    if missing:
+        raise ValueError(
+            f"{reference} lacks {len(missing)} weights ({', '.join(missing[:5])}), which would be random. It may be a "
+            "backbone that was not trained for this yet."
+        )
+    return model.eval(), processor
