@@ -1,7 +1,8 @@
 """Reward functions of GRPO training: what an image is worth for its prompt. A [`SpatialScore`] is one as it stands."""
 
 from .loading import load_reward
+from .remote import RemoteReward
 from .rules import SceneRules
 
 
-__all__ = ["SceneRules", "load_reward"]
+__all__ = ["RemoteReward", "SceneRules", "load_reward"]

@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..hub.references import UnknownReferenceError, find_reference
+from .remote import TOKEN_VARIABLE, RemoteReward
 from .rules import SceneRules
 
 
 _FORMS = (
-    "a SpatialScore checkpoint (a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, or hub/NAME for your own), `rules`, or "
-    "`module:function`"
+    "a SpatialScore checkpoint (a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, or hub/NAME for your own), `rules`, "
+    "`module:function`, or the address of a server, http://HOST:PORT"
 )
 
 
@@ -27,6 +28,8 @@ def load_reward(name: str, *, device: Any = None) -> Callable[..., Sequence[floa
             One of:
 
             - the checkpoint of a [`SpatialScore`]: a folder, `ORG/NAME` or `ORG/NAME@REVISION` on the Hub, or `hub/NAME`;
+            - `http://HOST:PORT` or `https://...`: the server that `trl_spatial serve` started, whose token is
+              `TRL_SPATIAL_SERVER_TOKEN` of the environment;
             - `rules`: [`SceneRules`], for prompts that describe scenes;
             - `module:function`: a function `(prompts, images, **columns) -> list[float | None]` of a module that Python
               finds, the current folder included. In place of a function, a class: it is created without arguments, once,
@@ -39,9 +42,12 @@ def load_reward(name: str, *, device: Any = None) -> Callable[..., Sequence[floa
 
     Raises:
         `ValueError`: If the name has none of these forms, or what it names is not there.
+        `ConnectionError`: If a server cannot be reached or does not know the token.
     """
     if name == "rules":
         return SceneRules()
+    if re.match("https?://", name):
+        return RemoteReward(name, os.environ.get(TOKEN_VARIABLE) or None)
     if re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", name):
         return _import_function(*name.split(":"))
     try:
