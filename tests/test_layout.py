@@ -23,6 +23,7 @@ ALLOWED = {
     "data": {"scenes", "evaluation", "hub"},
     "rewards": {"gaussian_reward", "evaluation", "scenes", "hub"},
     "space": {"gaussian_reward", "hub"},
+    "serving": {"gaussian_reward", "__version__"},
     "cli": {"__version__"},
     "__main__": {"cli"},
     "__init__": set(),
@@ -37,11 +38,12 @@ ALLOWED = {
         "hub",
         "cli",
         "demo",
+        "serving",
         "space",
     },
 }
 # Distributions whose import name differs.
-IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "types-pyyaml": "yaml"}
+IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "types-pyyaml": "yaml", "types-requests": "requests"}
 
 
 def imports_of(path: Path) -> tuple[set[str], set[str]]:
@@ -104,6 +106,11 @@ def test_diffusers_is_imported_only_where_images_are_generated():
     assert users <= {"diffusion_grpo", "demo", "scripts"}
 
 
+def test_the_server_is_imported_only_where_it_is_made():
+    users = {part_of(path) for path in PACKAGE.rglob("*.py") if {"fastapi", "starlette"} & imports_of(path)[1]}
+    assert users == {"serving"}
+
+
 def test_every_import_is_a_declared_dependency():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
@@ -114,7 +121,9 @@ def test_every_import_is_a_declared_dependency():
 
     needed = set().union(*(imports_of(path)[1] for path in PACKAGE.rglob("*.py"))) - set(sys.stdlib_module_names)
     optional = import_names(
-        line for name in ("data", "diffusion", "demo", "judge", "review", "quant", "space") for line in extras[name]
+        line
+        for name in ("data", "diffusion", "demo", "judge", "review", "quant", "serve", "space")
+        for line in extras[name]
     )
     assert needed <= import_names(project["dependencies"]) | optional
     assert import_names(project["dependencies"]) - needed <= {"accelerate", "scipy"}

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ from trl_spatial.scenes import make_preference_dataset
 
 
 REPOSITORY = Path(__file__).parents[1]
+SERVED = "http://127.0.0.1:8000"  # the README's server
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 # Smaller numbers for a test.
@@ -123,6 +124,7 @@ def run_pip(words, folder):
     assert words[:-1] == ["pip", "install"] and words[-1] in (
         "trl-spatial",
         "trl-spatial[diffusion]",
+        "trl-spatial[serve]",
         "trl-spatial[space]",
     )
     site, dist = folder / f"site of {words[-1]}", folder / "dist"
@@ -169,18 +171,28 @@ def run_with_hub(words, environment, folder):
     if words[1:3] != ["space", "serve"]:
         subprocess.run(command, **options, check=True)
         return
+    with run_server(command, options):
+        pass
+
+
+@contextmanager
+def run_server(command, options):
+    """A command that serves a page, at a port that is free; it gives the address."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with subprocess.Popen([*command, "--port", str(port)], **options) as server:
-        for _ in range(120):
-            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}") as page:
-                assert page.status == 200
-                break
-            assert server.poll() is None
-            time.sleep(0.5)
-        else:
-            pytest.fail("the page did not come up")
-        server.terminate()
+        try:
+            for _ in range(120):
+                with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}") as page:
+                    assert page.status == 200
+                    break
+                assert server.poll() is None
+                time.sleep(0.5)
+            else:
+                pytest.fail("the page did not come up")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
 
 
 def run_command(words, folder, hub_environment):
@@ -197,6 +209,21 @@ def run_command(words, folder, hub_environment):
         run_trl_spatial(words)
 
 
+def run_block(block, place, hub):
+    """The commands of a block in their order; a server runs until the block ends."""
+    ran, address = [], SERVED
+    with ExitStack() as servers:
+        for command in commands(block):
+            words = [word.replace(SERVED, address) for word in shlex.split(command, comments=True)]
+            if words[:2] == ["trl_spatial", "serve"]:
+                options = {"cwd": place, "env": os.environ | {"PYTHONPATH": str(REPOSITORY)}}
+                address = servers.enter_context(run_server([sys.executable, "-m", *words], options))
+            else:
+                run_command(words, place, hub.environment)
+            ran.append(" ".join(words[:2]))
+    return ran
+
+
 def test_every_command_and_program_runs(place, hub):
     ran = []
     for language, block in blocks():
@@ -208,10 +235,7 @@ def test_every_command_and_program_runs(place, hub):
         elif language == "python":
             exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
         else:
-            for command in commands(block):
-                words = shlex.split(command, comments=True)
-                run_command(words, place, hub.environment)
-                ran.append(" ".join(words[:2]))
+            ran += run_block(block, place, hub)
     assert set(ran) >= {"make demo", "make test", *(f"trl_spatial {name}" for name in COMMANDS if name != "demo")}
     assert (place / "demo" / "report.html").is_file()
     assert hub.files.keys() >= {
@@ -226,6 +250,7 @@ def test_every_command_and_program_runs(place, hub):
         "FLUX.1-dev-SpatialScore-fast",
         "FLUX.1-dev-red",
         "FLUX.1-dev-geneval",
+        "FLUX.1-dev-served",
         "tiny-flux-red",
     ):
         assert (place / folder / "pytorch_lora_weights.safetensors").is_file()

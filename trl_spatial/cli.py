@@ -23,6 +23,7 @@ COMMANDS = {
     "merge": "fold a checkpoint's LoRA adapter into its backbone",
     "data": "make and validate datasets of preference pairs",
     "push": "upload a model, a dataset or a Space to the Hub, with its card",
+    "serve": "score images over HTTP: a reward in a process of its own",
     "space": "build or run a page that scores images",
 }
 # Training commands run through `accelerate launch`, as in TRL's CLI: they also take its arguments.

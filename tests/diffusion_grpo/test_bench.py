@@ -5,6 +5,7 @@ import argparse
 import pytest
 
 from recipes.bench import grpo as bench
+from recipes.bench import rewards as rewards_bench
 
 
 @pytest.mark.parametrize(("top_k", "window", "expected"), [(None, None, 21 + 5), (6, 2, 9 + 1)])
@@ -39,3 +40,13 @@ def test_missed_targets_are_named():
         "takes 0.71 of an unfiltered one",
     ):
         assert any(part in message for message in messages)
+
+
+def test_rewards_in_the_shade_of_the_drawing_cost_what_the_formula_says():
+    assert rewards_bench.predicted_ratio(1, 1.0) == 1.0  # one batch: nothing overlaps
+    assert rewards_bench.predicted_ratio(6, 1.0) == pytest.approx(7 / 12)
+    assert rewards_bench.predicted_ratio(1000, 1.0) == pytest.approx(0.5, abs=1e-3)
+    assert rewards_bench.predicted_ratio(4, 0.5) == pytest.approx((4 + 0.5) / 6)
+    assert rewards_bench.predicted_ratio(4, 2.0) == pytest.approx((1 + 8) / 12)
+    args = ["--model", "tiny", "--num_generations", "8", "--image_size", "16", "--num_rollouts", "1"]
+    assert [result["share"] for result in rewards_bench.main(args)] == [0.5, 1.0, 2.0]

@@ -103,8 +103,10 @@ def test_a_checkpoint_on_the_hub_with_a_revision(scorer, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     "name", ["rule", "SpatialScore-7B", "./nowhere", "a/b/c", "", "my_rewards:", "/x/y:z", "a/b:c"]
 )
-def test_an_unknown_reward_names_the_three_forms(name, module_folder):
-    with pytest.raises(ValueError, match=r"no reward .*SpatialScore checkpoint .*, `rules`, or `module:function`"):
+def test_an_unknown_reward_names_the_forms(name, module_folder):
+    with pytest.raises(
+        ValueError, match=r"no reward .*SpatialScore checkpoint .*, `rules`, `module:function`, or .* http://HOST:PORT"
+    ):
         load_reward(name)
 
 

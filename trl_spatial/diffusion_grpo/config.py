@@ -88,6 +88,12 @@ class DiffusionGRPOConfig(TrainingArguments):
         multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
             What to do with several rewards: `"sum_then_normalize"` makes one reward of them first;
             `"normalize_then_sum"` makes advantages of each, so that a hard reward is not stalled by an easy one.
+        overlap_rewards (`bool`, *optional*, defaults to `False`):
+            Whether the images of a batch are rewarded, in a thread, while the next batch of the rollout is drawn. It
+            helps if rewards wait for something else than what draws: a server, another device, the CPU. Rewards are
+            the same as long as an image's reward does not depend on the images beside it: a function is called once
+            per `rollout_batch_size` images then, and otherwise once per rollout. `time/reward` is the time that the
+            rollout waits for its rewards.
 
         > Parameters that control the loss
 
@@ -309,6 +315,13 @@ class DiffusionGRPOConfig(TrainingArguments):
         metadata={
             "help": "Whether several rewards are summed before or after they are normalised.",
             "choices": list(_CHOICES["multi_objective_aggregation"]),
+        },
+    )
+    overlap_rewards: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether images are rewarded while the next batch of the rollout is drawn: for rewards of a server, "
+            "of another device or of the CPU."
         },
     )
 

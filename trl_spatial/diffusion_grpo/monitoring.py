@@ -18,6 +18,8 @@ MIN_GROUPS_PER_UPDATE = 8
 # errors of the paired difference.
 NUM_COMPARED_EVALUATIONS = 3
 NUM_STANDARD_ERRORS = 2.0
+# A reward function that leaves out more of a rollout's images than this is worth a warning.
+MAX_FRAC_NONE = 0.1
 
 
 def setup_warnings(
@@ -102,6 +104,50 @@ def equal_rewards_warning(rewards: torch.Tensor) -> str | None:
             "persists, use a finer reward, easier or harder prompts, or a higher `noise_level` for more different images."
         )
     return None
+
+
+class MissingRewardsMonitor:
+    """
+    Notices that a reward function begins to leave out images: it fails, or has no opinion. It warns when the share of a
+    rollout's images passes a tenth, and again only after it has been below.
+
+    Example:
+
+    ```python
+    >>> monitor = MissingRewardsMonitor()
+    >>> warnings = monitor.update(["aesthetics"], rewards)
+    ```
+    """
+
+    def __init__(self) -> None:
+        self._missing: set[str] = set()
+
+    def update(self, names: list[str], rewards: torch.Tensor) -> list[str]:
+        """
+        Adds a rollout.
+
+        Args:
+            names (`list[str]`):
+                Names of the reward functions.
+            rewards (`torch.Tensor` of shape `(n, num_funcs)`):
+                Rewards of all images of a rollout, of all processes; NaN where there is none.
+
+        Returns:
+            `list[str]`: A warning for each function that passed the limit with this rollout.
+        """
+        warnings = []
+        for name, column in zip(names, rewards.unbind(dim=1), strict=True):
+            num_none = int(column.isnan().sum())
+            if num_none <= MAX_FRAC_NONE * len(column):
+                self._missing.discard(name)
+            elif name not in self._missing:
+                self._missing.add(name)
+                warnings.append(
+                    f"The reward function `{name}` gave no reward to {num_none} of the {len(column)} images of this rollout, "
+                    f"more than {MAX_FRAC_NONE:.0%}. Images without any reward are not learnt from. Look for errors of the "
+                    f"function above; `rewards/{name}/frac_none` shows whether it persists."
+                )
+        return warnings
 
 
 class HackingMonitor:

@@ -1,5 +1,6 @@
 """Sampling images from the policy, with everything that training needs of the trained steps."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +69,7 @@ def sample_rollout(
     noise_level: float,
     dynamics: str,
     batch_size: int,
+    on_batch: Callable[[int, list[Image.Image]], None] | None = None,
 ) -> Rollout:
     """
     Samples images: stochastic at the trained steps, by the ODE at the others.
@@ -95,6 +97,8 @@ def sample_rollout(
             See [`~sde.sde_step`].
         batch_size (`int`):
             Images per forward pass of the transformer and of the VAE's decoder.
+        on_batch (`Callable[[int, list[Image]], None]`, *optional*):
+            Called with the row of the first image and the images of each batch, once they are drawn.
 
     Returns:
         [`Rollout`]: On the device of the latents.
@@ -129,6 +133,8 @@ def sample_rollout(
                 dynamics=dynamics,
             )
         )
+        if on_batch is not None:
+            on_batch(start, batches[-1].images)
     return Rollout(
         images=[image for batch in batches for image in batch.images],
         latents=torch.cat([batch.latents for batch in batches]),

@@ -1,4 +1,4 @@
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
+from PIL.Image import Image
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
@@ -18,8 +19,9 @@ from .config import DiffusionGRPOConfig
 from .losses import PolicyLossOutput
 from .metrics import frac_zero_std
 from .model_setup import freeze_idle_modules
-from .monitoring import equal_rewards_warning
+from .monitoring import MissingRewardsMonitor, equal_rewards_warning
 from .objective import ScoredStep, policy_objective, reference_kl
+from .overlap import OverlappedRewards
 from .reward_functions import RewardFunction, reward_metrics
 from .rollout import Rollout, image_generator, sample_rollout
 from .sampler import num_rollouts_per_epoch, rollout_prompts
@@ -125,6 +127,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
         )
         self._sigmas = self.policy.prepare_sigmas(self._options)  # (num_inference_steps + 1,), on the CPU
         self._buffer: RolloutBuffer | None = None
+        self._missing_rewards = MissingRewardsMonitor()
         warn_about_settings(args, self.policy, self._options)
 
     # The prompts of a rollout are a function of its index (see `rollout_prompts`), so that a resumed run goes on with
@@ -179,10 +182,8 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
         trained_steps = sde_window(
             args.num_inference_steps, args.sde_window_size, args.sde_window_range, seed=args.seed, step=rollout_index
         )
-        rollout = self._sample(prompts, trained_steps, rollout_index)
-        with self._timer.phase("reward"):
-            columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-            rewards = self.reward_functions(prompts, rollout.images, **columns)  # (n, num_funcs)
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        rollout, rewards = self._sample_and_reward(prompts, columns, trained_steps, rollout_index)
         if rollout_index % ROLLOUTS_PER_GRID == 0:
             self._log_images("rollout", rollout_index, rollout.images, prompts, rewards)
 
@@ -200,6 +201,19 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
         advantages = advantages.view(args.world_size, -1)[args.process_index]  # (num_kept,)
         return self._fill_buffer(rollout, prompts, trained_steps, kept, advantages)
 
+    def _sample_and_reward(
+        self, prompts: list[str], columns: dict[str, list], trained_steps: tuple[int, ...], rollout_index: int
+    ) -> tuple[Rollout, torch.Tensor]:
+        """A rollout of this process, and its rewards, `(n, num_funcs)`."""
+        if not self.args.overlap_rewards:
+            rollout = self._sample(prompts, trained_steps, rollout_index)
+            with self._timer.phase("reward"):
+                return rollout, self.reward_functions(prompts, rollout.images, **columns)
+        with OverlappedRewards(self.reward_functions, prompts, columns, self.args.device) as overlapped:
+            rollout = self._sample(prompts, trained_steps, rollout_index, on_batch=overlapped.add)
+            with self._timer.phase("reward"):
+                return rollout, overlapped.collect()
+
     def _select_kept(self, rewards: torch.Tensor, rollout_index: int) -> torch.Tensor:
         """Which images of a rollout are trained on, of all processes: `(num_prompts * num_kept,)` indices."""
         return select_top_k(rewards, self.args.num_generations, self.args.top_k)
@@ -212,7 +226,13 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
         rows = [self.train_dataset[index] for index in indices[start : start + self.args.num_prompts_per_device]]
         return [row for row in rows for _ in range(self.args.num_generations)]
 
-    def _sample(self, prompts: list[str], trained_steps: tuple[int, ...], rollout_index: int) -> Rollout:
+    def _sample(
+        self,
+        prompts: list[str],
+        trained_steps: tuple[int, ...],
+        rollout_index: int,
+        on_batch: Callable[[int, list[Image]], None] | None = None,
+    ) -> Rollout:
         args = self.args
         first = args.process_index * len(prompts)
         generators = [
@@ -233,6 +253,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
                 noise_level=args.noise_level,
                 dynamics=args.dynamics,
                 batch_size=args.rollout_batch_size,
+                on_batch=on_batch,
             )
         self._metrics.totals["num_images"] += len(prompts)
         self._count_evaluations("policy", len(prompts) * args.num_inference_steps)
@@ -363,8 +384,10 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
                 "frac_reward_zero_std": frac_zero_std(combined, self.args.num_generations),
             }
         )
-        if (warning := equal_rewards_warning(combined)) is not None:
+        for warning in self._missing_rewards.update(self.reward_functions.names, rewards):
             logger.warning(warning)
+        if (equal := equal_rewards_warning(combined)) is not None:
+            logger.warning(equal)
 
     def _record_step(self, inputs: TrainingStep, output: PolicyLossOutput) -> None:
         metrics = {

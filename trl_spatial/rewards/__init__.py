@@ -3,6 +3,7 @@
 from .geneval import Detection, GenEvalResult, Specification, judge, read_specification, relative_positions
 from .geneval_reward import GenEvalReward, SilentDetectorError
 from .loading import load_reward
+from .remote import RemoteReward
 from .rules import SceneRules
 
 
@@ -10,6 +11,7 @@ __all__ = [
     "Detection",
     "GenEvalResult",
     "GenEvalReward",
+    "RemoteReward",
     "SceneRules",
     "SilentDetectorError",
     "Specification",

@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 from ..hub.references import UnknownReferenceError, find_reference
 from .geneval_reward import GenEvalReward
+from .remote import TOKEN_VARIABLE, RemoteReward
 from .rules import SceneRules
 
 
 _FORMS = (
     "a SpatialScore checkpoint (a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, or hub/NAME for your own), "
-    "`geneval:DETECTOR`, `rules`, or `module:function`"
+    "`geneval:DETECTOR`, `rules`, `module:function`, or the address of a server, http://HOST:PORT"
 )
 _GENEVAL_KINDS: dict[str, Literal["partial", "strict"]] = {"geneval": "partial", "geneval-strict": "strict"}
 
@@ -30,6 +31,8 @@ def load_reward(name: str, *, device: Any = None) -> Callable[..., Sequence[floa
             One of:
 
             - the checkpoint of a [`SpatialScore`]: a folder, `ORG/NAME` or `ORG/NAME@REVISION` on the Hub, or `hub/NAME`;
+            - `http://HOST:PORT` or `https://...`: the server that `trl_spatial serve` started, whose token is
+              `TRL_SPATIAL_SERVER_TOKEN` of the environment;
             - `rules`: [`SceneRules`], for prompts that describe scenes;
             - `geneval:DETECTOR`: [`GenEvalReward`] with a detector of transformers, named as a checkpoint is, for datasets
               with the columns of GenEval's `evaluation_metadata.jsonl`; `geneval:DETECTOR,CLASSIFIER` if there are colors in
@@ -47,9 +50,12 @@ def load_reward(name: str, *, device: Any = None) -> Callable[..., Sequence[floa
 
     Raises:
         `ValueError`: If the name has none of these forms, or what it names is not there.
+        `ConnectionError`: If a server cannot be reached or does not know the token.
     """
     if name == "rules":
         return SceneRules()
+    if re.match("https?://", name):
+        return RemoteReward(name, os.environ.get(TOKEN_VARIABLE) or None)
     prefix, _, models = name.partition(":")
     if prefix in _GENEVAL_KINDS:
         return _load_geneval(name, models, _GENEVAL_KINDS[prefix], device)

@@ -56,6 +56,9 @@ class GRPOScriptArguments:
             Reward functions, as for [`~trl_spatial.rewards.load_reward`]. Their weights are `reward_weights`.
         eval_rewards (`list[str]`, *optional*):
             Further reward functions that judge the evaluation and are not trained on.
+        reward_device (`str`, *optional*):
+            Where SpatialScore checkpoints of `rewards` and `eval_rewards` run, such as `cuda:1` or `cpu`. By default the
+            device of the training, beside the generator. In a process of its own, a reward is a server: `trl_spatial serve`.
         eval_dataset (`str`, *optional*):
             Prompts to evaluate on, in the same forms. By default the split `dataset_test_split` of `dataset`.
         dataset_config (`str`, *optional*):
@@ -76,12 +79,20 @@ class GRPOScriptArguments:
         metadata={
             "help": "Reward functions: SpatialScore checkpoints (folders or Hub ids), `rules`, `geneval:DETECTOR` or "
             "`geneval:DETECTOR,CLASSIFIER` (GenEval's rules over an object detector, and a CLIP for colors; "
-            "`geneval-strict:` for its verdict instead of shares), or `module:function`. "
+            "`geneval-strict:` for its verdict instead of shares), `module:function`, or http://HOST:PORT of `trl_spatial serve`, "
+            "a reward in a process of its own. "
             "--reward_weights are their weights."
         }
     )
     eval_rewards: list[str] | None = field(
         default=None, metadata={"help": "Further reward functions that judge the evaluation and are not trained on."}
+    )
+    reward_device: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where SpatialScore checkpoints run, e.g. cuda:1 or cpu. By default the device of the training. In a process "
+            "of its own, a reward is a server: `trl_spatial serve`."
+        },
     )
     eval_dataset: str | None = field(
         default=None, metadata={"help": "Prompts to evaluate on. By default the test split of --dataset."}
@@ -223,10 +234,9 @@ def build_trainer(
             config_name=None if script_args.eval_dataset else script_args.dataset_config,
             use_only_split=script_args.eval_dataset is not None,
         )
-    rewards: list[RewardFunction] = [load_reward(name, device=training_args.device) for name in script_args.rewards]
-    eval_rewards: list[RewardFunction] = [
-        load_reward(name, device=training_args.device) for name in script_args.eval_rewards or []
-    ]
+    device = script_args.reward_device or training_args.device
+    rewards: list[RewardFunction] = [load_reward(name, device=device) for name in script_args.rewards]
+    eval_rewards: list[RewardFunction] = [load_reward(name, device=device) for name in script_args.eval_rewards or []]
     dtype = model_args.dtype or ("bfloat16" if training_args.bf16 else "float32")
     revision = None if model_args.model_revision == "main" else model_args.model_revision
     trainer = DiffusionGRPOTrainer(

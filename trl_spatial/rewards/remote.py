@@ -1,0 +1,223 @@
+"""A reward that a server computes, `trl_spatial serve`."""
+
+import base64
+import logging
+import math
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+from PIL import Image, ImageOps
+from requests.adapters import HTTPAdapter
+from urllib3 import BaseHTTPResponse
+from urllib3.util.retry import Retry
+
+
+logger = logging.getLogger(__name__)
+
+TOKEN_VARIABLE = "TRL_SPATIAL_SERVER_TOKEN"
+_BUSY = (429, 502, 503, 504)
+_LONGEST_WAIT = 60.0  # seconds, whatever the server asks for
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
+
+
+class RemoteReward:
+    """
+    Asks a server for the means of SpatialScores: a reward function that needs no memory and no time of this process's device.
+
+    A request that fails is made again, with growing pauses or after the time that the server asks for. If all tries fail, the
+    rewards of its images are `None`, never 0, and a warning says how many: training goes on with the others.
+
+    Args:
+        url (`str`):
+            Address of the server, `http://HOST:PORT` or `https://...`. The token travels readable over `http`.
+        token (`str`, *optional*):
+            Token of the server.
+        timeout (`float`, *optional*, defaults to `120.0`):
+            Seconds to wait for an answer.
+        max_retries (`int`, *optional*, defaults to `5`):
+            How often a request is made again: when the connection breaks, no answer comes, or it is 429, 502, 503 or 504.
+        batch_size (`int`, *optional*, defaults to `8`):
+            Images of a request.
+        num_connections (`int`, *optional*, defaults to `4`):
+            Requests at one time.
+
+    Attributes:
+        num_failed (`int`):
+            Images that got no reward so far.
+
+    Raises:
+        `ValueError`: If the address is no such address, or a number is out of its range.
+        `ConnectionError`: If the server cannot be reached, is no `trl_spatial serve`, or does not know the token.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        *,
+        timeout: float = 120.0,
+        max_retries: int = 5,
+        batch_size: int = 8,
+        num_connections: int = 4,
+    ):
+        for name, value, minimum in (
+            ("max_retries", max_retries, 0), ("batch_size", batch_size, 1), ("num_connections", num_connections, 1),
+        ):  # fmt: skip
+            if value < minimum:
+                raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+        if not timeout > 0:
+            raise ValueError(f"`timeout` must be positive, got {timeout}.")
+        self.url = _check_url(url)
+        self.timeout = timeout
+        self.batch_size = batch_size
+        self.num_connections = num_connections
+        self.num_failed = 0
+        self.__name__ = "remote_score"  # under which trainers log it
+        self._session = requests.Session()
+        # as a function: requests would prefer a password of ~/.netrc to a header
+        self._session.auth = _Bearer(token)
+        retry = _Retry(
+            total=max_retries,
+            status_forcelist=_BUSY,
+            allowed_methods=None,  # scoring twice does no harm
+            backoff_factor=0.5,
+            raise_on_status=False,
+        )
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, HTTPAdapter(pool_maxsize=num_connections, max_retries=retry))
+        self._check_server(token)
+
+    def __call__(self, prompts: list[str], images: list[Image.Image], **columns: Any) -> list[float | None]:
+        """
+        The reward function that trainers call.
+
+        Args:
+            prompts (`list[str]`):
+                One caption per image.
+            images (`list[Image.Image]`):
+                The images.
+
+        Returns:
+            `list[float | None]`: The mean of each score; `None` where the server gave none.
+        """
+        starts = range(0, len(images), self.batch_size)
+        chunks = [
+            (prompts[start : start + self.batch_size], images[start : start + self.batch_size]) for start in starts
+        ]
+        with ThreadPoolExecutor(self.num_connections) as executor:
+            answers = list(executor.map(self._ask, chunks))
+        rewards = [reward for answer, _ in answers for reward in answer]
+        num_failed = sum(reward is None for reward in rewards)
+        if num_failed:
+            self.num_failed += num_failed
+            reason = next(reason for answer, reason in answers if None in answer)
+            logger.warning(
+                f"{self.url} gave no reward to {num_failed} of {len(images)} images ({self.num_failed} so far): {reason}"
+            )
+        return rewards
+
+    def _ask(self, chunk: tuple[list[str], list[Image.Image]]) -> tuple[list[float | None], str]:
+        """Rewards of the images of one request, and why some are missing."""
+        prompts, images = chunk
+        failed: list[float | None] = [None] * len(images)
+        body = {"prompts": prompts, "images": [_encode(image) for image in images]}
+        try:
+            response = self._session.post(
+                f"{self.url}/score", json=body, timeout=self.timeout, allow_redirects=False
+            )  # fmt: skip
+            if response.status_code != 200:
+                return failed, _describe(response)
+            answer = response.json()
+        except requests.RequestException as error:
+            return failed, f"{type(error).__name__}: {_cause(error)}"
+        means = answer.get("mean") if isinstance(answer, dict) else None
+        if not isinstance(means, list) or len(means) != len(images) or not all(map(_is_reward, means)):
+            return failed, "its answer is not a list of as many numbers as images"
+        errors = answer.get("errors") or []
+        return means, next((str(error) for error in errors if error), "it gives no reason")
+
+    def _check_server(self, token: str | None) -> None:
+        try:
+            response = self._session.get(f"{self.url}/health", timeout=self.timeout, allow_redirects=False)
+        except requests.RequestException as error:
+            raise ConnectionError(
+                f"The reward server {self.url} cannot be reached ({_cause(error)}). Start it, `trl_spatial serve --model MODEL`, "
+                "and check address and port."
+            ) from error
+        if response.status_code == 401:
+            raise ConnectionError(
+                f"The reward server {self.url} does not know the token. Set {TOKEN_VARIABLE} to the one it was started with."
+            )
+        try:
+            health = response.json() if response.status_code == 200 else None
+        except requests.RequestException:
+            health = None
+        if not isinstance(health, Mapping) or "needs_token" not in health:
+            raise ConnectionError(
+                f"{self.url} is no reward server: its page /health {_describe(response)}. Name the address that `trl_spatial "
+                "serve` listens on."
+            )
+        if health["needs_token"] and token is None:
+            raise ConnectionError(
+                f"The reward server {self.url} needs a token. Set {TOKEN_VARIABLE} to the one it was started with."
+            )
+
+
+class _Retry(Retry):
+    def get_retry_after(self, response: BaseHTTPResponse) -> float | None:
+        wait = super().get_retry_after(response)
+        return None if wait is None else min(wait, _LONGEST_WAIT)
+
+
+class _Bearer(requests.auth.AuthBase):
+    def __init__(self, token: str | None):
+        self._token = token
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self._token is not None:
+            request.headers["Authorization"] = f"Bearer {self._token}"
+        return request
+
+
+def _check_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # the port is no number
+        is_address = False
+    if not is_address or parts.query or parts.fragment:
+        raise ValueError(f"{url!r} is no address of a server. Write http://HOST:PORT, such as http://127.0.0.1:8000.")
+    if parts.username is not None:
+        raise ValueError(f"The address of a server holds no user and no password; its token is {TOKEN_VARIABLE}.")
+    return url.rstrip("/")
+
+
+def _encode(image: Image.Image) -> str:
+    image = ImageOps.exif_transpose(image)  # PNG would lose the orientation
+    if image.mode not in _PNG_MODES:
+        image = image.convert("RGB")
+    file = BytesIO()
+    image.save(file, "PNG", compress_level=1)  # lossless; the network is faster than a good compression
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _is_reward(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value))
+
+
+def _describe(response: requests.Response) -> str:
+    try:
+        message = str(response.json()["error"])
+    except (requests.RequestException, KeyError, TypeError):
+        message = response.reason or "no reason"
+    return f"answers {response.status_code}, {message[:300]}"
+
+
+def _cause(error: BaseException) -> str:
+    """The reason at the bottom of what urllib3 wraps."""
+    reason = getattr(error.args[0], "reason", error) if error.args else error
+    return str(reason or error)[:300]

@@ -1,0 +1,112 @@
+"""`trl_spatial serve`: an HTTP endpoint that scores images."""
+
+import argparse
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..rewards.remote import TOKEN_VARIABLE
+from .space import check_port
+from .utils import SpatialParser
+
+
+EXAMPLES = """\
+  # on a GPU of its own; only this machine can reach it
+  trl_spatial serve --model SpatialScore-7B --device cuda:1
+
+  # training asks it for rewards
+  trl_spatial grpo --dataset prompts.txt --rewards http://127.0.0.1:8000 --overlap_rewards true --output_dir out
+
+  # for other machines: with a token, which the training reads from TRL_SPATIAL_SERVER_TOKEN
+  trl_spatial serve --model hub/SpatialScore-7B --host 0.0.0.0 --token-file token.txt
+"""
+
+
+def make_parser(prog: str = "trl_spatial serve") -> SpatialParser:
+    parser = SpatialParser(
+        prog=prog,
+        usage=f"{prog} --model MODEL [OPTIONS]",
+        description="Score images over HTTP: POST /score, GET /health, and a page at /. Requests that arrive together are scored "
+        "together. The connection is not encrypted: beyond a network that you trust, put a proxy with TLS in front.",
+        examples=EXAMPLES,
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="Checkpoint, with an adapter or merged: a folder, or a name on the Hub (ORG/NAME, ORG/NAME@REVISION, hub/NAME).",
+    )
+    parser.add_argument("--revision", help="Branch, tag or commit of the checkpoint on the Hub.")
+    parser.add_argument("--backbone", help="Folder or Hub id of the backbone, if it is not where the checkpoint says.")
+    parser.add_argument("--device", help="Device, e.g. cuda:1; by default the first GPU if there is one.")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"], help="Type of the weights."
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 lets other machines in.")
+    parser.add_argument("--port", type=int, default=8000, help="Port to listen on.")
+    parser.add_argument(
+        "--token-file",
+        "--token_file",
+        metavar="FILE",
+        help=f"File with the token that requests need. By default {TOKEN_VARIABLE} of the environment; if there is none, no "
+        "token is needed.",
+    )
+    parser.add_argument("--max_batch_size", type=int, default=16, help="Images per forward pass.")
+    parser.add_argument("--max_queue", type=int, default=256, help="Images that may wait.")
+    parser.add_argument("--max_images", type=int, default=64, help="Images of a request.")
+    parser.add_argument("--max_bytes", type=int, default=128 * 2**20, help="Bytes of a request.")
+    parser.add_argument("--max_image_bytes", type=int, default=8 * 2**20, help="Bytes of an image file.")
+    parser.add_argument("--max_pixels", type=int, default=2048 * 2048, help="Pixels of an image.")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    if find_spec("fastapi") is None or find_spec("uvicorn") is None:
+        raise ValueError('The server needs fastapi and uvicorn: pip install "trl-spatial[serve]"')
+    token = read_token(args.token_file)
+    check_port(args.host, args.port)  # loading the model may take minutes
+
+    import uvicorn
+
+    from .. import SpatialScore
+    from ..serving.app import Limits, create_app
+
+    limits = Limits(
+        max_images=args.max_images,
+        max_bytes=args.max_bytes,
+        max_image_bytes=args.max_image_bytes,
+        max_pixels=args.max_pixels,
+    )
+    scorer = SpatialScore.from_pretrained(
+        args.model, revision=args.revision, backbone=args.backbone, dtype=args.dtype, device=args.device
+    )
+    app = create_app(
+        scorer,
+        model_name=public_name(args.model),
+        token=token,
+        max_batch_size=args.max_batch_size,
+        max_queue=args.max_queue,
+        limits=limits,
+    )
+    if token is None and args.host not in ("127.0.0.1", "localhost", "::1"):
+        print(f"Anybody who reaches {args.host} may ask: set a token with --token-file or {TOKEN_VARIABLE}.")
+    # on SIGTERM uvicorn takes no more connections, and ends when those that it has are answered
+    uvicorn.run(app, host=args.host, port=args.port, log_level="info", limit_concurrency=512)
+
+
+def read_token(path: str | None) -> str | None:
+    """The token of a file or of the environment; `None` if neither is given."""
+    if path is None:
+        return os.environ.get(TOKEN_VARIABLE) or None
+    token = Path(path).read_text(encoding="utf-8").strip()
+    if not token:
+        raise ValueError(f"{path} is empty: it should hold the token.")
+    return token
+
+
+def public_name(model: str) -> str:
+    """A model's name on the Hub, or of its folder without the way there."""
+    return Path(model).absolute().name if Path(model).exists() else model
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())

@@ -1,0 +1,1 @@
+"""An HTTP endpoint that scores images. The extra `serve`; nothing else imports it but the command."""

@@ -1,0 +1,162 @@
+"""Joins the images of several requests into batches for one model."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+
+class QueueFullError(RuntimeError):
+    """There is no room for more images now."""
+
+
+@dataclass
+class Counts:
+    """
+    What a [`Batcher`] has done since it was made.
+
+    Args:
+        images (`int`):
+            Images with a score.
+        failures (`int`):
+            Images that could not be scored.
+        batches (`int`):
+            Calls of the function that scores.
+        seconds (`float`):
+            Time in that function.
+    """
+
+    images: int = 0
+    failures: int = 0
+    batches: int = 0
+    seconds: float = 0.0
+
+    @property
+    def seconds_per_image(self) -> float | None:
+        """Mean time of an image, or `None` before the first one."""
+        num_images = self.images + self.failures
+        return self.seconds / num_images if num_images else None
+
+
+class Batcher:
+    """
+    A queue of images and one thread that scores them, so that a model that is not thread-safe serves many requests. The thread
+    takes what is waiting, at most `max_batch_size` images, and never waits for more: a single request is answered at once, and
+    those that arrive meanwhile share the next batch.
+
+    Args:
+        score (`Callable[[list[str], list], Sequence[tuple[float, float]]]`):
+            Takes prompts and images, returns mean and standard deviation of each. Called from one thread only.
+        max_batch_size (`int`, *optional*, defaults to `16`):
+            Most images of a call.
+        max_queue (`int`, *optional*, defaults to `256`):
+            Most images that wait.
+
+    Attributes:
+        counts ([`Counts`]):
+            What was done so far.
+
+    Raises:
+        `ValueError`: If a number is not positive.
+    """
+
+    def __init__(
+        self,
+        score: Callable[[list[str], list[Any]], Sequence[tuple[float, float]]],
+        *,
+        max_batch_size: int = 16,
+        max_queue: int = 256,
+    ):
+        for name, value in (("max_batch_size", max_batch_size), ("max_queue", max_queue)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        self._score = score
+        self.max_batch_size = max_batch_size
+        self.max_queue = max_queue
+        self.counts = Counts()
+        self._waiting: deque[tuple[str, Any, Future[tuple[float, float]]]] = deque()
+        self._changed = threading.Condition()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_waiting(self) -> int:
+        """Images that wait."""
+        return len(self._waiting)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it takes no more images."""
+        return self._is_closed
+
+    def submit(self, prompts: list[str], images: list[Any]) -> list[Future[tuple[float, float]]]:
+        """
+        Adds images to the queue: all of them or none.
+
+        Args:
+            prompts (`list[str]`):
+                One per image.
+            images (`list`):
+                What `score` takes.
+
+        Returns:
+            `list[Future]`: Mean and standard deviation of each image, or the error that scoring it raised.
+
+        Raises:
+            [`QueueFullError`]: If they do not fit.
+            `RuntimeError`: If the batcher is closed.
+        """
+        futures: list[Future[tuple[float, float]]] = [Future() for _ in prompts]
+        with self._changed:
+            if self._is_closed:
+                raise RuntimeError("The batcher is closed.")
+            if len(self._waiting) + len(prompts) > self.max_queue:
+                raise QueueFullError(f"{len(self._waiting)} images are waiting, of at most {self.max_queue}.")
+            self._waiting.extend(zip(prompts, images, futures, strict=True))
+            self._changed.notify()
+        return futures
+
+    def close(self) -> None:
+        """Takes no more images, and returns when those that wait are scored."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._is_closed)
+                if not self._waiting:
+                    return
+                rows = [self._waiting.popleft() for _ in range(min(self.max_batch_size, len(self._waiting)))]
+            self._score_rows([row for row in rows if row[2].set_running_or_notify_cancel()])
+
+    def _score_rows(self, rows: list[tuple[str, Any, Future[tuple[float, float]]]]) -> None:
+        if not rows:
+            return
+        start = time.perf_counter()
+        try:
+            scores = self._score([row[0] for row in rows], [row[1] for row in rows])
+        except Exception as error:
+            self._count(start)
+            if len(rows) == 1:
+                self.counts.failures += 1
+                rows[0][2].set_exception(error)
+                return
+            # one image must not cost the others their scores: each by itself
+            for row in rows:
+                self._score_rows([row])
+            return
+        self._count(start)
+        self.counts.images += len(rows)
+        for (_, _, future), score in zip(rows, scores, strict=True):
+            future.set_result(score)
+
+    def _count(self, start: float) -> None:
+        self.counts.batches += 1
+        self.counts.seconds += time.perf_counter() - start
