@@ -1,3 +1,4 @@
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -20,6 +21,7 @@ from .metrics import frac_zero_std
 from .model_setup import freeze_idle_modules
 from .monitoring import equal_rewards_warning
 from .objective import ScoredStep, policy_objective, reference_kl
+from .processes import fail_together
 from .reward_functions import RewardFunction, reward_metrics
 from .rollout import Rollout, image_generator, sample_rollout
 from .sampler import num_rollouts_per_epoch, rollout_prompts
@@ -180,7 +182,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
             args.num_inference_steps, args.sde_window_size, args.sde_window_range, seed=args.seed, step=rollout_index
         )
         rollout = self._sample(prompts, trained_steps, rollout_index)
-        with self._timer.phase("reward"):
+        with fail_together(self.accelerator, "Rewarding images"), self._timer.phase("reward"):
             columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
             rewards = self.reward_functions(prompts, rollout.images, **columns)  # (n, num_funcs)
         if rollout_index % ROLLOUTS_PER_GRID == 0:
@@ -219,21 +221,22 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
             image_generator(args.seed, rollout_index, *divmod(index, args.num_generations))  # its group, its image
             for index in range(first, first + len(prompts))
         ]
-        with self._timer.phase("encode"):
-            embeds = self.prompt_cache.get(prompts)
-        with self._timer.phase("sample"), self.accelerator.autocast():
-            rollout = sample_rollout(
-                self.policy,
-                self.model,
-                embeds,
-                generators,
-                self._options,
-                sigmas=self._sigmas,
-                trained_steps=trained_steps,
-                noise_level=args.noise_level,
-                dynamics=args.dynamics,
-                batch_size=args.rollout_batch_size,
-            )
+        with fail_together(self.accelerator, "Sampling images"):
+            with self._timer.phase("encode"):
+                embeds = self.prompt_cache.get(prompts)
+            with self._timer.phase("sample"), self.accelerator.autocast():
+                rollout = sample_rollout(
+                    self.policy,
+                    self.model,
+                    embeds,
+                    generators,
+                    self._options,
+                    sigmas=self._sigmas,
+                    trained_steps=trained_steps,
+                    noise_level=args.noise_level,
+                    dynamics=args.dynamics,
+                    batch_size=args.rollout_batch_size,
+                )
         self._metrics.totals["num_images"] += len(prompts)
         self._count_evaluations("policy", len(prompts) * args.num_inference_steps)
         return rollout
@@ -380,6 +383,19 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
         buffer = self._buffer
         tensors, rest = ({}, None) if buffer is None or buffer.is_used_up else buffer.state()
         return tensors, {"buffer": rest, "totals": self._metrics.totals}
+
+    def _merge_training_states(self, states: list[tuple[dict[str, torch.Tensor], dict[str, Any]]]) -> dict[str, Any]:
+        num_processes = self.args.world_size
+        if any(extra["buffer"] is not None for _, extra in states):
+            raise ValueError(
+                f"The checkpoint is from the middle of a rollout of {len(states)} processes, each with images of its own; "
+                f"now there are {num_processes}. Resume with {len(states)}, or from a checkpoint at the end of a rollout."
+            )
+        # The counts of all processes are added up in the logs.
+        totals: Counter[str] = Counter()
+        for _, extra in states if self.args.process_index == 0 else states[:0]:
+            totals.update(extra["totals"])
+        return {"buffer": None, "totals": totals}
 
     def _load_training_state(self, tensors: Mapping[str, torch.Tensor], extra: dict[str, Any]) -> None:
         self._metrics.load_totals(extra["totals"])
