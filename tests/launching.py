@@ -31,7 +31,12 @@ class Launched:
     """
 
     def __init__(self, words, log, *, num_processes=2, config="multi_gpu", **environment):
-        options = ["--config_file", REPOSITORY / "recipes" / "accelerate" / f"{config}.yaml", "--mixed_precision", "no"]
+        options = [
+            "--config_file",
+            REPOSITORY / "recipes" / "accelerate" / f"{config}.yaml",
+            "--mixed_precision",
+            "no",
+        ]
         if num_processes > 1:
             options += ["--num_processes", num_processes, "--main_process_port", 0]  # a free port
         command = [sys.executable, "-m", "accelerate.commands.launch", *options, *words]
@@ -39,7 +44,12 @@ class Launched:
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 [str(word) for word in command],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, PATHS)), "OMP_NUM_THREADS": "1", **environment},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(map(str, PATHS)),
+                    "OMP_NUM_THREADS": "1",
+                    **environment,
+                },
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )

@@ -6,23 +6,25 @@ The first rollout, and all noise, prompts and windows, are the same to the last 
 """
 
 import json
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.diffusion_grpo.test_resume import assert_same_checkpoint
-from tests.diffusion_grpo.worker import PROMPTS, run
+from tests.diffusion_grpo.worker import run
 from tests.hub_stub import HubStub
 from tests.launching import REPOSITORY, Launched
-from trl_spatial.diffusion_grpo.checkpointing import is_complete, last_complete_checkpoint
+from trl_spatial.diffusion_grpo.checkpointing import TRAINED_WEIGHTS, is_complete, last_complete_checkpoint
 
 
 WORKER = REPOSITORY / "tests" / "diffusion_grpo" / "worker.py"
-# Relative to what training changed, and in levels of a pixel for rewards: about 30 times what was measured.
-WEIGHT_TOLERANCE = 1e-3
-REWARD_TOLERANCE = 0.05
+# About 30 times what was measured. Weights move by 1e-2 in an update; rewards are in levels of a pixel.
+WEIGHT_TOLERANCE = 2e-6
+REWARD_TOLERANCE = 4e-3
 
 ONE = dict(gradient_accumulation_steps=4)  # of one process, whose global batch is that of two
 WHOLE = dict(max_steps=4, save_steps=1, eval_strategy="steps", eval_steps=2, num_logged_images=3)
@@ -38,11 +40,6 @@ RUNS = {
     "evaluation_fails": dict(eval_strategy="steps", eval_steps=1, max_steps=2, fail=dict(call=2, rank=0, seconds=0)),
     "few_rows": dict(num_eval_rows=1, eval_strategy="steps", eval_steps=1, max_steps=1, save_strategy="no"),
 }
-
-
-def launch_runs(runs, folder, log, **options):
-    words = [WORKER, folder, json.dumps([{"folder": name, **arguments} for name, arguments in runs.items()])]
-    return Launched(words, log, **options)
 
 
 @pytest.fixture(scope="module")
@@ -80,25 +77,27 @@ def weights(folder, step):
     return load_file(folder / f"checkpoint-{step}" / "trained_weights.safetensors")
 
 
-def deviation(ours, theirs, start):
-    """Largest difference of two trainings, relative to the largest change by training."""
+def rewards_of_evaluation(folder, rank=0):
+    return [without_clocks(entry) for entry in record(folder, rank)["log"] if "eval_reward" in entry]
+
+
+@pytest.mark.parametrize(("name", "step"), [("whole", 1), ("whole", 4), ("qwen", 2)])
+def test_trained_weights_are_those_of_one_process(one, two, name, step):
+    ours, theirs = (load_file(folder / name / f"checkpoint-{step}" / TRAINED_WEIGHTS) for folder in (two[0], one))
     assert ours.keys() == theirs.keys() and ours
-    difference = max((ours[name] - theirs[name]).abs().max() for name in ours)
-    return (difference / max((theirs[name] - start[name]).abs().max() for name in ours)).item()
+    for key, weight in theirs.items():
+        torch.testing.assert_close(ours[key], weight, rtol=0, atol=WEIGHT_TOLERANCE)
 
 
-@pytest.mark.parametrize(("name", "first", "last"), [("whole", 1, 4), ("qwen", 2, 2)])
-def test_trained_weights_and_logs_are_those_of_one_process(one, two, name, first, last):
-    ours, theirs = two[0] / name, one / name
-    start = {key: torch.zeros_like(value) for key, value in weights(theirs, last).items()}
-    assert deviation(weights(ours, last), weights(theirs, last), start) < WEIGHT_TOLERANCE
-    logs, expected = ([without_clocks(entry) for entry in record(folder)["log"]] for folder in (ours, theirs))
-    assert len(logs) == len(expected) and "reward" in logs[0]
+@pytest.mark.parametrize("name", ["whole", "qwen"])
+def test_logs_are_those_of_one_process(one, two, name):
+    logs, expected = ([without_clocks(entry) for entry in record(folder / name)["log"]] for folder in (two[0], one))
+    assert {"reward", "kl", "ratio/mean", "clip_ratio/high", "num_images"} <= logs[0].keys()
     for entry, wanted in zip(logs, expected, strict=True):
         assert entry.keys() == wanted.keys()
         for key, value in wanted.items():
-            tolerance = REWARD_TOLERANCE if "reward" in key else 1e-5
-            assert entry[key] == pytest.approx(value, rel=1e-2, abs=tolerance), key
+            tolerance = REWARD_TOLERANCE if "reward" in key else 1e-7
+            assert entry[key] == pytest.approx(value, rel=1e-5, abs=tolerance), key
 
 
 def test_prompts_and_noise_are_those_of_one_process(one, two):
@@ -110,15 +109,90 @@ def test_prompts_and_noise_are_those_of_one_process(one, two):
         assert len({digest for _, digest in seen}) == 16 and len({prompt for prompt, _ in seen}) == 4
 
 
-def test_evaluation_is_that_of_one_process(one, two):
-    """Also where the rows, here three and one, are not the same number on every process."""
-    for name, num_rows in (("whole", 3), ("few_rows", 1)):
-        ours, theirs = (
-            [without_clocks(entry) for entry in record(folder / name)["log"] if "eval_reward" in entry]
-            for folder in (two[0], one)
-        )
-        assert ours and all(entry == pytest.approx(wanted, abs=REWARD_TOLERANCE) for entry, wanted in zip(ours, theirs, strict=True))
-        logs = record(two[0] / name, 1)["log"]
-        assert [without_clocks(entry) for entry in logs if "eval_reward" in entry] == ours  # known to all processes
-        prompts = [{prompt for prompt, _ in record(two[0] / name, rank)["seen"][8:10]} for rank in (0, 1)]
-        assert num_rows == 3 or prompts == [{PROMPTS[0]}, set()]
+@pytest.mark.parametrize("name", ["whole", "few_rows"])
+def test_evaluation_is_that_of_one_process(one, two, name):
+    """Of three rows and of one, which two processes do not share evenly."""
+    ours, theirs = rewards_of_evaluation(two[0] / name), rewards_of_evaluation(one / name)
+    assert ours == rewards_of_evaluation(two[0] / name, rank=1)  # both processes know it
+    for entry, wanted in zip(ours, theirs, strict=True):
+        assert entry == pytest.approx(wanted, abs=REWARD_TOLERANCE)
+
+
+def test_files_are_written_once(one, two):
+    """Two processes leave the files of one, and what each has to remember; the grids are the same pictures."""
+    folder, hub, _ = two
+    ours, theirs = (
+        {str(path.relative_to(root)) for path in root.rglob("*.*")} for root in (folder / "whole", one / "whole")
+    )
+    assert {name for name in theirs - ours if "rng_state" not in name} == set()
+    assert {Path(name).name for name in ours - theirs} == {
+        "buffer_1.safetensors", "rng_state_0.pth", "rng_state_1.pth", "record_1.json",
+    }  # fmt: skip
+    grid = "images/rollout_000000.png"
+    assert (folder / "whole" / grid).read_bytes() == (one / "whole" / grid).read_bytes()
+    assert all(is_complete(folder / "whole" / f"checkpoint-{step}") for step in (1, 2, 3, 4))
+    assert hub.commits["tester/two"].count("End of training") == 1
+    titles = [title for title in hub.commits["tester/two"] if title.startswith("Training in progress")]
+    assert titles and len(set(titles)) == len(titles)
+
+
+@pytest.mark.parametrize(("whole", "parts"), [("whole", "parts"), ("middle", "middle_parts")])
+def test_two_processes_resume_bit_for_bit(two, whole, parts):
+    """Between two rollouts, and in the middle of one."""
+    folder = two[0]
+    assert_same_checkpoint(folder / parts / "checkpoint-4", folder / whole / "checkpoint-4")
+
+
+def test_another_number_of_processes_resumes_between_rollouts(one, two, tmp_path):
+    """With the same global batch the training goes on as the one of two processes."""
+    shutil.copytree(two[0] / "whole" / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    run(tmp_path / "run", resume=True, **WHOLE, **ONE)
+    assert record(tmp_path / "run")["error"] is None
+    ours, theirs = (load_file(path / "checkpoint-4" / TRAINED_WEIGHTS) for path in (tmp_path / "run", one / "whole"))
+    for key, weight in theirs.items():
+        torch.testing.assert_close(ours[key], weight, rtol=0, atol=WEIGHT_TOLERANCE)
+    counts = [
+        {key: value for key, value in record(folder)["log"][-3].items() if key.startswith("num_")}
+        for folder in (tmp_path / "run", one / "whole")
+    ]
+    assert counts[0] == counts[1] and counts[0]["num_images"] == 4 * 16
+
+
+def test_another_number_of_processes_in_the_middle_of_a_rollout_is_an_error(two, tmp_path):
+    shutil.copytree(two[0] / "middle_parts" / "checkpoint-3", tmp_path / "run" / "checkpoint-3")
+    run(tmp_path / "run", resume=True, **MIDDLE)
+    assert "middle of a rollout of 2 processes" in record(tmp_path / "run")["error"]
+
+
+@pytest.mark.parametrize(
+    ("name", "doing", "rank"), [("fails", "Rewarding images", 1), ("evaluation_fails", "Evaluating", 0)]
+)
+def test_a_failure_of_one_process_is_told_by_all(two, name, doing, rank):
+    folder = two[0] / name
+    reason = "ConnectionError: the judge does not answer"
+    assert record(folder, rank)["error"] == reason
+    assert record(folder, 1 - rank)["error"].startswith(f"RuntimeError: {doing} failed on process {rank} ({reason}).")
+
+
+def test_a_killed_process_ends_the_run_which_is_resumed(two, one, tmp_path):
+    """The third rollout never comes: one process is killed in it, when the second checkpoint is whole."""
+    runs = [dict(folder="run", **WHOLE, fail=dict(call=4, rank=1, seconds=600))]
+    with Launched([WORKER, tmp_path, json.dumps(runs)], tmp_path / "log") as launched:
+        deadline = time.monotonic() + 120
+        while not is_complete(tmp_path / "run" / "checkpoint-2"):
+            assert launched.process.poll() is None and time.monotonic() < deadline, launched.log.read_text()
+            time.sleep(0.2)
+        workers = launched.workers()
+        workers[1].kill()
+        start = time.monotonic()
+        code, shown = launched.wait(timeout=60)
+        print("ended after", time.monotonic() - start, "s")
+        assert code != 0 and not any(worker.is_running() for worker in workers.values())
+    assert "Signal 9 (SIGKILL) received by PID" in shown
+    assert last_complete_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-2")
+
+    run(tmp_path / "run", resume=True, **WHOLE, **ONE)
+    assert record(tmp_path / "run")["error"] is None
+    ours, theirs = (load_file(path / "checkpoint-4" / TRAINED_WEIGHTS) for path in (tmp_path / "run", one / "whole"))
+    for key, weight in theirs.items():
+        torch.testing.assert_close(ours[key], weight, rtol=0, atol=WEIGHT_TOLERANCE)

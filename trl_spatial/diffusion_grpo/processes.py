@@ -36,9 +36,7 @@ def fail_together(accelerator: Accelerator, doing: str) -> Iterator[None]:
         if num_failed > 0:
             reasons = gather_object([None if error is None else f"{type(error).__name__}: {error}"])
             if error is None:
-                failures = [
-                    f"process {rank} ({reason})" for rank, reason in enumerate(reasons) if reason is not None
-                ]
+                failures = [f"process {rank} ({reason})" for rank, reason in enumerate(reasons) if reason is not None]
                 raise RuntimeError(f"{doing} failed on {', '.join(failures)}. Its traceback tells where.")
     if error is not None:
         raise error
