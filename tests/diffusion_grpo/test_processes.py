@@ -19,6 +19,7 @@ from tests.diffusion_grpo.worker import run
 from tests.hub_stub import HubStub
 from tests.launching import REPOSITORY, Launched
 from trl_spatial.diffusion_grpo.checkpointing import TRAINED_WEIGHTS, is_complete, last_complete_checkpoint
+from trl_spatial.diffusion_grpo.processes import check_launch
 
 
 WORKER = REPOSITORY / "tests" / "diffusion_grpo" / "worker.py"
@@ -196,3 +197,16 @@ def test_a_killed_process_ends_the_run_which_is_resumed(two, one, tmp_path):
     ours, theirs = (load_file(path / "checkpoint-4" / TRAINED_WEIGHTS) for path in (tmp_path / "run", one / "whole"))
     for key, weight in theirs.items():
         torch.testing.assert_close(ours[key], weight, rtol=0, atol=WEIGHT_TOLERANCE)
+
+
+def test_sharding_is_refused_in_words(tmp_path, monkeypatch):
+    """What `accelerate launch` with a configuration for FSDP or DeepSpeed sets."""
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", "true")
+        with pytest.raises(ValueError, match="asks for FSDP.*multi_gpu.yaml"):
+            run(tmp_path, max_steps=1)
+    monkeypatch.setenv(
+        "ACCELERATE_USE_DEEPSPEED", "true"
+    )  # where it is installed: without it, the configuration fails
+    with pytest.raises(ValueError, match="asks for DeepSpeed.*multi_gpu.yaml"):
+        check_launch()

@@ -39,7 +39,7 @@ from .model_card import build_card
 from .model_setup import load_pipeline, prepare_transformer, sampling_options
 from .monitoring import HackingMonitor, StepTimer
 from .policies import make_policy
-from .processes import fail_together
+from .processes import check_launch, fail_together
 from .prompt_cache import PromptCache
 from .reward_functions import RewardFunction, RewardFunctions, reward_metrics
 
@@ -83,6 +83,7 @@ class DiffusionTrainer(HubTrainerMixin):
                 f"{args.n_gpu} GPUs are visible to one process. Start with `accelerate launch`, one process per GPU, or "
                 "set `CUDA_VISIBLE_DEVICES`."
             )
+        check_launch()
         if isinstance(pipeline, str):
             pipeline = load_pipeline(pipeline, torch.bfloat16 if args.bf16 else torch.float32)
         self.policy = make_policy(pipeline, max_sequence_length=args.max_sequence_length)

@@ -1,11 +1,40 @@
 """What the processes of a training tell each other when something goes wrong."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+
+
+# What `accelerate launch` sets for a way to shard: its name, and why the trainer does not go with it
+_SHARDED = {
+    "ACCELERATE_USE_FSDP": (
+        "FSDP",
+        "adapters, their moving average and what is exported are written by one process that would hold a part of them",
+    ),
+    "ACCELERATE_USE_DEEPSPEED": (
+        "DeepSpeed",
+        "it shards gradients and optimizer states, which are small for adapters, and scales the loss in its own way",
+    ),
+}
+
+
+def check_launch() -> None:
+    """
+    Refuses what shards the transformer or its optimizer.
+
+    Raises:
+        `ValueError`: If `accelerate launch` was told to use FSDP or DeepSpeed.
+    """
+    for variable, (name, reason) in _SHARDED.items():
+        if os.environ.get(variable, "false").lower() == "true":
+            raise ValueError(
+                f"The launch configuration asks for {name}, under which `DiffusionGRPOTrainer` does not run: {reason}. Use "
+                "recipes/accelerate/multi_gpu.yaml, where every GPU holds the frozen weights in bfloat16 and trains LoRA."
+            )
 
 
 @contextmanager
