@@ -29,7 +29,8 @@ REWARD_TOLERANCE = 4e-3
 
 ONE = dict(gradient_accumulation_steps=4)  # of one process, whose global batch is that of two
 WHOLE = dict(max_steps=4, save_steps=1, eval_strategy="steps", eval_steps=2, num_logged_images=3)
-QWEN = dict(family="qwen_image", guidance_scale=4.0, max_steps=2, save_steps=2, gradient_checkpointing=False)
+# Advantages in units of the whole batch's standard deviation: they need the rewards of both processes.
+QWEN = dict(family="qwen_image", guidance_scale=4.0, scale_rewards="batch", max_steps=2, save_steps=2)
 MIDDLE = dict(gradient_accumulation_steps=1, steps_per_generation=2, max_steps=4)
 RUNS = {
     "whole": dict(**WHOLE, push_to_hub=True, hub_model_id="tester/two"),
@@ -203,10 +204,10 @@ def test_sharding_is_refused_in_words(tmp_path, monkeypatch):
     """What `accelerate launch` with a configuration for FSDP or DeepSpeed sets."""
     with monkeypatch.context() as patch:
         patch.setenv("ACCELERATE_USE_FSDP", "true")
-        with pytest.raises(ValueError, match="asks for FSDP.*multi_gpu.yaml"):
+        with pytest.raises(ValueError, match=r"asks for FSDP.*multi_gpu\.yaml"):
             run(tmp_path, max_steps=1)
     monkeypatch.setenv(
         "ACCELERATE_USE_DEEPSPEED", "true"
     )  # where it is installed: without it, the configuration fails
-    with pytest.raises(ValueError, match="asks for DeepSpeed.*multi_gpu.yaml"):
+    with pytest.raises(ValueError, match=r"asks for DeepSpeed.*multi_gpu\.yaml"):
         check_launch()
