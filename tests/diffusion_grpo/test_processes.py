@@ -23,14 +23,16 @@ from trl_spatial.diffusion_grpo.processes import check_launch
 
 
 WORKER = REPOSITORY / "tests" / "diffusion_grpo" / "worker.py"
-# About 30 times what was measured. Weights move by 1e-2 in an update; rewards are in levels of a pixel.
-WEIGHT_TOLERANCE = 2e-6
+# Weights move by 1e-2 in an update; the first differs by 6e-8. Later a pixel may be rounded to its neighbour, which moves a reward,
+# in levels of a pixel, by 1e-4 and the weights by 7e-5.
+FIRST_TOLERANCE = 2e-6
+WEIGHT_TOLERANCE = 1e-3
 REWARD_TOLERANCE = 4e-3
 
 ONE = dict(gradient_accumulation_steps=4)  # of one process, whose global batch is that of two
 WHOLE = dict(max_steps=4, save_steps=1, eval_strategy="steps", eval_steps=2, num_logged_images=3)
 # Advantages in units of the whole batch's standard deviation: they need the rewards of both processes.
-QWEN = dict(family="qwen_image", guidance_scale=4.0, scale_rewards="batch", max_steps=2, save_steps=2)
+QWEN = dict(family="qwen_image", guidance_scale=4.0, scale_rewards="batch", max_steps=2, save_steps=1)
 MIDDLE = dict(gradient_accumulation_steps=1, steps_per_generation=2, max_steps=4)
 RUNS = {
     "whole": dict(**WHOLE, push_to_hub=True, hub_model_id="tester/two"),
@@ -83,12 +85,13 @@ def rewards_of_evaluation(folder, rank=0):
     return [without_clocks(entry) for entry in record(folder, rank)["log"] if "eval_reward" in entry]
 
 
-@pytest.mark.parametrize(("name", "step"), [("whole", 1), ("whole", 4), ("qwen", 2)])
+@pytest.mark.parametrize(("name", "step"), [("whole", 1), ("whole", 4), ("qwen", 1), ("qwen", 2)])
 def test_trained_weights_are_those_of_one_process(one, two, name, step):
     ours, theirs = (load_file(folder / name / f"checkpoint-{step}" / TRAINED_WEIGHTS) for folder in (two[0], one))
     assert ours.keys() == theirs.keys() and ours
     for key, weight in theirs.items():
-        torch.testing.assert_close(ours[key], weight, rtol=0, atol=WEIGHT_TOLERANCE)
+        tolerance = FIRST_TOLERANCE if step == 1 else WEIGHT_TOLERANCE
+        torch.testing.assert_close(ours[key], weight, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["whole", "qwen"])
@@ -99,7 +102,7 @@ def test_logs_are_those_of_one_process(one, two, name):
         assert entry.keys() == wanted.keys()
         for key, value in wanted.items():
             tolerance = REWARD_TOLERANCE if "reward" in key else 1e-7
-            assert entry[key] == pytest.approx(value, rel=1e-5, abs=tolerance), key
+            assert entry[key] == pytest.approx(value, rel=1e-3, abs=tolerance), key
 
 
 def test_prompts_and_noise_are_those_of_one_process(one, two):
