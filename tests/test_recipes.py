@@ -149,12 +149,14 @@ def evaluations_per_image(values):
 @pytest.mark.parametrize("path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_configs_are_understood(path):
     config = load_config_from_file(str(path))
-    assert config.num_processes == 8
+    distributed_type, num_processes = {
+        "single_gpu": ("NO", 1),
+        "multi_gpu": ("MULTI_GPU", 8),
+        "fsdp2": ("FSDP", 8),
+        "deepspeed_zero2": ("DEEPSPEED", 8),
+    }[path.stem]
+    assert (config.distributed_type, config.num_processes) == (distributed_type, num_processes)
     assert config.mixed_precision == "bf16"
-    assert (
-        config.distributed_type
-        == {"multi_gpu": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed_zero2": "DEEPSPEED"}[path.stem]
-    )
 
 
 def load_recipe(name):
@@ -210,7 +212,7 @@ def grpo_place(tmp_path, monkeypatch, official_checkpoints, processor):
 
 def test_grpo_recipe_trains_and_compares_under_accelerate_launch(grpo_place, flux_folder):
     command = (
-        f"accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no "
+        f"accelerate launch --config_file {RECIPES}/accelerate/single_gpu.yaml --mixed_precision no "
         f"{RECIPES}/grpo_flux.py --config {RECIPES}/grpo_flux.yaml --dataset prompts --eval_rewards rules "
         f"--model_name_or_path {flux_folder} {TINY_GRPO} --learning_rate 0.1 --ema_decay 0"
     )

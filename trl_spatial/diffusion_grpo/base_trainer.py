@@ -39,6 +39,7 @@ from .model_card import build_card
 from .model_setup import load_pipeline, prepare_transformer, sampling_options
 from .monitoring import HackingMonitor, StepTimer
 from .policies import make_policy
+from .processes import check_launch, fail_together
 from .prompt_cache import PromptCache
 from .reward_functions import RewardFunction, RewardFunctions, reward_metrics
 
@@ -58,7 +59,8 @@ class DiffusionTrainer(HubTrainerMixin):
     - Checkpoints hold exactly what training changes, and are marked when they are complete. Half-written ones are never
       resumed from, and older ones are deleted only when a newer one is complete. The best one is always saved and kept.
 
-    A subclass gives `training_step`, and `_training_state` and `_load_training_state` for what else it remembers.
+    A subclass gives `training_step`, and `_training_state`, `_load_training_state` and `_merge_training_states` for what else
+    it remembers.
     Arguments are those of [`DiffusionGRPOTrainer`].
     """
 
@@ -81,6 +83,7 @@ class DiffusionTrainer(HubTrainerMixin):
                 f"{args.n_gpu} GPUs are visible to one process. Start with `accelerate launch`, one process per GPU, or "
                 "set `CUDA_VISIBLE_DEVICES`."
             )
+        check_launch()
         if isinstance(pipeline, str):
             pipeline = load_pipeline(pipeline, torch.bfloat16 if args.bf16 else torch.float32)
         self.policy = make_policy(pipeline, max_sequence_length=args.max_sequence_length)
@@ -222,7 +225,8 @@ class DiffusionTrainer(HubTrainerMixin):
     def _evaluate_policy(self, dataset: Rows) -> EvaluationOutput:
         """Evaluation of all processes."""
         args = self.args
-        with nullcontext() if self.ema is None else self.ema.applied():
+        averaged = nullcontext() if self.ema is None else self.ema.applied()
+        with fail_together(self.accelerator, "Evaluating"), averaged:
             output = evaluate_policy(
                 self.policy,
                 self.model,
@@ -273,6 +277,13 @@ class DiffusionTrainer(HubTrainerMixin):
 
     def _load_training_state(self, tensors: Mapping[str, torch.Tensor], extra: dict[str, Any]) -> None:
         """Undoes `_training_state`."""
+        raise NotImplementedError
+
+    def _merge_training_states(self, states: list[tuple[dict[str, torch.Tensor], dict[str, Any]]]) -> dict[str, Any]:
+        """
+        What this process goes on from if another number of processes saved `states`: the second part of a state without
+        tensors. An error if their work cannot be shared out anew.
+        """
         raise NotImplementedError
 
     def _determine_best_metric(self, metrics, trial) -> bool:
@@ -348,7 +359,12 @@ class DiffusionTrainer(HubTrainerMixin):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         checkpointing.load_trained_state(self.model, resume_from_checkpoint, ema=self.ema)
-        self._load_training_state(*checkpointing.load_buffer(resume_from_checkpoint, self.args.process_index))
+        num_saved = checkpointing.num_buffers(resume_from_checkpoint)
+        if num_saved in (0, self.args.world_size):  # none is an error
+            self._load_training_state(*checkpointing.load_buffer(resume_from_checkpoint, self.args.process_index))
+        else:
+            states = [checkpointing.load_buffer(resume_from_checkpoint, rank) for rank in range(num_saved)]
+            self._load_training_state({}, self._merge_training_states(states))
 
     def _load_best_model(self) -> None:
         checkpointing.load_trained_state(self.model, self.state.best_model_checkpoint, ema=self.ema)

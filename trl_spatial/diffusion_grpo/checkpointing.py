@@ -199,6 +199,11 @@ def load_buffer(folder: str | Path, rank: int) -> tuple[dict[str, torch.Tensor],
     return _load_tensors(Path(folder) / f"buffer_{rank}.safetensors")
 
 
+def num_buffers(folder: str | Path) -> int:
+    """How many processes saved the checkpoint in a folder."""
+    return len(list(Path(folder).glob("buffer_*.safetensors")))
+
+
 def _trainable_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 

@@ -1,3 +1,4 @@
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -22,6 +23,7 @@ from .model_setup import freeze_idle_modules
 from .monitoring import MissingRewardsMonitor, equal_rewards_warning
 from .objective import ScoredStep, policy_objective, reference_kl
 from .overlap import OverlappedRewards
+from .processes import fail_together
 from .reward_functions import RewardFunction, reward_metrics
 from .rollout import Rollout, image_generator, sample_rollout
 from .sampler import num_rollouts_per_epoch, rollout_prompts
@@ -207,11 +209,11 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
         """A rollout of this process, and its rewards, `(n, num_funcs)`."""
         if not self.args.overlap_rewards:
             rollout = self._sample(prompts, trained_steps, rollout_index)
-            with self._timer.phase("reward"):
+            with fail_together(self.accelerator, "Rewarding images"), self._timer.phase("reward"):
                 return rollout, self.reward_functions(prompts, rollout.images, **columns)
         with OverlappedRewards(self.reward_functions, prompts, columns, self.args.device) as overlapped:
             rollout = self._sample(prompts, trained_steps, rollout_index, on_batch=overlapped.add)
-            with self._timer.phase("reward"):
+            with fail_together(self.accelerator, "Rewarding images"), self._timer.phase("reward"):
                 return rollout, overlapped.collect()
 
     def _select_kept(self, rewards: torch.Tensor, rollout_index: int) -> torch.Tensor:
@@ -239,22 +241,23 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
             image_generator(args.seed, rollout_index, *divmod(index, args.num_generations))  # its group, its image
             for index in range(first, first + len(prompts))
         ]
-        with self._timer.phase("encode"):
-            embeds = self.prompt_cache.get(prompts)
-        with self._timer.phase("sample"), self.accelerator.autocast():
-            rollout = sample_rollout(
-                self.policy,
-                self.model,
-                embeds,
-                generators,
-                self._options,
-                sigmas=self._sigmas,
-                trained_steps=trained_steps,
-                noise_level=args.noise_level,
-                dynamics=args.dynamics,
-                batch_size=args.rollout_batch_size,
-                on_batch=on_batch,
-            )
+        with fail_together(self.accelerator, "Sampling images"):
+            with self._timer.phase("encode"):
+                embeds = self.prompt_cache.get(prompts)
+            with self._timer.phase("sample"), self.accelerator.autocast():
+                rollout = sample_rollout(
+                    self.policy,
+                    self.model,
+                    embeds,
+                    generators,
+                    self._options,
+                    sigmas=self._sigmas,
+                    trained_steps=trained_steps,
+                    noise_level=args.noise_level,
+                    dynamics=args.dynamics,
+                    batch_size=args.rollout_batch_size,
+                    on_batch=on_batch,
+                )
         self._metrics.totals["num_images"] += len(prompts)
         self._count_evaluations("policy", len(prompts) * args.num_inference_steps)
         return rollout
@@ -403,6 +406,19 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
         buffer = self._buffer
         tensors, rest = ({}, None) if buffer is None or buffer.is_used_up else buffer.state()
         return tensors, {"buffer": rest, "totals": self._metrics.totals}
+
+    def _merge_training_states(self, states: list[tuple[dict[str, torch.Tensor], dict[str, Any]]]) -> dict[str, Any]:
+        num_processes = self.args.world_size
+        if any(extra["buffer"] is not None for _, extra in states):
+            raise ValueError(
+                f"The checkpoint is from the middle of a rollout of {len(states)} processes, each with images of its own; "
+                f"now there are {num_processes}. Resume with {len(states)}, or from a checkpoint at the end of a rollout."
+            )
+        # The counts of all processes are added up in the logs.
+        totals: Counter[str] = Counter()
+        for _, extra in states if self.args.process_index == 0 else states[:0]:
+            totals.update(extra["totals"])
+        return {"buffer": None, "totals": totals}
 
     def _load_training_state(self, tensors: Mapping[str, torch.Tensor], extra: dict[str, Any]) -> None:
         self._metrics.load_totals(extra["totals"])

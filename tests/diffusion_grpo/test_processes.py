@@ -1,0 +1,216 @@
+"""
+Training of two processes is that of one with the same global batch; it resumes, and ends when one of them is gone.
+
+What two processes add up is added in another order: a gradient differs by rounding, and so does all that follows from it.
+The first rollout, and all noise, prompts and windows, are the same to the last bit.
+"""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.diffusion_grpo.test_resume import assert_same_checkpoint
+from tests.diffusion_grpo.worker import run
+from tests.hub_stub import HubStub
+from tests.launching import REPOSITORY, Launched
+from trl_spatial.diffusion_grpo.checkpointing import TRAINED_WEIGHTS, is_complete, last_complete_checkpoint
+from trl_spatial.diffusion_grpo.processes import check_launch
+
+
+WORKER = REPOSITORY / "tests" / "diffusion_grpo" / "worker.py"
+# Weights move by 1e-2 in an update; the first differs by 6e-8. Later a pixel may be rounded to its neighbour, which moves a reward,
+# in levels of a pixel, by 1e-4 and the weights by 7e-5.
+FIRST_TOLERANCE = 2e-6
+WEIGHT_TOLERANCE = 1e-3
+REWARD_TOLERANCE = 4e-3
+
+ONE = dict(gradient_accumulation_steps=4)  # of one process, whose global batch is that of two
+WHOLE = dict(max_steps=4, save_steps=1, eval_strategy="steps", eval_steps=2, num_logged_images=3)
+# Advantages in units of the whole batch's standard deviation: they need the rewards of both processes.
+QWEN = dict(family="qwen_image", guidance_scale=4.0, scale_rewards="batch", max_steps=2, save_steps=1)
+MIDDLE = dict(gradient_accumulation_steps=1, steps_per_generation=2, max_steps=4)
+RUNS = {
+    "whole": dict(**WHOLE, push_to_hub=True, hub_model_id="tester/two"),
+    "parts": dict(**WHOLE, stop_at=2),
+    "qwen": QWEN,
+    "middle": dict(**MIDDLE, save_steps=4),
+    "middle_parts": dict(**MIDDLE, save_steps=3, stop_at=3),
+    "fails": dict(max_steps=4, save_steps=1, fail=dict(call=3, rank=1, seconds=0)),
+    "evaluation_fails": dict(eval_strategy="steps", eval_steps=1, max_steps=2, fail=dict(call=2, rank=0, seconds=0)),
+    "few_rows": dict(num_eval_rows=1, eval_strategy="steps", eval_steps=1, max_steps=1, save_strategy="no"),
+}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Folder of the runs of two processes, and the Hub that they pushed to. Treat it as read-only."""
+    folder = tmp_path_factory.mktemp("two")
+    resumed = {name: {**RUNS[name], "stop_at": None, "resume": True} for name in ("parts", "middle_parts")}
+    runs = [*RUNS.items(), *resumed.items()]
+    words = [WORKER, folder, json.dumps([{"folder": name, **arguments} for name, arguments in runs])]
+    with HubStub() as hub, Launched(words, folder / "log", **hub.environment) as launched:
+        code, shown = launched.wait()
+        assert code == 0, shown
+    return folder, hub, shown
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """Folder of the same runs of one process. Treat it as read-only."""
+    folder = tmp_path_factory.mktemp("one")
+    for name, settings in {"whole": WHOLE, "qwen": QWEN, "few_rows": RUNS["few_rows"]}.items():
+        run(folder / name, **settings, **ONE)
+    return folder
+
+
+def record(folder, rank=0):
+    return json.loads((folder / f"record_{rank}.json").read_text())
+
+
+def without_clocks(entry):
+    clocks = ("time/", "images_per_second", "train_", "eval_runtime", "eval_s")
+    return {name: value for name, value in entry.items() if not name.startswith(clocks)}
+
+
+def weights(folder, step):
+    return load_file(folder / f"checkpoint-{step}" / "trained_weights.safetensors")
+
+
+def rewards_of_evaluation(folder, rank=0):
+    return [without_clocks(entry) for entry in record(folder, rank)["log"] if "eval_reward" in entry]
+
+
+@pytest.mark.parametrize(("name", "step"), [("whole", 1), ("whole", 4), ("qwen", 1), ("qwen", 2)])
+def test_trained_weights_are_those_of_one_process(one, two, name, step):
+    ours, theirs = (load_file(folder / name / f"checkpoint-{step}" / TRAINED_WEIGHTS) for folder in (two[0], one))
+    assert ours.keys() == theirs.keys() and ours
+    for key, weight in theirs.items():
+        tolerance = FIRST_TOLERANCE if step == 1 else WEIGHT_TOLERANCE
+        torch.testing.assert_close(ours[key], weight, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["whole", "qwen"])
+def test_logs_are_those_of_one_process(one, two, name):
+    logs, expected = ([without_clocks(entry) for entry in record(folder / name)["log"]] for folder in (two[0], one))
+    assert {"reward", "kl", "ratio/mean", "clip_ratio/high", "num_images"} <= logs[0].keys()
+    for entry, wanted in zip(logs, expected, strict=True):
+        assert entry.keys() == wanted.keys()
+        for key, value in wanted.items():
+            tolerance = REWARD_TOLERANCE if "reward" in key else 1e-7
+            assert entry[key] == pytest.approx(value, rel=1e-3, abs=tolerance), key
+
+
+def test_prompts_and_noise_are_those_of_one_process(one, two):
+    """A rollout is 16 images: those of the first prompts on one process, the others on the other."""
+    for name in ("whole", "qwen"):
+        halves = [record(two[0] / name, rank)["seen"][:8] for rank in (0, 1)]
+        seen = record(one / name)["seen"][:16]
+        assert halves[0] + halves[1] == seen
+        assert len({digest for _, digest in seen}) == 16 and len({prompt for prompt, _ in seen}) == 4
+
+
+@pytest.mark.parametrize("name", ["whole", "few_rows"])
+def test_evaluation_is_that_of_one_process(one, two, name):
+    """Of three rows and of one, which two processes do not share evenly."""
+    ours, theirs = rewards_of_evaluation(two[0] / name), rewards_of_evaluation(one / name)
+    assert ours == rewards_of_evaluation(two[0] / name, rank=1)  # both processes know it
+    for entry, wanted in zip(ours, theirs, strict=True):
+        assert entry == pytest.approx(wanted, abs=REWARD_TOLERANCE)
+
+
+def test_files_are_written_once(one, two):
+    """Two processes leave the files of one, and what each has to remember; the grids are the same pictures."""
+    folder, hub, _ = two
+    ours, theirs = (
+        {str(path.relative_to(root)) for path in root.rglob("*.*")} for root in (folder / "whole", one / "whole")
+    )
+    assert {name for name in theirs - ours if "rng_state" not in name} == set()
+    assert {Path(name).name for name in ours - theirs} == {
+        "buffer_1.safetensors", "rng_state_0.pth", "rng_state_1.pth", "record_1.json",
+    }  # fmt: skip
+    grid = "images/rollout_000000.png"
+    assert (folder / "whole" / grid).read_bytes() == (one / "whole" / grid).read_bytes()
+    assert all(is_complete(folder / "whole" / f"checkpoint-{step}") for step in (1, 2, 3, 4))
+    assert hub.commits["tester/two"].count("End of training") == 1
+    titles = [title for title in hub.commits["tester/two"] if title.startswith("Training in progress")]
+    assert titles and len(set(titles)) == len(titles)
+
+
+@pytest.mark.parametrize(("whole", "parts"), [("whole", "parts"), ("middle", "middle_parts")])
+def test_two_processes_resume_bit_for_bit(two, whole, parts):
+    """Between two rollouts, and in the middle of one."""
+    folder = two[0]
+    assert_same_checkpoint(folder / parts / "checkpoint-4", folder / whole / "checkpoint-4")
+
+
+def test_another_number_of_processes_resumes_between_rollouts(one, two, tmp_path):
+    """With the same global batch the training goes on as the one of two processes."""
+    shutil.copytree(two[0] / "whole" / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    run(tmp_path / "run", resume=True, **WHOLE, **ONE)
+    assert record(tmp_path / "run")["error"] is None
+    ours, theirs = (load_file(path / "checkpoint-4" / TRAINED_WEIGHTS) for path in (tmp_path / "run", one / "whole"))
+    for key, weight in theirs.items():
+        torch.testing.assert_close(ours[key], weight, rtol=0, atol=WEIGHT_TOLERANCE)
+    counts = [
+        {key: value for key, value in record(folder)["log"][-3].items() if key.startswith("num_")}
+        for folder in (tmp_path / "run", one / "whole")
+    ]
+    assert counts[0] == counts[1] and counts[0]["num_images"] == 4 * 16
+
+
+def test_another_number_of_processes_in_the_middle_of_a_rollout_is_an_error(two, tmp_path):
+    shutil.copytree(two[0] / "middle_parts" / "checkpoint-3", tmp_path / "run" / "checkpoint-3")
+    run(tmp_path / "run", resume=True, **MIDDLE)
+    assert "middle of a rollout of 2 processes" in record(tmp_path / "run")["error"]
+
+
+@pytest.mark.parametrize(
+    ("name", "doing", "rank"), [("fails", "Rewarding images", 1), ("evaluation_fails", "Evaluating", 0)]
+)
+def test_a_failure_of_one_process_is_told_by_all(two, name, doing, rank):
+    folder = two[0] / name
+    reason = "ConnectionError: the judge does not answer"
+    assert record(folder, rank)["error"] == reason
+    assert record(folder, 1 - rank)["error"].startswith(f"RuntimeError: {doing} failed on process {rank} ({reason}).")
+
+
+def test_a_killed_process_ends_the_run_which_is_resumed(two, one, tmp_path):
+    """The third rollout never comes: one process is killed in it, when the second checkpoint is whole."""
+    runs = [dict(folder="run", **WHOLE, fail=dict(call=4, rank=1, seconds=600))]
+    with Launched([WORKER, tmp_path, json.dumps(runs)], tmp_path / "log") as launched:
+        deadline = time.monotonic() + 120
+        while not is_complete(tmp_path / "run" / "checkpoint-2"):
+            assert launched.process.poll() is None and time.monotonic() < deadline, launched.log.read_text()
+            time.sleep(0.2)
+        workers = launched.workers()
+        workers[1].kill()
+        start = time.monotonic()
+        code, shown = launched.wait(timeout=60)
+        print("ended after", time.monotonic() - start, "s")
+        assert code != 0 and not any(worker.is_running() for worker in workers.values())
+    assert "Signal 9 (SIGKILL) received by PID" in shown
+    assert last_complete_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-2")
+
+    run(tmp_path / "run", resume=True, **WHOLE, **ONE)
+    assert record(tmp_path / "run")["error"] is None
+    ours, theirs = (load_file(path / "checkpoint-4" / TRAINED_WEIGHTS) for path in (tmp_path / "run", one / "whole"))
+    for key, weight in theirs.items():
+        torch.testing.assert_close(ours[key], weight, rtol=0, atol=WEIGHT_TOLERANCE)
+
+
+def test_sharding_is_refused_in_words(tmp_path, monkeypatch):
+    """What `accelerate launch` with a configuration for FSDP or DeepSpeed sets."""
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", "true")
+        with pytest.raises(ValueError, match=r"asks for FSDP.*multi_gpu\.yaml"):
+            run(tmp_path, max_steps=1)
+    monkeypatch.setenv(
+        "ACCELERATE_USE_DEEPSPEED", "true"
+    )  # where it is installed: without it, the configuration fails
+    with pytest.raises(ValueError, match=r"asks for DeepSpeed.*multi_gpu\.yaml"):
+        check_launch()

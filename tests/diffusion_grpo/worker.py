@@ -1,0 +1,108 @@
+"""
+Trains tiny pipelines and writes down what was seen: a script for `accelerate launch`.
+
+    worker.py FOLDER JSON
+
+The JSON is a list of runs, each the keyword arguments of `run`; each gets a folder of its own in FOLDER.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from flux import build_flux_pipeline
+from peft import LoraConfig
+from qwen_image import build_qwen_image_pipeline
+from transformers import TrainerCallback
+
+from trl_spatial import DiffusionGRPOConfig, DiffusionGRPOTrainer
+
+
+PROMPTS = ["a red cube", "a blue sphere", "a lamp", "a table", "a dog"]  # not a multiple of what a rollout takes
+FAMILIES = {"flux": build_flux_pipeline, "qwen_image": build_qwen_image_pipeline}
+LORA = dict(r=2, lora_alpha=6, init_lora_weights="gaussian", target_modules=["to_q", "to_v", "add_k_proj"])
+# Two prompts per process and rollout. The learning rate falls, so that the schedule has a state too.
+TINY = dict(
+    num_generations=4,
+    top_k=1,
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=2,
+    rollout_batch_size=2,
+    num_inference_steps=3,
+    eval_num_inference_steps=2,
+    height=16,
+    width=16,
+    max_sequence_length=16,
+    learning_rate=1e-2,
+    lr_scheduler_type="linear",
+    ema_steps=2,
+    num_logged_images=3,
+    sde_window_size=1,
+    sde_window_range=[0, 2],
+    use_cpu=True,
+    report_to="none",
+    disable_tqdm=True,
+)
+
+
+class Redness:
+    """A reward that writes down prompts and digests of images, and fails, or takes long, on one process if it is told to."""
+
+    __name__ = "redness"
+
+    def __init__(self, fail=None):
+        self.fail = fail
+        self.seen = []
+        self.num_calls = 0
+
+    def __call__(self, prompts, images, **columns):
+        self.num_calls += 1
+        if self.fail and (self.num_calls, int(os.environ["RANK"])) == (self.fail["call"], self.fail["rank"]):
+            time.sleep(self.fail["seconds"])
+            raise ConnectionError("the judge does not answer")
+        pixels = [np.asarray(image) for image in images]
+        digests = [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
+        self.seen += [list(pair) for pair in zip(prompts, digests, strict=True)]
+        return [float(image[..., 0].mean() - image[..., 1:].mean()) for image in pixels]
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = control.should_training_stop or state.global_step == self.step
+
+
+def run(folder, *, family="flux", resume=None, stop_at=None, fail=None, num_eval_rows=3, is_full=False, **settings):
+    """Trains, and leaves `record_<rank>.json` beside the checkpoints: what the reward saw, the logs and the error."""
+    reward = Redness(fail)
+    trainer = DiffusionGRPOTrainer(
+        FAMILIES[family](),
+        reward,
+        DiffusionGRPOConfig(str(folder), **(TINY | settings)),
+        train_dataset=[{"prompt": prompt} for prompt in PROMPTS],
+        eval_dataset=[{"prompt": prompt} for prompt in PROMPTS[:num_eval_rows]],
+        peft_config=None if is_full else LoraConfig(**LORA),
+        callbacks=[StopAt(stop_at)] if stop_at else None,
+    )
+    error = None
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.push_to_hub() if trainer.args.push_to_hub else trainer.save_model()
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    record = {"error": error, "seen": reward.seen, "log": trainer.state.log_history}
+    name = f"record_{trainer.args.process_index}.json"
+    (Path(folder) / name).write_text(json.dumps(record), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for number, arguments in enumerate(json.loads(sys.argv[2])):
+        run(Path(sys.argv[1]) / arguments.pop("folder", str(number)), **arguments)
