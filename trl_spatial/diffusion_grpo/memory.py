@@ -23,7 +23,6 @@ from .model_setup import prepare_transformer, sampling_options
 from .policies import DiffusionPolicy, make_policy
 from .policies.base import NEGATIVE_PREFIX
 from .rollout import image_generator
-from .sde import sde_window
 
 
 # Bits that a weight of a linear layer takes. NF4 of bitsandbytes: 4, a scale of 8 for every 64 weights, and one of 32 for every
@@ -290,7 +289,7 @@ class MemoryModel:
         for module in (self.policy.transformer, self.policy.vae, *self.policy.encoders):
             for parameter in module.parameters():
                 parameter.data = parameter.data.to(dtype)
-        self.transformer = prepare_transformer(self.policy, args, peft_config)
+        self.transformer: Any = prepare_transformer(self.policy, args, peft_config)
         self.num_trained = sum(weight.numel() for weight in self.transformer.parameters() if weight.requires_grad)
         self._peaks: dict[str, int] = {}
 
@@ -398,9 +397,7 @@ class MemoryModel:
     def _rollout_bytes(self) -> int:
         # before and after each trained step, and the last ones
         args = self.args
-        num_trained = len(
-            sde_window(args.num_inference_steps, args.sde_window_size, args.sde_window_range, seed=0, step=0)
-        )
+        num_trained = args.sde_window_size or args.num_inference_steps - 1
         return self._num_images * (2 * num_trained + 1) * self._latents(1).nbytes
 
     def _embeds_bytes(self) -> int:
