@@ -171,7 +171,8 @@ class DiffusionGRPOConfig(TrainingArguments):
     > - `ddp_find_unused_parameters`: Defaults to `False`.
     >
     > `torch_compile` compiles the transformer's repeated blocks, each kind once, and not the whole model;
-    > `torch_compile_backend` and `torch_compile_mode` apply to them. Rollout and training run the same compiled blocks.
+    > `torch_compile_backend` and `torch_compile_mode` apply to them. Rollout and training run the same compiled blocks, but
+    > with and without gradient those round differently: keep `old_log_probs="training"`.
     """
 
     # Parameters whose default values are overridden from TrainingArguments
