@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import TorchDynamoPlugin
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
@@ -36,7 +37,7 @@ from .image_grid import save_image_grid
 from .integrations import adapt_callbacks, log_image
 from .metrics import TrainingMetrics, gather_evaluation
 from .model_card import build_card
-from .model_setup import load_pipeline, prepare_transformer, sampling_options
+from .model_setup import load_pipeline, prepare_transformer, prepare_vae, sampling_options
 from .monitoring import HackingMonitor, StepTimer
 from .policies import make_policy
 from .processes import check_launch, fail_together
@@ -114,7 +115,7 @@ class DiffusionTrainer(HubTrainerMixin):
             self.add_callback(RolloutProgressCallback)
         adapt_callbacks(self)
 
-        self.policy.vae.to(args.device)
+        prepare_vae(self.policy, args)
         # The same guidance in training and in evaluation, hence the same negative prompt
         negative_prompt = self.policy.negative_prompt(self._options)
         self.prompt_cache = PromptCache(self.policy, args.device, negative_prompt=negative_prompt)
@@ -122,6 +123,10 @@ class DiffusionTrainer(HubTrainerMixin):
         self._metrics = TrainingMetrics()
         self._timer = StepTimer()
         self._hacking_monitors: defaultdict[str, HackingMonitor] = defaultdict(HackingMonitor)
+
+    # `torch_compile` is for the transformer's blocks, see `prepare_transformer`; the parent would compile all of it.
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        return {**super()._build_accelerator_args(**kwargs), "dynamo_plugin": TorchDynamoPlugin(backend="no")}
 
     def num_examples(self, dataloader) -> int:
         return len(self.train_dataset)

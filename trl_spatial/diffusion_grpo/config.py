@@ -1,6 +1,7 @@
 import math
 from dataclasses import dataclass, field, fields
 
+from diffusers.models.attention_dispatch import AttentionBackendName
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -144,6 +145,20 @@ class DiffusionGRPOConfig(TrainingArguments):
             Number of images in the grids that are saved in `output_dir/images` and sent to the trackers: of every tenth
             rollout and of every evaluation. `0` means no grids.
 
+        > Parameters that control memory and speed
+
+        offload_vae (`bool`, *optional*, defaults to `False`):
+            Whether the VAE is on the accelerator only while it decodes. The text encoders always are there only while they
+            encode prompts that were not seen before.
+        vae_slicing (`bool`, *optional*, defaults to `False`):
+            Whether the VAE decodes one image at a time.
+        vae_tiling (`bool`, *optional*, defaults to `False`):
+            Whether the VAE decodes an image in tiles that overlap. Where they meet, pixels differ a little.
+        attention_backend (`str`, *optional*):
+            Attention kernel of the transformer, one of diffusers' `AttentionBackendName` such as `"_native_cudnn"` or
+            `"flash"`, for rollout, training and evaluation alike. If `None`, PyTorch chooses. Kernels without a backward
+            pass, as those of SageAttention, cannot train.
+
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
     > - `learning_rate`: Defaults to `3e-4` instead of `5e-5`, the paper's, for LoRA. For full fine-tuning use `1e-5`.
@@ -160,6 +175,10 @@ class DiffusionGRPOConfig(TrainingArguments):
     >   (3 evaluations instead of 2), but FLUX.1 does not fit in 80 GB with several images otherwise.
     > - `bf16`: Defaults to `True` if the GPU supports it, else to `False`, so that training also starts on a CPU.
     > - `ddp_find_unused_parameters`: Defaults to `False`.
+    >
+    > `torch_compile` compiles the transformer's repeated blocks, each kind once, and not the whole model;
+    > `torch_compile_backend` and `torch_compile_mode` apply to them. Rollout and training run the same compiled blocks, but
+    > with and without gradient those round differently: keep `old_log_probs="training"`.
     """
 
     # Parameters whose default values are overridden from TrainingArguments
@@ -396,13 +415,41 @@ class DiffusionGRPOConfig(TrainingArguments):
         metadata={"help": "Number of images in the grids that are saved and sent to the trackers. 0 means no grids."},
     )
 
+    # Parameters that control memory and speed
+    offload_vae: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the VAE is on the accelerator only while it decodes, as the text encoders always are."
+        },
+    )
+    vae_slicing: bool = field(
+        default=False,
+        metadata={"help": "Whether the VAE decodes one image at a time."},
+    )
+    vae_tiling: bool = field(
+        default=False,
+        metadata={"help": "Whether the VAE decodes an image in tiles. Where they meet, pixels differ a little."},
+    )
+    attention_backend: str | None = field(
+        default=None,
+        metadata={"help": "Attention kernel of the transformer, a name of diffusers. If `None`, PyTorch chooses."},
+    )
+
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         # Newer transformers rename the option and warn about the old name, which has a default above.
         if "activation_checkpointing" in [f.name for f in fields(self)] and self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing
+        # The parent has Accelerate compile the whole model; ours are compiled by `prepare_transformer`.
+        is_compiled = (
+            self.torch_compile or self.torch_compile_backend is not None or self.torch_compile_mode is not None
+        )
+        compile_options = self.torch_compile_backend, self.torch_compile_mode
+        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
         super().__post_init__()
+        self.torch_compile = is_compiled
+        self.torch_compile_backend, self.torch_compile_mode = compile_options
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # PyTorch warns: there is nothing to pin for
         if self.steps_per_generation is None:
@@ -438,6 +485,12 @@ class DiffusionGRPOConfig(TrainingArguments):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}. Use one of {', '.join(map(repr, choices))}.")
+        backends = [backend.value for backend in AttentionBackendName]
+        if self.attention_backend is not None and self.attention_backend not in backends:
+            raise ValueError(
+                f"`attention_backend` is {self.attention_backend!r}. Use one of diffusers': "
+                f"{', '.join(map(repr, backends))}, or `None`."
+            )
         if self.ratio_norm and self.kl_mask is not None:
             raise ValueError(
                 f"`ratio_norm` is {self.ratio_norm} and `kl_mask` is {self.kl_mask}. One corrects the ratio for the "
@@ -538,7 +591,6 @@ class DiffusionGRPOConfig(TrainingArguments):
             "fp16": "its range is too small for the gradients of a mean over latents. Use `bf16`",
             "auto_find_batch_size": "the batch size decides how many prompts a rollout has. Set "
             "`per_device_train_batch_size`",
-            "torch_compile": "rollout and training would round differently. Leave it False",
             "gradient_checkpointing_kwargs": "diffusers has one kind of checkpointing. Leave it `None`",
             "label_smoothing_factor": "there are no labels. Leave it 0",
         }

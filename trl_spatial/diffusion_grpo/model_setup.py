@@ -3,8 +3,9 @@
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import BitsAndBytesConfig, DiffusionPipeline, PipelineQuantizationConfig
 from diffusers.training_utils import cast_training_params
+from diffusers.utils import is_bitsandbytes_available
 from peft import LoraConfig
 
 from ..hub.errors import explain_errors
@@ -15,7 +16,62 @@ from .config import DiffusionGRPOConfig
 from .policies import DiffusionPolicy, SamplingOptions
 
 
-def load_pipeline(name: str, dtype: torch.dtype, *, revision: str | None = None) -> DiffusionPipeline:
+# bitsandbytes' classes of quantized weights
+_QUANTIZED_WEIGHTS = {"Params4bit", "Int8Params"}
+
+
+def quantization_config(method: str, dtype: torch.dtype) -> PipelineQuantizationConfig:
+    """
+    Makes the configuration with which diffusers quantizes the transformer while it loads it, by bitsandbytes. Text encoders and
+    VAE stay as they are: the ones are on the accelerator only while they encode, the other is small.
+
+    Args:
+        method (`str`):
+            `"nf4"` (4 bits) or `"int8"`.
+        dtype (`torch.dtype`):
+            Type in which the layers compute.
+
+    Raises:
+        `ValueError`: If there is no such method.
+        `RuntimeError`: If there is no GPU: bitsandbytes quantizes on one.
+        `ImportError`: If bitsandbytes is not installed.
+    """
+    if method not in ("nf4", "int8"):
+        raise ValueError(f"The quantization is {method!r}. Use 'nf4' or 'int8'.")
+    option = "--load_in_4bit" if method == "nf4" else "--load_in_8bit"
+    if not is_bitsandbytes_available():
+        raise ImportError(f"`{option}` needs bitsandbytes: `pip install 'trl-spatial[quant]'`.")
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            f"`{option}` needs a GPU, on which bitsandbytes quantizes the weights; none was found. Drop it."
+        )
+    return PipelineQuantizationConfig(quant_mapping={"transformer": transformer_quantization(method, dtype)})
+
+
+def transformer_quantization(method: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """The transformer's part of [`quantization_config`]."""
+    if method == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def is_quantized(module: torch.nn.Module) -> bool:
+    """Whether a model has weights that bitsandbytes has quantized."""
+    return any(type(parameter).__name__ in _QUANTIZED_WEIGHTS for parameter in module.parameters())
+
+
+def load_pipeline(
+    name: str,
+    dtype: torch.dtype,
+    *,
+    revision: str | None = None,
+    quantization_config: PipelineQuantizationConfig | None = None,
+) -> DiffusionPipeline:
     """
     Loads a pipeline.
 
@@ -26,6 +82,8 @@ def load_pipeline(name: str, dtype: torch.dtype, *, revision: str | None = None)
             Type of its weights.
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub.
+        quantization_config ([`~diffusers.PipelineQuantizationConfig`], *optional*):
+            How components are quantized, from [`quantization_config`].
 
     Raises:
         `ValueError`: If there is no such folder, or the repository holds pickles or code.
@@ -34,7 +92,11 @@ def load_pipeline(name: str, dtype: torch.dtype, *, revision: str | None = None)
     check_repository(reference, kind="model")
     with explain_errors(f"Loading the pipeline {reference}"):
         return DiffusionPipeline.from_pretrained(
-            reference.name, revision=reference.revision, dtype=dtype, use_safetensors=True
+            reference.name,
+            revision=reference.revision,
+            dtype=dtype,
+            use_safetensors=True,
+            quantization_config=quantization_config,
         )
 
 
@@ -95,10 +157,16 @@ def prepare_transformer(
     elif peft_config is not None:
         check_exportable(peft_config)
         transformer.add_adapter(peft_config)
+    elif is_quantized(transformer):
+        raise ValueError(
+            "The transformer is quantized, and quantized weights cannot be trained. Set `peft_config` to train LoRA, or load "
+            "it without `quantization_config`."
+        )
     else:
         transformer.requires_grad_(True)
     cast_training_params(transformer, torch.float32)
     freeze_idle_modules(policy)
+    _check_trained_weights(transformer)
     _check_dropout(transformer)
     if args.beta > 0 and not has_adapter(transformer):
         raise ValueError(
@@ -106,7 +174,29 @@ def prepare_transformer(
             "`beta=0.0`, or train LoRA with `peft_config`."
         )
     _redirect_gradient_checkpointing(transformer)
+    if args.attention_backend is not None:
+        transformer.set_attention_backend(args.attention_backend)
+    if args.torch_compile:
+        _compile_blocks(transformer, args)
     return transformer
+
+
+def prepare_vae(policy: DiffusionPolicy, args: DiffusionGRPOConfig) -> None:
+    """
+    Puts the VAE where it decodes, for good or, with `offload_vae`, while it decodes, and sets how it does.
+
+    Args:
+        policy ([`DiffusionPolicy`]):
+            The policy. Its VAE is changed in place.
+        args ([`DiffusionGRPOConfig`]):
+            Configuration of the training.
+    """
+    if args.vae_slicing:
+        policy.vae.enable_slicing()
+    if args.vae_tiling:
+        policy.vae.enable_tiling()
+    policy.vae.to("cpu" if args.offload_vae else args.device)
+    policy.vae_device = args.device if args.offload_vae else None
 
 
 def freeze_idle_modules(policy: DiffusionPolicy) -> None:
@@ -122,6 +212,16 @@ def freeze_idle_modules(policy: DiffusionPolicy) -> None:
         policy.transformer.get_submodule(name).requires_grad_(False)
 
 
+def _check_trained_weights(transformer: torch.nn.Module) -> None:
+    for name, parameter in transformer.named_parameters():
+        is_packed = type(parameter).__name__ in _QUANTIZED_WEIGHTS
+        if parameter.requires_grad and (is_packed or parameter.dtype != torch.float32):
+            raise ValueError(
+                f"`{name}` would be trained in {'quantized' if is_packed else parameter.dtype} form, which loses small "
+                "updates. Only adapters in float32 are trained beside quantized weights."
+            )
+
+
 def _check_dropout(transformer: torch.nn.Module) -> None:
     for name, module in transformer.named_modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
@@ -129,6 +229,14 @@ def _check_dropout(transformer: torch.nn.Module) -> None:
                 f"The module `{name}` has dropout {module.p}: sampling and training would not see the same policy, and the "
                 "first ratio of a rollout would not be 1. Set it to 0 (`lora_dropout` in `peft_config`)."
             )
+
+
+def _compile_blocks(transformer: torch.nn.Module, args: DiffusionGRPOConfig) -> None:
+    # The blocks of every list, and not `compile_repeated_blocks`, which knows none of Stable Diffusion 3. A kind of block is
+    # compiled once for all of its instances.
+    for blocks in [child for child in transformer.children() if isinstance(child, torch.nn.ModuleList)]:
+        for block in blocks:
+            block.compile(backend=args.torch_compile_backend or "inductor", mode=args.torch_compile_mode)
 
 
 def _redirect_gradient_checkpointing(transformer: Any) -> None:

@@ -293,14 +293,14 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
             self._evaluate_old_policy(buffer)
         return buffer
 
-    @torch.no_grad()
     def _evaluate_old_policy(self, buffer: RolloutBuffer) -> None:
         """Scores, in the batches of training, what will be trained on when the policy has changed."""
-        with self._timer.phase("train"):
+        # Without gradient, compiled blocks are another graph than in training, and in bfloat16 round by more than `epsilon`.
+        with self._timer.phase("train"), torch.set_grad_enabled(self.args.torch_compile):
             for position in range(buffer.num_batches_on_policy, buffer.num_batches):
                 for step in self._batch_steps(buffer, position):
                     old = self._score(self.model, step)
-                    step.store_old_policy(old.log_probs, old.mean)
+                    step.store_old_policy(old.log_probs.detach(), old.mean.detach())
                     self._count_evaluations("old_log_prob", len(step.latents))
 
     @property

@@ -26,6 +26,13 @@ EXAMPLES = """\
   # another family: Qwen-Image with classifier-free guidance; its recipe says what else differs
   trl_spatial grpo --config recipes/grpo_qwen_image.yaml --dataset ORG/SpatialPrompts --num_processes 8
 
+  # will it fit? a table of what each option needs; nothing is loaded
+  trl_spatial grpo --dataset prompts.txt --rewards SpatialScore-7B --output_dir out --estimate
+
+  # on a GPU of 24 or 40 GB: frozen weights in 4 bits
+  trl_spatial grpo --dataset prompts.txt --rewards my_rewards:sharpness --output_dir out --load_in_4bit \\
+      --offload_vae true --vae_slicing true
+
   # two rewards, the second one weighted half; a third one judges the evaluation and is not trained on
   trl_spatial grpo --dataset prompts.jsonl --rewards SpatialScore-7B my_rewards:sharpness --reward_weights 1 0.5 \\
       --eval_dataset heldout.txt --eval_strategy steps --eval_steps 50 --eval_rewards my_rewards:aesthetics \\
@@ -67,6 +74,8 @@ class GRPOScriptArguments:
             Split to train on.
         dataset_test_split (`str`, *optional*, defaults to `"test"`):
             Split to evaluate on, if `eval_strategy` asks for it.
+        estimate (`bool`, *optional*, defaults to `False`):
+            Whether only to print how much memory the run would need. Nothing is loaded.
     """
 
     dataset: str = field(
@@ -102,6 +111,13 @@ class GRPOScriptArguments:
     dataset_test_split: str = field(
         default="test", metadata={"help": "Split to evaluate on, if `eval_strategy` asks for it."}
     )
+    estimate: bool = field(
+        default=False,
+        metadata={
+            "help": "Print how much memory of a GPU the run would need, in bf16, int8 and NF4, with and without "
+            "checkpointing and offloading, and end. No weights are loaded."
+        },
+    )
 
 
 @dataclass
@@ -123,6 +139,10 @@ class GRPOModelArguments:
             Rank.
         lora_alpha (`int`, *optional*, defaults to `64`):
             Alpha.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Whether to quantize the frozen transformer to NF4 (QLoRA). Needs LoRA, a GPU and the `quant` extra.
+        load_in_8bit (`bool`, *optional*, defaults to `False`):
+            Whether to quantize it to 8 bits, on the same conditions.
     """
 
     model_name_or_path: str = field(
@@ -145,6 +165,27 @@ class GRPOModelArguments:
     )
     lora_r: int = field(default=32, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=64, metadata={"help": "LoRA alpha."})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Whether to quantize the frozen transformer to NF4 (QLoRA); needs a GPU."}
+    )
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "Whether to quantize the frozen transformer to 8 bits; needs a GPU."}
+    )
+
+    def __post_init__(self):
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("`load_in_4bit` and `load_in_8bit` are both True. Drop one of them.")
+        if self.quantization is not None and not self.use_peft:
+            option = "load_in_4bit" if self.load_in_4bit else "load_in_8bit"
+            raise ValueError(
+                f"`{option}` is True and `use_peft` is False: quantized weights cannot be trained. Drop one of "
+                f"`--{option}` and `--no_use_peft`."
+            )
+
+    @property
+    def quantization(self) -> str | None:
+        """Method by which the frozen transformer is quantized: `"nf4"`, `"int8"` or none."""
+        return "nf4" if self.load_in_4bit else "int8" if self.load_in_8bit else None
 
 
 def make_parser(prog: str = "trl_spatial grpo") -> SpatialParser:
@@ -217,12 +258,14 @@ def build_trainer(
     import torch
 
     from ..diffusion_grpo.lora import attention_lora_config
-    from ..diffusion_grpo.model_setup import load_pipeline
+    from ..diffusion_grpo.model_setup import load_pipeline, quantization_config
     from ..diffusion_grpo.reward_functions import RewardFunction
     from ..diffusion_grpo.trainer import DiffusionGRPOTrainer
     from ..rewards import load_reward
 
+    dtype = getattr(torch, model_args.dtype or ("bfloat16" if training_args.bf16 else "float32"))
     # the quick things first: what is misspelt should be told before a model of 24 GB is loaded
+    quantization = None if model_args.quantization is None else quantization_config(model_args.quantization, dtype)
     train_dataset = load_prompts(
         script_args.dataset, script_args.dataset_train_split, config_name=script_args.dataset_config
     )
@@ -237,10 +280,11 @@ def build_trainer(
     device = script_args.reward_device or training_args.device
     rewards: list[RewardFunction] = [load_reward(name, device=device) for name in script_args.rewards]
     eval_rewards: list[RewardFunction] = [load_reward(name, device=device) for name in script_args.eval_rewards or []]
-    dtype = model_args.dtype or ("bfloat16" if training_args.bf16 else "float32")
     revision = None if model_args.model_revision == "main" else model_args.model_revision
     trainer = DiffusionGRPOTrainer(
-        pipeline=load_pipeline(model_args.model_name_or_path, getattr(torch, dtype), revision=revision),
+        pipeline=load_pipeline(
+            model_args.model_name_or_path, dtype, revision=revision, quantization_config=quantization
+        ),
         reward_funcs=rewards,
         args=training_args,
         train_dataset=train_dataset,
@@ -253,6 +297,38 @@ def build_trainer(
     trainer.dataset_name = hub_dataset_name(script_args.dataset)
     trainer.eval_dataset_name = hub_dataset_name(script_args.eval_dataset or script_args.dataset)
     return trainer
+
+
+def describe_memory(
+    script_args: GRPOScriptArguments, model_args: GRPOModelArguments, training_args: "DiffusionGRPOConfig"
+) -> str:
+    """What `--estimate` prints: memory of the run that the arguments describe."""
+    import torch
+
+    from ..diffusion_grpo.lora import attention_lora_config
+    from ..diffusion_grpo.memory import MemoryModel, describe_options, load_architecture, spatial_score_bytes
+
+    names = [*script_args.rewards, *(script_args.eval_rewards or [])]
+    num_models = sum(name != "rules" and not re.fullmatch(r"[\w.]+:\w+", name) for name in names)
+    model = MemoryModel(
+        load_architecture(
+            model_args.model_name_or_path,
+            revision=None if model_args.model_revision == "main" else model_args.model_revision,
+        ),
+        training_args,
+        attention_lora_config(rank=model_args.lora_r, alpha=model_args.lora_alpha) if model_args.use_peft else None,
+        # on a machine without a GPU `bf16` is off, but the run is for one
+        dtype=getattr(torch, model_args.dtype or "bfloat16"),
+        reward_bytes=num_models * spatial_score_bytes() if num_models else 0,
+    )
+    args = training_args
+    return (
+        f"{model_args.model_name_or_path}, {args.width} × {args.height} pixels, {args.per_device_train_batch_size} images at "
+        f"once in training, {args.rollout_batch_size} in sampling, {model.num_trained:,} trained parameters\n\n"
+        f"{describe_options(model)}\n\n"
+        f"Reward models: {num_models} counted, as SpatialScore on Qwen2.5-VL-7B in bfloat16. Of functions from modules the size "
+        "is not known.\nThe cards' sizes are what is left after 2 GB for CUDA and gaps between allocations."
+    )
 
 
 def train(trainer: "DiffusionGRPOTrainer") -> None:
@@ -297,6 +373,10 @@ def train_and_compare(trainer: "DiffusionGRPOTrainer") -> None:
 def main(
     script_args: GRPOScriptArguments, model_args: GRPOModelArguments, training_args: "DiffusionGRPOConfig"
 ) -> None:
+    if script_args.estimate:
+        if training_args.process_index == 0:
+            print(describe_memory(script_args, model_args, training_args))
+        return
     train(build_trainer(script_args, model_args, training_args))
 
 

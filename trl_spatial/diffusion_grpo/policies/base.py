@@ -1,6 +1,8 @@
 """What a family of text-to-image models must give: five methods around its diffusers pipeline."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -42,7 +44,7 @@ class DiffusionPolicy(ABC):
     """
     A text-to-image model as a policy: the parts of a diffusers pipeline, each callable by itself.
 
-    A policy keeps no state. What a method returns depends on its arguments and the weights alone, so rollout,
+    A policy keeps no state but where its VAE decodes. What a method returns depends on its arguments and the weights alone, so rollout,
     training and evaluation see the same model. Only `predict_velocity` takes part in the caller's autocast.
 
     Args:
@@ -77,6 +79,9 @@ class DiffusionPolicy(ABC):
             )
         self.pipeline = pipeline
         self.max_sequence_length = max_sequence_length
+        self.vae_device: torch.device | None = (
+            None  # where the VAE goes to decode, and comes back from; `None`: it stays
+        )
 
     @property
     def transformer(self) -> Any:
@@ -156,6 +161,21 @@ class DiffusionPolicy(ABC):
             zeros on its right mean padding, and a mask is among the tensors. Names are diffusers'.
         """
 
+    def embed_shapes(self, num_images: int) -> dict[str, tuple[int, ...]]:
+        """
+        Gives the shapes of what [`~DiffusionPolicy.encode_prompt`] returns for prompts as long as they may be, without
+        encoding any.
+
+        Args:
+            num_images (`int`):
+                Number of prompts.
+        """
+        config = self.transformer.config
+        return {
+            "prompt_embeds": (num_images, self.max_sequence_length, config.joint_attention_dim),
+            "pooled_prompt_embeds": (num_images, config.pooled_projection_dim),
+        }
+
     @abstractmethod
     def prepare_latents(self, generators: list[torch.Generator], options: SamplingOptions) -> torch.Tensor:
         """
@@ -224,6 +244,20 @@ class DiffusionPolicy(ABC):
             options ([`SamplingOptions`]):
                 Size of the images.
         """
+
+    @contextmanager
+    def _decoder(self) -> Iterator[Any]:
+        """The VAE, where it decodes, and without a caller's autocast, which is for the transformer."""
+        home = self.vae.device
+        device = home if self.vae_device is None else self.vae_device
+        # the meta device, on which memory is estimated, has no autocast
+        autocast = nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+        self.vae.to(device)
+        try:
+            with autocast:
+                yield self.vae
+        finally:
+            self.vae.to(home)
 
     def check_prompts(self, prompts: list[str]) -> None:
         """

@@ -77,9 +77,9 @@ class FluxPolicy(DiffusionPolicy):
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, options: SamplingOptions) -> list[Image.Image]:
-        vae = self.vae
         latents = self.pipeline._unpack_latents(latents, options.height, options.width, self.pipeline.vae_scale_factor)
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor  # (n, latent_channels, rows, columns)
-        with torch.autocast(vae.device.type, enabled=False):
+        config = self.vae.config
+        latents = latents / config.scaling_factor + config.shift_factor  # (n, latent_channels, rows, columns)
+        with self._decoder() as vae:
             images = vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]  # (n, 3, height, width)
         return self.pipeline.image_processor.postprocess(images, output_type="pil")

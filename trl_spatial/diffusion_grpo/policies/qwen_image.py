@@ -43,6 +43,10 @@ class QwenImagePolicy(DiffusionPolicy):
             mask = torch.ones(prompt_embeds.shape[:2], dtype=torch.long, device=device)
         return {"prompt_embeds": prompt_embeds, "prompt_embeds_mask": mask}
 
+    def embed_shapes(self, num_images: int) -> dict[str, tuple[int, ...]]:
+        shape = (num_images, self.max_sequence_length)
+        return {"prompt_embeds": (*shape, self.transformer.config.joint_attention_dim), "prompt_embeds_mask": shape}
+
     def prepare_latents(self, generators: list[torch.Generator], options: SamplingOptions) -> torch.Tensor:
         return self.pipeline.prepare_latents(
             len(generators),
@@ -104,13 +108,13 @@ class QwenImagePolicy(DiffusionPolicy):
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, options: SamplingOptions) -> list[Image.Image]:
-        vae = self.vae
         latents = self.pipeline._unpack_latents(latents, options.height, options.width, self.pipeline.vae_scale_factor)
-        latents = latents.to(vae.device, vae.dtype)  # (n, latent_channels, 1, rows, columns)
-        mean, std = (
-            torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        with torch.autocast(vae.device.type, enabled=False):
+        config = self.vae.config
+        with self._decoder() as vae:
+            latents = latents.to(vae.device, vae.dtype)  # (n, latent_channels, 1, rows, columns)
+            mean, std = (
+                torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
+                for values in (config.latents_mean, config.latents_std)
+            )
             images = vae.decode(latents / (1 / std) + mean, return_dict=False)[0][:, :, 0]  # (n, 3, height, width)
         return self.pipeline.image_processor.postprocess(images, output_type="pil")

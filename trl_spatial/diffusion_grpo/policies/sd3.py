@@ -50,6 +50,12 @@ class StableDiffusion3Policy(DiffusionPolicy):
             )  # (n, 77 + max_sequence_length, joint_attention_dim), (n, pooled_projection_dim)
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
+    def embed_shapes(self, num_images: int) -> dict[str, tuple[int, ...]]:
+        shapes = super().embed_shapes(num_images)
+        num_images, num_tokens, num_channels = shapes["prompt_embeds"]
+        num_clip_tokens = self.pipeline.text_encoder.config.max_position_embeddings  # before T5's
+        return shapes | {"prompt_embeds": (num_images, num_clip_tokens + num_tokens, num_channels)}
+
     def prepare_latents(self, generators: list[torch.Generator], options: SamplingOptions) -> torch.Tensor:
         latents = self.pipeline.prepare_latents(
             len(generators),
@@ -92,9 +98,9 @@ class StableDiffusion3Policy(DiffusionPolicy):
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, options: SamplingOptions) -> list[Image.Image]:
-        vae = self.vae
-        latents = self._to_image(latents, options) / vae.config.scaling_factor + vae.config.shift_factor
-        with torch.autocast(vae.device.type, enabled=False):
+        config = self.vae.config
+        latents = self._to_image(latents, options) / config.scaling_factor + config.shift_factor
+        with self._decoder() as vae:
             images = vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]  # (n, 3, height, width)
         return self.pipeline.image_processor.postprocess(images, output_type="pil")
 

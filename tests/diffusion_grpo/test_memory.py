@@ -1,0 +1,202 @@
+"""Memory is predicted from the configuration alone: compared with what the tiny models really have and save."""
+
+import json
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from tests.diffusion_grpo.families import FAMILIES, GUIDED, MAX_SEQUENCE_LENGTH
+from trl_spatial.diffusion_grpo import DiffusionGRPOConfig, attention_lora_config
+from trl_spatial.diffusion_grpo.memory import (
+    GIB,
+    GPU_GIB,
+    MemoryEstimate,
+    MemoryModel,
+    build_policy,
+    describe_options,
+    load_architecture,
+    weight_bytes,
+)
+from trl_spatial.diffusion_grpo.model_setup import prepare_transformer
+from trl_spatial.diffusion_grpo.policies import make_policy
+from trl_spatial.diffusion_grpo.rollout import image_generator
+
+
+OFFICIAL = ("black-forest-labs/FLUX.1-dev", "Qwen/Qwen-Image", "stabilityai/stable-diffusion-3.5-medium")
+
+
+def make_args(folder, **kwargs):
+    settings = dict(
+        num_generations=4,
+        top_k=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        height=32,
+        width=32,
+        num_inference_steps=4,
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
+        use_cpu=True,
+    )
+    return DiffusionGRPOConfig(str(folder), **(settings | kwargs))
+
+
+@pytest.fixture(scope="module", params=GUIDED)
+def saved(request, tmp_path_factory):
+    """A family, its tiny pipeline, and the folder that it is saved in."""
+    family = FAMILIES[request.param]
+    pipeline, folder = family.build(), tmp_path_factory.mktemp(request.param)
+    pipeline.save_pretrained(folder)
+    return family, pipeline, folder
+
+
+def make_model(saved, tmp_path, peft_config="lora", dtype=torch.float32, **kwargs):
+    family, _, folder = saved
+    return MemoryModel(
+        load_architecture(str(folder)),
+        make_args(tmp_path, **(family.guidance | kwargs)),
+        attention_lora_config(rank=2) if peft_config == "lora" else peft_config,
+        dtype=dtype,
+    )
+
+
+def test_parameters_are_counted_without_weights(saved):
+    _, pipeline, folder = saved
+    policy = build_policy(load_architecture(str(folder)), max_sequence_length=MAX_SEQUENCE_LENGTH)
+    models = {name: model for name, model in pipeline.components.items() if isinstance(model, torch.nn.Module)}
+    assert {"transformer", "vae", "text_encoder"} <= set(models)
+    for name, model in models.items():
+        predicted = getattr(policy.pipeline, name)
+        assert {parameter.device.type for parameter in predicted.parameters()} == {"meta"}
+        assert sum(p.numel() for p in predicted.parameters()) == sum(p.numel() for p in model.parameters()), name
+
+
+def test_adapters_and_their_state_are_counted_exactly(saved, tmp_path):
+    family, _, _ = saved
+    model = make_model(saved, tmp_path)
+    policy = family.make_policy()
+    transformer = prepare_transformer(policy, model.args, attention_lora_config(rank=2))
+    real = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    assert model.num_trained == real > 0
+    parts = model.estimate().parts
+    assert parts["trained weights"] == 4 * real  # float32
+    assert parts["their gradients and AdamW"] == 12 * real
+    frozen = [*(p for p in transformer.parameters() if not p.requires_grad), *transformer.buffers()]
+    assert parts["frozen weights"] == sum(tensor.nbytes for tensor in frozen)
+    assert make_model(saved, tmp_path, ema_decay=0.0).estimate().parts["average of the weights"] == 0
+
+
+def test_embeddings_have_the_shapes_that_the_policy_gives(saved):
+    family, _, _ = saved
+    policy = family.make_policy()
+    embeds = policy.encode_prompt(["a red cube"])
+    shapes = policy.embed_shapes(1)
+    assert set(shapes) == set(embeds)
+    for name, tensor in embeds.items():
+        assert len(shapes[name]) == tensor.ndim
+        assert shapes[name][2:] == tensor.shape[2:]
+        assert shapes[name][1] >= tensor.shape[1]  # as long as they may be
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_activations_are_those_of_a_real_step(saved, tmp_path, dtype):
+    """Oracle: autograd's own hooks, in a step of a real tiny model on the CPU. Within a factor of 1.5."""
+    family, _, _ = saved
+    model = make_model(saved, tmp_path, dtype=dtype)
+    predicted = model.estimate(gradient_checkpointing=False).parts["training step"]
+    pipeline = family.build()
+    for parameter in [p for m in (pipeline.transformer,) for p in m.parameters()]:
+        parameter.data = parameter.data.to(dtype)
+    policy = make_policy(pipeline, max_sequence_length=MAX_SEQUENCE_LENGTH)
+    transformer = prepare_transformer(policy, model.args, attention_lora_config(rank=2))
+    weights = {p.untyped_storage().data_ptr() for p in transformer.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    options = family.options()
+    embeds = {
+        name: torch.ones(shape, dtype=torch.long if name.endswith("mask") else torch.float32)
+        for name, shape in policy.embed_shapes(2).items()
+    }
+    embeds |= {f"negative_{name}": tensor.clone() for name, tensor in embeds.items()}
+    latents = policy.prepare_latents([image_generator(0), image_generator(1)], options)
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        policy.predict_velocity(transformer.train(), latents, torch.tensor(0.5), embeds, options).mean().backward()
+    measured = sum(storages.values())
+    # A peak holds, beside what is saved, what is computed at the moment
+    assert 0.95 < predicted / measured < 1.5
+
+
+def test_memory_grows_with_sizes_and_batches(saved, tmp_path):
+    base = make_model(saved, tmp_path).estimate(gradient_checkpointing=False).parts
+    larger = make_model(saved, tmp_path, height=64).estimate(gradient_checkpointing=False).parts
+    batch = make_model(saved, tmp_path, per_device_train_batch_size=4, rollout_batch_size=4)
+    batch = batch.estimate(gradient_checkpointing=False).parts
+    for name in ("sampling step", "training step", "decoding"):
+        assert base[name] < larger[name] < 4 * base[name]
+        assert base[name] < batch[name] <= 2.1 * base[name]
+    assert larger["latents of a rollout"] == 2 * base["latents of a rollout"]
+    assert larger["frozen weights"] == base["frozen weights"]
+
+
+def test_options_save_memory(saved, tmp_path):
+    model = make_model(saved, tmp_path)
+    steps = {kept: model.estimate(gradient_checkpointing=kept) for kept in (True, False)}
+    assert steps[True].parts["training step"] < steps[False].parts["training step"]
+    kept, offloaded = model.estimate(), model.estimate(offload_vae=True)
+    assert kept.phases["train"] - offloaded.phases["train"] == kept.parts["VAE"]
+    assert kept.phases["decode"] == offloaded.phases["decode"]
+    whole = kept.parts["decoding"]
+    assert make_model(saved, tmp_path, vae_slicing=True).estimate().parts["decoding"] < whole
+    assert kept.total == max(kept.phases.values())
+
+
+def test_quantized_weights_take_the_stated_bits():
+    linear = torch.nn.Sequential(torch.nn.Linear(256, 128, device="meta")).requires_grad_(False)
+    others = 128 * 2  # the bias
+    assert weight_bytes(linear) == 256 * 128 * 2 + others
+    assert weight_bytes(linear, "int8") == 256 * 128 + 4 * 128 + others
+    num_blocks = 256 * 128 // 64  # of bitsandbytes: 64 weights with a scale of a byte, 256 scales with one of 4 bytes
+    assert weight_bytes(linear, "nf4") == 256 * 128 // 2 + num_blocks + 4 * num_blocks // 256 + others
+
+
+def test_a_card_that_is_too_small_does_not_fit():
+    assert MemoryEstimate({}, {"train": int(GPU_GIB[24] * GIB)}).fits == [24, 40, 80]
+    assert MemoryEstimate({}, {"encode": 1, "train": int(GPU_GIB[24] * GIB) + 1}).fits == [40, 80]
+    assert MemoryEstimate({}, {"train": 200 * GIB}).fits == []
+
+
+@pytest.mark.parametrize(
+    ("name", "num_parameters"),
+    # of the released models, in billions; the positions of the third, 0.23 more, are no parameters
+    [(OFFICIAL[0], (11.90, 0.084, 4.885)), (OFFICIAL[1], (20.43, 0.127, 8.29)), (OFFICIAL[2], (2.24, 0.084, 5.58))],
+)
+def test_the_official_models_are_known_offline(name, num_parameters):
+    policy = build_policy(load_architecture(name), max_sequence_length=512)
+    parts = ([policy.transformer], [policy.vae], policy.encoders)
+    counts = [sum(p.numel() for model in models for p in model.parameters()) / 1e9 for models in parts]
+    assert counts == pytest.approx(num_parameters, rel=0.02)
+
+
+def test_the_table_tells_what_fits(tmp_path):
+    family = FAMILIES["flux"]
+    family.build().save_pretrained(tmp_path / "flux")
+    model = MemoryModel(load_architecture(str(tmp_path / "flux")), make_args(tmp_path), attention_lora_config())
+    table = describe_options(model).splitlines()
+    assert len([line for line in table if line.startswith(("bfloat16", "int8", "nf4"))]) == 12
+    assert sum(line.endswith("24, 40, 80") for line in table) == 12  # it is tiny
+    full = MemoryModel(load_architecture(str(tmp_path / "flux")), make_args(tmp_path, beta=0.0), None)
+    assert "nf4" not in describe_options(full)  # what is trained cannot be quantized
+
+
+def test_an_architecture_that_is_not_there_is_named(tmp_path):
+    with pytest.raises((ValueError, OSError), match="nowhere"):
+        load_architecture(str(tmp_path / "nowhere"))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", "vae": ["diffusers", "X"]}))
+    with pytest.raises(FileNotFoundError, match="vae"):
+        load_architecture(str(tmp_path))

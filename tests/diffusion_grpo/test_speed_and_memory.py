@@ -1,0 +1,235 @@
+"""Options that save memory or time: what they must not change, and what is refused."""
+
+import logging
+
+import pytest
+import torch
+from diffusers import BitsAndBytesConfig
+
+from tests.diffusion_grpo.families import FAMILIES, GUIDED, MAX_SEQUENCE_LENGTH
+from trl_spatial import DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl_spatial.diffusion_grpo import attention_lora_config
+from trl_spatial.diffusion_grpo.model_setup import (
+    is_quantized,
+    prepare_transformer,
+    prepare_vae,
+    quantization_config,
+    transformer_quantization,
+)
+from trl_spatial.diffusion_grpo.policies import SamplingOptions
+from trl_spatial.diffusion_grpo.rollout import image_generator
+from trl_spatial.scripts.grpo import GRPOModelArguments, build_trainer, main, make_parser
+
+
+def make_args(folder, **kwargs):
+    return DiffusionGRPOConfig(str(folder), use_cpu=True, **kwargs)
+
+
+def decode(policy, size=32, num_images=2):
+    options = SamplingOptions(size, size, 4, 1.0)
+    latents = policy.prepare_latents([image_generator(0, image) for image in range(num_images)], options)
+    return [
+        torch.tensor(list(image.getdata()), dtype=torch.float32) for image in policy.decode_latents(latents, options)
+    ]
+
+
+def train(folder, family, **kwargs):
+    """Logs and trained weights of two updates of a tiny model."""
+    settings = dict(
+        num_generations=4,
+        top_k=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        height=16,
+        width=16,
+        num_inference_steps=3,
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
+        num_logged_images=0,
+        ema_decay=0.0,
+        max_steps=2,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        **family.guidance,
+    )
+    trainer = DiffusionGRPOTrainer(
+        family.build(),
+        brightness,
+        make_args(folder, **(settings | kwargs)),
+        train_dataset=[{"prompt": "a red cube"}, {"prompt": "the lamp"}],
+        peft_config=attention_lora_config(rank=2),
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    weights = {
+        name: weight.detach().clone() for name, weight in trainer.model.named_parameters() if weight.requires_grad
+    }
+    return logs, weights
+
+
+def brightness(prompts, images, **columns):
+    return [sum(image.convert("L").getdata()) / 1e5 for image in images]
+
+
+# Where the VAE is, and how it decodes
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_an_offloaded_vae_decodes_elsewhere_and_comes_back(tmp_path, name):
+    policy = FAMILIES[name].make_policy()
+    moves = []
+    move = type(policy.vae).to
+
+    class Recorded(type(policy.vae)):
+        def to(self, *args, **kwargs):
+            moves.append(str(args[0]))
+            return move(self, *args, **kwargs)
+
+    before = decode(policy)
+    policy.vae.__class__ = Recorded
+    prepare_vae(policy, make_args(tmp_path, offload_vae=True))
+    assert moves.pop() == "cpu" and policy.vae_device == torch.device("cpu")
+    policy.vae_device = torch.device(
+        "meta"
+    )  # a device without contents: an image cannot be made there, weights are lost
+    with pytest.raises(NotImplementedError):
+        decode(policy)
+    assert moves[0] == "meta" and moves[-1] == "cpu"
+
+    policy = FAMILIES[name].make_policy()
+    prepare_vae(policy, make_args(tmp_path, offload_vae=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, decode(policy), strict=True))
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_slicing_changes_nothing_and_tiling_little(tmp_path, name):
+    policy = FAMILIES[name].make_policy()
+    whole = decode(policy, size=64)
+    prepare_vae(policy, make_args(tmp_path, vae_slicing=True))
+    assert policy.vae.use_slicing
+    for a, b in zip(whole, decode(policy, size=64), strict=True):
+        assert (a - b).abs().max() <= 1  # grey levels: convolutions of one image may round differently
+    prepare_vae(policy, make_args(tmp_path, vae_tiling=True))
+    assert policy.vae.use_tiling
+    tiled = decode(policy, size=64)
+    # Weights are random, so that norms over a tile are not those over an image: nearer to its image than to the other one
+    for a, b, other in zip(whole, tiled, tiled[::-1], strict=True):
+        assert (a - b).abs().mean() < (a - other).abs().mean()
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_checkpointing_and_the_native_kernel_train_the_same_weights(tmp_path, name):
+    _, plain = train(tmp_path / "plain", FAMILIES[name])
+    options = dict(gradient_checkpointing=True, attention_backend="native", offload_vae=True, vae_slicing=True)
+    logs, weights = train(tmp_path / "options", FAMILIES[name], **options)
+    assert weights.keys() == plain.keys()
+    for key, weight in weights.items():
+        torch.testing.assert_close(weight, plain[key], rtol=1e-3, atol=1e-5)
+    assert [(log["ratio/mean"], log["ratio/std"]) for log in logs] == [(1.0, 0.0)] * 2
+
+
+# Compiled blocks
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_the_first_ratio_of_compiled_blocks_is_1(tmp_path, gradient_checkpointing):
+    """The same graphs as with inductor, run by PyTorch's own kernels: not a bit may differ from the blocks as they are."""
+    options = dict(gradient_checkpointing=gradient_checkpointing, steps_per_generation=4)
+    plain_logs, plain = train(tmp_path / "plain", FAMILIES["flux"], **options)
+    logs, weights = train(tmp_path / "compiled", FAMILIES["flux"], torch_compile_backend="aot_eager", **options)
+    assert (logs[0]["ratio/mean"], logs[0]["ratio/std"]) == (1.0, 0.0)
+    # the reference, with the adapters disabled, is another graph than the policy
+    assert logs[1]["kl"] == pytest.approx(plain_logs[1]["kl"]) and logs[1]["kl"] > 0
+    for key, weight in weights.items():
+        torch.testing.assert_close(weight, plain[key])
+
+
+def test_the_blocks_are_compiled_and_not_the_whole_model(tmp_path):
+    for name in GUIDED:
+        args = make_args(tmp_path, torch_compile=True, beta=0.0)
+        transformer = prepare_transformer(FAMILIES[name].make_policy(), args, attention_lora_config(rank=2))
+        compiled = {name for name, module in transformer.named_modules() if module._compiled_call_impl is not None}
+        blocks = {
+            f"{list_name}.{index}"
+            for list_name, child in transformer.named_children()
+            if isinstance(child, torch.nn.ModuleList)
+            for index in range(len(child))
+        }
+        assert compiled == blocks and blocks
+
+
+def test_an_unknown_kernel_is_refused_with_those_there_are(tmp_path):
+    with pytest.raises(ValueError, match=r"`attention_backend` is 'flesh'.*'native'.*'flash'|'flash'.*'native'"):
+        make_args(tmp_path, attention_backend="flesh")
+
+
+# Quantized weights
+
+
+def test_the_transformer_is_quantized_as_it_says():
+    nf4 = transformer_quantization("nf4", torch.bfloat16)
+    assert isinstance(nf4, BitsAndBytesConfig) and nf4.load_in_4bit and not nf4.load_in_8bit
+    assert (nf4.bnb_4bit_quant_type, nf4.bnb_4bit_use_double_quant) == ("nf4", True)
+    assert nf4.bnb_4bit_compute_dtype == torch.bfloat16
+    assert transformer_quantization("int8", torch.bfloat16).load_in_8bit
+    with pytest.raises(ValueError, match="'nf4' or 'int8'"):
+        quantization_config("fp4", torch.bfloat16)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("option", ["--load_in_4bit", "--load_in_8bit"])
+def test_without_a_gpu_quantization_is_refused_before_anything_is_loaded(tmp_path, option):
+    (tmp_path / "prompts.txt").write_text("a red cube\n")
+    line = f"--dataset {tmp_path}/prompts.txt --rewards rules --output_dir {tmp_path}/out --use_cpu {option}"
+    line += " --model_name_or_path nowhere/at-all"
+    with pytest.raises((RuntimeError, ImportError), match=rf"`{option}` needs (a GPU|bitsandbytes)"):
+        build_trainer(*make_parser().parse_args_and_config(line.split()))
+
+
+def test_quantized_weights_need_lora():
+    with pytest.raises(ValueError, match="`load_in_4bit` is True and `use_peft` is False"):
+        GRPOModelArguments(load_in_4bit=True, use_peft=False)
+    with pytest.raises(ValueError, match="both True"):
+        GRPOModelArguments(load_in_4bit=True, load_in_8bit=True)
+    assert [GRPOModelArguments().quantization, GRPOModelArguments(load_in_4bit=True).quantization] == [None, "nf4"]
+    assert GRPOModelArguments(load_in_8bit=True).quantization == "int8"
+
+
+def test_a_quantized_transformer_trains_adapters_in_float32_or_nothing(tmp_path):
+    """bitsandbytes' own layer with weights that are not packed yet, as they are before they come to a GPU."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    def quantized_policy():
+        policy = FAMILIES["flux"].make_policy()
+        attention = policy.transformer.transformer_blocks[0].attn
+        layer = bitsandbytes.nn.Linear4bit(attention.to_q.in_features, attention.to_q.out_features, quant_type="nf4")
+        attention.to_q = layer
+        return policy
+
+    policy = quantized_policy()
+    assert is_quantized(policy.transformer) and not is_quantized(policy.vae)
+    with pytest.raises(ValueError, match="quantized weights cannot be trained"):
+        prepare_transformer(policy, make_args(tmp_path, beta=0.0), None)
+    transformer = prepare_transformer(quantized_policy(), make_args(tmp_path), attention_lora_config(rank=2))
+    trained = {name: weight for name, weight in transformer.named_parameters() if weight.requires_grad}
+    assert {weight.dtype for weight in trained.values()} == {torch.float32}
+    assert any("attn.to_q.lora_A" in name for name in trained) and is_quantized(transformer)
+
+
+# The estimate
+
+
+def test_the_estimate_is_printed_and_nothing_is_loaded(tmp_path, capsys, caplog):
+    FAMILIES["flux"].build().save_pretrained(tmp_path / "flux")
+    for weights in (tmp_path / "flux").rglob("*.safetensors"):
+        weights.unlink()  # it reads none
+    line = (
+        f"--dataset nowhere.txt --rewards rules SpatialScore-7B my_rewards:sharpness --output_dir {tmp_path}/out --use_cpu "
+        f"--estimate --model_name_or_path {tmp_path}/flux --height 32 --width 32"
+    )
+    with caplog.at_level(logging.WARNING):
+        main(*make_parser().parse_args_and_config(line.split()))
+    out = capsys.readouterr().out
+    assert "Reward models: 1 counted" in out and "nf4" in out and "fits (GB)" in out
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,451 @@
+"""How much memory of an accelerator a training run will need, from its configuration alone: no weights are loaded."""
+
+import json
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib import import_module, resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin
+from peft import LoraConfig
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..hub.errors import explain_errors
+from ..hub.references import find_reference
+from .config import DiffusionGRPOConfig
+from .model_setup import prepare_transformer, sampling_options
+from .policies import DiffusionPolicy, make_policy
+from .policies.base import NEGATIVE_PREFIX
+from .rollout import image_generator
+
+
+# Bits that a weight of a linear layer takes. NF4 of bitsandbytes: 4, a scale of 8 for every 64 weights, and one of 32 for every
+# 256 of those scales. LLM.int8: 8, and a scale of 32 for every row, which is added where the rows are known.
+WEIGHT_BITS = {"nf4": 4 + 8 / 64 + 32 / (64 * 256), "int8": 8.0}
+# GiB of the usual cards that a program can use: what the driver reports, without the 1.5 GiB of the CUDA context, the libraries'
+# workspaces and the gaps between allocations
+GPU_GIB = {24: 22.0, 40: 37.9, 80: 77.7}
+GIB = 2**30
+
+Architecture = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """
+    Predicted memory of one run on one device, in bytes.
+
+    Args:
+        parts (`dict[str, int]`):
+            Bytes of each part, some of which are never there at the same time.
+        phases (`dict[str, int]`):
+            Bytes of all that is there in each phase: encoding prompts, sampling, decoding, training.
+    """
+
+    parts: dict[str, int]
+    phases: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes of the phase that needs most."""
+        return max(self.phases.values())
+
+    @property
+    def fits(self) -> list[int]:
+        """Which of the usual cards have enough, by their size in GB."""
+        return [size for size, usable in GPU_GIB.items() if self.total <= usable * GIB]
+
+
+def load_architecture(name: str, *, revision: str | None = None) -> Architecture:
+    """
+    Reads of which models a pipeline consists.
+
+    Args:
+        name (`str`):
+            A folder, or a pipeline on the Hub, of which only the small JSON files are downloaded. The architectures of
+            `black-forest-labs/FLUX.1-dev`, `Qwen/Qwen-Image` and `stabilityai/stable-diffusion-3.5-medium` come with the
+            package.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+
+    Returns:
+        `dict`: the pipeline's `"_class_name"`, and for each component `[library, class, configuration]`.
+
+    Raises:
+        `ValueError`: If there is no such folder or repository.
+    """
+    shipped = json.loads((resources.files(__package__) / "architectures.json").read_text(encoding="utf-8"))
+    if name in shipped:
+        return shipped[name]
+    reference = find_reference(name, kind="model", revision=revision)
+
+    def read(path: str) -> dict[str, Any]:
+        if reference.is_local:
+            return json.loads((Path(reference.name) / path).read_text(encoding="utf-8"))
+        from huggingface_hub import hf_hub_download
+
+        with explain_errors(f"Reading {path} of {reference}"):
+            return json.loads(Path(hf_hub_download(reference.name, path, revision=reference.revision)).read_text())
+
+    architecture: Architecture = {}
+    for component, value in read("model_index.json").items():
+        if component == "_class_name":
+            architecture[component] = value
+        elif isinstance(value, list) and value[0] is not None:
+            library, class_name = value
+            is_model = component in ("transformer", "vae") or component.startswith("text_encoder")
+            file = "scheduler_config.json" if component == "scheduler" else "config.json"
+            config = read(f"{component}/{file}") if is_model or component == "scheduler" else {}
+            architecture[component] = [library, class_name, config]
+    return architecture
+
+
+def build_policy(architecture: Architecture, *, max_sequence_length: int) -> DiffusionPolicy:
+    """
+    Builds a policy whose models have no weights: all are on PyTorch's meta device.
+
+    Args:
+        architecture (`dict`):
+            From [`load_architecture`].
+        max_sequence_length (`int`):
+            As for [`~policies.make_policy`].
+    """
+    components = {}
+    for name, value in architecture.items():
+        if name != "_class_name":
+            components[name] = _build(*_component_class(value))
+    pipeline = getattr(import_module("diffusers"), architecture["_class_name"])(**components)
+    pipeline.image_processor = _NoImages()
+    return make_policy(pipeline, max_sequence_length=max_sequence_length)
+
+
+def _component_class(value: list) -> tuple[Any, dict[str, Any]]:
+    library, class_name, config = value
+    return getattr(import_module(library), class_name), config
+
+
+def _build(component_class: Any, config: dict[str, Any]) -> Any:
+    with torch.device("meta"):
+        if issubclass(component_class, ConfigMixin):
+            config = {key: value for key, value in config.items() if key != "quantization_config"}
+            # a scheduler computes with its numbers
+            with nullcontext() if issubclass(component_class, nn.Module) else torch.device("cpu"):
+                return component_class.from_config(config)
+        if issubclass(component_class, nn.Module):
+            return component_class(component_class.config_class.from_dict(config))
+        return component_class()  # a tokenizer, which is asked for nothing
+
+
+class _NoImages:
+    """Stands where a pipeline makes images of tensors: on the meta device there is nothing to see."""
+
+    def postprocess(self, images: torch.Tensor, **kwargs: Any) -> list:
+        return []
+
+
+class AllocationTracker(TorchDispatchMode):
+    """
+    Counts the bytes of the tensors that are made while it is active, on any device, the meta device too. Not those that were
+    there before.
+
+    Args:
+        existing ([`~torch.nn.Module`]):
+            Model whose weights were there before.
+
+    Attributes:
+        peak (`int`):
+            The most bytes at a time.
+    """
+
+    def __init__(self, existing: nn.Module):
+        super().__init__()
+        self.live = self.peak = 0
+        tensors = [*existing.parameters(), *existing.buffers()]
+        self._known = {tensor.untyped_storage()._cdata for tensor in tensors}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        self.peak = max(self.peak, self.live)
+        return output
+
+    def _count(self, storage: Any) -> None:
+        key, num_bytes = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.live += num_bytes
+            weakref.finalize(storage, self._forget, key, num_bytes)
+
+    def _forget(self, key: int, num_bytes: int) -> None:
+        self._known.discard(key)
+        self.live -= num_bytes
+
+
+class _FusedAttention(torch.autograd.Function):
+    """What fused kernels of attention allocate and save, without the matrix of all pairs of tokens."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        output = torch.empty_like(query)
+        log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, log_sum_exp)
+        return output
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """On the meta device PyTorch would take the plain form of attention, which no accelerator does."""
+    # A mode of `torch.overrides` would end where checkpointing computes again: it does not reach into a backward pass.
+    plain = nn.functional.scaled_dot_product_attention
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if query.device.type == "meta":
+            return _FusedAttention.apply(query, key, value)
+        return plain(query, key, value, *args, **kwargs)
+
+    nn.functional.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention = plain
+
+
+def peak_of(function: Callable[[], Any], model: nn.Module) -> int:
+    """The most bytes that a function has allocated at a time, besides the weights of the model that it runs."""
+    with AllocationTracker(model) as tracker, _fused_attention():
+        function()
+    return tracker.peak
+
+
+def weight_bytes(module: nn.Module, quantization: str | None = None, dtype: torch.dtype = torch.bfloat16) -> int:
+    """
+    Bytes of the frozen weights of a model.
+
+    Args:
+        module (`torch.nn.Module`):
+            The model, on any device.
+        quantization (`str`, *optional*):
+            `"nf4"` or `"int8"`: how the weights of its linear layers are stored. If `None`, like all others.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`):
+            Type of the others.
+    """
+    linear = {f"{name}.weight" for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    num_bits = 8.0 * dtype.itemsize * sum(buffer.numel() for buffer in module.buffers())
+    for name, weight in module.named_parameters():
+        if weight.requires_grad:
+            continue
+        is_quantized = quantization is not None and name in linear
+        num_bits += weight.numel() * (WEIGHT_BITS[quantization] if is_quantized else 8 * dtype.itemsize)  # type: ignore[index]
+        if is_quantized and quantization == "int8":
+            num_bits += 32 * len(weight)
+    return int(num_bits / 8)
+
+
+class MemoryModel:
+    """
+    Predicts the memory of a run on each device. A denoising step of sampling and of training, and the VAE, are run on the meta
+    device, where tensors have sizes but no contents; what they allocate is counted.
+
+    What it does not know: autocast, which keeps some activations in float32 and casts the adapters' inputs to bfloat16 (here
+    they are float32), the kernels' workspaces, and the activations of reward models.
+
+    Args:
+        architecture (`dict`):
+            From [`load_architecture`].
+        args ([`DiffusionGRPOConfig`]):
+            Configuration of the training: sizes, batches, average of the weights, how the VAE decodes.
+        peft_config ([`~peft.LoraConfig`], *optional*):
+            Adapters. If `None`, all weights are trained.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`):
+            Type of what is frozen and not quantized.
+        reward_bytes (`int`, *optional*, defaults to `0`):
+            Bytes of the reward models on the device.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        args: DiffusionGRPOConfig,
+        peft_config: LoraConfig | None,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        reward_bytes: int = 0,
+    ):
+        self.args, self.dtype, self.reward_bytes = args, dtype, reward_bytes
+        self.policy = build_policy(architecture, max_sequence_length=args.max_sequence_length)
+        self.policy.check_size(args.height, args.width)
+        for module in (self.policy.transformer, self.policy.vae, *self.policy.encoders):
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(dtype)
+        self.transformer: Any = prepare_transformer(self.policy, args, peft_config)
+        self.num_trained = sum(weight.numel() for weight in self.transformer.parameters() if weight.requires_grad)
+        self._peaks: dict[str, int] = {}
+
+    def estimate(
+        self, *, quantization: str | None = None, gradient_checkpointing: bool = True, offload_vae: bool = False
+    ) -> MemoryEstimate:
+        """
+        Adds up what the run needs with some options.
+
+        Args:
+            quantization (`str`, *optional*):
+                `"nf4"` or `"int8"`, of the frozen transformer.
+            gradient_checkpointing (`bool`, *optional*, defaults to `True`):
+                Whether activations are computed again in the backward pass.
+            offload_vae (`bool`, *optional*, defaults to `False`):
+                Whether the VAE is on the device only while it decodes.
+        """
+        trained = 4 * self.num_trained
+        linear = [layer.weight.numel() for layer in self.transformer.modules() if isinstance(layer, nn.Linear)]
+        unpacked = 0 if quantization is None else max(linear) * self.dtype.itemsize  # one layer's weights, in its turn
+        vae = weight_bytes(self.policy.vae, dtype=self.dtype)
+        state = {
+            "frozen weights": weight_bytes(self.transformer, quantization, self.dtype),
+            "trained weights": trained,
+            "their gradients and AdamW": 3 * trained,
+            "average of the weights": trained if self.args.ema_decay > 0 else 0,
+            "latents of a rollout": self._rollout_bytes(),
+            "prompt embeddings": self._embeds_bytes(),
+            "reward models": self.reward_bytes,
+        }
+        parts = state | {
+            "text encoders": sum(weight_bytes(encoder, dtype=self.dtype) for encoder in self.policy.encoders),
+            "VAE": vae,
+            "decoding": self._peak("decoding", self._decode),
+            "sampling step": self._peak("sampling", self._sample) + unpacked,
+            "training step": unpacked
+            + self._peak(f"training {gradient_checkpointing}", lambda: self._train(gradient_checkpointing)),
+        }
+        resident = sum(state.values()) + (0 if offload_vae else vae)
+        phases = {
+            "encode": resident + parts["text encoders"],
+            "sample": resident + parts["sampling step"],
+            "decode": resident + (vae if offload_vae else 0) + parts["decoding"],
+            "train": resident + parts["training step"],
+        }
+        return MemoryEstimate(parts, phases)
+
+    def _peak(self, name: str, measure: Callable[[], int]) -> int:
+        if name not in self._peaks:
+            self._peaks[name] = measure()
+        return self._peaks[name]
+
+    def _embeds(self, num_images: int) -> dict[str, torch.Tensor]:
+        """Embeddings of the longest prompts, without contents; those of the negative prompt among them."""
+        embeds = {
+            # of a mask it is asked which tokens are padding
+            name: torch.ones(shape, dtype=torch.long)
+            if name.endswith("mask")
+            else torch.empty(shape, dtype=self.dtype, device="meta")
+            for name, shape in self.policy.embed_shapes(num_images).items()
+        }
+        if self.policy.negative_prompt(sampling_options(self.args)[0]) is None:
+            return embeds
+        return embeds | {f"{NEGATIVE_PREFIX}{name}": tensor for name, tensor in embeds.items()}
+
+    def _latents(self, num_images: int) -> torch.Tensor:
+        options, _ = sampling_options(self.args)
+        return self.policy.prepare_latents([image_generator(0, image) for image in range(num_images)], options)
+
+    def _predict(self, num_images: int) -> Callable[[], torch.Tensor]:
+        options, _ = sampling_options(self.args)
+        inputs = (self._latents(num_images), torch.tensor(0.5), self._embeds(num_images), options)
+        return lambda: self.policy.predict_velocity(self.transformer, *inputs)
+
+    @torch.no_grad()
+    def _sample(self) -> int:
+        self.transformer.eval()
+        return peak_of(self._predict(self.args.rollout_batch_size), self.transformer)
+
+    def _train(self, gradient_checkpointing: bool) -> int:
+        self.transformer.train()
+        if gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        else:
+            self.transformer.disable_gradient_checkpointing()
+        predict = self._predict(self.args.per_device_train_batch_size)
+        peak = peak_of(lambda: predict().mean().backward(), self.transformer)
+        gradients = sum(weight.grad.nbytes for weight in self.transformer.parameters() if weight.grad is not None)
+        self.transformer.zero_grad()
+        return peak - gradients  # they have a line of their own
+
+    def _decode(self) -> int:
+        if self.args.vae_slicing:
+            self.policy.vae.enable_slicing()
+        if self.args.vae_tiling:
+            self.policy.vae.enable_tiling()
+        latents, (options, _) = self._latents(self.args.rollout_batch_size), sampling_options(self.args)
+        return peak_of(lambda: self.policy.decode_latents(latents, options), self.policy.vae)
+
+    @property
+    def _num_images(self) -> int:
+        """Images of a rollout."""
+        return self.args.num_prompts_per_device * self.args.num_generations
+
+    def _rollout_bytes(self) -> int:
+        # before and after each trained step, and the last ones
+        args = self.args
+        num_trained = args.sde_window_size or args.num_inference_steps - 1
+        return self._num_images * (2 * num_trained + 1) * self._latents(1).nbytes
+
+    def _embeds_bytes(self) -> int:
+        # a row for each image of the rollout; rows of the negative prompt are one and the same memory
+        rows = self._embeds(1).items()
+        return self._num_images * sum(row.nbytes for name, row in rows if not name.startswith(NEGATIVE_PREFIX))
+
+
+def describe_options(model: MemoryModel) -> str:
+    """
+    Compares the options that save memory.
+
+    Args:
+        model ([`MemoryModel`]):
+            The run.
+
+    Returns:
+        `str`: two tables: the parts of each quantization, and the total of each option with the cards that have enough.
+    """
+    quantizations: tuple[str | None, ...] = (None, "int8", "nf4")
+    if model.num_trained == sum(weight.numel() for weight in model.transformer.parameters()):
+        quantizations = (None,)  # what is trained cannot be quantized
+    args = model.args
+    settings = {"gradient_checkpointing": bool(args.gradient_checkpointing), "offload_vae": args.offload_vae}
+    estimates = [model.estimate(quantization=quantization, **settings) for quantization in quantizations]
+    names = [str(model.dtype).removeprefix("torch.") if name is None else name for name in quantizations]
+    lines = ["GiB on each device" + " " * 12 + "".join(f"{name:>10}" for name in names)]
+    for part in estimates[0].parts:
+        lines.append(f"{part:<30}" + "".join(f"{estimate.parts[part] / GIB:10.2f}" for estimate in estimates))
+    for phase in estimates[0].phases:
+        cells = "".join(f"{estimate.phases[phase] / GIB:10.2f}" for estimate in estimates)
+        lines.append(f"{f'needed to {phase}':<30}{cells}")
+    lines += ["", f"{'weights':<10}{'checkpointing':>14}{'VAE offloaded':>15}{'most GiB':>10}{'in':>8}  fits (GB)"]
+    for name, quantization in zip(names, quantizations, strict=True):
+        for checkpointing in (True, False):
+            for offload in (False, True):
+                estimate = model.estimate(
+                    quantization=quantization, gradient_checkpointing=checkpointing, offload_vae=offload
+                )
+                phase = max(estimate.phases, key=lambda name: estimate.phases[name])
+                lines.append(
+                    f"{name:<10}{'yes' if checkpointing else 'no':>14}{'yes' if offload else 'no':>15}"
+                    f"{estimate.total / GIB:10.2f}{phase:>8}  {', '.join(map(str, estimate.fits)) or 'none'}"
+                )
+    return "\n".join(lines)
+
+
+def spatial_score_bytes() -> int:
+    """Bytes of a SpatialScore model on Qwen2.5-VL-7B in bfloat16, without its small head: the text encoder of Qwen-Image."""
+    encoder = _build(*_component_class(load_architecture("Qwen/Qwen-Image")["text_encoder"]))
+    return weight_bytes(encoder.requires_grad_(False))
