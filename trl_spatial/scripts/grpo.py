@@ -38,6 +38,9 @@ EXAMPLES = """\
       --eval_dataset heldout.txt --eval_strategy steps --eval_steps 50 --eval_rewards my_rewards:aesthetics \\
       --output_dir out
 
+  # the reward in a process of its own, `trl_spatial serve`; images are rewarded while the next ones are drawn
+  trl_spatial grpo --dataset prompts.txt --rewards http://127.0.0.1:8000 --overlap_rewards true --output_dir out
+
   # prompts and rules of the small world of shapes; going on where an interrupted run stopped
   trl_spatial grpo --dataset scenes:1000 --rewards rules --output_dir out
   trl_spatial grpo --dataset scenes:1000 --rewards rules --output_dir out --resume_from_checkpoint true

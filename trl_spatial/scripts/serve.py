@@ -11,11 +11,8 @@ from .utils import SpatialParser
 
 
 EXAMPLES = """\
-  # on a GPU of its own; only this machine can reach it
+  # on a GPU of its own; only this machine can reach it. `trl_spatial grpo --rewards http://127.0.0.1:8000` asks it
   trl_spatial serve --model SpatialScore-7B --device cuda:1
-
-  # training asks it for rewards
-  trl_spatial grpo --dataset prompts.txt --rewards http://127.0.0.1:8000 --overlap_rewards true --output_dir out
 
   # for other machines: with a token, which the training reads from TRL_SPATIAL_SERVER_TOKEN
   trl_spatial serve --model hub/SpatialScore-7B --host 0.0.0.0 --token-file token.txt
