@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from diffusers import BitsAndBytesConfig
@@ -28,9 +29,7 @@ def make_args(folder, **kwargs):
 def decode(policy, size=32, num_images=2):
     options = SamplingOptions(size, size, 4, 1.0)
     latents = policy.prepare_latents([image_generator(0, image) for image in range(num_images)], options)
-    return [
-        torch.tensor(list(image.getdata()), dtype=torch.float32) for image in policy.decode_latents(latents, options)
-    ]
+    return [torch.from_numpy(np.asarray(image).astype("float32")) for image in policy.decode_latents(latents, options)]
 
 
 def train(folder, family, **kwargs):
@@ -69,7 +68,7 @@ def train(folder, family, **kwargs):
 
 
 def brightness(prompts, images, **columns):
-    return [sum(image.convert("L").getdata()) / 1e5 for image in images]
+    return [float(np.asarray(image.convert("L"), dtype="float64").sum()) / 1e5 for image in images]
 
 
 # Where the VAE is, and how it decodes

@@ -520,7 +520,7 @@ def test_the_card_holds_what_was_measured(make_trainer, tmp_path):
         assert re.search(rf"\| accuracy \| {accuracy:.4g} \| .+ to .+ \| {number} pairs \| {name} \|", card.text)
         (result,) = [result for result in card.data.eval_results if result.dataset_name == name]
         assert result.metric_value == pytest.approx(accuracy, abs=1e-4) and result.metric_args["num_samples"] == number
-    assert 'SpatialScore.from_pretrained("my-scorer")' in card.text
+    assert 'SpatialScore.from_pretrained("my-scorer", backbone="BACKBONE")' in card.text
     assert "| learning rate of head and reward token | 0.0003 |" in card.text
     assert "{{" not in card.text.replace("{{TRL", "").replace("{{Enhancing", "")
     assert str(tmp_path) not in card.text
@@ -613,7 +613,7 @@ def test_what_is_pushed_loads_from_the_hub(pushed):
     files = hub.files["tester/scorer"]
     assert {"adapter_model.safetensors", "adapter_config.json", "config.json", "tokenizer.json"} <= set(files)
     assert "https://huggingface.co/datasets/org/pairs" in files["README.md"].decode()
-    assert 'SpatialScore.from_pretrained("tester/scorer")' in files["README.md"].decode()
+    assert 'SpatialScore.from_pretrained("tester/scorer", backbone="BACKBONE")' in files["README.md"].decode()
 
 
 def test_no_pickle_no_local_path_and_no_token_is_pushed(pushed):
