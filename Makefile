@@ -24,7 +24,7 @@ demo: $(INSTALLED) ## the whole method in a small world: reward model, reinforce
 	$(BIN)/python -m trl_spatial demo $(DEMO_ARGS)
 
 test: $(INSTALLED) ## run the tests
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 quality: $(INSTALLED) ## check style (ruff) and types (mypy)
 	$(BIN)/ruff check .
@@ -44,7 +44,7 @@ test-min: $(INSTALLED) ## run the tests with the lowest versions that pyproject.
 		--extra dev --extra data --extra demo --extra diffusion --extra quant --extra serve --extra space --output-file .venv-min/requirements.txt pyproject.toml
 	$(BIN)/uv pip install --python .venv-min/bin/python --requirement .venv-min/requirements.txt
 	$(BIN)/uv pip install --python .venv-min/bin/python --no-deps --editable .
-	$(TEST_ENV) .venv-min/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(TEST_ENV) .venv-min/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 clean: ## remove the environments and caches
 	rm -rf $(VENV) .venv-min .mypy_cache .pytest_cache .ruff_cache dist
