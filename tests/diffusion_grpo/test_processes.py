@@ -12,13 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file
 
 from tests.diffusion_grpo.test_resume import assert_same_checkpoint
 from tests.diffusion_grpo.worker import run
 from tests.hub_stub import HubStub
 from tests.launching import REPOSITORY, Launched
-from trl_spatial.diffusion_grpo.checkpointing import TRAINED_WEIGHTS, is_complete, last_complete_checkpoint
+from trl_spatial.diffusion_grpo.checkpointing import (
+    TRAINED_WEIGHTS,
+    check_sharding,
+    is_complete,
+    last_complete_checkpoint,
+)
 from trl_spatial.diffusion_grpo.processes import check_launch
 
 
@@ -34,6 +40,9 @@ WHOLE = dict(max_steps=4, save_steps=1, eval_strategy="steps", eval_steps=2, num
 # Advantages in units of the whole batch's standard deviation: they need the rewards of both processes.
 QWEN = dict(family="qwen_image", guidance_scale=4.0, scale_rewards="batch", max_steps=2, save_steps=1)
 MIDDLE = dict(gradient_accumulation_steps=1, steps_per_generation=2, max_steps=4)
+# Without KL: a transformer of which all weights are trained has no reference policy.
+FULL = dict(is_full=True, beta=0.0, learning_rate=1e-2, **(WHOLE | dict(max_steps=2, save_steps=2, eval_steps=1)))
+SHARDED = dict(is_sharded=True)
 RUNS = {
     "whole": dict(**WHOLE, push_to_hub=True, hub_model_id="tester/two"),
     "parts": dict(**WHOLE, stop_at=2),
@@ -43,6 +52,14 @@ RUNS = {
     "fails": dict(max_steps=4, save_steps=1, fail=dict(call=3, rank=1, seconds=0)),
     "evaluation_fails": dict(eval_strategy="steps", eval_steps=1, max_steps=2, fail=dict(call=2, rank=0, seconds=0)),
     "few_rows": dict(num_eval_rows=1, eval_strategy="steps", eval_steps=1, max_steps=1, save_strategy="no"),
+    "full": FULL,
+    # The last ones, as a process cannot go back
+    "sharded": dict(**WHOLE, **SHARDED),
+    "sharded_parts": dict(**WHOLE, **SHARDED, stop_at=2),
+    "sharded_full": dict(**FULL, **SHARDED),
+    "sharded_few_rows": dict(
+        num_eval_rows=1, eval_strategy="steps", eval_steps=1, max_steps=1, save_strategy="no", **SHARDED
+    ),
 }
 
 
@@ -50,8 +67,11 @@ RUNS = {
 def two(tmp_path_factory):
     """Folder of the runs of two processes, and the Hub that they pushed to. Treat it as read-only."""
     folder = tmp_path_factory.mktemp("two")
-    resumed = {name: {**RUNS[name], "stop_at": None, "resume": True} for name in ("parts", "middle_parts")}
-    runs = [*RUNS.items(), *resumed.items()]
+    runs = []
+    for name, arguments in RUNS.items():
+        runs.append((name, arguments))
+        if name.endswith("parts"):
+            runs.append((name, {**arguments, "stop_at": None, "resume": True}))
     words = [WORKER, folder, json.dumps([{"folder": name, **arguments} for name, arguments in runs])]
     with HubStub() as hub, Launched(words, folder / "log", **hub.environment) as launched:
         code, shown = launched.wait()
@@ -141,7 +161,9 @@ def test_files_are_written_once(one, two):
     assert titles and len(set(titles)) == len(titles)
 
 
-@pytest.mark.parametrize(("whole", "parts"), [("whole", "parts"), ("middle", "middle_parts")])
+@pytest.mark.parametrize(
+    ("whole", "parts"), [("whole", "parts"), ("middle", "middle_parts"), ("sharded", "sharded_parts")]
+)
 def test_two_processes_resume_bit_for_bit(two, whole, parts):
     """Between two rollouts, and in the middle of one."""
     folder = two[0]
@@ -203,14 +225,72 @@ def test_a_killed_process_ends_the_run_which_is_resumed(two, one, tmp_path):
         torch.testing.assert_close(ours[key], weight, rtol=0, atol=WEIGHT_TOLERANCE)
 
 
-def test_sharding_is_refused_in_words(tmp_path, monkeypatch):
-    """What `accelerate launch` with a configuration for FSDP or DeepSpeed sets."""
-    with monkeypatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_FSDP", "true")
-        with pytest.raises(ValueError, match=r"asks for FSDP.*multi_gpu\.yaml"):
-            run(tmp_path, max_steps=1)
-    monkeypatch.setenv(
-        "ACCELERATE_USE_DEEPSPEED", "true"
-    )  # where it is installed: without it, the configuration fails
-    with pytest.raises(ValueError, match=r"asks for DeepSpeed.*multi_gpu\.yaml"):
+class TestSharded:
+    """Weights that are shared out (FSDP2) learn what whole ones do: the same sums, in the same order on two processes."""
+
+    @pytest.mark.parametrize(("name", "step"), [("whole", 1), ("whole", 4), ("full", 2)], ids=lambda value: str(value))
+    def test_what_is_saved_is_that_of_whole_weights(self, two, name, step):
+        """Trained weights, their average and what is exported, of LoRA and of the whole transformer."""
+        theirs = two[0] / name / f"checkpoint-{step}"
+        ours = two[0] / {"whole": "sharded", "full": "sharded_full"}[name] / f"checkpoint-{step}"
+        files = sorted(path.relative_to(theirs) for path in theirs.rglob("*.safetensors") if "buffer" not in path.name)
+        exported = {
+            "whole": "pytorch_lora_weights.safetensors",
+            "full": "transformer/diffusion_pytorch_model.safetensors",
+        }
+        assert Path(exported[name]) in files and len(files) == 3
+        for file in files:
+            saved, expected = load_file(ours / file), load_file(theirs / file)
+            assert saved.keys() == expected.keys()
+            for key, weight in expected.items():
+                assert saved[key].dtype == weight.dtype
+                torch.testing.assert_close(
+                    saved[key], weight, rtol=0, atol=FIRST_TOLERANCE if step == 1 else WEIGHT_TOLERANCE
+                )
+
+    def test_diffusers_loads_a_whole_transformer(self, two):
+        theirs, ours = (
+            FluxTransformer2DModel.from_pretrained(two[0] / name, subfolder="transformer")
+            for name in ("full", "sharded_full")
+        )
+        assert {**ours.config, "_name_or_path": ""} == {**theirs.config, "_name_or_path": ""}
+        assert ours.state_dict().keys() == theirs.state_dict().keys()
+
+    @pytest.mark.parametrize(
+        ("name", "whole"), [("sharded", "whole"), ("sharded_full", "full"), ("sharded_few_rows", "few_rows")]
+    )
+    def test_evaluation_is_that_of_whole_weights(self, two, name, whole):
+        """Also of a single row, which leaves one process nothing to draw but a part in each pass."""
+        ours, theirs = rewards_of_evaluation(two[0] / name), rewards_of_evaluation(two[0] / whole)
+        assert ours == rewards_of_evaluation(two[0] / name, rank=1) and ours
+        for entry, wanted in zip(ours, theirs, strict=True):
+            assert entry == pytest.approx(wanted, abs=REWARD_TOLERANCE)
+
+    @pytest.mark.parametrize(("name", "is_sharded"), [("sharded", False), ("whole", True)])
+    def test_a_checkpoint_of_the_other_way_is_an_error(self, two, name, is_sharded):
+        """Its optimizer state is in another form, which would be left aside."""
+        folder = two[0] / name / "checkpoint-2"
+        with pytest.raises(ValueError, match=f"saved with {'whole' if is_sharded else 'sharded'}.* weights, and now"):
+            check_sharding(folder, is_sharded=is_sharded)
+        check_sharding(folder, is_sharded=not is_sharded)
+
+    def test_checkpoints_leave_the_frozen_weights_out(self, two):
+        folder = two[0] / "sharded" / "checkpoint-4"
+        names = {path.name for path in folder.iterdir()}
+        assert names - {path.name for path in (two[0] / "whole" / "checkpoint-4").iterdir()} == {"optimizer.bin"}
+        trained = (folder / TRAINED_WEIGHTS).stat().st_size
+        assert (folder / "optimizer.bin").stat().st_size < 5 * trained  # two numbers per trained weight, and names
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("ACCELERATE_USE_FSDP", r"FSDP of version 1.*fsdp_version: 2"),
+        ("ACCELERATE_USE_DEEPSPEED", r"asks for DeepSpeed.*fsdp2\.yaml.*multi_gpu\.yaml"),
+    ],
+)
+def test_other_ways_to_share_out_are_refused_in_words(variable, message, monkeypatch):
+    """What `accelerate launch` sets for them."""
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ValueError, match=message):
         check_launch()

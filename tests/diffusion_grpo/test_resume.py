@@ -122,7 +122,7 @@ def assert_same_checkpoint(ours, theirs):
     assert files == {path.relative_to(theirs) for path in theirs.rglob("*") if path.is_file()}
     compared = 0
     for file in files:
-        if file.suffix in (".pt", ".pth"):
+        if file.suffix in (".pt", ".pth", ".bin"):
             states = [torch.load(folder / file, weights_only=False) for folder in (ours, theirs)]
             assert_equal(*states, str(file))
         elif file.suffix == ".safetensors":
@@ -130,8 +130,9 @@ def assert_same_checkpoint(ours, theirs):
         else:
             continue
         compared += 1
-    names = {"optimizer.pt", "scheduler.pt", "trained_weights.safetensors", "ema.safetensors", "buffer_0.safetensors"}
+    names = {"scheduler.pt", "trained_weights.safetensors", "ema.safetensors", "buffer_0.safetensors"}
     assert names <= set(map(str, files)) and compared >= 6
+    assert {"optimizer.pt", "optimizer.bin"} & set(map(str, files))  # of whole weights, or of shared-out ones
     assert logs_of(ours) == logs_of(theirs)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from flux import build_flux_pipeline
 from peft import LoraConfig
 from qwen_image import build_qwen_image_pipeline
@@ -79,13 +80,38 @@ class StopAt(TrainerCallback):
         control.should_training_stop = control.should_training_stop or state.global_step == self.step
 
 
-def run(folder, *, family="flux", resume=None, stop_at=None, fail=None, num_eval_rows=3, is_full=False, **settings):
+def shard_on_cpus():
+    """Makes accelerate shard (FSDP2) on CPUs too, where it falls back on whole copies of the model by itself."""
+    state = Accelerator(cpu=True, mixed_precision="no").state
+    os.environ["ACCELERATE_USE_FSDP"], os.environ["FSDP_VERSION"] = "true", "2"
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT"
+    )
+    PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = plugin
+
+
+def run(
+    folder,
+    *,
+    family="flux",
+    resume=None,
+    stop_at=None,
+    fail=None,
+    num_eval_rows=3,
+    is_full=False,
+    is_sharded=False,
+    **settings,
+):
     """Trains, and leaves `record_<rank>.json` beside the checkpoints: what the reward saw, the logs and the error."""
     reward = Redness(fail)
+    config = DiffusionGRPOConfig(str(folder), **(TINY | settings))
+    if is_sharded:
+        shard_on_cpus()
     trainer = DiffusionGRPOTrainer(
         FAMILIES[family](),
         reward,
-        DiffusionGRPOConfig(str(folder), **(TINY | settings)),
+        config,
         train_dataset=[{"prompt": prompt} for prompt in PROMPTS],
         eval_dataset=[{"prompt": prompt} for prompt in PROMPTS[:num_eval_rows]],
         peft_config=None if is_full else LoraConfig(**LORA),

@@ -9,12 +9,13 @@ from typing import Any, TypeAlias
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import TorchDynamoPlugin
+from accelerate.utils import TorchDynamoPlugin, save_fsdp_optimizer
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from PIL.Image import Image
 from transformers import ProgressCallback, TrainerCallback, set_seed
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     PredictionOutput,
@@ -37,7 +38,7 @@ from .image_grid import save_image_grid
 from .integrations import adapt_callbacks, log_image
 from .metrics import TrainingMetrics, gather_evaluation
 from .model_card import build_card
-from .model_setup import load_pipeline, prepare_transformer, prepare_vae, sampling_options
+from .model_setup import load_pipeline, prepare_transformer, prepare_vae, sampling_options, shard_transformer
 from .monitoring import HackingMonitor, StepTimer
 from .policies import make_policy
 from .processes import check_launch, fail_together
@@ -116,6 +117,8 @@ class DiffusionTrainer(HubTrainerMixin):
         adapt_callbacks(self)
 
         prepare_vae(self.policy, args)
+        if self.is_fsdp_enabled:
+            shard_transformer(self.model, self.accelerator)
         # The same guidance in training and in evaluation, hence the same negative prompt
         negative_prompt = self.policy.negative_prompt(self._options)
         self.prompt_cache = PromptCache(self.policy, args.device, negative_prompt=negative_prompt)
@@ -231,7 +234,8 @@ class DiffusionTrainer(HubTrainerMixin):
         """Evaluation of all processes."""
         args = self.args
         averaged = nullcontext() if self.ema is None else self.ema.applied()
-        with fail_together(self.accelerator, "Evaluating"), averaged:
+        is_sharded = self.is_fsdp_enabled
+        with fail_together(self.accelerator, "Evaluating", is_collective=is_sharded), averaged:
             output = evaluate_policy(
                 self.policy,
                 self.model,
@@ -244,6 +248,7 @@ class DiffusionTrainer(HubTrainerMixin):
                 num_kept_images=args.num_logged_images,
                 rank=args.process_index,
                 world_size=args.world_size,
+                is_collective=is_sharded,
                 autocast=self.accelerator.autocast,
                 show_progress=self.is_world_process_zero() and not args.disable_tqdm,
             )
@@ -311,19 +316,39 @@ class DiffusionTrainer(HubTrainerMixin):
                 super()._save_checkpoint(model, trial)
             finally:
                 args.save_total_limit = save_total_limit
-            if args.should_save:
-                checkpointing.save_trained_state(self.model, folder, ema=self.ema)
+            if args.should_save or self.is_fsdp_enabled:
+                checkpointing.save_trained_state(self.model, folder, ema=self.ema, is_writer=args.should_save)
             checkpointing.save_buffer(*self._training_state(), folder, args.process_index)
             self.accelerator.wait_for_everyone()
             if args.should_save:
                 checkpointing.mark_complete(folder)
                 rotate_checkpoints(str(run_dir), save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
 
+    # Of a sharded transformer, the parent would collect and write the frozen weights too.
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
     # The averaged weights, as they were evaluated; no pickle of the training arguments
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.should_save:
-            folder = self.args.output_dir if output_dir is None else output_dir
-            checkpointing.export_weights(self.policy.pipeline, self.model, folder, ema=self.ema)
+        is_writer = self.args.should_save
+        folder = self.args.output_dir if output_dir is None else output_dir
+        if is_writer or self.is_fsdp_enabled:
+            checkpointing.export_weights(self.policy.pipeline, self.model, folder, ema=self.ema, is_writer=is_writer)
+        if is_writer:
             self._save_samples(Path(folder))
             self._build_card().save(folder, model_id=Path(self.args.output_dir).absolute().name)
 
@@ -363,6 +388,7 @@ class DiffusionTrainer(HubTrainerMixin):
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        checkpointing.check_sharding(resume_from_checkpoint, is_sharded=self.is_fsdp_enabled)
         checkpointing.load_trained_state(self.model, resume_from_checkpoint, ema=self.ema)
         num_saved = checkpointing.num_buffers(resume_from_checkpoint)
         if num_saved in (0, self.args.world_size):  # none is an error

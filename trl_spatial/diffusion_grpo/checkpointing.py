@@ -22,9 +22,12 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
+from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .ema import EMA
+from .sharding import fill_tensor, gather_tensors, is_sharded
 
 
 logger = logging.getLogger(__name__)
@@ -33,6 +36,7 @@ TRANSFORMER_FOLDER = "transformer"
 TRAINED_WEIGHTS = "trained_weights.safetensors"
 EMA_WEIGHTS = "ema.safetensors"
 MARKER = "checkpoint.json"
+SHARDED_OPTIMIZER = "optimizer.bin"  # accelerate's name
 # Fields of a `LoraConfig` and the values with which an adapter is nothing but matrices beside unchanged weights. Other ways
 # to start, such as PiSSA's, change the frozen weights, which also are the reference policy.
 _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
@@ -79,6 +83,7 @@ def export_weights(
     folder: str | Path,
     *,
     ema: EMA | None = None,
+    is_writer: bool = True,
 ) -> None:
     """
     Saves the trained weights so that users load them with diffusers alone: `pipeline.load_lora_weights(folder)` for an
@@ -95,17 +100,36 @@ def export_weights(
             (`alpha` above all) as metadata.
         ema ([`EMA`], *optional*):
             If given, its averaged weights are saved in place of the current ones.
+        is_writer (`bool`, *optional*, defaults to `True`):
+            Whether this process writes. The others only have to call this if the transformer is sharded.
     """
     with nullcontext() if ema is None else ema.applied():
         if not has_adapter(transformer):
-            transformer.save_pretrained(Path(folder) / TRANSFORMER_FOLDER)
+            _export_transformer(transformer, Path(folder) / TRANSFORMER_FOLDER, is_writer)
             return
         (adapter_name,) = transformer.active_adapters()
-        pipeline.save_lora_weights(
-            folder,
-            transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=adapter_name),
-            transformer_lora_adapter_metadata=transformer.peft_config[adapter_name].to_dict(),
-        )
+        layers = gather_tensors(get_peft_model_state_dict(transformer, adapter_name=adapter_name), is_writer=is_writer)
+        if is_writer:
+            pipeline.save_lora_weights(
+                folder,
+                transformer_lora_layers=layers,
+                transformer_lora_adapter_metadata=transformer.peft_config[adapter_name].to_dict(),
+            )
+
+
+def _export_transformer(transformer: Any, folder: Path, is_writer: bool) -> None:
+    if not is_sharded(transformer):
+        if is_writer:
+            transformer.save_pretrained(folder)
+        return
+    weights = gather_tensors(transformer.state_dict(), is_writer=is_writer)
+    if is_writer:
+        # The class as it was: `fully_shard` puts one of its own before it.
+        whole_class: Any = next(base for base in type(transformer).__mro__ if not issubclass(base, FSDPModule))
+        with torch.device("meta"):
+            whole = whole_class.from_config(transformer.config)
+        whole.load_state_dict(weights, assign=True)
+        whole.save_pretrained(folder)
 
 
 def has_adapter(transformer: torch.nn.Module) -> bool:
@@ -116,7 +140,9 @@ def has_adapter(transformer: torch.nn.Module) -> bool:
 # State to resume from
 
 
-def save_trained_state(transformer: torch.nn.Module, folder: str | Path, *, ema: EMA | None = None) -> None:
+def save_trained_state(
+    transformer: torch.nn.Module, folder: str | Path, *, ema: EMA | None = None, is_writer: bool = True
+) -> None:
     """
     Saves what training changes in a transformer, bit for bit: its trainable parameters, in their own dtype, and their
     moving average. Frozen weights are not saved.
@@ -128,14 +154,16 @@ def save_trained_state(transformer: torch.nn.Module, folder: str | Path, *, ema:
             Where to; created if missing.
         ema ([`EMA`], *optional*):
             Moving average of those parameters.
+        is_writer (`bool`, *optional*, defaults to `True`):
+            Whether this process writes. The others only have to call this if the transformer is sharded.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    _save_tensors(_trainable_parameters(transformer), Path(folder) / TRAINED_WEIGHTS)
+    _save_tensors(_trainable_parameters(transformer), Path(folder) / TRAINED_WEIGHTS, is_writer=is_writer)
     if ema is not None:
-        _save_tensors(ema.weights, Path(folder) / EMA_WEIGHTS, {"num_updates": ema.num_updates})
+        extra = {"num_updates": ema.num_updates}
+        _save_tensors(ema.weights, Path(folder) / EMA_WEIGHTS, extra, is_writer=is_writer)
 
 
-@torch.no_grad()
 def load_trained_state(transformer: torch.nn.Module, folder: str | Path, *, ema: EMA | None = None) -> None:
     """
     Undoes [`save_trained_state`]: puts the saved values into the trainable parameters and their moving average.
@@ -155,7 +183,7 @@ def load_trained_state(transformer: torch.nn.Module, folder: str | Path, *, ema:
     parameters = _trainable_parameters(transformer)
     _check_same_tensors(saved, parameters, Path(folder) / TRAINED_WEIGHTS)
     for name, parameter in parameters.items():
-        parameter.copy_(saved[name])
+        fill_tensor(parameter, saved[name])
     if ema is not None:
         saved, extra = _load_tensors(Path(folder) / EMA_WEIGHTS)
         _check_same_tensors(saved, ema.weights, Path(folder) / EMA_WEIGHTS)
@@ -208,13 +236,13 @@ def _trainable_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Paramet
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, extra: Mapping[str, Any] | None = None) -> None:
+def _save_tensors(
+    tensors: Mapping[str, torch.Tensor], path: Path, extra: Mapping[str, Any] | None = None, *, is_writer: bool = True
+) -> None:
     # Copies: safetensors refuses tensors that share memory, such as slices of one rollout.
-    copies = {
-        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
-    save_file(copies, path, metadata={"extra": json.dumps(dict(extra or {}))})
+    copies = gather_tensors(tensors, is_writer=is_writer)
+    if is_writer:
+        save_file(copies, path, metadata={"extra": json.dumps(dict(extra or {}))})
 
 
 def _load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -340,6 +368,29 @@ def check_complete(folder: str | Path) -> None:
         raise ValueError(
             f"`resume_from_checkpoint` is {str(folder)!r}, which is {state}. Use `resume_from_checkpoint=True` for the "
             "last complete one in `output_dir`."
+        )
+
+
+def check_sharding(folder: str | Path, *, is_sharded: bool) -> None:
+    """
+    Refuses a checkpoint whose optimizer state is in the form of the other way to hold the weights. transformers and
+    accelerate look for a file of their own name, and go on without one.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder of the checkpoint.
+        is_sharded (`bool`):
+            Whether the weights are sharded now.
+
+    Raises:
+        `ValueError`: If they were not when it was saved, or the other way round.
+    """
+    own, other = (SHARDED_OPTIMIZER, OPTIMIZER_NAME) if is_sharded else (OPTIMIZER_NAME, SHARDED_OPTIMIZER)
+    if (Path(folder) / other).exists() and not (Path(folder) / own).exists():
+        then, now = ("whole", "sharded (FSDP2)") if is_sharded else ("sharded (FSDP2)", "whole")
+        raise ValueError(
+            f"The checkpoint {folder} was saved with {then} weights, and now they are {now}. Resume with the launch "
+            "configuration of that run."
         )
 
 

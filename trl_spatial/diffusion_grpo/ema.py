@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .sharding import fill_tensor
+
 
 class EMA:
     """
@@ -17,8 +19,8 @@ class EMA:
 
     Args:
         module (`torch.nn.Module`):
-            The module, without the wrappers of distributed training. Only parameters that require gradients are
-            averaged.
+            The module, without the wrappers of distributed training, sharded or not. Only parameters that require
+            gradients are averaged.
         decay (`float`):
             Share of the average that an update keeps, at least `0.0` and less than `1.0`.
         every (`int`, *optional*, defaults to `1`):
@@ -70,14 +72,18 @@ class EMA:
         Context in which the module computes with the average. The trained values are back, bit for bit, when it ends.
         Do not train inside.
         """
-        trained = {name: parameter.data for name, parameter in self._parameters.items()}
+        # In place: other names of the same memory, such as that of a sharded weight's part, have to change with it.
+        trained = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         try:
-            for name, parameter in self._parameters.items():
-                parameter.data = self.weights[name].to(parameter.dtype)
+            self._set_parameters(self.weights)
             yield
         finally:
-            for name, parameter in self._parameters.items():
-                parameter.data = trained[name]
+            self._set_parameters(trained)
+
+    @torch.no_grad()
+    def _set_parameters(self, values: dict[str, torch.Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(values[name])
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs: `weights` and `num_updates`. Decay and interval come from the configuration."""
@@ -86,5 +92,5 @@ class EMA:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from a `state_dict`, whose tensors are copied."""
         for name, weight in self.weights.items():
-            weight.copy_(state["weights"][name])
+            fill_tensor(weight, state["weights"][name])
         self.num_updates = state["num_updates"]

@@ -51,6 +51,7 @@ def evaluate_policy(
     num_kept_images: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    is_collective: bool = False,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     show_progress: bool = False,
 ) -> EvaluationOutput:
@@ -81,6 +82,9 @@ def evaluate_policy(
             The first so many images are returned; the others are dropped once they are rewarded.
         rank (`int`, *optional*, defaults to `0`), world_size (`int`, *optional*, defaults to `1`):
             Number of this process and of all.
+        is_collective (`bool`, *optional*, defaults to `False`):
+            Whether a forward pass needs all processes, as that of a sharded transformer does. Those with fewer batches than
+            others then draw one more in vain.
         autocast (`Callable[[], AbstractContextManager]`, *optional*):
             Makes the context of the forward passes, such as `accelerator.autocast`. Reward functions run outside.
         show_progress (`bool`, *optional*, defaults to `False`):
@@ -92,12 +96,15 @@ def evaluate_policy(
     """
     sigmas = policy.prepare_sigmas(options)  # (num_inference_steps + 1,)
     indices = list(range(rank, len(rows) * num_images, world_size))
+    # Process 0 has the most images.
+    num_drawn = len(range(0, len(rows) * num_images, world_size)) if is_collective else len(indices)
     rewards, images, prompts = [torch.empty(0, len(reward_functions.names))], [], []
     was_training = transformer.training
     transformer.eval()
     with tqdm(total=len(indices), desc="Evaluating", unit="image", disable=not show_progress) as progress:
-        for start in range(0, len(indices), batch_size):
-            batch = indices[start : start + batch_size]
+        for start in range(0, num_drawn, batch_size):
+            # In vain, the first image of all is drawn
+            batch = indices[start : start + batch_size] or [0]
             batch_rows = [rows[index // num_images] for index in batch]
             batch_prompts = [row["prompt"] for row in batch_rows]
             with autocast():
@@ -113,6 +120,8 @@ def evaluate_policy(
                     dynamics="flow_sde",
                     batch_size=batch_size,
                 )
+            if start >= len(indices):
+                continue
             columns = {name: [row[name] for row in batch_rows] for name in batch_rows[0] if name != "prompt"}
             rewards.append(reward_functions(batch_prompts, rollout.images, **columns))
             num_kept = sum(index < num_kept_images for index in batch)  # the indices ascend

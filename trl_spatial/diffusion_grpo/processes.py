@@ -9,52 +9,55 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 
-# What `accelerate launch` sets for a way to shard: its name, and why the trainer does not go with it
-_SHARDED = {
-    "ACCELERATE_USE_FSDP": (
-        "FSDP",
-        "adapters, their moving average and what is exported are written by one process that would hold a part of them",
-    ),
-    "ACCELERATE_USE_DEEPSPEED": (
-        "DeepSpeed",
-        "it shards gradients and optimizer states, which are small for adapters, and scales the loss in its own way",
-    ),
-}
-
-
 def check_launch() -> None:
     """
-    Refuses what shards the transformer or its optimizer.
+    Refuses ways to share out the transformer that the trainer does not go with.
 
     Raises:
-        `ValueError`: If `accelerate launch` was told to use FSDP or DeepSpeed.
+        `ValueError`: If `accelerate launch` was told to use DeepSpeed, or FSDP of version 1.
     """
-    for variable, (name, reason) in _SHARDED.items():
-        if os.environ.get(variable, "false").lower() == "true":
-            raise ValueError(
-                f"The launch configuration asks for {name}, under which `DiffusionGRPOTrainer` does not run: {reason}. Use "
-                "recipes/accelerate/multi_gpu.yaml, where every GPU holds the frozen weights in bfloat16 and trains LoRA."
-            )
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "The launch configuration asks for DeepSpeed, under which `DiffusionGRPOTrainer` does not run: its checkpoints hold "
+            "the frozen weights, and in bfloat16 it trains adapters that are rounded to it. Use recipes/accelerate/fsdp2.yaml, "
+            "which shards weights, gradients and optimizer states, or recipes/accelerate/multi_gpu.yaml, where every GPU "
+            "holds the frozen weights."
+        )
+    if _is_set("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError(
+            "The launch configuration asks for FSDP of version 1, under which `DiffusionGRPOTrainer` does not run: it packs the "
+            "parameters of a layer into one. Set `fsdp_version: 2`, as in recipes/accelerate/fsdp2.yaml."
+        )
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
 
 
 @contextmanager
-def fail_together(accelerator: Accelerator, doing: str) -> Iterator[None]:
+def fail_together(accelerator: Accelerator, doing: str, *, is_collective: bool = False) -> Iterator[None]:
     """
     Context that all processes enter, and that ends on all of them in an error if it does on one.
 
     Without it the others would wait for a process that is gone, in the next exchange, until the launcher ends them, or, on
-    another machine, until `ddp_timeout`. It costs an exchange of one number. Nothing inside may wait for another process.
+    another machine, until `ddp_timeout`. It costs an exchange of one number.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]):
             Connects the processes.
         doing (`str`):
             What happens inside, for the message.
+        is_collective (`bool`, *optional*, defaults to `False`):
+            Whether what is inside waits for other processes. Then an error ends this process alone, and the launcher the
+            others, as they could not hear of it.
 
     Raises:
         `RuntimeError`: On the processes that did not fail themselves; it names those that did, and why. The others raise
             what they ran into.
     """
+    if is_collective:
+        yield
+        return
     error: Exception | None = None
     try:
         yield

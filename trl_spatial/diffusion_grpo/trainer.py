@@ -241,7 +241,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
             image_generator(args.seed, rollout_index, *divmod(index, args.num_generations))  # its group, its image
             for index in range(first, first + len(prompts))
         ]
-        with fail_together(self.accelerator, "Sampling images"):
+        with fail_together(self.accelerator, "Sampling images", is_collective=self.is_fsdp_enabled):
             with self._timer.phase("encode"):
                 embeds = self.prompt_cache.get(prompts)
             with self._timer.phase("sample"), self.accelerator.autocast():
