@@ -1,5 +1,6 @@
 """The command line: help, mistakes, YAML files, launch arguments, and every command run at tiny size."""
 
+import gc
 import importlib
 import json
 import math
@@ -18,7 +19,7 @@ from PIL import Image
 
 from trl_spatial import SpatialScore, __version__
 from trl_spatial.cli import COMMANDS, LAUNCHED_COMMANDS, main
-from trl_spatial.scripts.utils import SpatialParser, load_dataset_dict
+from trl_spatial.scripts.utils import SpatialParser, load_dataset_dict, quick_imports
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -65,6 +66,18 @@ def test_help_is_quick_and_lists_every_command():
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
     for command, help_text in COMMANDS.items():
         assert command in text and help_text in text
+
+
+def test_quick_imports_leave_nothing_to_collect_and_the_collector_on():
+    program = "import gc; from trl_spatial.scripts.utils import quick_imports\n"
+    program += "with quick_imports(): import torch; from transformers import Trainer\n"
+    program += "print(gc.isenabled(), len(gc.get_objects()) < 1000 < gc.get_freeze_count())"
+    shown = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    assert shown.stdout == "True True\n"
+    num_frozen = gc.get_freeze_count()
+    with pytest.raises(ModuleNotFoundError), quick_imports():
+        import no_such_module  # noqa: F401
+    assert gc.isenabled() and gc.get_freeze_count() == num_frozen
 
 
 def test_without_arguments_prints_help(capsys):

@@ -2,13 +2,12 @@
 
 import hashlib
 import os
-import subprocess
-import sys
 from http.client import HTTPConnection
 
 import pytest
 
 from tests.hub_stub import HubStub
+from tests.warm import run_python
 
 
 BYTES = bytes(range(256)) * 1000
@@ -32,17 +31,11 @@ def run(hub, tmp_path):
 
     def run(script, **environment):
         script = "from huggingface_hub import *\nfrom huggingface_hub.errors import *\napi = HfApi()\n" + script
-        output = subprocess.run(
-            [sys.executable, "-c", script],
-            cwd=tmp_path,
-            env=os.environ | hub.environment | {"HF_HOME": str(tmp_path / "cache")} | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=120,
-        )
-        assert output.returncode == 0, output.stdout
-        return output.stdout
+        environment = os.environ | hub.environment | {"HF_HOME": str(tmp_path / "cache")} | environment
+        output = run_python(["-c", script], cwd=tmp_path, env=environment, timeout=120)
+        text = output.stdout + output.stderr
+        assert output.returncode == 0, text
+        return text
 
     return run
 
@@ -366,6 +359,6 @@ def test_what_the_hub_does_not_know_is_told(tmp_path):
     with HubStub() as hub:
         script = "import huggingface_hub as h\ntry: list(h.list_models())\nexcept Exception as error: print(error)"
         environment = os.environ | hub.environment | {"HF_HOME": str(tmp_path)}
-        output = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        output = run_python(["-c", script], env=environment)
     assert "GET /api/models is not part of this Hub" in output.stdout
     assert hub.unknown == [("GET", "/api/models")] and hub.unknown[0] in hub.log

@@ -19,6 +19,7 @@ from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 
 from tests.hub_stub import HubStub
+from tests.warm import run_python
 from trl_spatial.cli import COMMANDS, LAUNCHED_COMMANDS, main
 from trl_spatial.scenes import make_preference_dataset
 
@@ -165,14 +166,14 @@ def run_with_hub(words, environment, folder):
         if not (online / name).exists():
             (online / name).symlink_to(folder / name)
     options = {"cwd": online, "env": os.environ | environment}
-    command = [sys.executable, "-m", *words]
+    if words[1:3] == ["space", "serve"]:
+        with run_server([sys.executable, "-m", *words], options):
+            return
     if words[1] in LAUNCHED_COMMANDS and words[2:] != ["--dataset", "hub/SpatialReward"]:  # this one word for word
-        command += {"reward": TINY_TRAINING, "grpo": TINY_GRPO}[words[1]].split()
-    if words[1:3] != ["space", "serve"]:
-        subprocess.run(command, **options, check=True)
-        return
-    with run_server(command, options):
-        pass
+        tiny = {"reward": TINY_TRAINING, "grpo": TINY_GRPO}[words[1]].split()
+        words = [f"trl_spatial.scripts.{words[1]}", *words[2:], *tiny]  # without the launcher
+    ended = run_python(["-m", *words], **options)
+    assert ended.returncode == 0, ended.stderr
 
 
 @contextmanager

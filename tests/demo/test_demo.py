@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,7 +77,11 @@ def test_it_writes_numbers_pictures_models_and_a_report(folder, results):
     assert sum(bin["num_pairs"] for bin in reward_model["reliability"]) == 40
     assert generator["num_images"] == 12
     assert [row["step"] for row in results["training"]["steps"]] == [1, 2]
-    assert [row["step"] for row in results["training"]["evaluations"]] == [0, 1, 2]
+    assert [(row["step"], row["num_images"]) for row in results["training"]["evaluations"]] == [
+        (0, 12),
+        (1, 12),
+        (2, 12),
+    ]
     assert [stage["name"] for stage in results["stages"]] == ["pairs", "reward", "measure", "before", "grpo", "after"]
     for name in ("best", "worst"):
         colors = np.asarray(Image.open(folder / f"{name}_pairs.png")).reshape(-1, 3)
@@ -133,10 +138,14 @@ def test_started_again_it_gives_the_same_numbers_at_once(folder, results):
 
 @pytest.mark.parametrize("trace", ["reward", "grpo/checkpoint-1/trainer_state.json"])
 def test_killed_it_goes_on_and_gives_the_same_numbers(finished, results, tmp_path, trace):
-    # the pairs are made once
-    (tmp_path / "pairs").symlink_to(finished[0] / "pairs")
-    if trace != "reward":
-        (tmp_path / "reward").symlink_to(finished[0] / "reward")
+    done = ["pairs"]  # they are made once
+    if trace != "reward":  # what comes before it is finished
+        done += ["reward", "base_images", "pair_images"]
+        (tmp_path / "stages").mkdir()
+        for stage in ("pairs", "reward", "measure", "before"):
+            shutil.copy(finished[0] / "stages" / f"{stage}.json", tmp_path / "stages")
+    for name in done:
+        (tmp_path / name).symlink_to(finished[0] / name)
     process = start(tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (tmp_path / trace).exists() and process.poll() is None and time.monotonic() < deadline:

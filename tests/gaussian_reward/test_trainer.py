@@ -2,8 +2,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -18,6 +16,7 @@ from transformers import BitsAndBytesConfig, TrainerCallback
 from trl import RewardConfig
 
 from tests.hub_stub import HubStub
+from tests.warm import run_python
 from trl_spatial.gaussian_reward.config import GaussianRewardConfig
 from trl_spatial.gaussian_reward.modeling import GaussianRewardModel, spatial_score_lora_config
 from trl_spatial.gaussian_reward.processing import load_processor
@@ -595,14 +594,8 @@ def pushed(backbone_folder, tmp_path_factory):
     rows[2]["prompt"] = ""  # so that a list of bad rows is written, which is not for the public
     Dataset.from_list(rows).save_to_disk(folder / "data")
     with SlowHub() as hub:
-        output = subprocess.run(
-            [sys.executable, "-c", PUSH, str(folder)],
-            cwd=folder,
-            env=os.environ | hub.environment | {"HF_HOME": str(folder / "cache")},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        environment = os.environ | hub.environment | {"HF_HOME": str(folder / "cache")}
+        output = run_python(["-c", PUSH, folder], cwd=folder, env=environment)
     assert output.returncode == 0, output.stderr
     return folder, hub, output.stderr
 

@@ -39,7 +39,7 @@ MAX_SEQUENCE_LENGTH = 16
 NUM_INFERENCE_STEPS = 28
 IMAGES_PER_PROMPT = 4
 LORA_RANK = 32
-# Prompts on which the trainer looks at how far it is, in another split than those of the demo's result
+# Prompts on which the trainer looks at how far it is, at most: in another split than those of the demo's result
 NUM_MONITORED_PROMPTS = 192
 # How the demo differs from the defaults of `DiffusionGRPOConfig`
 _GRPO_SETTINGS: dict[str, Any] = {
@@ -252,7 +252,11 @@ def grpo_config(output_dir: Path, *, max_steps: int, seed: int, **changes: Any) 
 
 
 def make_trainer(
-    args: DiffusionGRPOConfig, reward_funcs: RewardFunction, *, trainer_class: type = DiffusionGRPOTrainer
+    args: DiffusionGRPOConfig,
+    reward_funcs: RewardFunction,
+    *,
+    num_monitored_prompts: int = NUM_MONITORED_PROMPTS,
+    trainer_class: type = DiffusionGRPOTrainer,
 ) -> DiffusionGRPOTrainer:
     """
     The trainer of the tiny FLUX. It is evaluated by [`spatial_accuracy`] and [`objects_present`], which it is not trained
@@ -263,6 +267,8 @@ def make_trainer(
             Configuration, of which `seed` is also the prompts'.
         reward_funcs (`Callable`):
             The reward.
+        num_monitored_prompts (`int`, *optional*, defaults to `192`):
+            Number of prompts it is evaluated on, with one image each.
         trainer_class (`type`, *optional*, defaults to [`DiffusionGRPOTrainer`]):
             Class of the trainer.
     """
@@ -271,7 +277,7 @@ def make_trainer(
         reward_funcs=reward_funcs,
         args=args,
         train_dataset=make_prompts(2048, split="train", seed=args.seed),
-        eval_dataset=make_prompts(NUM_MONITORED_PROMPTS, split="validation", seed=args.seed),
+        eval_dataset=make_prompts(num_monitored_prompts, split="validation", seed=args.seed),
         eval_reward_funcs=[spatial_accuracy, objects_present],
         peft_config=attention_lora_config(rank=LORA_RANK, alpha=2 * LORA_RANK),
     )
@@ -318,7 +324,7 @@ def train_generator(trainer: DiffusionGRPOTrainer) -> dict[str, Any]:
     history = trainer.state.log_history
     # a resumed run evaluates once more where it goes on
     evaluations = {
-        log["step"]: _pick(log, _EVALUATION_NAMES) | {"num_images": NUM_MONITORED_PROMPTS}
+        log["step"]: _pick(log, _EVALUATION_NAMES) | {"num_images": len(trainer.eval_dataset)}
         for log in history
         if "eval_reward" in log
     }

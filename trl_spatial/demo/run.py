@@ -167,7 +167,10 @@ def _replace_folder(folder: Path, save: Callable[[Path], Any]) -> None:
 
 def _train_generator(settings: DemoSettings, output_dir: Path) -> dict[str, Any]:
     args = generator.grpo_config(output_dir / "grpo", max_steps=settings.grpo_steps, seed=settings.seed)
-    return generator.train_generator(generator.make_trainer(args, make_reward(output_dir / "reward")))
+    # no more images on the way than at the end
+    num_prompts = min(generator.NUM_MONITORED_PROMPTS, settings.num_prompts * generator.IMAGES_PER_PROMPT)
+    reward = make_reward(output_dir / "reward")
+    return generator.train_generator(generator.make_trainer(args, reward, num_monitored_prompts=num_prompts))
 
 
 def _save_examples(output_dir: Path) -> list[dict[str, Any]]:

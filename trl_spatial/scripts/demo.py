@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..demo.settings import DemoSettings
-from .utils import SpatialParser
+from .utils import SpatialParser, quick_imports
 
 
 EXAMPLES = """\
@@ -31,7 +31,8 @@ def make_parser(prog: str = "trl_spatial demo") -> SpatialParser:
 
 def main(settings: DemoSettings) -> None:
     try:
-        from ..demo.run import run_demo
+        with quick_imports():
+            from ..demo.run import run_demo
     except ModuleNotFoundError as error:
         raise ValueError(f"The demo needs {error.name}: pip install 'trl-spatial[demo]'") from error
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .utils import SpatialParser, hub_dataset_name, load_dataset_dict, pick_split
+from .utils import SpatialParser, hub_dataset_name, load_dataset_dict, pick_split, quick_imports
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ..diffusion_grpo.config import DiffusionGRPOConfig
+    with quick_imports():
+        from ..diffusion_grpo.config import DiffusionGRPOConfig
     from ..diffusion_grpo.trainer import DiffusionGRPOTrainer
 
 
@@ -258,13 +259,14 @@ def build_trainer(
     script_args: GRPOScriptArguments, model_args: GRPOModelArguments, training_args: "DiffusionGRPOConfig"
 ) -> "DiffusionGRPOTrainer":
     """The trainer that the arguments describe, with its prompts, rewards and pipeline loaded."""
-    import torch
+    with quick_imports():
+        import torch
 
-    from ..diffusion_grpo.lora import attention_lora_config
-    from ..diffusion_grpo.model_setup import load_pipeline, quantization_config
-    from ..diffusion_grpo.reward_functions import RewardFunction
-    from ..diffusion_grpo.trainer import DiffusionGRPOTrainer
-    from ..rewards import load_reward
+        from ..diffusion_grpo.lora import attention_lora_config
+        from ..diffusion_grpo.model_setup import load_pipeline, quantization_config
+        from ..diffusion_grpo.reward_functions import RewardFunction
+        from ..diffusion_grpo.trainer import DiffusionGRPOTrainer
+        from ..rewards import load_reward
 
     dtype = getattr(torch, model_args.dtype or ("bfloat16" if training_args.bf16 else "float32"))
     # the quick things first: what is misspelt should be told before a model of 24 GB is loaded

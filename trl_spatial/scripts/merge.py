@@ -2,7 +2,7 @@
 
 import argparse
 
-from .utils import SpatialParser, new_folder
+from .utils import SpatialParser, new_folder, quick_imports
 
 
 EXAMPLES = """\
@@ -37,7 +37,8 @@ def make_parser(prog: str = "trl_spatial merge") -> SpatialParser:
 
 def main(args: argparse.Namespace) -> None:
     output = new_folder(args.output)
-    from .. import SpatialScore
+    with quick_imports():
+        from .. import SpatialScore
 
     scorer = SpatialScore.from_pretrained(args.model, revision=args.revision, backbone=args.backbone, dtype=args.dtype)
     scorer.merge(output)

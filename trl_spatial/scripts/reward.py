@@ -3,11 +3,12 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .utils import SpatialParser, hub_dataset_name, load_dataset_dict, pick_split
+from .utils import SpatialParser, hub_dataset_name, load_dataset_dict, pick_split, quick_imports
 
 
 if TYPE_CHECKING:
-    from ..gaussian_reward.config import GaussianRewardConfig
+    with quick_imports():
+        from ..gaussian_reward.config import GaussianRewardConfig
     from ..gaussian_reward.trainer import GaussianRewardTrainer
 
 
@@ -141,10 +142,11 @@ def build_trainer(
     script_args: RewardScriptArguments, model_args: RewardModelArguments, training_args: "GaussianRewardConfig"
 ) -> "GaussianRewardTrainer":
     """The trainer that the arguments describe, with its datasets and model loaded."""
-    from transformers import BitsAndBytesConfig
+    with quick_imports():
+        from transformers import BitsAndBytesConfig
 
-    from ..gaussian_reward.modeling import spatial_score_lora_config
-    from ..gaussian_reward.trainer import GaussianRewardTrainer
+        from ..gaussian_reward.modeling import spatial_score_lora_config
+        from ..gaussian_reward.trainer import GaussianRewardTrainer
 
     splits = load_dataset_dict(
         script_args.dataset, config_name=script_args.dataset_config, streaming=script_args.dataset_streaming

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .utils import SpatialParser, load_dataset_dict, pick_split
+from .utils import SpatialParser, load_dataset_dict, pick_split, quick_imports
 
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ def main(args: argparse.Namespace) -> None:
             args.input, args.split, args.prompt_column, args.image_column, config_name=args.input_config
         )
 
-    from .. import SpatialScore
+    with quick_imports():
+        from .. import SpatialScore
 
     scorer = SpatialScore.from_pretrained(
         args.model, revision=args.revision, backbone=args.backbone, dtype=args.dtype, device=args.device

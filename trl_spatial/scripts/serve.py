@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..rewards.remote import TOKEN_VARIABLE
 from .space import check_port
-from .utils import SpatialParser
+from .utils import SpatialParser, quick_imports
 
 
 EXAMPLES = """\
@@ -62,10 +62,11 @@ def main(args: argparse.Namespace) -> None:
     token = read_token(args.token_file)
     check_port(args.host, args.port)  # loading the model may take minutes
 
-    import uvicorn
+    with quick_imports():
+        import uvicorn
 
-    from .. import SpatialScore
-    from ..serving.app import Limits, create_app
+        from .. import SpatialScore
+        from ..serving.app import Limits, create_app
 
     limits = Limits(
         max_images=args.max_images,
