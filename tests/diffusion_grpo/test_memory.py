@@ -23,7 +23,12 @@ from trl_spatial.diffusion_grpo.policies import make_policy
 from trl_spatial.diffusion_grpo.rollout import image_generator
 
 
-OFFICIAL = ("black-forest-labs/FLUX.1-dev", "Qwen/Qwen-Image", "stabilityai/stable-diffusion-3.5-medium")
+OFFICIAL = (
+    "black-forest-labs/FLUX.1-dev",
+    "Qwen/Qwen-Image",
+    "stabilityai/stable-diffusion-3.5-medium",
+    "Tongyi-MAI/Z-Image",
+)
 
 
 def make_args(folder, **kwargs):
@@ -174,7 +179,12 @@ def test_a_card_that_is_too_small_does_not_fit():
 @pytest.mark.parametrize(
     ("name", "num_parameters"),
     # of the released models, in billions; the positions of the third, 0.23 more, are no parameters
-    [(OFFICIAL[0], (11.90, 0.084, 4.885)), (OFFICIAL[1], (20.43, 0.127, 8.29)), (OFFICIAL[2], (2.24, 0.084, 5.58))],
+    [
+        (OFFICIAL[0], (11.90, 0.084, 4.885)),
+        (OFFICIAL[1], (20.43, 0.127, 8.29)),
+        (OFFICIAL[2], (2.24, 0.084, 5.58)),
+        (OFFICIAL[3], (6.15, 0.084, 4.02)),
+    ],
 )
 def test_the_official_models_are_known_offline(name, num_parameters):
     policy = build_policy(load_architecture(name), max_sequence_length=512)

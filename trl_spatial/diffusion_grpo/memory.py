@@ -69,8 +69,8 @@ def load_architecture(name: str, *, revision: str | None = None) -> Architecture
     Args:
         name (`str`):
             A folder, or a pipeline on the Hub, of which only the small JSON files are downloaded. The architectures of
-            `black-forest-labs/FLUX.1-dev`, `Qwen/Qwen-Image` and `stabilityai/stable-diffusion-3.5-medium` come with the
-            package.
+            `black-forest-labs/FLUX.1-dev`, `Qwen/Qwen-Image`, `stabilityai/stable-diffusion-3.5-medium` and
+            `Tongyi-MAI/Z-Image` come with the package.
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub.
 

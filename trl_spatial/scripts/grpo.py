@@ -130,8 +130,8 @@ class GRPOModelArguments:
 
     Args:
         model_name_or_path (`str`, *optional*, defaults to `"black-forest-labs/FLUX.1-dev"`):
-            Text-to-image pipeline, FLUX.1, Qwen-Image, Stable Diffusion 3 or 3.5: a folder, ORG/NAME or ORG/NAME@REVISION
-            on the Hub, or hub/NAME.
+            Text-to-image pipeline, FLUX.1, Qwen-Image, Stable Diffusion 3 or 3.5, or Z-Image: a folder, ORG/NAME or
+            ORG/NAME@REVISION on the Hub, or hub/NAME.
         model_revision (`str`, *optional*, defaults to `"main"`):
             Branch, tag or commit of the pipeline on the Hub.
         dtype (`str`, *optional*):
@@ -151,7 +151,7 @@ class GRPOModelArguments:
     model_name_or_path: str = field(
         default="black-forest-labs/FLUX.1-dev",
         metadata={
-            "help": "Text-to-image pipeline, FLUX.1, Qwen-Image or Stable Diffusion 3: a folder, ORG/NAME or "
+            "help": "Text-to-image pipeline, FLUX.1, Qwen-Image, Stable Diffusion 3 or Z-Image: a folder, ORG/NAME or "
             "ORG/NAME@REVISION on the Hub, or hub/NAME."
         },
     )
@@ -199,8 +199,8 @@ def make_parser(prog: str = "trl_spatial grpo") -> SpatialParser:
         prog=prog,
         usage=f"{prog} --dataset PROMPTS --rewards REWARD [REWARD ...] [--config FILE] [OPTIONS] "
         "[OPTIONS OF accelerate launch]",
-        description="Fine-tune a text-to-image model, FLUX.1, Qwen-Image or Stable Diffusion 3, by GRPO: sample groups of "
-        "images for a prompt, reward them, and make the better ones likelier.",
+        description="Fine-tune a text-to-image model, FLUX.1, Qwen-Image, Stable Diffusion 3 or Z-Image, by GRPO: sample "
+        "groups of images for a prompt, reward them, and make the better ones likelier.",
         examples=EXAMPLES,
     )
 
