@@ -42,7 +42,10 @@ TINY_GRPO = (
     "--num_inference_steps 4 --eval_num_inference_steps 2 --height 32 --width 32 --eval_height 32 --eval_width 32 "
     "--max_sequence_length 192 --max_steps 2 --eval_steps 2 --save_steps 2 --use_cpu --disable_tqdm true"
 )
-FEWER_STEPS = {"recipes/grpo_sd3.yaml": "--sde_window_size 2 --sde_window_range 0 2"}  # of 4, instead of 8 of 10
+FEWER_STEPS = {  # of 4, instead of 10
+    "recipes/grpo_sd3.yaml": "--sde_window_size 2 --sde_window_range 0 2",
+    "recipes/grpo_z_image.yaml": "--sde_window_range 0 2",
+}
 TINY_DEMO = (
     "--reward_steps 1 --grpo_steps 1 --num_train_pairs 4 --num_test_pairs 8 --num_prompts 2 --output_dir {folder}/demo"
 )
@@ -67,7 +70,11 @@ def place(tmp_path, monkeypatch, backbone_folder, flux_folder, detector_folder):
     for name in ("Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL-3B-Instruct"):
         shutil.copytree(backbone_folder, tmp_path / "Qwen" / name)
     shutil.copytree(flux_folder, tmp_path / "black-forest-labs" / "FLUX.1-dev")
-    for family, name in (("qwen_image", "Qwen/Qwen-Image"), ("sd3", "stabilityai/stable-diffusion-3.5-medium")):
+    for family, name in (
+        ("qwen_image", "Qwen/Qwen-Image"),
+        ("sd3", "stabilityai/stable-diffusion-3.5-medium"),
+        ("z_image", "Tongyi-MAI/Z-Image"),
+    ):
         importlib.import_module(family).main([str(tmp_path / name)])
     shutil.copytree(detector_folder, tmp_path / "PekingU" / "rtdetr_v2_r50vd")
     objects = [{"class": "dog", "count": 1}, {"class": "person", "count": 1, "position": ["left of", 0]}]

@@ -30,6 +30,7 @@ RECIPE_FILES = {
     "grpo_flux_fast.yaml": (grpo, set()),
     "grpo_qwen_image.yaml": (grpo, set()),
     "grpo_sd3.yaml": (grpo, set()),
+    "grpo_z_image.yaml": (grpo, set()),
     "tiny/grpo.yaml": (grpo, set()),
 }
 TINY_GRPO = (
@@ -102,7 +103,7 @@ def test_grpo_yaml_is_the_papers(parse):
     assert prompts_per_update(values, num_processes=8) == 48
 
 
-# What the paper does not tell of the other models is from Flow-GRPO's recipes for them
+# What the paper does not tell of the other models is from Flow-GRPO's recipes for them, for Z-Image from Flow-Factory's example
 OTHER_FAMILIES = {
     "qwen_image": {
         "model_name_or_path": "Qwen/Qwen-Image",
@@ -114,10 +115,17 @@ OTHER_FAMILIES = {
         **{"guidance_scale": 4.5, "negative_prompt": None, "num_inference_steps": 10, "eval_num_inference_steps": 40},
         **{"noise_level": 0.7, "sde_window_size": 8, "sde_window_range": [0, 8], "max_sequence_length": 256},
     },
+    "z_image": {
+        "model_name_or_path": "Tongyi-MAI/Z-Image",
+        **{"guidance_scale": 4.0, "negative_prompt": None, "num_inference_steps": 10, "eval_num_inference_steps": 40},
+        **{"noise_level": 0.7, "sde_window_size": 1, "sde_window_range": [1, 4]},
+    },
 }
 
 
-@pytest.mark.parametrize(("family", "num_groups", "num_evaluations"), [("qwen_image", 32, 26), ("sd3", 48, 44)])
+@pytest.mark.parametrize(
+    ("family", "num_groups", "num_evaluations"), [("qwen_image", 32, 26), ("sd3", 48, 44), ("z_image", 48, 23)]
+)
 def test_yaml_of_the_other_families(parse, family, num_groups, num_evaluations):
     values, flux = parse(f"grpo_{family}.yaml"), parse("grpo_flux.yaml")
     expected = OTHER_FAMILIES[family]
@@ -229,6 +237,7 @@ def test_grpo_recipe_trains_and_compares_under_accelerate_launch(grpo_place, flu
     [
         ("qwen_image", {"true_cfg_scale": 4.0, "negative_prompt": " "}, "Qwen-Image-SpatialScore"),
         ("sd3", {"guidance_scale": 4.5}, "stable-diffusion-3.5-medium-SpatialScore"),
+        ("z_image", {"guidance_scale": 4.0}, "Z-Image-SpatialScore"),
     ],
 )
 def test_recipes_of_the_other_families_train_and_compare(grpo_place, family, guidance, folder, capsys):

@@ -18,7 +18,7 @@ from . import __version__
 COMMANDS = {
     "demo": "the whole method in a small world: reward model, reinforcement learning, an exact judge, a report",
     "reward": "train a spatial reward model on preference pairs",
-    "grpo": "fine-tune FLUX.1, Qwen-Image or Stable Diffusion 3 by rewards for their images",
+    "grpo": "fine-tune FLUX.1, Qwen-Image, Stable Diffusion 3 or Z-Image by rewards for their images",
     "score": "score images for prompts with a trained reward model",
     "merge": "fold a checkpoint's LoRA adapter into its backbone",
     "data": "make and validate datasets of preference pairs",

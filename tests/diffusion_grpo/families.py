@@ -8,6 +8,7 @@ from typing import Any
 from flux import build_flux_pipeline
 from qwen_image import build_qwen_image_pipeline
 from sd3 import build_sd3_pipeline
+from z_image import build_z_image_pipeline
 
 from trl_spatial.diffusion_grpo.policies import DiffusionPolicy, SamplingOptions, make_policy
 
@@ -58,6 +59,12 @@ FAMILIES = {
         {"guidance_scale": 4.5, "negative_prompt": "a dog"},
     ),
     "sd3_unguided": Family(build_sd3_pipeline, {"guidance_scale": 1.0}, {"guidance_scale": 1.0}),
+    "z_image": Family(
+        build_z_image_pipeline,
+        {"guidance_scale": 3.0, "negative_prompt": "a dog"},
+        {"guidance_scale": 3.0, "negative_prompt": "a dog"},
+    ),
+    "z_image_unguided": Family(build_z_image_pipeline, {"guidance_scale": 0.0}, {"guidance_scale": 0.0}),
 }
 # Each family once
 GUIDED = [name for name in FAMILIES if not name.endswith("_unguided")]

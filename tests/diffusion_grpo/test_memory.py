@@ -23,7 +23,12 @@ from trl_spatial.diffusion_grpo.policies import make_policy
 from trl_spatial.diffusion_grpo.rollout import image_generator
 
 
-OFFICIAL = ("black-forest-labs/FLUX.1-dev", "Qwen/Qwen-Image", "stabilityai/stable-diffusion-3.5-medium")
+OFFICIAL = (
+    "black-forest-labs/FLUX.1-dev",
+    "Qwen/Qwen-Image",
+    "stabilityai/stable-diffusion-3.5-medium",
+    "Tongyi-MAI/Z-Image",
+)
 
 
 def make_args(folder, **kwargs):
@@ -156,6 +161,31 @@ def test_options_save_memory(saved, tmp_path):
     assert kept.total == max(kept.phases.values())
 
 
+def test_quantized_text_encoders_are_less_to_encode_with(saved, tmp_path):
+    family, _, folder = saved
+    kept, quantized = (
+        MemoryModel(
+            load_architecture(str(folder)),
+            make_args(tmp_path, **family.guidance),
+            attention_lora_config(rank=2),
+            text_encoders_in_4bit=in_4bit,
+        ).estimate()
+        for in_4bit in (False, True)
+    )
+    less = kept.parts["text encoders"] - quantized.parts["text encoders"]
+    assert kept.phases["encode"] - quantized.phases["encode"] == less > 0
+    assert kept.phases["train"] == quantized.phases["train"]
+
+
+def test_what_transformers_does_not_quantize_is_counted_whole():
+    policy = build_policy(load_architecture("Qwen/Qwen-Image"), max_sequence_length=512)
+    (encoder,) = policy.encoders
+    encoder.requires_grad_(False)
+    assert weight_bytes(encoder) / 1e9 == pytest.approx(2 * 8.29, rel=0.01)
+    # the words and the output layer, of 1.09 billion weights together, stay
+    assert weight_bytes(encoder, "nf4") / 1e9 == pytest.approx(7.2 * 4.13 / 8 + 2 * 1.09, rel=0.01)
+
+
 def test_quantized_weights_take_the_stated_bits():
     linear = torch.nn.Sequential(torch.nn.Linear(256, 128, device="meta")).requires_grad_(False)
     others = 128 * 2  # the bias
@@ -174,7 +204,12 @@ def test_a_card_that_is_too_small_does_not_fit():
 @pytest.mark.parametrize(
     ("name", "num_parameters"),
     # of the released models, in billions; the positions of the third, 0.23 more, are no parameters
-    [(OFFICIAL[0], (11.90, 0.084, 4.885)), (OFFICIAL[1], (20.43, 0.127, 8.29)), (OFFICIAL[2], (2.24, 0.084, 5.58))],
+    [
+        (OFFICIAL[0], (11.90, 0.084, 4.885)),
+        (OFFICIAL[1], (20.43, 0.127, 8.29)),
+        (OFFICIAL[2], (2.24, 0.084, 5.58)),
+        (OFFICIAL[3], (6.15, 0.084, 4.02)),
+    ],
 )
 def test_the_official_models_are_known_offline(name, num_parameters):
     policy = build_policy(load_architecture(name), max_sequence_length=512)

@@ -10,14 +10,18 @@ from diffusers import BitsAndBytesConfig
 from tests.diffusion_grpo.families import FAMILIES, GUIDED, MAX_SEQUENCE_LENGTH
 from trl_spatial import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_spatial.diffusion_grpo import attention_lora_config
+from trl_spatial.diffusion_grpo.memory import weight_bytes
 from trl_spatial.diffusion_grpo.model_setup import (
     is_quantized,
+    large_text_encoders,
+    load_pipeline,
     prepare_transformer,
     prepare_vae,
     quantization_config,
     transformer_quantization,
 )
-from trl_spatial.diffusion_grpo.policies import SamplingOptions
+from trl_spatial.diffusion_grpo.policies import SamplingOptions, make_policy
+from trl_spatial.diffusion_grpo.prompt_cache import PromptCache
 from trl_spatial.diffusion_grpo.rollout import image_generator
 from trl_spatial.scripts.grpo import GRPOModelArguments, build_trainer, main, make_parser
 
@@ -184,6 +188,49 @@ def test_without_a_gpu_quantization_is_refused_before_anything_is_loaded(tmp_pat
     line += " --model_name_or_path nowhere/at-all"
     with pytest.raises((RuntimeError, ImportError), match=rf"`{option}` needs (a GPU|bitsandbytes)"):
         build_trainer(*make_parser().parse_args_and_config(line.split()))
+
+
+@pytest.mark.parametrize(
+    ("family", "large", "small"),
+    # T5, of which some layers stay as they are; with an output layer; a model with tied words
+    [
+        ("sd3", "text_encoder_3", "text_encoder_2"),
+        ("qwen_image", "text_encoder", None),
+        ("z_image", "text_encoder", None),
+    ],
+)
+def test_large_text_encoders_are_quantized_as_predicted_and_read_prompts_much_the_same(tmp_path, family, large, small):
+    pytest.importorskip("bitsandbytes")
+    # 64 inputs: the blocks of NF4
+    plain = FAMILIES[family].build(text_hidden_size=64)
+    plain.save_pretrained(tmp_path)
+    assert large_text_encoders(str(tmp_path)) == [large]
+    config = quantization_config(None, torch.bfloat16, text_encoders=[large])
+    pipeline = load_pipeline(str(tmp_path), torch.bfloat16, quantization_config=config)
+    encoder = getattr(pipeline, large)
+    assert is_quantized(encoder) and not is_quantized(pipeline.transformer) and not is_quantized(pipeline.vae)
+    assert small is None or not is_quantized(getattr(pipeline, small))
+
+    num_bytes = sum(tensor.nbytes for tensor in [*encoder.parameters(), *encoder.buffers()])
+    scales = [weight.quant_state for weight in encoder.parameters() if hasattr(weight, "quant_state")]
+    num_bytes += sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in scales)
+    predicted = weight_bytes(getattr(plain, large).requires_grad_(False), "nf4")
+    assert predicted == pytest.approx(num_bytes, rel=0.02)
+
+    embeds, expected = (
+        PromptCache(make_policy(made, max_sequence_length=MAX_SEQUENCE_LENGTH), "cpu").get(["a cat"])["prompt_embeds"]
+        for made in (pipeline, plain)
+    )
+    error = ((embeds.float() - expected).pow(2).mean() / expected.var()).sqrt()
+    assert 1e-3 < error < 0.5
+
+
+def test_text_encoders_that_are_not_worth_quantizing_are_an_error(tmp_path):
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "X", "text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_2": [null, null]}'
+    )
+    with pytest.raises(ValueError, match=r"no text encoder but CLIP's.*Drop `--load_text_encoders_in_4bit`"):
+        large_text_encoders(str(tmp_path))
 
 
 def test_quantized_weights_need_lora():

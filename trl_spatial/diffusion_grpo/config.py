@@ -49,7 +49,7 @@ class DiffusionGRPOConfig(TrainingArguments):
             Guidance, the same in rollout, training and evaluation, of the kind that the model family has. FLUX.1-dev
             takes it as an input. For Stable Diffusion 3 and Qwen-Image, whose pipeline calls it `true_cfg_scale`, it is
             the scale of classifier-free guidance: above 1 every velocity takes two evaluations of the transformer, and
-            `1.0` means no guidance.
+            `1.0` means no guidance. So it is for Z-Image, but as its pipeline counts: `0.0` means no guidance.
         negative_prompt (`str`, *optional*):
             What classifier-free guidance leads away from. If `None`, the empty prompt. A family whose guidance is an
             input refuses it.
@@ -258,7 +258,8 @@ class DiffusionGRPOConfig(TrainingArguments):
         default=3.5,
         metadata={
             "help": "Guidance, the same in rollout, training and evaluation: an input of FLUX.1-dev, the scale of "
-            "classifier-free guidance of the other families (`1.0` means none; above, twice the evaluations)."
+            "classifier-free guidance of the other families (`1.0`, for Z-Image `0.0`, means none; above, twice the "
+            "evaluations)."
         },
     )
     negative_prompt: str | None = field(

@@ -15,11 +15,14 @@ from peft import LoraConfig
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..hub.errors import explain_errors
 from ..hub.references import find_reference
 from .config import DiffusionGRPOConfig
-from .model_setup import prepare_transformer, sampling_options
+from .model_setup import is_large_text_encoder, prepare_transformer, sampling_options
 from .policies import DiffusionPolicy, make_policy
 from .policies.base import NEGATIVE_PREFIX
 from .rollout import image_generator
@@ -69,8 +72,8 @@ def load_architecture(name: str, *, revision: str | None = None) -> Architecture
     Args:
         name (`str`):
             A folder, or a pipeline on the Hub, of which only the small JSON files are downloaded. The architectures of
-            `black-forest-labs/FLUX.1-dev`, `Qwen/Qwen-Image` and `stabilityai/stable-diffusion-3.5-medium` come with the
-            package.
+            `black-forest-labs/FLUX.1-dev`, `Qwen/Qwen-Image`, `stabilityai/stable-diffusion-3.5-medium` and
+            `Tongyi-MAI/Z-Image` come with the package.
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub.
 
@@ -242,6 +245,9 @@ def weight_bytes(module: nn.Module, quantization: str | None = None, dtype: torc
             Type of the others.
     """
     linear = {f"{name}.weight" for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    if isinstance(module, PreTrainedModel):  # transformers leaves some as they are: the output layer, T5's `wo`
+        kept = HfQuantizer.get_modules_to_not_convert(module, None, module._keep_in_fp32_modules)
+        linear = {name for name in linear if should_convert_module(name.removesuffix(".weight"), kept)}
     num_bits = 8.0 * dtype.itemsize * sum(buffer.numel() for buffer in module.buffers())
     for name, weight in module.named_parameters():
         if weight.requires_grad:
@@ -272,6 +278,8 @@ class MemoryModel:
             Type of what is frozen and not quantized.
         reward_bytes (`int`, *optional*, defaults to `0`):
             Bytes of the reward models on the device.
+        text_encoders_in_4bit (`bool`, *optional*, defaults to `False`):
+            Whether the large text encoders are quantized to NF4.
     """
 
     def __init__(
@@ -282,7 +290,9 @@ class MemoryModel:
         *,
         dtype: torch.dtype = torch.bfloat16,
         reward_bytes: int = 0,
+        text_encoders_in_4bit: bool = False,
     ):
+        self.text_encoders_in_4bit = text_encoders_in_4bit
         self.args, self.dtype, self.reward_bytes = args, dtype, reward_bytes
         self.policy = build_policy(architecture, max_sequence_length=args.max_sequence_length)
         self.policy.check_size(args.height, args.width)
@@ -321,7 +331,7 @@ class MemoryModel:
             "reward models": self.reward_bytes,
         }
         parts = state | {
-            "text encoders": sum(weight_bytes(encoder, dtype=self.dtype) for encoder in self.policy.encoders),
+            "text encoders": self._encoder_bytes(),
             "VAE": vae,
             "decoding": self._peak("decoding", self._decode),
             "sampling step": self._peak("sampling", self._sample) + unpacked,
@@ -388,6 +398,14 @@ class MemoryModel:
             self.policy.vae.enable_tiling()
         latents, (options, _) = self._latents(self.args.rollout_batch_size), sampling_options(self.args)
         return peak_of(lambda: self.policy.decode_latents(latents, options), self.policy.vae)
+
+    def _encoder_bytes(self) -> int:
+        num_bytes = 0
+        for name, module in self.policy.pipeline.components.items():
+            if module in self.policy.encoders:
+                is_quantized = self.text_encoders_in_4bit and is_large_text_encoder(name, type(module).__name__)
+                num_bytes += weight_bytes(module, "nf4" if is_quantized else None, self.dtype)
+        return num_bytes
 
     @property
     def _num_images(self) -> int:

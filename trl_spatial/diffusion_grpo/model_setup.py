@@ -1,8 +1,10 @@
 """What happens to a pipeline before it is trained: which weights learn, in which dtype."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import fsdp2_prepare_model
 from diffusers import BitsAndBytesConfig, DiffusionPipeline, PipelineQuantizationConfig
@@ -23,44 +25,101 @@ from .policies import DiffusionPolicy, SamplingOptions
 _QUANTIZED_WEIGHTS = {"Params4bit", "Int8Params"}
 
 
-def quantization_config(method: str, dtype: torch.dtype) -> PipelineQuantizationConfig:
+def quantization_config(
+    method: str | None, dtype: torch.dtype, *, text_encoders: Iterable[str] = ()
+) -> PipelineQuantizationConfig | None:
     """
-    Makes the configuration with which diffusers quantizes the transformer while it loads it, by bitsandbytes. Text encoders and
-    VAE stay as they are: the ones are on the accelerator only while they encode, the other is small.
+    Makes the configuration with which diffusers quantizes the transformer, and text encoders, while it loads them, by bitsandbytes.
+    The VAE stays as it is: it is small.
 
     Args:
-        method (`str`):
-            `"nf4"` (4 bits) or `"int8"`.
+        method (`str`, *optional*):
+            How the transformer is quantized: `"nf4"` (4 bits) or `"int8"`. If `None`, it is not.
         dtype (`torch.dtype`):
             Type in which the layers compute.
+        text_encoders (`Iterable[str]`, *optional*):
+            Names of text encoders that are quantized to NF4, from [`large_text_encoders`]. Not to 8 bits: a model of such layers
+            leaves a copy of its weights on the accelerator when it is moved away.
+
+    Returns:
+        [`~diffusers.PipelineQuantizationConfig`] or `None`: `None` if nothing is quantized.
 
     Raises:
         `ValueError`: If there is no such method.
-        `RuntimeError`: If there is no GPU: bitsandbytes quantizes on one.
+        `RuntimeError`: If the transformer is to be quantized and there is no GPU, on which diffusers does it.
         `ImportError`: If bitsandbytes is not installed.
     """
-    if method not in ("nf4", "int8"):
+    encoders = list(text_encoders)
+    if method not in (None, "nf4", "int8"):
         raise ValueError(f"The quantization is {method!r}. Use 'nf4' or 'int8'.")
-    option = "--load_in_4bit" if method == "nf4" else "--load_in_8bit"
+    if method is None and not encoders:
+        return None
+    option = {None: "--load_text_encoders_in_4bit", "nf4": "--load_in_4bit", "int8": "--load_in_8bit"}[method]
     if not is_bitsandbytes_available():
         raise ImportError(f"`{option}` needs bitsandbytes: `pip install 'trl-spatial[quant]'`.")
-    if not torch.cuda.is_available():
-        raise RuntimeError(
-            f"`{option}` needs a GPU, on which bitsandbytes quantizes the weights; none was found. Drop it."
-        )
-    return PipelineQuantizationConfig(quant_mapping={"transformer": transformer_quantization(method, dtype)})
+    # transformers and diffusers each take a class of their own, of the same fields
+    mapping: dict[str, Any] = {name: transformers.BitsAndBytesConfig(**_settings("nf4", dtype)) for name in encoders}
+    if method is not None:
+        if not torch.cuda.is_available():
+            raise RuntimeError(
+                f"`{option}` needs a GPU, on which bitsandbytes quantizes the weights; none was found. Drop it."
+            )
+        mapping["transformer"] = transformer_quantization(method, dtype)
+    return PipelineQuantizationConfig(quant_mapping=mapping)
 
 
 def transformer_quantization(method: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     """The transformer's part of [`quantization_config`]."""
+    return BitsAndBytesConfig(**_settings(method, dtype))
+
+
+def _settings(method: str, dtype: torch.dtype) -> dict[str, Any]:
     if method == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+        return {"load_in_8bit": True}
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": dtype,
+    }
+
+
+def is_large_text_encoder(component: str, class_name: str) -> bool:
+    """
+    Whether a component of a pipeline is a text encoder of billions of weights: any but CLIP's, which have 0.7 at most.
+
+    Args:
+        component (`str`):
+            Its name in the pipeline.
+        class_name (`str`):
+            Name of its class.
+    """
+    return component.startswith("text_encoder") and not class_name.startswith("CLIP")
+
+
+def large_text_encoders(name: str, *, revision: str | None = None) -> list[str]:
+    """
+    Names the text encoders of a pipeline that are worth quantizing. Only its small index is read.
+
+    Args:
+        name (`str`), revision (`str`, *optional*):
+            As for [`load_pipeline`].
+
+    Raises:
+        `ValueError`: If there is no such folder or repository, or no such text encoder in it.
+    """
+    reference = find_reference(name, kind="model", revision=revision)
+    with explain_errors(f"Reading the index of {reference}"):
+        index = DiffusionPipeline.load_config(reference.name, revision=reference.revision)
+    # [library, class], both None where a component is left out
+    classes = {key: value[1] for key, value in index.items() if isinstance(value, list) and value[1] is not None}
+    encoders = [key for key, class_name in classes.items() if is_large_text_encoder(key, class_name)]
+    if not encoders:
+        raise ValueError(
+            f"{reference} has no text encoder but CLIP's, which are too small to be worth quantizing. Drop "
+            "`--load_text_encoders_in_4bit`."
+        )
+    return encoders
 
 
 def is_quantized(module: torch.nn.Module) -> bool:

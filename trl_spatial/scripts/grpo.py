@@ -131,8 +131,8 @@ class GRPOModelArguments:
 
     Args:
         model_name_or_path (`str`, *optional*, defaults to `"black-forest-labs/FLUX.1-dev"`):
-            Text-to-image pipeline, FLUX.1, Qwen-Image, Stable Diffusion 3 or 3.5: a folder, ORG/NAME or ORG/NAME@REVISION
-            on the Hub, or hub/NAME.
+            Text-to-image pipeline, FLUX.1, Qwen-Image, Stable Diffusion 3 or 3.5, or Z-Image: a folder, ORG/NAME or
+            ORG/NAME@REVISION on the Hub, or hub/NAME.
         model_revision (`str`, *optional*, defaults to `"main"`):
             Branch, tag or commit of the pipeline on the Hub.
         dtype (`str`, *optional*):
@@ -147,12 +147,15 @@ class GRPOModelArguments:
             Whether to quantize the frozen transformer to NF4 (QLoRA). Needs LoRA, a GPU and the `quant` extra.
         load_in_8bit (`bool`, *optional*, defaults to `False`):
             Whether to quantize it to 8 bits, on the same conditions.
+        load_text_encoders_in_4bit (`bool`, *optional*, defaults to `False`):
+            Whether to quantize the text encoders but CLIP's to NF4. Prompts are then read a little differently: evaluate and use
+            the trained model so, too. Needs the `quant` extra.
     """
 
     model_name_or_path: str = field(
         default="black-forest-labs/FLUX.1-dev",
         metadata={
-            "help": "Text-to-image pipeline, FLUX.1, Qwen-Image or Stable Diffusion 3: a folder, ORG/NAME or "
+            "help": "Text-to-image pipeline, FLUX.1, Qwen-Image, Stable Diffusion 3 or Z-Image: a folder, ORG/NAME or "
             "ORG/NAME@REVISION on the Hub, or hub/NAME."
         },
     )
@@ -174,6 +177,12 @@ class GRPOModelArguments:
     )
     load_in_8bit: bool = field(
         default=False, metadata={"help": "Whether to quantize the frozen transformer to 8 bits; needs a GPU."}
+    )
+    load_text_encoders_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to quantize the text encoders but CLIP's to NF4, where encoding prompts is what needs most memory."
+        },
     )
 
     def __post_init__(self):
@@ -200,8 +209,8 @@ def make_parser(prog: str = "trl_spatial grpo") -> SpatialParser:
         prog=prog,
         usage=f"{prog} --dataset PROMPTS --rewards REWARD [REWARD ...] [--config FILE] [OPTIONS] "
         "[OPTIONS OF accelerate launch]",
-        description="Fine-tune a text-to-image model, FLUX.1, Qwen-Image or Stable Diffusion 3, by GRPO: sample groups of "
-        "images for a prompt, reward them, and make the better ones likelier.",
+        description="Fine-tune a text-to-image model, FLUX.1, Qwen-Image, Stable Diffusion 3 or Z-Image, by GRPO: sample "
+        "groups of images for a prompt, reward them, and make the better ones likelier.",
         examples=EXAMPLES,
     )
 
@@ -263,14 +272,23 @@ def build_trainer(
         import torch
 
         from ..diffusion_grpo.lora import attention_lora_config
-        from ..diffusion_grpo.model_setup import load_pipeline, quantization_config
+        from ..diffusion_grpo.model_setup import large_text_encoders, load_pipeline, quantization_config
         from ..diffusion_grpo.reward_functions import RewardFunction
         from ..diffusion_grpo.trainer import DiffusionGRPOTrainer
         from ..rewards import load_reward
 
     dtype = getattr(torch, model_args.dtype or ("bfloat16" if training_args.bf16 else "float32"))
     # the quick things first: what is misspelt should be told before a model of 24 GB is loaded
-    quantization = None if model_args.quantization is None else quantization_config(model_args.quantization, dtype)
+    revision = None if model_args.model_revision == "main" else model_args.model_revision
+    quantization = quantization_config(
+        model_args.quantization,
+        dtype,
+        text_encoders=(
+            large_text_encoders(model_args.model_name_or_path, revision=revision)
+            if model_args.load_text_encoders_in_4bit
+            else ()
+        ),
+    )
     train_dataset = load_prompts(
         script_args.dataset, script_args.dataset_train_split, config_name=script_args.dataset_config
     )
@@ -285,7 +303,6 @@ def build_trainer(
     device = script_args.reward_device or training_args.device
     rewards: list[RewardFunction] = [load_reward(name, device=device) for name in script_args.rewards]
     eval_rewards: list[RewardFunction] = [load_reward(name, device=device) for name in script_args.eval_rewards or []]
-    revision = None if model_args.model_revision == "main" else model_args.model_revision
     trainer = DiffusionGRPOTrainer(
         pipeline=load_pipeline(
             model_args.model_name_or_path, dtype, revision=revision, quantization_config=quantization
@@ -325,6 +342,7 @@ def describe_memory(
         # on a machine without a GPU `bf16` is off, but the run is for one
         dtype=getattr(torch, model_args.dtype or "bfloat16"),
         reward_bytes=num_models * spatial_score_bytes() if num_models else 0,
+        text_encoders_in_4bit=model_args.load_text_encoders_in_4bit,
     )
     args = training_args
     return (

@@ -11,6 +11,7 @@ POLICIES = {
     "FluxPipeline": "flux:FluxPolicy",
     "QwenImagePipeline": "qwen_image:QwenImagePolicy",
     "StableDiffusion3Pipeline": "sd3:StableDiffusion3Policy",
+    "ZImagePipeline": "z_image:ZImagePolicy",
 }
 
 __all__ = ["POLICIES", "DiffusionPolicy", "SamplingOptions", "make_policy"]

@@ -28,7 +28,7 @@ class SamplingOptions:
             Number of denoising steps.
         guidance_scale (`float`):
             Strength of the guidance, of the kind that the family has: an input of the transformer, or the scale of
-            classifier-free guidance, where 1 means none.
+            classifier-free guidance, where the family's `unguided_scale` means none.
         negative_prompt (`str`, *optional*):
             What classifier-free guidance leads away from. If `None`, the empty prompt.
     """
@@ -63,6 +63,7 @@ class DiffusionPolicy(ABC):
     max_prompt_tokens: ClassVar[int]  # the most the pipeline itself accepts as `max_sequence_length`
     has_classifier_free_guidance: ClassVar[bool]  # or else the guidance scale is an input of the transformer
     guidance_argument: ClassVar[str] = "guidance_scale"  # what the pipeline's own call calls the scale
+    unguided_scale: ClassVar[float] = 1.0  # the scale at which classifier-free guidance is none
 
     def __init__(self, pipeline: Any, *, max_sequence_length: int = 512):
         scheduler = type(pipeline.scheduler).__name__
@@ -123,7 +124,7 @@ class DiffusionPolicy(ABC):
         Returns:
             `str` or `None`: the prompt, if the options ask for classifier-free guidance.
         """
-        if not self.has_classifier_free_guidance or options.guidance_scale <= 1:
+        if not self.has_classifier_free_guidance or options.guidance_scale <= self.unguided_scale:
             return None
         return options.negative_prompt or ""
 
@@ -320,10 +321,11 @@ class DiffusionPolicy(ABC):
                 Guidance scale and negative prompt.
         """
         negative_prompt = options.negative_prompt
-        if self.has_classifier_free_guidance and options.guidance_scale < 1:
+        if self.has_classifier_free_guidance and options.guidance_scale < self.unguided_scale:
             raise ValueError(
-                f"`guidance_scale={options.guidance_scale}` is below 1, where {self.pipeline_class} samples without "
-                "guidance: it is the scale of classifier-free guidance. Use 1.0 for none, or a number above."
+                f"`guidance_scale={options.guidance_scale}` is below {self.unguided_scale:g}, where {self.pipeline_class} "
+                f"samples without guidance: it is the scale of classifier-free guidance. Use {self.unguided_scale} for "
+                "none, or a number above."
             )
         if negative_prompt is None:
             return
@@ -335,7 +337,7 @@ class DiffusionPolicy(ABC):
         if self.negative_prompt(options) is None:
             raise ValueError(
                 f"`negative_prompt` is {negative_prompt!r}, but `guidance_scale={options.guidance_scale}` means no "
-                "guidance. Raise it above 1, or leave `negative_prompt` `None`."
+                f"guidance. Raise it above {self.unguided_scale:g}, or leave `negative_prompt` `None`."
             )
         self._check_length("`negative_prompt`", negative_prompt)
 
@@ -362,6 +364,40 @@ class DiffusionPolicy(ABC):
         )  # without dynamic shifting the scheduler takes its own
         scheduler.set_timesteps(mu=shift, **kwargs)
         return scheduler.sigmas  # (num_inference_steps + 1,)
+
+
+def to_sequence(image: torch.Tensor) -> torch.Tensor:
+    """
+    Makes a sequence of latents that are an image, for families whose transformer makes its tokens itself.
+
+    Args:
+        image (`torch.Tensor` of shape `(n, num_channels, rows, columns)`):
+            Latents, as the VAE has them.
+
+    Returns:
+        `torch.Tensor` of shape `(n, rows * columns, num_channels)`.
+    """
+    return image.flatten(2).transpose(1, 2).contiguous()
+
+
+def to_image(latents: torch.Tensor, options: SamplingOptions, vae_scale_factor: int) -> torch.Tensor:
+    """
+    The inverse of [`to_sequence`].
+
+    Args:
+        latents (`torch.Tensor` of shape `(n, rows * columns, num_channels)`):
+            Latents, a row for each position of the VAE's.
+        options ([`SamplingOptions`]):
+            Size of the images.
+        vae_scale_factor (`int`):
+            Pixels on a side for one position.
+
+    Returns:
+        `torch.Tensor` of shape `(n, num_channels, rows, columns)`.
+    """
+    rows, columns = options.height // vae_scale_factor, options.width // vae_scale_factor
+    # Contiguous: in another order of memory, convolutions round differently from the pipeline's.
+    return latents.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
 
 
 def negative_embeds(embeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

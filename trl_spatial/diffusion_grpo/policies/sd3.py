@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .base import DiffusionPolicy, SamplingOptions, negative_embeds
+from .base import DiffusionPolicy, SamplingOptions, negative_embeds, to_image, to_sequence
 from .clip import no_warnings_about_clip
 
 
@@ -66,7 +66,7 @@ class StableDiffusion3Policy(DiffusionPolicy):
             self.transformer.device,
             generators,
         )  # (n, in_channels, rows, columns)
-        return _to_sequence(latents)
+        return to_sequence(latents)
 
     def prepare_sigmas(self, options: SamplingOptions) -> torch.Tensor:
         return self._set_timesteps(options, num_inference_steps=options.num_inference_steps)
@@ -83,7 +83,8 @@ class StableDiffusion3Policy(DiffusionPolicy):
         is_guided = self.negative_prompt(options) is not None
         # As in the pipeline, one pass for both prompts: the negative one comes first.
         parts = [negative_embeds(embeds), embeds] if is_guided else [embeds]
-        hidden_states = torch.cat([self._to_image(latents, options).to(dtype)] * len(parts))
+        image = to_image(latents, options, self.pipeline.vae_scale_factor)  # (n, in_channels, rows, columns)
+        hidden_states = torch.cat([image.to(dtype)] * len(parts))
         (velocity,) = transformer(
             hidden_states=hidden_states,
             timestep=(sigma.to(latents.device) * 1000).expand(len(hidden_states)),
@@ -94,21 +95,13 @@ class StableDiffusion3Policy(DiffusionPolicy):
         if is_guided:
             unguided, velocity = velocity.chunk(2)
             velocity = unguided + options.guidance_scale * (velocity - unguided)
-        return _to_sequence(velocity).float()
+        return to_sequence(velocity).float()
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, options: SamplingOptions) -> list[Image.Image]:
         config = self.vae.config
-        latents = self._to_image(latents, options) / config.scaling_factor + config.shift_factor
+        latents = to_image(latents, options, self.pipeline.vae_scale_factor)
+        latents = latents / config.scaling_factor + config.shift_factor  # (n, in_channels, rows, columns)
         with self._decoder() as vae:
             images = vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]  # (n, 3, height, width)
         return self.pipeline.image_processor.postprocess(images, output_type="pil")
-
-    def _to_image(self, latents: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
-        rows, columns = (side // self.pipeline.vae_scale_factor for side in (options.height, options.width))
-        # Contiguous: in another order of memory, convolutions round differently from the pipeline's.
-        return latents.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()  # (n, in_channels, rows, columns)
-
-
-def _to_sequence(image: torch.Tensor) -> torch.Tensor:
-    return image.flatten(2).transpose(1, 2).contiguous()  # (n, rows * columns, in_channels)
