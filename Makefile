@@ -36,7 +36,7 @@ style: $(INSTALLED) ## repair what ruff can repair
 	$(BIN)/ruff format .
 
 bench: $(INSTALLED) ## measure the numbers of the README's evidence section
-	@for script in $(filter-out recipes/bench/gpu.py,$(wildcard recipes/bench/*.py)); do echo "python $$script" && $(BIN)/python $$script || exit 1; done
+	@for script in recipes/bench/*.py; do echo "python $$script" && $(BIN)/python $$script || exit 1; done
 
 test-min: $(INSTALLED) ## run the tests with the lowest versions that pyproject.toml allows
 	rm -rf .venv-min && $(PYTHON) -m venv .venv-min

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from recipes.bench import gpu as bench_gpu
+from recipes import bench_gpu
 
 
-@pytest.mark.parametrize("only", ["FLUX.1-dev: filter", "Qwen-Image: window 2", "LoRA"])
+@pytest.mark.parametrize("only", ["FLUX.1-dev: NF4", "Qwen-Image with guidance: filter, window 2", "LoRA"])
 def test_rows_are_measured_and_not_run_again(tmp_path, only, capsys):
     argv = ["--tiny", "--output", str(tmp_path / "bench"), "--only", only]
     results = bench_gpu.main(argv)
@@ -33,5 +33,16 @@ def test_what_does_not_fit_is_noted(error):
 
     row = bench_gpu.run_row(fail, torch.device("cpu"), 1.0)
     assert str(error) in row["note"]
-    about = {"device": "CPU", "versions": {}, "ceiling": 1.0, "command": ""}
+    about = {"device": "CPU", "versions": {}, "ceiling": 1.0, "command": "", "settings": {"tiny": True}}
     assert str(error) in bench_gpu.to_markdown({"about": about, "rows": {"a row": row}})
+
+
+@pytest.mark.parametrize(
+    ("device", "is_tiny", "rate", "verdict"),
+    [("NVIDIA H100", False, 0.99, "is missed"), ("NVIDIA H100", False, 1.01, "is passed"), ("CPU", True, 5.0, "")],
+)
+def test_the_mark_is_judged_at_true_size_only(device, is_tiny, rate, verdict):
+    about = {"device": device, "versions": {}, "ceiling": 1.0, "command": "", "settings": {"tiny": is_tiny}}
+    name = "FLUX.1-dev: filter, window 2, compile"
+    table = bench_gpu.to_markdown({"about": about, "rows": {name: {"images_per_second": rate}}})
+    assert ("the mark" in table) == bool(verdict) and verdict in table
