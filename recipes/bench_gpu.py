@@ -340,11 +340,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = Path(args.output).with_suffix(".json")
     results = json.loads(path.read_text()) if path.is_file() else {"rows": {}}
+    settings = {name: value for name, value in vars(args).items() if name not in ("output", "only")}
+    measured = results.get("about", {}).get("settings", settings)
+    if measured != settings:
+        sys.exit(
+            f"{path} holds rows of other settings: {measured}, and now they are {settings}. Choose another --output."
+        )
     results["about"] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "versions": {module.__name__: module.__version__ for module in (torch, diffusers, transformers)},
         "command": " ".join(["python recipes/bench_gpu.py", *(sys.argv[1:] if argv is None else argv)]),
-        "settings": {name: value for name, value in vars(args).items() if name not in ("output", "only")},
+        "settings": settings,
         "ceiling": matmul_ceiling(device, 8192 if device.type == "cuda" else 256),
     }
     for name, measure in rows(args).items():
@@ -352,7 +358,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             results["rows"][name] = run_row(measure, device, results["about"]["ceiling"])
             print(name, results["rows"][name], flush=True)
             path.write_text(json.dumps(results, indent=2) + "\n")
-    path.with_suffix(".md").write_text(to_markdown(results))
+            path.with_suffix(".md").write_text(to_markdown(results))
     return results
 
 

@@ -40,11 +40,15 @@ TINY_GRPO = (
 )
 
 
-def test_recipes_are_short():
-    """Those with settings beside them: what trains."""
+def training_recipes():
+    """Those with settings beside them."""
     scripts = [path for path in RECIPES.glob("*.py") if path.with_suffix(".yaml").exists()]
     assert len(scripts) >= 4
-    for path in scripts:
+    return scripts
+
+
+def test_recipes_are_short():
+    for path in training_recipes():
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 120, path
 
 
@@ -310,7 +314,7 @@ def test_fast_recipe_trains(grpo_place, flux_folder):
 
 
 def test_recipes_import_only_the_package_and_its_dependencies():
-    for path in RECIPES.glob("*.py"):
+    for path in training_recipes():
         modules = {
             (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))

@@ -2,7 +2,7 @@
 
     python recipes/bench/grpo.py
 
-Trains a FLUX of 20 million random parameters on the CPU, LoRA as in the paper: 24 images of a prompt, 6 denoising steps, with
+Trains a FLUX of 21 million random parameters on the CPU, LoRA as in the paper: 24 images of a prompt, 6 denoising steps, with
 gradient checkpointing and KL to the reference; with and without the filter (the 6 best and the 6 worst images are trained on,
 or all) and the window (2 steps are trained, or all but the last). Each variant runs in a process of its own. Evaluations of the
 transformer are counted by hooks in it, backward passes included, and compared with the formula of the sampler's cost.

@@ -2,7 +2,7 @@
 
     python recipes/bench/rewards.py
 
-Draws rollouts of a FLUX of 20 million random parameters on the CPU, in batches of 4 images. The reward waits, as for a server or
+Draws rollouts of a FLUX of 21 million random parameters on the CPU, in batches of 4 images. The reward waits, as for a server or
 another device, for half the time, the time and twice the time that drawing an image takes. A batch is rewarded while the next one
 is drawn, so that B batches of s seconds, whose rewards take r seconds each, should take s + (B - 1) · max(s, r) + r in place of
 B · (s + r) seconds.

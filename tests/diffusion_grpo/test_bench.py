@@ -5,6 +5,7 @@ import argparse
 import pytest
 
 from recipes.bench import grpo as bench
+from recipes.bench import levers as levers_bench
 from recipes.bench import rewards as rewards_bench
 
 
@@ -40,6 +41,24 @@ def test_missed_targets_are_named():
         "takes 0.71 of an unfiltered one",
     ):
         assert any(part in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "window", "trained"),
+    [(None, None, levers_bench.ALL), (levers_bench.TOP_K, None, levers_bench.PAPER), (levers_bench.TOP_K, 2, 1)],
+)
+def test_levers_are_predicted_by_the_same_formula(top_k, window, trained):
+    expected = bench.expected_evaluations(top_k, window, levers_bench.NUM_IMAGES)
+    assert levers_bench.evaluations(trained) == sum(expected.values())
+    assert levers_bench.evaluations(trained, reference=False, cfg=2) == 2 * expected["policy"]
+
+
+def test_a_lever_is_measured(capsys):
+    argv = ["--model", "tiny", "--image_size", "16", "--repeats", "1", "--num_rollouts", "1", "--only", "window"]
+    (result,) = levers_bench.main(argv).values()
+    assert result["predicted"] == pytest.approx(10 / 16)
+    assert result["given"] < result["without"]
+    assert f"| 0.62 | {result['ratio']:.2f} (" in capsys.readouterr().out
 
 
 def test_rewards_in_the_shade_of_the_drawing_cost_what_the_formula_says():

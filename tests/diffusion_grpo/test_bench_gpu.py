@@ -25,6 +25,9 @@ def test_rows_are_measured_and_not_run_again(tmp_path, only, capsys):
     assert bench_gpu.main(argv)["rows"] == results["rows"] == json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert not capsys.readouterr().out
 
+    with pytest.raises(SystemExit, match=r"bench\.json holds rows of other settings: .*'tiny': True.*'tiny': False"):
+        bench_gpu.main(argv[1:])  # at true size
+
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("no such kernel")])
 def test_what_does_not_fit_is_noted(error):

@@ -1,0 +1,200 @@
+"""What does each lever of speed save, and does it save what the count of evaluations says?
+
+    python recipes/bench/levers.py
+
+Trains a FLUX of 21 million random parameters on one CPU core, a Qwen-Image where guidance is the lever: rollouts of 12 images, 6
+denoising steps, LoRA. Each lever is measured against the same training without it, in turns, by the processor's clock: what a
+rollout and its updates cost. It is predicted from evaluations of the transformer for one image, of which a forward pass is one
+and a backward pass another: cfg · [T + 3 · K · kept] and K · kept of the reference, for T steps, K trained ones and the share `kept` of the images;
+2 in place of 3 without checkpointing. Prints the table of the README.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PrinterCallback, TrainerCallback
+
+
+sys.path.append(str(Path(__file__).parents[1] / "tiny"))
+
+from flux import FLUX_20M, build_flux_pipeline
+from qwen_image import build_qwen_image_pipeline
+
+from trl_spatial import DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl_spatial.diffusion_grpo import attention_lora_config
+
+
+NUM_IMAGES, TOP_K, NUM_STEPS = 12, 3, 6
+QWEN_20M: dict[str, Any] = {"num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 64}
+
+
+@dataclass(frozen=True)
+class Lever:
+    """
+    Settings of [`DiffusionGRPOConfig`] with a lever and without it, beside those of the paper; evaluations per image with and
+    without; and what became of it.
+    """
+
+    given: dict[str, Any]
+    without: dict[str, Any]
+    evaluations: tuple[float, float]
+    verdict: str
+    family: str = "flux"
+    common: dict[str, Any] = field(default_factory=dict)
+
+
+def evaluations(trained: float, *, per_trained: float = 3.0, reference: bool = True, cfg: int = 1) -> float:
+    """Of one image, of which `trained` steps are trained: K · kept."""
+    return cfg * (NUM_STEPS + per_trained * trained + reference * trained)
+
+
+ALL, PAPER = NUM_STEPS - 1, (NUM_STEPS - 1) * 2 * TOP_K / NUM_IMAGES  # steps per image that are trained
+SEVERAL = {"gradient_accumulation_steps": 1, "beta": 0.0}  # three updates per rollout
+LEVERS = {
+    "filter, 3 best and 3 worst of 12": Lever(
+        {}, {"top_k": None, "gradient_accumulation_steps": 6}, (evaluations(PAPER), evaluations(ALL)), "default: the paper's"
+    ),
+    "window of 2 trained steps": Lever(
+        {"sde_window_size": 2}, {}, (evaluations(PAPER * 2 / ALL), evaluations(PAPER)),
+        "option; in `grpo_flux_fast`, `grpo_qwen_image`",
+    ),
+    "no checkpointing": Lever(
+        {"gradient_checkpointing": False}, {}, (evaluations(PAPER, per_trained=2), evaluations(PAPER)),
+        "option: where memory allows",
+    ),
+    "no KL": Lever(
+        {"beta": 0.0}, {}, (evaluations(PAPER, reference=False), evaluations(PAPER)), "option: the paper has one"
+    ),
+    "log-probs of the rollout kept, 3 updates per rollout": Lever(
+        {"old_log_probs": "rollout"}, {},
+        (evaluations(PAPER, reference=False), evaluations(PAPER, reference=False) + PAPER * 2 / 3),
+        "option: in bfloat16 a rollout rounds otherwise than training, and the first ratio is not 1", common=SEVERAL,
+    ),
+    "one update per rollout": Lever(
+        {"gradient_accumulation_steps": 3}, {"gradient_accumulation_steps": 1},
+        (evaluations(PAPER, reference=False), evaluations(PAPER, reference=False) + PAPER * 2 / 3),
+        "default: the old policy is the policy, and nothing is evaluated again", common={"beta": 0.0},
+    ),
+    "no guidance (Qwen-Image)": Lever(
+        {"guidance_scale": 1.0}, {"guidance_scale": 4.0}, (evaluations(PAPER), evaluations(PAPER, cfg=2)),
+        "option: the images are others", family="qwen_image",
+    ),
+    "attention backend `_native_flash`": Lever(
+        {"attention_backend": "_native_flash"}, {}, (1, 1), "option: PyTorch chooses the same kernel by itself"
+    ),
+    "regional compile": Lever(
+        {"torch_compile": True}, {}, (1, 1), "option: it joins kernels, of which the count knows nothing; a minute to start"
+    ),
+}  # fmt: skip
+
+
+class Clock(TrainerCallback):
+    """Reads the processor's clock after every update: it counts what other processes do not take."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.times.append(time.process_time())
+
+
+def brightness(prompts, images, **columns) -> list[float]:
+    return [float(np.asarray(image).mean()) / 255 for image in images]
+
+
+def measure(family: str, settings: dict[str, Any], args: argparse.Namespace) -> float:
+    """Processor seconds of a rollout with its updates; a first one sets everything up."""
+    is_large = args.model == "20m"
+    if family == "flux":
+        sizes: dict[str, Any] = FLUX_20M if is_large else {}
+        pipeline: Any = build_flux_pipeline(**sizes)
+    else:
+        sizes = QWEN_20M if is_large else {}
+        pipeline = build_qwen_image_pipeline(**sizes)
+    with tempfile.TemporaryDirectory() as folder:
+        config = DiffusionGRPOConfig(
+            folder,
+            **{
+                "num_generations": NUM_IMAGES,
+                "top_k": TOP_K,
+                "num_inference_steps": NUM_STEPS,
+                "height": args.image_size,
+                "width": args.image_size,
+                "max_sequence_length": 32,
+                "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 3,
+                "steps_per_generation": 3 if settings.get("top_k", TOP_K) else 6,
+                "rollout_batch_size": 4,
+                "num_logged_images": 0,
+                "save_strategy": "no",
+                "report_to": "none",
+                "disable_tqdm": True,
+                "use_cpu": True,
+                **settings,
+            },
+        )
+        num_updates = config.num_updates_per_rollout
+        config.max_steps = (1 + args.num_rollouts) * num_updates
+        clock = Clock()
+        trainer = DiffusionGRPOTrainer(
+            pipeline,
+            brightness,
+            config,
+            train_dataset=[{"prompt": "a red circle"}],
+            peft_config=attention_lora_config(),
+            callbacks=[clock],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    torch._dynamo.reset()
+    return (clock.times[-1] - clock.times[num_updates - 1]) / args.num_rollouts
+
+
+def measure_lever(lever: Lever, args: argparse.Namespace) -> dict[str, float]:
+    """Median seconds with a lever and without it, measured in turns, and their ratio."""
+    pairs = [
+        [measure(lever.family, lever.common | part, args) for part in (lever.given, lever.without)]
+        for _ in range(args.repeats)
+    ]
+    given, without = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+    predicted = lever.evaluations[0] / lever.evaluations[1]
+    return {"given": given, "without": without, "ratio": given / without, "predicted": predicted}
+
+
+def to_markdown(results: dict[str, dict[str, float]]) -> str:
+    lines = ["| lever | predicted | measured | kept |", "|---|---|---|---|"]
+    for name, result in results.items():
+        measured = f"{result['ratio']:.2f} ({result['given']:.2f} / {result['without']:.2f} s)"
+        lines.append(f"| {name} | {result['predicted']:.2f} | {measured} | {LEVERS[name].verdict} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="only levers whose name has this in it")
+    parser.add_argument("--num_rollouts", type=int, default=2, help="rollouts that are measured, after a first one")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--image_size", type=int, default=32, help="width and height, in pixels")
+    parser.add_argument("--model", choices=["20m", "tiny"], default="20m", help="size of the transformer")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    results = {}
+    for name, lever in LEVERS.items():
+        if args.only in name:
+            results[name] = measure_lever(lever, args)
+            print(name, json.dumps(results[name]), file=sys.stderr, flush=True)
+    print(to_markdown(results))
+    return results
+
+
+if __name__ == "__main__":
+    main()
