@@ -337,6 +337,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     if args.tiny:
         args.size, args.num_images, args.batch_size, args.repeats = 64, 2, 1, 1
+    chosen = rows(args)
+    if not chosen:
+        parser.error(f"--only: no row has {args.only!r} in its name")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = Path(args.output).with_suffix(".json")
     results = json.loads(path.read_text()) if path.is_file() else {"rows": {}}
@@ -353,7 +356,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "settings": settings,
         "ceiling": matmul_ceiling(device, 8192 if device.type == "cuda" else 256),
     }
-    for name, measure in rows(args).items():
+    for name, measure in chosen.items():
         if name not in results["rows"]:
             results["rows"][name] = run_row(measure, device, results["about"]["ceiling"])
             print(name, results["rows"][name], flush=True)

@@ -186,12 +186,14 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--image_size", type=int, default=32, help="width and height, in pixels")
     parser.add_argument("--model", choices=["20m", "tiny"], default="20m", help="size of the transformer")
     args = parser.parse_args(argv)
+    chosen = {name: lever for name, lever in LEVERS.items() if args.only in name}
+    if not chosen:
+        parser.error(f"--only: no lever has {args.only!r} in its name; there are: {'; '.join(LEVERS)}")
     torch.set_num_threads(1)
     results = {}
-    for name, lever in LEVERS.items():
-        if args.only in name:
-            results[name] = measure_lever(lever, args)
-            print(name, json.dumps(results[name]), file=sys.stderr, flush=True)
+    for name, lever in chosen.items():
+        results[name] = measure_lever(lever, args)
+        print(name, json.dumps(results[name]), file=sys.stderr, flush=True)
     print(to_markdown(results))
     return results
 

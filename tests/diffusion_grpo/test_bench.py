@@ -61,6 +61,12 @@ def test_a_lever_is_measured(capsys):
     assert f"| 0.62 | {result['ratio']:.2f} (" in capsys.readouterr().out
 
 
+def test_a_lever_that_is_not_there_is_named(capsys):
+    with pytest.raises(SystemExit):
+        levers_bench.main(["--only", "nothing"])
+    assert "no lever has 'nothing' in its name; there are: filter" in capsys.readouterr().err
+
+
 def test_rewards_in_the_shade_of_the_drawing_cost_what_the_formula_says():
     assert rewards_bench.predicted_ratio(1, 1.0) == 1.0  # one batch: nothing overlaps
     assert rewards_bench.predicted_ratio(6, 1.0) == pytest.approx(7 / 12)

@@ -29,6 +29,13 @@ def test_rows_are_measured_and_not_run_again(tmp_path, only, capsys):
         bench_gpu.main(argv[1:])  # at true size
 
 
+def test_a_row_that_is_not_there_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        bench_gpu.main(["--tiny", "--output", str(tmp_path / "bench"), "--only", "nothing"])
+    assert "no row has 'nothing' in its name" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("no such kernel")])
 def test_what_does_not_fit_is_noted(error):
     def fail(device):

@@ -48,7 +48,7 @@ def fail_together(accelerator: Accelerator, doing: str, *, is_collective: bool =
         doing (`str`):
             What happens inside, for the message.
         is_collective (`bool`, *optional*, defaults to `False`):
-            Whether what is inside waits for other processes. Then an error ends this process alone, and the launcher the
+            Whether what is inside waits for other processes, which it may not otherwise. Then an error ends this process alone, and the launcher the
             others, as they could not hear of it.
 
     Raises:

@@ -12,8 +12,7 @@ from .utils import SpatialParser, hub_dataset_name, load_dataset_dict, pick_spli
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    with quick_imports():
-        from ..diffusion_grpo.config import DiffusionGRPOConfig
+    from ..diffusion_grpo.config import DiffusionGRPOConfig
     from ..diffusion_grpo.trainer import DiffusionGRPOTrainer
 
 
@@ -202,7 +201,8 @@ class GRPOModelArguments:
 
 
 def make_parser(prog: str = "trl_spatial grpo") -> SpatialParser:
-    from ..diffusion_grpo.config import DiffusionGRPOConfig
+    with quick_imports():
+        from ..diffusion_grpo.config import DiffusionGRPOConfig
 
     return SpatialParser(
         (GRPOScriptArguments, GRPOModelArguments, DiffusionGRPOConfig),

@@ -7,8 +7,7 @@ from .utils import SpatialParser, hub_dataset_name, load_dataset_dict, pick_spli
 
 
 if TYPE_CHECKING:
-    with quick_imports():
-        from ..gaussian_reward.config import GaussianRewardConfig
+    from ..gaussian_reward.config import GaussianRewardConfig
     from ..gaussian_reward.trainer import GaussianRewardTrainer
 
 
@@ -127,7 +126,8 @@ class RewardModelArguments:
 
 
 def make_parser(prog: str = "trl_spatial reward") -> SpatialParser:
-    from ..gaussian_reward.config import GaussianRewardConfig
+    with quick_imports():
+        from ..gaussian_reward.config import GaussianRewardConfig
 
     return SpatialParser(
         (RewardScriptArguments, RewardModelArguments, GaussianRewardConfig),
