@@ -29,11 +29,12 @@ from torch import nn
 
 from trl_spatial import DiffusionGRPOConfig
 from trl_spatial.diffusion_grpo import attention_lora_config
-from trl_spatial.diffusion_grpo.memory import load_architecture
-from trl_spatial.diffusion_grpo.model_setup import prepare_transformer, prepare_vae
 from trl_spatial.diffusion_grpo.policies import DiffusionPolicy, SamplingOptions, make_policy
-from trl_spatial.diffusion_grpo.rollout import image_generator, sample_rollout
+from trl_spatial.diffusion_grpo.rollout import sample_rollout
+from trl_spatial.diffusion_grpo.runtime.memory import load_architecture
+from trl_spatial.diffusion_grpo.runtime.model_setup import prepare_transformer, prepare_vae
 from trl_spatial.diffusion_grpo.sde import sde_step
+from trl_spatial.generation.seeds import image_generator
 
 
 FLUX, QWEN = "black-forest-labs/FLUX.1-dev", "Qwen/Qwen-Image"

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trl_spatial.evaluation.statistics import accuracy_interval, expected_calibration_error
 from trl_spatial.gaussian_reward import GaussianRewardTrainer, preference_probability
+from trl_spatial.scripts.datasets import load_dataset_dict, pick_split
 from trl_spatial.scripts.reward import build_trainer, make_parser
-from trl_spatial.scripts.utils import load_dataset_dict, pick_split
+from trl_spatial.statistics import accuracy_interval, expected_calibration_error
 
 
 def main(script_args, model_args, training_args) -> None:

@@ -19,7 +19,8 @@ from PIL import Image
 
 from trl_spatial import SpatialScore, __version__
 from trl_spatial.cli import COMMANDS, LAUNCHED_COMMANDS, main
-from trl_spatial.scripts.utils import SpatialParser, load_dataset_dict, quick_imports
+from trl_spatial.scripts.datasets import load_dataset_dict
+from trl_spatial.scripts.parser import SpatialParser, quick_imports
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -69,7 +70,7 @@ def test_help_is_quick_and_lists_every_command():
 
 
 def test_quick_imports_leave_nothing_to_collect_and_the_collector_on():
-    program = "import gc; from trl_spatial.scripts.utils import quick_imports\n"
+    program = "import gc; from trl_spatial.scripts.parser import quick_imports\n"
     program += "with quick_imports(): import torch; from transformers import Trainer\n"
     program += "print(gc.isenabled(), len(gc.get_objects()) < 1000 < gc.get_freeze_count())"
     shown = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True, capture_output=True, text=True)

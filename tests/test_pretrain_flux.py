@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxPipeline
 
 from trl_spatial.demo.generator import DIRECTIONS, IMAGE_SIZE, MAX_SEQUENCE_LENGTH, TINY_FLUX, load_generator
-from trl_spatial.evaluation.scenes import check_images, summarize_checks
+from trl_spatial.judges.scenes import check_images, summarize_checks
 from trl_spatial.scenes import describe_scene
 
 

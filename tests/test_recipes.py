@@ -280,7 +280,7 @@ def rewards_of_plain_pipelines(place, pipeline_folder, lora_folder, **guidance):
     """Mean reward of the test prompts without and with the exported LoRA, by diffusers alone."""
     from diffusers import DiffusionPipeline
 
-    from trl_spatial.diffusion_grpo.rollout import image_generator
+    from trl_spatial.generation.seeds import image_generator
 
     pipeline = DiffusionPipeline.from_pretrained(pipeline_folder)
     scorer = SpatialScore.from_pretrained("SpatialScore-7B")

@@ -18,8 +18,8 @@ from datasets import Dataset
 
 from trl_spatial.demo.reward_model import preference, train_reward_model
 from trl_spatial.evaluation.pairs import score_pairs
-from trl_spatial.evaluation.statistics import area_under_roc_curve, expected_calibration_error
 from trl_spatial.scenes import make_preference_dataset
+from trl_spatial.statistics import area_under_roc_curve, expected_calibration_error
 
 
 OBJECTIVES = ("expected_nll", "marginal_nll")

@@ -30,8 +30,8 @@ from trl_spatial.demo.generator import (
     train_generator,
 )
 from trl_spatial.demo.run import make_reward
-from trl_spatial.diffusion_grpo.reward_functions import RewardFunction
-from trl_spatial.diffusion_grpo.rollout import image_generator
+from trl_spatial.diffusion_grpo.runtime.reward_functions import RewardFunction
+from trl_spatial.generation.seeds import image_generator
 
 
 NUM_PROMPTS_PER_UPDATE = 8

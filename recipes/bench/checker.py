@@ -19,7 +19,6 @@ import numpy as np
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
-from trl_spatial.evaluation.statistics import accuracy_interval
 from trl_spatial.scenes import (
     RELATIONS,
     Operation,
@@ -33,6 +32,7 @@ from trl_spatial.scenes import (
     sample_style,
 )
 from trl_spatial.scenes.checking import check_scene
+from trl_spatial.statistics import accuracy_interval
 
 
 MIN_AGREEMENT = 0.999  # on images as they are, else the script fails

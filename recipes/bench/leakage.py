@@ -25,8 +25,8 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from trl_spatial.evaluation.statistics import accuracy_interval
 from trl_spatial.scenes import describe_scene, make_preference_dataset, parse_description
+from trl_spatial.statistics import accuracy_interval
 
 
 MAX_DEVIATION = 0.02  # of the accuracy from chance, else the script fails

@@ -37,10 +37,10 @@ from questions import (
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
-from trl_spatial.evaluation.statistics import accuracy_interval
 from trl_spatial.gaussian_reward.processing import SpatialScoreProcessor
 from trl_spatial.hub import Card, Result
 from trl_spatial.scenes import COLORS, REGIONS, RELATIONS, SHAPES
+from trl_spatial.statistics import accuracy_interval
 
 
 IMAGE_SIZE = 64

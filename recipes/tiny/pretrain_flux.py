@@ -36,9 +36,8 @@ from trl_spatial.demo.generator import (
     OUTLINES,
     PALETTE,
 )
-from trl_spatial.evaluation.scenes import check_images, summarize_checks
-from trl_spatial.evaluation.statistics import accuracy_interval
 from trl_spatial.hub import Card, Result
+from trl_spatial.judges.scenes import check_images, summarize_checks
 from trl_spatial.scenes import (
     COLORS,
     RELATIONS,
@@ -51,6 +50,7 @@ from trl_spatial.scenes import (
     render_layout,
     sample_graph,
 )
+from trl_spatial.statistics import accuracy_interval
 
 
 OBJECT_RADII = (0.18, 0.2)  # in canvas units

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from trl_spatial.evaluation.statistics import accuracy_interval
 from trl_spatial.scenes import check_scene, make_preference_dataset, parse_description, render_scene
+from trl_spatial.statistics import accuracy_interval
 
 
 def interval(rng, accuracy, number, **columns):

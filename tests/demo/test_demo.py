@@ -20,8 +20,8 @@ from trl_spatial import SpatialScore
 from trl_spatial.demo.generator import TINY_FLUX
 from trl_spatial.demo.reward_model import TINY_BACKBONE, measure
 from trl_spatial.demo.settings import DemoSettings
-from trl_spatial.evaluation.scenes import check_images
 from trl_spatial.gaussian_reward.processing import load_processor
+from trl_spatial.judges.scenes import check_images
 from trl_spatial.scenes import make_preference_dataset, parse_description
 from trl_spatial.scripts.demo import main
 

@@ -21,8 +21,8 @@ from trl_spatial.demo.generator import (
     objects_present,
     spatial_accuracy,
 )
-from trl_spatial.evaluation.statistics import accuracy_interval
 from trl_spatial.scenes import Relation, SceneGraph, describe_scene, parse_description, render_scene
+from trl_spatial.statistics import accuracy_interval
 
 
 @pytest.fixture(scope="module")

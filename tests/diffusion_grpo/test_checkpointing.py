@@ -11,7 +11,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from trl_spatial.diffusion_grpo.checkpointing import (
+from trl_spatial.diffusion_grpo.runtime.checkpointing import (
     begin_checkpoint,
     check_complete,
     check_exportable,
@@ -24,7 +24,7 @@ from trl_spatial.diffusion_grpo.checkpointing import (
     save_buffer,
     save_trained_state,
 )
-from trl_spatial.diffusion_grpo.ema import EMA
+from trl_spatial.diffusion_grpo.runtime.ema import EMA
 
 
 # alpha is not the rank: an export that loses it changes the images

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from trl_spatial.diffusion_grpo.ema import EMA
+from trl_spatial.diffusion_grpo.runtime.ema import EMA
 
 
 def make_module(dtype=torch.float32):

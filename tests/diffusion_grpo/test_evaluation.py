@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from trl_spatial.diffusion_grpo.evaluation import evaluate_policy
 from trl_spatial.diffusion_grpo.policies import SamplingOptions
-from trl_spatial.diffusion_grpo.prompt_cache import PromptCache
-from trl_spatial.diffusion_grpo.reward_functions import RewardFunctions
-from trl_spatial.diffusion_grpo.rollout import image_generator
+from trl_spatial.diffusion_grpo.runtime.evaluation import evaluate_policy
+from trl_spatial.diffusion_grpo.runtime.prompt_cache import PromptCache
+from trl_spatial.diffusion_grpo.runtime.reward_functions import RewardFunctions
+from trl_spatial.generation.seeds import image_generator
 
 
 ROWS = [

@@ -8,7 +8,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from tests.diffusion_grpo.families import FAMILIES, GUIDED, MAX_SEQUENCE_LENGTH
 from trl_spatial.diffusion_grpo import DiffusionGRPOConfig, attention_lora_config
-from trl_spatial.diffusion_grpo.memory import (
+from trl_spatial.diffusion_grpo.policies import make_policy
+from trl_spatial.diffusion_grpo.runtime.memory import (
     GIB,
     GPU_GIB,
     MemoryEstimate,
@@ -18,9 +19,8 @@ from trl_spatial.diffusion_grpo.memory import (
     load_architecture,
     weight_bytes,
 )
-from trl_spatial.diffusion_grpo.model_setup import prepare_transformer
-from trl_spatial.diffusion_grpo.policies import make_policy
-from trl_spatial.diffusion_grpo.rollout import image_generator
+from trl_spatial.diffusion_grpo.runtime.model_setup import prepare_transformer
+from trl_spatial.generation.seeds import image_generator
 
 
 OFFICIAL = (

@@ -6,7 +6,12 @@ import time
 import pytest
 import torch
 
-from trl_spatial.diffusion_grpo.monitoring import HackingMonitor, StepTimer, equal_rewards_warning, setup_warnings
+from trl_spatial.diffusion_grpo.runtime.monitoring import (
+    HackingMonitor,
+    StepTimer,
+    equal_rewards_warning,
+    setup_warnings,
+)
 
 
 # The paper's recipe at 512²: nothing to warn of.

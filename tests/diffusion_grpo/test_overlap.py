@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.diffusion_grpo.conftest import redness
-from trl_spatial.diffusion_grpo.monitoring import MissingRewardsMonitor
+from trl_spatial.diffusion_grpo.runtime.monitoring import MissingRewardsMonitor
 
 
 def trained_weights(trainer):

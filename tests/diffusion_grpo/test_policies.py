@@ -13,12 +13,13 @@ from transformers import TrainerCallback
 
 from tests.diffusion_grpo.families import FAMILIES, GUIDED, MAX_SEQUENCE_LENGTH, shared_policy
 from trl_spatial.diffusion_grpo import attention_lora_config
-from trl_spatial.diffusion_grpo.evaluation import evaluate_policy
 from trl_spatial.diffusion_grpo.policies import POLICIES
 from trl_spatial.diffusion_grpo.policies.base import negative_embeds
-from trl_spatial.diffusion_grpo.prompt_cache import PromptCache
-from trl_spatial.diffusion_grpo.reward_functions import RewardFunctions
-from trl_spatial.diffusion_grpo.rollout import Rollout, image_generator, sample_rollout
+from trl_spatial.diffusion_grpo.rollout import Rollout, sample_rollout
+from trl_spatial.diffusion_grpo.runtime.evaluation import evaluate_policy
+from trl_spatial.diffusion_grpo.runtime.prompt_cache import PromptCache
+from trl_spatial.diffusion_grpo.runtime.reward_functions import RewardFunctions
+from trl_spatial.generation.seeds import image_generator
 
 
 # of different lengths, 11 tokens the longest

@@ -19,13 +19,13 @@ from tests.diffusion_grpo.test_resume import assert_same_checkpoint
 from tests.diffusion_grpo.worker import run
 from tests.hub_stub import HubStub
 from tests.launching import REPOSITORY, Launched
-from trl_spatial.diffusion_grpo.checkpointing import (
+from trl_spatial.diffusion_grpo.runtime.checkpointing import (
     TRAINED_WEIGHTS,
     check_sharding,
     is_complete,
     last_complete_checkpoint,
 )
-from trl_spatial.diffusion_grpo.processes import check_launch
+from trl_spatial.diffusion_grpo.runtime.processes import check_launch
 
 
 WORKER = REPOSITORY / "tests" / "diffusion_grpo" / "worker.py"

@@ -8,7 +8,7 @@ import torch
 from tests.diffusion_grpo.families import shared_policy
 from trl_spatial.diffusion_grpo.policies import make_policy
 from trl_spatial.diffusion_grpo.policies.flux import FluxPolicy
-from trl_spatial.diffusion_grpo.prompt_cache import PromptCache
+from trl_spatial.diffusion_grpo.runtime.prompt_cache import PromptCache
 
 
 PROMPTS = ["a red circle left of a blue square", "a cat", "a lamp above the dog", "a cat"]

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from trl_spatial import DiffusionGRPOConfig, DiffusionGRPOTrainer
-from trl_spatial.diffusion_grpo import checkpointing
-from trl_spatial.diffusion_grpo.checkpointing import is_complete, last_complete_checkpoint, mark_complete
-from trl_spatial.diffusion_grpo.rollout import image_generator
+from trl_spatial.diffusion_grpo.runtime import checkpointing
+from trl_spatial.diffusion_grpo.runtime.checkpointing import is_complete, last_complete_checkpoint, mark_complete
+from trl_spatial.generation.seeds import image_generator
 
 
 PROMPTS = ["a red cube", "a blue sphere", "a lamp", "a table", "a dog"]  # not a multiple of what a rollout takes

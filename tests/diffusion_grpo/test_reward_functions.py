@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trl_spatial.diffusion_grpo.reward_functions import RewardFunctions, reward_metrics
+from trl_spatial.diffusion_grpo.runtime.reward_functions import RewardFunctions, reward_metrics
 
 
 PROMPTS = ["a", "bb", "ccc"]

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from trl_spatial.diffusion_grpo.policies import make_policy
-from trl_spatial.diffusion_grpo.rollout import Rollout, image_generator, sample_rollout
+from trl_spatial.diffusion_grpo.rollout import Rollout, sample_rollout
 from trl_spatial.diffusion_grpo.sde import sde_step
+from trl_spatial.generation.seeds import image_generator
 
 
 # of image_generator(0, 0, 0, 0) and image_generator(42, 7, 1, 23)

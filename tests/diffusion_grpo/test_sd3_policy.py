@@ -10,8 +10,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from tests.diffusion_grpo.families import FAMILIES, MAX_SEQUENCE_LENGTH, shared_policy
 from trl_spatial.diffusion_grpo.policies import make_policy
-from trl_spatial.diffusion_grpo.prompt_cache import PromptCache
-from trl_spatial.diffusion_grpo.rollout import image_generator
+from trl_spatial.diffusion_grpo.runtime.prompt_cache import PromptCache
+from trl_spatial.generation.seeds import image_generator
 
 
 PROMPTS = ["a cat", "a red circle left of a blue square"]

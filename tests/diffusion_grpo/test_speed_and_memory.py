@@ -10,8 +10,9 @@ from diffusers import BitsAndBytesConfig
 from tests.diffusion_grpo.families import FAMILIES, GUIDED, MAX_SEQUENCE_LENGTH
 from trl_spatial import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_spatial.diffusion_grpo import attention_lora_config
-from trl_spatial.diffusion_grpo.memory import weight_bytes
-from trl_spatial.diffusion_grpo.model_setup import (
+from trl_spatial.diffusion_grpo.policies import SamplingOptions, make_policy
+from trl_spatial.diffusion_grpo.runtime.memory import weight_bytes
+from trl_spatial.diffusion_grpo.runtime.model_setup import (
     is_quantized,
     large_text_encoders,
     load_pipeline,
@@ -20,9 +21,8 @@ from trl_spatial.diffusion_grpo.model_setup import (
     quantization_config,
     transformer_quantization,
 )
-from trl_spatial.diffusion_grpo.policies import SamplingOptions, make_policy
-from trl_spatial.diffusion_grpo.prompt_cache import PromptCache
-from trl_spatial.diffusion_grpo.rollout import image_generator
+from trl_spatial.diffusion_grpo.runtime.prompt_cache import PromptCache
+from trl_spatial.generation.seeds import image_generator
 from trl_spatial.scripts.grpo import GRPOModelArguments, build_trainer, main, make_parser
 
 

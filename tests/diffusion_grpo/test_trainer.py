@@ -11,8 +11,9 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from trl_spatial.diffusion_grpo.policies import SamplingOptions, make_policy
-from trl_spatial.diffusion_grpo.rollout import image_generator, sample_rollout
-from trl_spatial.diffusion_grpo.sampler import rollout_prompts
+from trl_spatial.diffusion_grpo.rollout import sample_rollout
+from trl_spatial.diffusion_grpo.runtime.sampler import rollout_prompts
+from trl_spatial.generation.seeds import image_generator
 
 
 PROMPTS = ["a red cube", "a cat to the left of a dog", "the lamp", "a small blue sphere"]

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from trl_spatial.diffusion_grpo.checkpointing import is_complete
+from trl_spatial.diffusion_grpo.runtime.checkpointing import is_complete
 
 
 PROMPTS = ["a red cube", "a cat", "the lamp"]

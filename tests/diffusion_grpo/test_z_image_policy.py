@@ -7,8 +7,8 @@ import torch
 
 from tests.diffusion_grpo.families import FAMILIES, shared_policy
 from trl_spatial.diffusion_grpo.policies import make_policy
-from trl_spatial.diffusion_grpo.prompt_cache import PromptCache
-from trl_spatial.diffusion_grpo.rollout import image_generator
+from trl_spatial.diffusion_grpo.runtime.prompt_cache import PromptCache
+from trl_spatial.generation.seeds import image_generator
 
 
 PROMPTS = ["a cat", "a red circle left of a blue square"]

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from trl_spatial.evaluation.figures import ScoredPair, draw_pairs
 from trl_spatial.evaluation.pairs import accuracy_table, mirror_prompt, score_pairs
+from trl_spatial.figures.pairs import ScoredPair, draw_pairs
 from trl_spatial.scenes import check_scene, make_preference_dataset, mirror, parse_description
 
 

@@ -14,9 +14,9 @@ from trl_spatial.gaussian_reward.processing import (
     REWARD_TOKEN,
     SpatialScoreProcessor,
     build_chat_template,
-    load_image,
     load_processor,
 )
+from trl_spatial.preferences.images import load_image
 
 
 CONTROL_TOKENS = ["<reward>", "<|image_pad|>", "<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|endoftext|>"]

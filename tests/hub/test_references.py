@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 
 from trl_spatial.hub import Card, Reference, Result, find_reference
 from trl_spatial.hub.references import UnknownReferenceError, find_repository
-from trl_spatial.hub.training import format_seconds
+from trl_spatial.training.hub import format_seconds
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,10 @@
 """Preference datasets as data: which columns they have, what is wrong with their rows, and what is in them."""
 
+from ..preferences.columns import COLUMNS, Column, check_columns
+from ..preferences.faults import KINDS, Finding, Place
+from .counts import QUANTITIES, Quantity, SplitStatistics
 from .export import card_files, check_splits, prepare_splits, push_dataset
-from .findings import KINDS, Finding, Place
 from .report import format_report
-from .schema import COLUMNS, Column, check_columns
-from .statistics import QUANTITIES, Quantity, SplitStatistics
 from .validation import ValidationReport, validate_splits
 
 

@@ -12,8 +12,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from .findings import clip
-from .statistics import QUANTITIES, Quantity, SplitStatistics, mean_of, tabulate
+from ..preferences.faults import clip
+from .counts import QUANTITIES, Quantity, SplitStatistics, mean_of, tabulate
 
 
 # Of Okabe and Ito: told apart by readers of every kind of color vision, and in grey.

@@ -13,12 +13,12 @@ from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image as PILImage
 
-from ..evaluation.figures import ScoredPair, draw_pairs
+from ..figures.pairs import ScoredPair, draw_pairs
 from ..hub.cards import PAPER, SAMPLES_FILE, card_template
 from ..hub.errors import call_with_retries, explain_errors
 from ..hub.upload import create_repository, push_files
-from .findings import shorten
-from .schema import COLUMNS, IMAGE_COLUMNS
+from ..preferences.columns import COLUMNS, IMAGE_COLUMNS
+from ..preferences.faults import shorten
 from .validation import ValidationReport, validate_splits
 
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from .findings import KINDS, Finding, clip
-from .statistics import QUANTITIES, Quantity, SplitStatistics, mean_of, tabulate
+from ..preferences.faults import KINDS, Finding, clip
+from .counts import QUANTITIES, Quantity, SplitStatistics, mean_of, tabulate
 from .validation import ValidationReport
 
 

@@ -11,10 +11,10 @@ from typing import Any
 from datasets import Dataset, Image
 from tqdm.auto import tqdm
 
-from .findings import Finding, Place, shorten
-from .images import ImageFacts, read_image
-from .schema import IMAGE_COLUMNS, PROMPT_COLUMNS, check_columns
-from .statistics import SplitStatistics, kinds_of
+from ..preferences.columns import IMAGE_COLUMNS, PROMPT_COLUMNS, check_columns
+from ..preferences.faults import Finding, Place, shorten
+from ..preferences.images import ImageFacts, read_image
+from .counts import SplitStatistics, kinds_of
 
 
 _BATCH_SIZE = 16  # rows whose image files are in memory at a time

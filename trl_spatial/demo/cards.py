@@ -5,8 +5,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..evaluation.figures import draw_pairs
 from ..evaluation.pairs import PairScores
+from ..figures.pairs import draw_pairs
 from ..hub.cards import SAMPLES_FILE, Card, Result
 from .reward_model import scored_pair
 

@@ -14,16 +14,16 @@ from PIL import Image as PILImage
 from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..diffusion_grpo.callbacks import RolloutProgressCallback
-from ..diffusion_grpo.checkpointing import last_complete_checkpoint
 from ..diffusion_grpo.config import DiffusionGRPOConfig
-from ..diffusion_grpo.evaluation import evaluate_policy
-from ..diffusion_grpo.lora import attention_lora_config
 from ..diffusion_grpo.policies import SamplingOptions, make_policy
-from ..diffusion_grpo.prompt_cache import PromptCache
-from ..diffusion_grpo.reward_functions import RewardFunction, RewardFunctions
+from ..diffusion_grpo.policies.lora import attention_lora_config
+from ..diffusion_grpo.runtime.callbacks import RolloutProgressCallback
+from ..diffusion_grpo.runtime.checkpointing import last_complete_checkpoint
+from ..diffusion_grpo.runtime.evaluation import evaluate_policy
+from ..diffusion_grpo.runtime.prompt_cache import PromptCache
+from ..diffusion_grpo.runtime.reward_functions import RewardFunction, RewardFunctions
 from ..diffusion_grpo.trainer import DiffusionGRPOTrainer
-from ..evaluation.scenes import check_images, has_objects, pairwise_distance, summarize_checks
+from ..judges.scenes import check_images, has_objects, pairwise_distance, summarize_checks
 from ..scenes import SceneCheck, SceneGraph, check_scene, make_prompt_dataset, parse_description
 
 
@@ -177,7 +177,7 @@ def judge(drawn: Dataset, images_per_prompt: int = IMAGES_PER_PROMPT) -> dict[st
             Number of images of each prompt.
 
     Returns:
-        `dict`: `spatial_accuracy`, `objects_present` and `relations_correct` as [`~evaluation.scenes.summarize_checks`]
+        `dict`: `spatial_accuracy`, `objects_present` and `relations_correct` as [`~judges.scenes.summarize_checks`]
         gives them, with intervals that draw whole prompts; `relations`, the spatial accuracy for each relation; the mean
         `reward`; and the `diversity` of the images of a prompt.
     """

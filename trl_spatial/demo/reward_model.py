@@ -11,12 +11,12 @@ from datasets import Dataset
 from transformers.trainer_utils import get_last_checkpoint
 
 from .. import GaussianRewardConfig, GaussianRewardTrainer, SpatialScore
-from ..evaluation.figures import ScoredPair, draw_pairs
 from ..evaluation.pairs import PairScores, accuracy_table, score_pairs
-from ..evaluation.statistics import accuracy_interval, expected_calibration_error, reliability_bins
+from ..figures.pairs import ScoredPair, draw_pairs
 from ..gaussian_reward import spatial_score_lora_config
 from ..gaussian_reward.losses import preference_probability
 from ..scenes import make_preference_dataset
+from ..statistics import accuracy_interval, expected_calibration_error, reliability_bins
 
 
 # The tiny Qwen2.5-VL that is shipped with the package: see its card beside it.

@@ -15,14 +15,14 @@ import torch
 from datasets import Dataset
 
 from .. import SpatialScore
-from ..diffusion_grpo.reward_functions import RewardFunction
-from ..evaluation.scenes import check_images
+from ..diffusion_grpo.runtime.reward_functions import RewardFunction
+from ..judges.scenes import check_images
 from ..scenes import SceneCheck
+from ..store import Stages
 from . import generator, reward_model
 from .cards import update_generator_card, update_reward_card
 from .report import write_report
 from .settings import DemoSettings
-from .stages import Stages
 
 
 TITLES = {

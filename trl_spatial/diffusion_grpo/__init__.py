@@ -7,7 +7,7 @@ from typing import Any
 _MODULES = {
     "advantages": ["combine_rewards", "group_advantages", "select_top_k"],
     "config": ["DiffusionGRPOConfig"],
-    "lora": ["attention_lora_config"],
+    "policies.lora": ["attention_lora_config"],
     "losses": [
         "PolicyLossOutput",
         "clipped_policy_loss",

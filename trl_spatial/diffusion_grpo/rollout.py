@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -35,25 +34,6 @@ class Rollout:
     next_latents: torch.Tensor
     log_probs: torch.Tensor
     final_latents: torch.Tensor
-
-
-def image_generator(seed: int, *path: int) -> torch.Generator:
-    """
-    Makes the random generator of one image.
-
-    Args:
-        seed (`int`):
-            Seed of the run, not negative.
-        *path (`int`):
-            Which image it is: numbers that are not negative, such as rollout, group and image.
-
-    Returns:
-        `torch.Generator`: On the CPU. It depends on the arguments alone, and generators of neighbouring arguments are
-        not related.
-    """
-    # PyTorch's CPU generator uses 32 bits of a seed, so consecutive integers will do as little as their sums would.
-    state = np.random.SeedSequence(seed, spawn_key=path).generate_state(1, np.uint32)
-    return torch.Generator().manual_seed(int(state[0]))
 
 
 @torch.no_grad()

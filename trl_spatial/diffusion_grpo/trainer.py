@@ -12,21 +12,22 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
+from ..generation.seeds import image_generator
 from .advantages import combine_rewards, group_advantages, select_top_k
-from .base_trainer import DiffusionTrainer, Rows
-from .buffer import RolloutBuffer, TrainingStep
-from .checks import warn_about_settings
 from .config import DiffusionGRPOConfig
 from .losses import PolicyLossOutput
-from .metrics import frac_zero_std
-from .model_setup import freeze_idle_modules
-from .monitoring import MissingRewardsMonitor, equal_rewards_warning
 from .objective import ScoredStep, policy_objective, reference_kl
-from .overlap import OverlappedRewards
-from .processes import fail_together
-from .reward_functions import RewardFunction, reward_metrics
-from .rollout import Rollout, image_generator, sample_rollout
-from .sampler import num_rollouts_per_epoch, rollout_prompts
+from .rollout import Rollout, sample_rollout
+from .runtime.base_trainer import DiffusionTrainer, Rows
+from .runtime.buffer import RolloutBuffer, TrainingStep
+from .runtime.checks import warn_about_settings
+from .runtime.metrics import frac_zero_std
+from .runtime.model_setup import freeze_idle_modules
+from .runtime.monitoring import MissingRewardsMonitor, equal_rewards_warning
+from .runtime.overlap import OverlappedRewards
+from .runtime.processes import fail_together
+from .runtime.reward_functions import RewardFunction, reward_metrics
+from .runtime.sampler import num_rollouts_per_epoch, rollout_prompts
 from .sde import sde_step, sde_window
 
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 from PIL import ImageOps
 
 from ..scenes import describe_scene, mirror, parse_description
-from .statistics import Interval, accuracy_interval
+from ..statistics import Interval, accuracy_interval
 
 
 Scorer = Callable[[Sequence[str], Sequence[Any]], tuple[np.ndarray, np.ndarray]]

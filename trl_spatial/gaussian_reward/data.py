@@ -16,8 +16,8 @@ from PIL import Image as PILImage
 from tqdm.auto import tqdm
 from transformers.data.data_collator import DataCollatorMixin
 
-from .processing import SpatialScoreProcessor, load_image
-from .row_checks import (
+from ..preferences.images import load_image
+from ..preferences.rows import (
     IMAGE_COLUMNS,
     WAY_OUT,
     BadRow,
@@ -29,6 +29,7 @@ from .row_checks import (
     shorten,
     write_bad_rows,
 )
+from .processing import SpatialScoreProcessor
 
 
 logger = logging.getLogger(__name__)

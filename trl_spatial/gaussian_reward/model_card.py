@@ -5,8 +5,8 @@ import numpy as np
 from peft import LoraConfig, PeftModel, PeftType
 from transformers import SchedulerType
 
-from ..evaluation.statistics import accuracy_interval
 from ..hub.cards import Card, Result, training_values
+from ..statistics import accuracy_interval
 from .config import GaussianRewardConfig
 from .modeling import GaussianRewardModel
 from .processing import SpatialScoreProcessor

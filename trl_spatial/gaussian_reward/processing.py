@@ -6,19 +6,18 @@ through the template: it is tokenized apart, as plain text, so that it cannot wr
 """
 
 import json
-from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from ..preferences.images import load_image
 
 
 REWARD_TOKEN = "<reward>"
 IMAGE_TOKEN = "<|image_pad|>"
-MAX_ASPECT_RATIO = 200  # of the longer side of an image to the shorter: the limit of Qwen's image processor
 
 DEFAULT_INSTRUCTION = (
     "Rate how faithfully the image follows the spatial layout given in the caption. Two questions count: is every "
@@ -66,63 +65,6 @@ def build_chat_template(instruction: str) -> str:
     literal = json.dumps(instruction, ensure_ascii=False)
     template = _CHAT_TEMPLATE.replace("IMAGE_TOKEN", IMAGE_TOKEN).replace("REWARD_TOKEN", REWARD_TOKEN)
     return template.replace("INSTRUCTION", literal)
-
-
-def open_image(image: Any) -> Image.Image:
-    """
-    Opens one image, in whatever form a dataset or a user hands it over, without decoding its pixels.
-
-    Args:
-        image (`PIL.Image.Image`, `str`, `Path`, `bytes`, `dict` or file object):
-            A PIL image, a local path, an image file or its bytes, or a row of an undecoded [`~datasets.Image`] column
-            (`{"bytes": ..., "path": ...}`).
-
-    Returns:
-        `PIL.Image.Image`: The image; a PIL image is returned as it is.
-
-    Raises:
-        `ValueError`: If the image is of another type, missing, not an image file, has no pixels, or is too narrow. The
-        message is a predicate ("has no pixels ..."), for the caller to name the row.
-    """
-    if isinstance(image, dict):
-        image = image.get("path") if image.get("bytes") is None else image["bytes"]
-    if isinstance(image, bytes):
-        image = BytesIO(image)
-    if isinstance(image, (str, Path)) or hasattr(image, "read"):
-        try:
-            image = Image.open(image)
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot be opened ({error})") from error
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"is a {type(image).__name__}, not a PIL image, a path, bytes or a datasets Image row")
-    width, height = image.size
-    if width == 0 or height == 0:
-        raise ValueError(f"has no pixels ({width}x{height})")
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise ValueError(f"is too narrow ({width}x{height}): its sides differ by more than {MAX_ASPECT_RATIO} times")
-    return image
-
-
-def load_image(image: Any) -> Image.Image:
-    """
-    Opens and decodes one image.
-
-    Args:
-        image (`PIL.Image.Image`, `str`, `Path`, `bytes`, `dict` or file object):
-            As in [`open_image`].
-
-    Returns:
-        `PIL.Image.Image`: The image in RGB and upright: its EXIF orientation is applied, because left must be the
-        viewer's left.
-
-    Raises:
-        `ValueError`: As [`open_image`], or if the pixels cannot be decoded.
-    """
-    image = open_image(image)
-    try:
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot be decoded ({error})") from error
 
 
 class SpatialScoreProcessor(ProcessorMixin):

@@ -16,8 +16,9 @@ from ..hub.cards import Card
 from ..hub.errors import call_with_retries, explain_errors
 from ..hub.references import Reference, UnknownReferenceError, find_reference
 from ..hub.safety import PICKLE_SUFFIXES, check_repository
+from ..preferences.images import load_image, open_image
 from .modeling import GaussianRewardModel, GaussianRewardModelConfig
-from .processing import SpatialScoreProcessor, load_image, load_processor, open_image
+from .processing import SpatialScoreProcessor, load_processor
 
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

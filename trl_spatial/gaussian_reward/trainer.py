@@ -17,18 +17,19 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
 from trl import RewardTrainer
 
-from ..evaluation.figures import ScoredPair, draw_pairs
+from ..figures.pairs import ScoredPair, draw_pairs
 from ..hub.cards import SAMPLES_FILE, Card
 from ..hub.checkpoints import is_local_name
-from ..hub.training import HubTrainerMixin, dataset_split
+from ..preferences.images import load_image
+from ..preferences.rows import as_image_source
+from ..training.hub import HubTrainerMixin, dataset_split
 from .config import GaussianRewardConfig
 from .data import IS_REVERSE_COLUMN, ROW_COLUMN, DataCollatorForSpatialPreference, PreferencePairs, prepare_pairs
 from .losses import gaussian_bradley_terry_loss
 from .model_card import EvaluatedDataset, build_card, training_settings
 from .model_setup import check_model, copy_trained_parameters, find_model, load_trainable_model, restore_fp32
 from .modeling import GaussianRewardModel
-from .processing import SpatialScoreProcessor, load_image, load_processor
-from .row_checks import as_image_source
+from .processing import SpatialScoreProcessor, load_processor
 from .scoring import save_checkpoint
 
 
@@ -44,7 +45,7 @@ class GaussianRewardTrainer(HubTrainerMixin, RewardTrainer):
 
     This class is a [`~trl.RewardTrainer`] for pairs of images. It inherits all of its attributes and methods.
 
-    What it uploads to the Hub (`push_to_hub`, `hub_strategy`) is told by [`~hub.training.HubTrainerMixin`].
+    What it uploads to the Hub (`push_to_hub`, `hub_strategy`) is told by [`~training.hub.HubTrainerMixin`].
 
     Example:
 

@@ -1,6 +1,6 @@
 """Reward functions of GRPO training: what an image is worth for its prompt. A [`SpatialScore`] is one as it stands."""
 
-from .geneval import Detection, GenEvalResult, Specification, judge, read_specification, relative_positions
+from ..judges.geneval import Detection, GenEvalResult, Specification, judge, read_specification, relative_positions
 from .geneval_reward import GenEvalReward, SilentDetectorError
 from .loading import load_reward
 from .remote import RemoteReward

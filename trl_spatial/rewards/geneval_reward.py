@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from .geneval import (
+from ..judges.geneval import (
     COUNTING_THRESHOLD,
     THRESHOLD,
     Detection,
@@ -50,12 +50,12 @@ class GenEvalReward:
         detector (`Callable`):
             Takes a list of images, returns a list of [`Detection`] for each, with scores down to `threshold` or below. If
             it has an attribute `labels`, the names of its classes, a class that it does not know is an error rather than
-            an object that is never found. [`~rewards.detection.TransformersDetector`] is one.
+            an object that is never found. [`~judges.detection.TransformersDetector`] is one.
         color_classifier (`Callable`, *optional*):
             Takes the crop of an object and its class, returns its color, one of `geneval.COLORS`; such as
-            [`~rewards.detection.ZeroShotColors`]. Needed for prompts with colors only.
+            [`~judges.detection.ZeroShotColors`]. Needed for prompts with colors only.
         kind (`str`, *optional*, defaults to `"partial"`):
-            `"partial"` is the share of what is asked for that is there, see [`~rewards.geneval.judge`]; `"strict"` the
+            `"partial"` is the share of what is asked for that is there, see [`~judges.geneval.judge`]; `"strict"` the
             benchmark's verdict, 1.0 or 0.0.
         threshold (`float`, *optional*, defaults to `0.3`):
             Score above which a detection counts.

@@ -85,7 +85,7 @@ def _load_geneval(
                 "each a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, or hub/NAME for your own. If a module of yours is "
                 "called geneval, rename it."
             ) from error
-    from .detection import TransformersDetector, ZeroShotColors
+    from ..judges.detection import TransformersDetector, ZeroShotColors
 
     colors = ZeroShotColors(classifier_name, device=device) if classifier_name else None
     return GenEvalReward(TransformersDetector(detector_name, device=device), colors, kind)

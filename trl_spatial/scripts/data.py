@@ -4,7 +4,9 @@ import argparse
 import json
 import sys
 
-from .utils import SpatialParser, load_dataset_dict, new_folder, pick_split
+from ..store import new_folder
+from .datasets import load_dataset_dict, pick_split
+from .parser import SpatialParser
 
 
 MAKE_EXAMPLES = """\

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..demo.settings import DemoSettings
-from .utils import SpatialParser, quick_imports
+from .parser import SpatialParser, quick_imports
 
 
 EXAMPLES = """\

@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .utils import SpatialParser, hub_dataset_name, load_dataset_dict, pick_split, quick_imports
+from .datasets import hub_dataset_name, load_prompts
+from .parser import SpatialParser, quick_imports
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from ..diffusion_grpo.config import DiffusionGRPOConfig
     from ..diffusion_grpo.trainer import DiffusionGRPOTrainer
 
@@ -215,55 +214,6 @@ def make_parser(prog: str = "trl_spatial grpo") -> SpatialParser:
     )
 
 
-def load_prompts(
-    source: str, split: str, *, config_name: str | None = None, use_only_split: bool = False
-) -> "Dataset":
-    """
-    Load prompts to train or evaluate on.
-
-    Args:
-        source (`str`):
-            A `.txt` file, `scenes:N`, or a dataset; see [`GRPOScriptArguments`].
-        split (`str`):
-            Split of the dataset or the scenes. A text file is the split `"train"`.
-        config_name (`str`, *optional*):
-            Configuration of a dataset on the Hub.
-        use_only_split (`bool`, *optional*, defaults to `False`):
-            Whether to take the only split of a source that has just one, whatever its name.
-
-    Returns:
-        [`~datasets.Dataset`] with a column `prompt`.
-
-    Raises:
-        `ValueError`: If there are no prompts or no such split.
-        `FileNotFoundError`: If there is no such file or dataset.
-    """
-    from datasets import Dataset, DatasetDict, Image
-
-    kind, _, number = source.partition(":")
-    if kind == "scenes":
-        from ..scenes import make_prompt_dataset
-
-        if not re.fullmatch(r"[0-9]+", number):
-            raise ValueError(f"The prompts are {source!r}. Say how many scenes: scenes:1000.")
-        return make_prompt_dataset(int(number), split=split)
-    if source.endswith(".txt"):
-        if not Path(source).is_file():
-            raise FileNotFoundError(f"There is no file {source}. It should hold the prompts, one per line.")
-        lines = [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines()]
-        splits = DatasetDict({"train": Dataset.from_dict({"prompt": [line for line in lines if line]})})
-    else:
-        splits = load_dataset_dict(source, config_name=config_name)
-    prompts = pick_split(splits, next(iter(splits)) if use_only_split and len(splits) == 1 else split, source)
-    if "prompt" not in prompts.column_names or len(prompts) == 0:
-        raise ValueError(
-            f"{source} has {len(prompts)} rows and the columns {', '.join(prompts.column_names)}. It needs prompts: a "
-            "column `prompt`, or lines of text in a .txt file."
-        )
-    # prompts of preference pairs come without their images, which would be decoded for every row
-    return prompts.remove_columns([name for name, kind in prompts.features.items() if isinstance(kind, Image)])
-
-
 def build_trainer(
     script_args: GRPOScriptArguments, model_args: GRPOModelArguments, training_args: "DiffusionGRPOConfig"
 ) -> "DiffusionGRPOTrainer":
@@ -271,9 +221,9 @@ def build_trainer(
     with quick_imports():
         import torch
 
-        from ..diffusion_grpo.lora import attention_lora_config
-        from ..diffusion_grpo.model_setup import large_text_encoders, load_pipeline, quantization_config
-        from ..diffusion_grpo.reward_functions import RewardFunction
+        from ..diffusion_grpo.policies.lora import attention_lora_config
+        from ..diffusion_grpo.runtime.model_setup import large_text_encoders, load_pipeline, quantization_config
+        from ..diffusion_grpo.runtime.reward_functions import RewardFunction
         from ..diffusion_grpo.trainer import DiffusionGRPOTrainer
         from ..rewards import load_reward
 
@@ -327,8 +277,8 @@ def describe_memory(
     """What `--estimate` prints: memory of the run that the arguments describe."""
     import torch
 
-    from ..diffusion_grpo.lora import attention_lora_config
-    from ..diffusion_grpo.memory import MemoryModel, describe_options, load_architecture, spatial_score_bytes
+    from ..diffusion_grpo.policies.lora import attention_lora_config
+    from ..diffusion_grpo.runtime.memory import MemoryModel, describe_options, load_architecture, spatial_score_bytes
 
     names = [*script_args.rewards, *(script_args.eval_rewards or [])]
     num_models = sum(name != "rules" and not re.fullmatch(r"[\w.]+:\w+", name) for name in names)
@@ -374,7 +324,7 @@ def train_and_compare(trainer: "DiffusionGRPOTrainer") -> None:
     Train, and measure what it changed: rewards of the evaluation prompts before and after, from the same noise, with 95 %
     intervals of the change. They are printed and written to `before_after.json` in the output folder.
     """
-    from ..evaluation.statistics import compare_rewards
+    from ..statistics import compare_rewards
 
     if trainer.eval_dataset is None:
         raise SystemExit("There is nothing to measure on: set `eval_strategy`, or use `trl_spatial grpo`.")

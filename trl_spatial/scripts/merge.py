@@ -2,7 +2,8 @@
 
 import argparse
 
-from .utils import SpatialParser, new_folder, quick_imports
+from ..store import new_folder
+from .parser import SpatialParser, quick_imports
 
 
 EXAMPLES = """\

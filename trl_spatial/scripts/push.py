@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .utils import SpatialParser, load_dataset_dict
+from .datasets import load_dataset_dict
+from .parser import SpatialParser
 
 
 if TYPE_CHECKING:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .utils import SpatialParser, hub_dataset_name, load_dataset_dict, pick_split, quick_imports
+from .datasets import hub_dataset_name, load_dataset_dict, pick_split
+from .parser import SpatialParser, quick_imports
 
 
 if TYPE_CHECKING:

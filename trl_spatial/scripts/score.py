@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .utils import SpatialParser, load_dataset_dict, pick_split, quick_imports
+from .datasets import load_dataset_dict, pick_split
+from .parser import SpatialParser, quick_imports
 
 
 if TYPE_CHECKING:

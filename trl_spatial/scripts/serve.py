@@ -6,8 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..rewards.remote import TOKEN_VARIABLE
+from .parser import SpatialParser, quick_imports
 from .space import check_port
-from .utils import SpatialParser, quick_imports
 
 
 EXAMPLES = """\

@@ -8,7 +8,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from .utils import SpatialParser, new_folder
+from ..store import new_folder
+from .parser import SpatialParser
 
 
 EXAMPLES = """\

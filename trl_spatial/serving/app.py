@@ -21,8 +21,8 @@ from PIL import Image
 from starlette.concurrency import run_in_threadpool
 
 from .. import __version__
-from ..gaussian_reward.processing import load_image
 from ..gaussian_reward.scoring import SpatialScore
+from ..preferences.images import load_image
 from .batching import Batcher, QueueFullError
 
 

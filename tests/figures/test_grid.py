@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trl_spatial.diffusion_grpo.image_grid import MAX_IMAGE_SIZE, make_image_grid, save_image_grid
+from trl_spatial.figures.grid import MAX_IMAGE_SIZE, make_image_grid, save_image_grid
 
 
 COLORS = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0), (0, 200, 200)]

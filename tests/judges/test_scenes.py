@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trl_spatial.evaluation.scenes import check_images, has_objects, pairwise_distance, summarize_checks
-from trl_spatial.evaluation.statistics import accuracy_interval
+from trl_spatial.judges.scenes import check_images, has_objects, pairwise_distance, summarize_checks
 from trl_spatial.scenes import SceneGraph, perturb, render_scene, sample_graph
+from trl_spatial.statistics import accuracy_interval
 
 
 def make_graphs(num_graphs):

@@ -8,7 +8,7 @@ from PIL import Image as PILImage
 
 from trl_spatial.data import QUANTITIES, SplitStatistics, format_report, validate_splits
 from trl_spatial.data.charts import save_statistics
-from trl_spatial.data.statistics import MAX_BINS, MAX_NAMES, kinds_of, tabulate
+from trl_spatial.data.counts import MAX_BINS, MAX_NAMES, kinds_of, tabulate
 from trl_spatial.scenes import parse_description
 
 

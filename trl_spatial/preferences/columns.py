@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Features, Image, LargeList, List, Value
 
-from .findings import Finding, Place
+from .faults import Finding, Place
 
 
 IMAGE_COLUMNS = ("chosen", "rejected")

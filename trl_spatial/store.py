@@ -71,3 +71,11 @@ class Stages:
         partial = self._file(name).with_suffix(".partial")
         partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
         partial.replace(self._file(name))
+
+
+def new_folder(path: str) -> Path:
+    """`path`, if nothing is there yet; an error otherwise, so that a command overwrites nothing."""
+    folder = Path(path)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(f"{path} exists and is not an empty folder; name another one.")
+    return folder

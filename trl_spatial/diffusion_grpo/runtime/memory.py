@@ -19,13 +19,13 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from ..hub.errors import explain_errors
-from ..hub.references import find_reference
-from .config import DiffusionGRPOConfig
+from ...generation.seeds import image_generator
+from ...hub.errors import explain_errors
+from ...hub.references import find_reference
+from ..config import DiffusionGRPOConfig
+from ..policies import DiffusionPolicy, make_policy
+from ..policies.base import NEGATIVE_PREFIX
 from .model_setup import is_large_text_encoder, prepare_transformer, sampling_options
-from .policies import DiffusionPolicy, make_policy
-from .policies.base import NEGATIVE_PREFIX
-from .rollout import image_generator
 
 
 # Bits that a weight of a linear layer takes. NF4 of bitsandbytes: 4, a scale of 8 for every 64 weights, and one of 32 for every

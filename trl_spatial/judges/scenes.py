@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from ..scenes import SceneCheck, SceneGraph, check_scene
-from .statistics import Interval, accuracy_interval, bootstrap_interval
+from ..statistics import Interval, accuracy_interval, bootstrap_interval
 
 
 def check_images(images: Sequence[Image.Image], graphs: Sequence[SceneGraph]) -> list[SceneCheck]:

@@ -13,12 +13,12 @@ from diffusers.utils import is_bitsandbytes_available
 from peft import LoraConfig
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
-from ..hub.errors import explain_errors
-from ..hub.references import find_reference
-from ..hub.safety import check_repository
+from ...hub.errors import explain_errors
+from ...hub.references import find_reference
+from ...hub.safety import check_repository
+from ..config import DiffusionGRPOConfig
+from ..policies import DiffusionPolicy, SamplingOptions
 from .checkpointing import check_exportable, has_adapter
-from .config import DiffusionGRPOConfig
-from .policies import DiffusionPolicy, SamplingOptions
 
 
 # bitsandbytes' classes of quantized weights

@@ -119,7 +119,7 @@ def bootstrap_interval(
 
     ```python
     >>> import numpy as np
-    >>> from trl_spatial.evaluation.statistics import area_under_roc_curve, bootstrap_interval
+    >>> from trl_spatial.statistics import area_under_roc_curve, bootstrap_interval
 
     >>> rng = np.random.default_rng(0)
     >>> is_noisy = rng.random(500) < 0.3
@@ -168,7 +168,7 @@ def compare_rewards(before: np.ndarray, after: np.ndarray, names: Sequence[str])
 
     ```python
     >>> import numpy as np
-    >>> from trl_spatial.evaluation.statistics import compare_rewards
+    >>> from trl_spatial.statistics import compare_rewards
 
     >>> compare_rewards(np.array([[1.0], [3.0]]), np.array([[2.0], [4.0]]), ["redness"])
     {'redness': {'before': 2.0, 'after': 3.0, 'change': 1.0, 'interval': [1.0, 1.0], 'n': 2}}

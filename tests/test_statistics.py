@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from trl_spatial.evaluation.statistics import (
+from trl_spatial.statistics import (
     accuracy_interval,
     area_under_roc_curve,
     bootstrap_interval,

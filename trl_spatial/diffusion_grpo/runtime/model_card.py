@@ -5,8 +5,8 @@ from typing import Any
 
 from peft import LoraConfig
 
-from ..hub.cards import Card, Result, training_values
-from .config import DiffusionGRPOConfig
+from ...hub.cards import Card, Result, training_values
+from ..config import DiffusionGRPOConfig
 
 
 def build_card(

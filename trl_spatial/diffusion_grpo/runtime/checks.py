@@ -6,11 +6,11 @@ from typing import Any
 from accelerate.logging import get_logger
 from datasets import Dataset
 
-from .config import DiffusionGRPOConfig
+from ...generation.seeds import image_generator
+from ..config import DiffusionGRPOConfig
+from ..policies import DiffusionPolicy, SamplingOptions
 from .monitoring import setup_warnings
-from .policies import DiffusionPolicy, SamplingOptions
 from .reward_functions import RewardFunction, RewardFunctions
-from .rollout import image_generator
 
 
 logger = get_logger(__name__)

@@ -10,6 +10,66 @@ from datasets.utils.file_utils import is_local_path, xopen
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
+MAX_ASPECT_RATIO = 200  # of the longer side of an image to the shorter: the limit of Qwen's image processor
+
+
+def open_image(image: Any) -> Image.Image:
+    """
+    Opens one image, in whatever form a dataset or a user hands it over, without decoding its pixels.
+
+    Args:
+        image (`PIL.Image.Image`, `str`, `Path`, `bytes`, `dict` or file object):
+            A PIL image, a local path, an image file or its bytes, or a row of an undecoded [`~datasets.Image`] column
+            (`{"bytes": ..., "path": ...}`).
+
+    Returns:
+        `PIL.Image.Image`: The image; a PIL image is returned as it is.
+
+    Raises:
+        `ValueError`: If the image is of another type, missing, not an image file, has no pixels, or is too narrow. The
+        message is a predicate ("has no pixels ..."), for the caller to name the row.
+    """
+    if isinstance(image, dict):
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if isinstance(image, bytes):
+        image = BytesIO(image)
+    if isinstance(image, (str, Path)) or hasattr(image, "read"):
+        try:
+            image = Image.open(image)
+        except (OSError, Image.DecompressionBombError) as error:
+            raise ValueError(f"cannot be opened ({error})") from error
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"is a {type(image).__name__}, not a PIL image, a path, bytes or a datasets Image row")
+    width, height = image.size
+    if width == 0 or height == 0:
+        raise ValueError(f"has no pixels ({width}x{height})")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(f"is too narrow ({width}x{height}): its sides differ by more than {MAX_ASPECT_RATIO} times")
+    return image
+
+
+def load_image(image: Any) -> Image.Image:
+    """
+    Opens and decodes one image.
+
+    Args:
+        image (`PIL.Image.Image`, `str`, `Path`, `bytes`, `dict` or file object):
+            As in [`open_image`].
+
+    Returns:
+        `PIL.Image.Image`: The image in RGB and upright: its EXIF orientation is applied, because left must be the
+        viewer's left.
+
+    Raises:
+        `ValueError`: As [`open_image`], or if the pixels cannot be decoded.
+    """
+    image = open_image(image)
+    try:
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot be decoded ({error})") from error
+
+
 @dataclass(frozen=True)
 class ImageFacts:
     """

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .policies.base import DiffusionPolicy, SamplingOptions
+from ...generation.seeds import image_generator
+from ..policies.base import DiffusionPolicy, SamplingOptions
+from ..rollout import sample_rollout
 from .prompt_cache import PromptCache
 from .reward_functions import RewardFunctions
-from .rollout import image_generator, sample_rollout
 
 
 @dataclass

@@ -30,9 +30,9 @@ from transformers import (
 
 from tests.detectors import build_yolos, label_options, save_yolos
 from trl_spatial.hub.safety import UnsafeRepositoryError
+from trl_spatial.judges.detection import COLOR_TEMPLATES, TransformersDetector, ZeroShotColors
+from trl_spatial.judges.geneval import COLORS
 from trl_spatial.rewards import GenEvalReward, SilentDetectorError, load_reward
-from trl_spatial.rewards.detection import COLOR_TEMPLATES, TransformersDetector, ZeroShotColors
-from trl_spatial.rewards.geneval import COLORS
 
 
 RESNET = dict(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic")

@@ -6,8 +6,8 @@ from collections import OrderedDict
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from .policies import DiffusionPolicy
-from .policies.base import NEGATIVE_PREFIX
+from ..policies import DiffusionPolicy
+from ..policies.base import NEGATIVE_PREFIX
 
 
 class PromptCache:

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from trl_spatial.demo.settings import DemoSettings
-from trl_spatial.demo.stages import Stages
+from trl_spatial.store import Stages
 
 
 TITLES = {"dig": "Digging a hole", "fill": "Filling it again"}

@@ -12,11 +12,11 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 from transformers.utils.hub import hf_api
 
-from .cards import Card
-from .checkpoints import collect_files, lacks_base_model
-from .errors import HubError
-from .references import find_repository
-from .upload import create_repository, push_files
+from ..hub.cards import Card
+from ..hub.checkpoints import collect_files, lacks_base_model
+from ..hub.errors import HubError
+from ..hub.references import find_repository
+from ..hub.upload import create_repository, push_files
 
 
 logger = get_logger(__name__)

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..preferences.images import ImageFacts
 from ..scenes import parse_description
-from .images import ImageFacts
 
 
 MAX_NAMES = 15  # of a quantity without an order that are shown; the rest is one group

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trl_spatial.judges.geneval import COLORS, MAX_OBJECTS, geneval_name
 from trl_spatial.rewards import (
     Detection,
     GenEvalReward,
@@ -18,7 +19,6 @@ from trl_spatial.rewards import (
     read_specification,
     relative_positions,
 )
-from trl_spatial.rewards.geneval import COLORS, MAX_OBJECTS, geneval_name
 from trl_spatial.scenes import Entity, PlacedObject, locate_objects, render_layout, sample_style
 from trl_spatial.scripts.grpo import load_prompts
 

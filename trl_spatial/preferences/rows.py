@@ -14,7 +14,7 @@ from datasets import Features, Image, Value
 from datasets.utils.file_utils import is_local_path
 from PIL import Image as PILImage
 
-from .processing import SpatialScoreProcessor, load_image, open_image
+from .images import load_image, open_image
 
 
 IMAGE_COLUMNS = ("chosen", "rejected")
@@ -59,7 +59,7 @@ class RowChecker:
     Tells whether a row of a preference dataset can be used.
 
     Args:
-        processor ([`SpatialScoreProcessor`]):
+        processor ([`~gaussian_reward.processing.SpatialScoreProcessor`]):
             Processor that will encode the rows.
         use_reverse_pairs (`bool`):
             Whether the `perturbed_prompt` is used too.
@@ -71,7 +71,7 @@ class RowChecker:
 
     def __init__(
         self,
-        processor: SpatialScoreProcessor,
+        processor: Any,
         *,
         use_reverse_pairs: bool,
         max_length: int | None = None,
@@ -192,7 +192,7 @@ def check_types(features: Features, columns: list[str], dataset_name: str) -> No
 def as_image_source(image: Any) -> Any:
     """
     Turns the two forms that only datasets have, Arrow buffers and remote files, into one that
-    [`~gaussian_reward.processing.load_image`] takes.
+    [`~preferences.images.load_image`] takes.
     """
     image = _content(image)
     if isinstance(image, pa.Buffer):

@@ -1,4 +1,4 @@
-"""What the commands share: the argument parser and the loading of datasets."""
+"""The argument parser of the commands."""
 
 import argparse
 import gc
@@ -8,17 +8,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from trl.scripts.utils import TrlParser
 
 from ..cli import nearest
 from ..hub.references import NAMESPACE_VARIABLE
-
-
-if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 
 @contextmanager
@@ -300,84 +296,3 @@ def _is_none(convert: Any) -> bool:
         return convert("none") is None
     except (TypeError, ValueError, argparse.ArgumentTypeError):
         return False
-
-
-def new_folder(path: str) -> Path:
-    """`path`, if nothing is there yet; an error otherwise, so that a command overwrites nothing."""
-    folder = Path(path)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(f"{path} exists and is not an empty folder; name another one.")
-    return folder
-
-
-def load_dataset_dict(
-    name_or_path: str, *, config_name: str | None = None, streaming: bool = False
-) -> "DatasetDict | IterableDatasetDict":
-    """
-    Load a dataset from wherever it is.
-
-    Args:
-        name_or_path (`str`):
-            Folder written by `save_to_disk`; a Parquet, JSON, JSON Lines or CSV file, or a folder of them; or a dataset on
-            the Hub: `ORG/NAME`, `ORG/NAME@REVISION`, or `hub/NAME` for one of your own.
-        config_name (`str`, *optional*):
-            Configuration of a dataset on the Hub.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Whether to read the rows as they are needed.
-
-    Returns:
-        [`~datasets.DatasetDict`] or, with `streaming`, [`~datasets.IterableDatasetDict`]: The dataset's splits; a file or a
-        folder without splits is the split `"train"`.
-
-    Raises:
-        `FileNotFoundError`: If `name_or_path` is neither a file or folder nor like a name on the Hub.
-        `ValueError`: If a file is of another kind, or a dataset on the Hub holds pickles or code.
-        `HubError`: If a dataset on the Hub is not there, may not be read, or cannot be reached.
-    """
-    from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
-
-    from ..hub import check_repository, explain_errors, find_reference
-
-    path = Path(name_or_path)
-    if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
-        loaded = load_from_disk(path)
-        splits = DatasetDict({"train": loaded}) if isinstance(loaded, Dataset) else loaded
-        return (
-            IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in splits.items()})
-            if streaming
-            else splits
-        )
-    builder = {".jsonl": "json"}.get(path.suffix, path.suffix.removeprefix("."))
-    if path.is_file():
-        if builder not in ("parquet", "json", "csv"):
-            raise ValueError(f"{path} is not a .parquet, .json, .jsonl or .csv file.")
-        return load_dataset(builder, data_files=str(path), streaming=streaming)
-    if path.is_dir():
-        return load_dataset(str(path), streaming=streaming)
-    if builder in ("parquet", "json", "csv"):  # a name on the Hub may have a point, but not these
-        raise FileNotFoundError(f"There is no file or folder {name_or_path}.")
-    reference = find_reference(name_or_path, kind="dataset")
-    check_repository(reference, kind="dataset")
-    with explain_errors(f"Loading the dataset {reference}"):
-        return load_dataset(reference.name, name=config_name, revision=reference.revision, streaming=streaming)
-
-
-def hub_dataset_name(name_or_path: str | None) -> str | None:
-    """Id on the Hub of what [`load_dataset_dict`] was given, or `None` if that is not on the Hub."""
-    from ..hub import find_reference
-    from ..hub.references import UnknownReferenceError
-
-    try:
-        reference = find_reference(name_or_path or "", kind="dataset")
-    except UnknownReferenceError:
-        return None
-    return None if reference.is_local else reference.name
-
-
-def pick_split(
-    splits: "DatasetDict | IterableDatasetDict", split: str, name_or_path: str
-) -> "Dataset | IterableDataset":
-    """The split named `split`; an error that lists the splits if there is none."""
-    if split not in splits:
-        raise ValueError(f"{name_or_path} has no split {split!r}; it has {', '.join(map(repr, splits))}.")
-    return splits[split]

@@ -25,22 +25,22 @@ from transformers.trainer_utils import (
     speed_metrics,
 )
 
-from ..hub.cards import SAMPLES_FILE, Card
-from ..hub.checkpoints import is_local_name
-from ..hub.training import HubTrainerMixin, dataset_split
+from ...figures.grid import save_image_grid
+from ...hub.cards import SAMPLES_FILE, Card
+from ...hub.checkpoints import is_local_name
+from ...training.hub import HubTrainerMixin, dataset_split
+from ..config import DiffusionGRPOConfig
+from ..policies import make_policy
 from . import checkpointing
 from .callbacks import RolloutProgressCallback, UpdateCallback
 from .checks import check_inputs, warn_about_deviation, with_held_out
-from .config import DiffusionGRPOConfig
 from .ema import EMA
 from .evaluation import EvaluationOutput, evaluate_policy
-from .image_grid import save_image_grid
 from .integrations import adapt_callbacks, log_image
 from .metrics import TrainingMetrics, gather_evaluation
 from .model_card import build_card
 from .model_setup import load_pipeline, prepare_transformer, prepare_vae, sampling_options, shard_transformer
 from .monitoring import HackingMonitor, StepTimer
-from .policies import make_policy
 from .processes import check_launch, fail_together
 from .prompt_cache import PromptCache
 from .reward_functions import RewardFunction, RewardFunctions, reward_metrics
@@ -57,7 +57,7 @@ class DiffusionTrainer(HubTrainerMixin):
 
     - Evaluation generates images with the averaged weights and rewards them.
     - Logs hold metrics of all processes, counts, and the time of each phase. Grids of images are saved.
-    - The exported weights are uploaded to the Hub with their card (`push_to_hub`), see [`~hub.training.HubTrainerMixin`].
+    - The exported weights are uploaded to the Hub with their card (`push_to_hub`), see [`~training.hub.HubTrainerMixin`].
     - Checkpoints hold exactly what training changes, and are marked when they are complete. Half-written ones are never
       resumed from, and older ones are deleted only when a newer one is complete. The best one is always saved and kept.
 

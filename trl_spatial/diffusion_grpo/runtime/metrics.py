@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from .advantages import group_advantages
+from ..advantages import group_advantages
 from .evaluation import EvaluationOutput
 
 

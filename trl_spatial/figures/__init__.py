@@ -1,0 +1,1 @@
+"""Pictures of pairs and of rollouts: what a person looks at."""

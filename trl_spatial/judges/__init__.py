@@ -1,0 +1,1 @@
+"""Who answers about an image: rules, detectors, checkers of scenes."""

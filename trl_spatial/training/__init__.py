@@ -1,0 +1,1 @@
+"""What the trainers share: what they upload, and what they leave in their output folder."""
