@@ -5,11 +5,14 @@ import json
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL.Image import Image
 
+from ..store import ContentStore, write_atomically
 from .charts import (
     format_share,
     pair_accuracy_dots,
@@ -81,9 +84,8 @@ def write_report(results: Mapping[str, Any], output_dir: Path) -> Path:
     page = environment.get_template("report.html.jinja").render(
         results=results, charts=draw_charts(results), change=describe_change(results)
     )
-    partial = output_dir / "report.html.partial"
-    partial.write_text(page, encoding="utf-8")
-    return partial.replace(output_dir / "report.html")
+    write_atomically(output_dir / "report.html", page)
+    return output_dir / "report.html"
 
 
 def draw_charts(results: Mapping[str, Any]) -> dict[str, str]:
@@ -125,6 +127,13 @@ def describe_change(results: Mapping[str, Any]) -> str | None:
     if before["high"] < after["low"]:
         return "rose"
     return "fell" if after["high"] < before["low"] else "stayed"
+
+
+def save_image(image: Image, output_dir: Path) -> str:
+    """Save a picture for the page: its file, relative to the output folder."""
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return f"images/{ContentStore(output_dir / 'images').put(buffer.getvalue(), '.png')}"
 
 
 def embed_image(path: Path) -> EmbeddedImage:

@@ -17,6 +17,7 @@ from ..gaussian_reward import spatial_score_lora_config
 from ..gaussian_reward.losses import preference_probability
 from ..scenes import make_preference_dataset
 from ..statistics import accuracy_interval, expected_calibration_error, reliability_bins
+from .report import save_image
 
 
 # The tiny Qwen2.5-VL that is shipped with the package: see its card beside it.
@@ -70,32 +71,31 @@ def train_reward_model(
     Returns:
         [`SpatialScore`]: the trained model.
     """
-    if not (output_dir / "adapter_model.safetensors").exists():
-        training_args = GaussianRewardConfig(
-            output_dir=str(output_dir),
-            max_steps=max_steps,
-            seed=seed,
-            # a tiny model learns with rates that would ruin a large one
-            learning_rate=2e-3,
-            lr_scheduler_type="cosine",
-            per_device_train_batch_size=32,
-            gradient_accumulation_steps=1,
-            gradient_checkpointing=False,
-            logging_steps=10,
-            save_steps=100,
-            save_total_limit=1,
-            report_to="none",
-            **({} if objective is None else {"objective": objective}),
-        )
-        trainer = GaussianRewardTrainer(
-            model=str(TINY_BACKBONE),
-            args=training_args,
-            train_dataset=dataset,
-            peft_config=spatial_score_lora_config(rank=16, alpha=32),
-        )
-        checkpoint = get_last_checkpoint(output_dir) if output_dir.exists() else None
-        trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
+    training_args = GaussianRewardConfig(
+        output_dir=str(output_dir),
+        max_steps=max_steps,
+        seed=seed,
+        # a tiny model learns with rates that would ruin a large one
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        per_device_train_batch_size=32,
+        gradient_accumulation_steps=1,
+        gradient_checkpointing=False,
+        logging_steps=10,
+        save_steps=100,
+        save_total_limit=1,
+        report_to="none",
+        **({} if objective is None else {"objective": objective}),
+    )
+    trainer = GaussianRewardTrainer(
+        model=str(TINY_BACKBONE),
+        args=training_args,
+        train_dataset=dataset,
+        peft_config=spatial_score_lora_config(rank=16, alpha=32),
+    )
+    checkpoint = get_last_checkpoint(output_dir) if output_dir.exists() else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
     return SpatialScore.from_pretrained(output_dir)
 
 
@@ -157,24 +157,20 @@ def save_examples(dataset: Dataset, scores: PairScores, output_dir: Path, num_pa
         scores ([`~evaluation.pairs.PairScores`]):
             Their scores.
         output_dir (`Path`):
-            The pictures go into its folder `pair_images`, and a sheet of each half beside it.
+            The pictures are saved in its folder `images`, and a sheet of each half beside it.
         num_pairs (`int`, *optional*, defaults to `8`):
             Number of pairs.
 
     Returns:
         `list[dict]`: prompt, files of the images, relative to `output_dir`, scores and change of each pair.
     """
-    folder = output_dir / "pair_images"
-    folder.mkdir(exist_ok=True)
     order, half = np.argsort(-scores.margin, kind="stable"), -(-num_pairs // 2)
     examples = []
     for name, indices in (("best", order[:half]), ("worst", order[::-1][:half])):
         pairs = [scored_pair(dataset[index], scores, index) for index in indices.tolist()]
         draw_pairs(pairs, title=f"Held-out pairs, {name} margins").save(output_dir / f"{name}_pairs.png")
-        for number, pair in enumerate(pairs):
-            files = {role: f"pair_images/{name}_{number}_{role}.png" for role in ("chosen", "rejected")}
-            for role, file in files.items():
-                getattr(pair, role).save(output_dir / file)
+        for pair in pairs:
+            files = {role: save_image(getattr(pair, role), output_dir) for role in ("chosen", "rejected")}
             scored = {"chosen_score": pair.chosen_score, "rejected_score": pair.rejected_score}
             examples.append({"prompt": pair.prompt, **files, **scored, "change": pair.caption})
     return examples

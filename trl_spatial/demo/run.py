@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -17,11 +16,10 @@ from datasets import Dataset
 from .. import SpatialScore
 from ..diffusion_grpo.runtime.reward_functions import RewardFunction
 from ..judges.scenes import check_images
-from ..scenes import SceneCheck
-from ..store import Stages
+from ..store import Stages, write_record
 from . import generator, reward_model
 from .cards import update_generator_card, update_reward_card
-from .report import write_report
+from .report import save_image, write_report
 from .settings import DemoSettings
 
 
@@ -53,20 +51,24 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
         `ValueError`: If the output folder holds a run with other settings.
     """
     output_dir = Path(settings.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    _check_same_run(settings, output_dir)
-    stages = Stages(output_dir / "stages", TITLES)
-    results: dict[str, Any] = {"arguments": asdict(settings) | {"output_dir": None}, "environment": describe_machine()}
+    arguments = asdict(settings) | {"output_dir": None}
+    stages = Stages(output_dir, TITLES, arguments)
+    results: dict[str, Any] = {"arguments": arguments, "environment": describe_machine()}
 
-    stages.run("pairs", partial(_make_pairs, settings, output_dir))
-    stages.run("reward", partial(_train_reward_model, settings, output_dir))
+    folders = {name: output_dir / name for name in ("pairs", "reward", "base_images", "grpo", "tuned_images")}
+    stages.run("pairs", partial(_make_pairs, settings, output_dir), outputs=[folders["pairs"]])
+    stages.run("reward", partial(_train_reward_model, settings, output_dir), outputs=[folders["reward"]])
     results["reward_model"] = stages.run("measure", partial(_measure_reward_model, settings, output_dir))
     draw = partial(_draw_and_judge, settings, output_dir)
-    before = stages.run("before", partial(draw, "base_images", None))
-    results["training"] = stages.run("grpo", partial(_train_generator, settings, output_dir))
-    after = stages.run("after", partial(draw, "tuned_images", output_dir / "grpo"))
+    before = stages.run("before", partial(draw, folders["base_images"], None), outputs=[folders["base_images"]])
+    results["training"] = stages.run(
+        "grpo", partial(_train_generator, settings, output_dir), outputs=[folders["grpo"]]
+    )
+    after = stages.run(
+        "after", partial(draw, folders["tuned_images"], folders["grpo"]), outputs=[folders["tuned_images"]]
+    )
     num_images = settings.num_prompts * generator.IMAGES_PER_PROMPT
-    update_generator_card(output_dir / "grpo", before, after, num_images)
+    update_generator_card(folders["grpo"], before, after, num_images)
     results["generator"] = {
         "num_prompts": settings.num_prompts,
         "num_images": num_images,
@@ -77,22 +79,9 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     results["examples"] = _save_examples(output_dir)
     results["stages"] = stages.times()
     results["seconds"] = round(sum(stage["seconds"] for stage in results["stages"]), 1)
-    (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_record(output_dir / "results.json", results)
     write_report(results, output_dir)
     return results
-
-
-def _check_same_run(settings: DemoSettings, output_dir: Path) -> None:
-    """An interrupted run goes on with its own settings; other settings belong into another folder."""
-    file = output_dir / "arguments.json"
-    arguments = asdict(settings) | {"output_dir": None}
-    if file.exists() and (found := json.loads(file.read_text())) != arguments:
-        changed = {key: (found.get(key), value) for key, value in arguments.items() if found.get(key) != value}
-        raise ValueError(
-            f"{output_dir} holds a run with other arguments (there, here): {changed}. Choose another --output_dir or "
-            "remove that folder."
-        )
-    file.write_text(json.dumps(arguments, indent=1) + "\n")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -135,14 +124,15 @@ def _measure_reward_model(settings: DemoSettings, output_dir: Path) -> dict[str,
     return results | {"examples": reward_model.save_examples(pairs, scores, output_dir)}
 
 
-def _draw_and_judge(settings: DemoSettings, output_dir: Path, name: str, adapter: Path | None) -> dict[str, Any]:
+def _draw_and_judge(settings: DemoSettings, output_dir: Path, folder: Path, adapter: Path | None) -> dict[str, Any]:
     drawn = generator.draw_images(
         generator.load_generator(adapter),
         generator.make_prompts(settings.num_prompts, split="test", seed=settings.seed),
         make_reward(output_dir / "reward"),
         seed=settings.seed,
     )
-    _replace_folder(output_dir / name, drawn.save_to_disk)
+    shutil.rmtree(folder, ignore_errors=True)
+    drawn.save_to_disk(folder)
     return generator.judge(drawn)
 
 
@@ -157,14 +147,6 @@ def make_reward(folder: Path) -> RewardFunction:
     return spatial_score
 
 
-def _replace_folder(folder: Path, save: Callable[[Path], Any]) -> None:
-    partial_folder = folder.with_suffix(".partial")
-    for path in (partial_folder, folder):
-        shutil.rmtree(path, ignore_errors=True)
-    save(partial_folder)
-    partial_folder.rename(folder)
-
-
 def _train_generator(settings: DemoSettings, output_dir: Path) -> dict[str, Any]:
     args = generator.grpo_config(output_dir / "grpo", max_steps=settings.grpo_steps, seed=settings.seed)
     # no more images on the way than at the end
@@ -175,8 +157,6 @@ def _train_generator(settings: DemoSettings, output_dir: Path) -> dict[str, Any]
 
 def _save_examples(output_dir: Path) -> list[dict[str, Any]]:
     """Pictures and verdicts of the first prompts, before and after."""
-    folder = output_dir / "example_images"
-    folder.mkdir(exist_ok=True)
     size = generator.IMAGES_PER_PROMPT
     drawn = {
         when: Dataset.load_from_disk(output_dir / name)
@@ -184,24 +164,21 @@ def _save_examples(output_dir: Path) -> list[dict[str, Any]]:
     }
     examples = []
     for number in range(min(NUM_SHOWN_PROMPTS, len(drawn["before"]) // size)):
-        rows = range(number * size, (number + 1) * size)
-        example: dict[str, Any] = {"prompt": drawn["before"][rows[0]]["prompt"]}
-        for when, dataset in drawn.items():
-            part = dataset.select(rows)
-            example[when] = [
-                _save_example(image, score, check, output_dir, f"example_images/{when}_{row:03d}.png")
-                for image, score, check, row in zip(
-                    part["image"],
-                    part["score"],
-                    check_images(list(part["image"]), generator.read_graphs(part["scene"])),
-                    rows,
-                    strict=True,
-                )
-            ]
-        examples.append(example)
+        parts = {when: dataset.select(range(number * size, (number + 1) * size)) for when, dataset in drawn.items()}
+        verdicts = {when: _describe_images(part, output_dir) for when, part in parts.items()}
+        examples.append({"prompt": parts["before"][0]["prompt"], **verdicts})
     return examples
 
 
-def _save_example(image: Any, score: float, check: SceneCheck, output_dir: Path, file: str) -> dict[str, Any]:
-    image.save(output_dir / file)
-    return {"image": file, "is_correct": check.is_correct, "score": score, "reasons": check.reasons}
+def _describe_images(drawn: Dataset, output_dir: Path) -> list[dict[str, Any]]:
+    images = list(drawn["image"])
+    checks = check_images(images, generator.read_graphs(drawn["scene"]))
+    return [
+        {
+            "image": save_image(image, output_dir),
+            "is_correct": check.is_correct,
+            "score": score,
+            "reasons": check.reasons,
+        }
+        for image, score, check in zip(images, drawn["score"], checks, strict=True)
+    ]

@@ -33,13 +33,14 @@ def main(settings: DemoSettings) -> None:
     try:
         with quick_imports():
             from ..demo.run import run_demo
+            from ..store import write_atomically
     except ModuleNotFoundError as error:
         raise ValueError(f"The demo needs {error.name}: pip install 'trl-spatial[demo]'") from error
 
     results = run_demo(settings)
     text = format_results(results)
     output_dir = Path(settings.output_dir)
-    (output_dir / "results.md").write_text(text, encoding="utf-8")
+    write_atomically(output_dir / "results.md", text)
     print(f"\n{text}\nWritten to {output_dir}: report.html, results.json, results.md, reward/, grpo/", flush=True)
 
 
