@@ -25,6 +25,7 @@ from ..preferences.rows import as_image_source
 from ..training.hub import HubTrainerMixin, dataset_split
 from .config import GaussianRewardConfig
 from .data import IS_REVERSE_COLUMN, ROW_COLUMN, DataCollatorForSpatialPreference, PreferencePairs, prepare_pairs
+from .kinds import SPATIAL_SCORE
 from .losses import gaussian_bradley_terry_loss
 from .model_card import EvaluatedDataset, build_card, training_settings
 from .model_setup import check_model, copy_trained_parameters, find_model, load_trainable_model, restore_fp32
@@ -111,6 +112,7 @@ class GaussianRewardTrainer(HubTrainerMixin, RewardTrainer):
 
     _tag_names = ["trl", "reward-trainer", "spatial-score"]
     _name = "Gaussian Reward"
+    _kinds = (SPATIAL_SCORE,)
 
     def __init__(
         self,

@@ -140,10 +140,8 @@ class Card:
                 for item in content.pop("results", [])
             ]
             return cls(**content, results=results)
-        except (json.JSONDecodeError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{file} is not the card of a run ({error}). Remove it, and write a README.md."
-            ) from error
+        except (ValueError, TypeError, AttributeError) as error:  # not JSON, not UTF-8, not these fields
+            raise ValueError(f"{file} is not the card of a run ({error}). Remove it and write a README.md.") from error
 
     def save(self, folder: str | Path, *, model_id: str | None = None) -> None:
         """

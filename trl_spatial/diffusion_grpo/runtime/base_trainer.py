@@ -30,6 +30,7 @@ from ...hub.cards import SAMPLES_FILE, Card
 from ...hub.checkpoints import is_local_name
 from ...training.hub import HubTrainerMixin, dataset_split
 from ..config import DiffusionGRPOConfig
+from ..kinds import LORA, TRANSFORMER
 from ..policies import make_policy
 from . import checkpointing
 from .callbacks import RolloutProgressCallback, UpdateCallback
@@ -67,6 +68,7 @@ class DiffusionTrainer(HubTrainerMixin):
     """
 
     _tag_names = ["diffusion-grpo", "spatial-rl", "trl"]
+    _kinds = (LORA, TRANSFORMER)
 
     def __init__(
         self,
