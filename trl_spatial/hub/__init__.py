@@ -1,4 +1,4 @@
-"""Names, uploads and cards: whatever has to do with the Hugging Face Hub."""
+"""The Hugging Face Hub: names of repositories, safe downloads, uploads and cards."""
 
 from .cards import Card, Result, card_template
 from .checkpoints import collect_files

@@ -94,7 +94,7 @@ def collect_files(
 ) -> dict[str, Path | bytes]:
     """
     Collects what is uploaded from the folder of a model or a Space: the files that its kind allows, and for a model the
-    card, filled in for `repo_id`, with its picture and results. A `README.md` that somebody has edited is kept.
+    card, filled in for `repo_id`, with its picture. A `README.md` that somebody has edited is kept.
 
     Args:
         folder (`str` or `Path`):
@@ -217,4 +217,4 @@ def _card_files(
         card = replace(card, base_model=None if name is None or is_local_name(name) else name)
     if license is not None:
         card = replace(card, front_matter=card.front_matter | {"license": license})
-    return {**card.files(repo_id, has_samples=bool(pictures)), **pictures, **card.result_files()}
+    return {**card.files(repo_id, has_samples=bool(pictures)), **pictures}

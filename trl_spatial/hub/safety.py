@@ -199,7 +199,7 @@ def _own_paths(private: tuple[Path, ...]) -> list[str]:
 
 
 def _find_path(text: str, paths: list[str]) -> str | None:
-    """A folder of the user that the text names, or any other path in it that is there on this machine."""
+    """A folder of the user that the text names, or any other path in it that exists on this machine."""
     if found := next((path for path in paths if path in text), None):
         return found
     named = (match[0] for match in _PATHS.finditer(text))
@@ -207,7 +207,7 @@ def _find_path(text: str, paths: list[str]) -> str | None:
 
 
 def _readable_part(name: str, source: Path | bytes) -> str:
-    """The text of a file: all of a text file, and of safetensors the header, where names and metadata are."""
+    """The text of a file: all of a text file, and the metadata of a safetensors file."""
     if name.endswith(".safetensors"):
         return _safetensors_metadata(name, source)
     if not name.endswith(_TEXT_SUFFIXES):
