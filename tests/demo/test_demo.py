@@ -152,6 +152,10 @@ def test_killed_it_goes_on_and_gives_the_same_numbers(finished, results, tmp_pat
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+    if trace == "reward":  # a checkpoint that was being written
+        (tmp_path / "reward" / "checkpoint-9").mkdir()
+        (tmp_path / "reward" / "checkpoint-9" / "trainer_state.json").write_text('{"global_step": 9')
+        (tmp_path / "reward" / "adapter_model.safetensors").touch()
     main(DemoSettings(output_dir=str(tmp_path), **SIZES))
     assert without_times(json.loads((tmp_path / "results.json").read_text())) == without_times(results)
 

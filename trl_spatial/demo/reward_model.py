@@ -1,4 +1,4 @@
-"""SpatialScore in the demo: trained on pairs of rendered scenes, and measured on held-out ones."""
+"""SpatialScore in the demo: training on pairs of rendered scenes, evaluation on held-out pairs."""
 
 import shutil
 from dataclasses import asdict
@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers.trainer_utils import get_last_checkpoint
 
 from .. import GaussianRewardConfig, GaussianRewardTrainer, SpatialScore
 from ..evaluation.pairs import PairScores, accuracy_table, score_pairs
@@ -17,6 +16,7 @@ from ..gaussian_reward import spatial_score_lora_config
 from ..gaussian_reward.losses import preference_probability
 from ..scenes import make_preference_dataset
 from ..statistics import accuracy_interval, expected_calibration_error, reliability_bins
+from ..store import read_record
 from .report import save_image
 
 
@@ -26,11 +26,11 @@ TINY_BACKBONE = Path(__file__).parents[1] / "tiny_models" / "qwen2_5_vl"
 
 def load_pairs(folder: Path, num_pairs: int, *, split: str, seed: int) -> Dataset:
     """
-    Preference pairs of rendered scenes from a folder, made first if they are not there.
+    Load preference pairs of rendered scenes from a folder, after making them if the folder does not exist.
 
     Args:
         folder (`Path`):
-            Where they are kept.
+            Folder of the pairs.
         num_pairs (`int`):
             Number of pairs.
         split (`str`):
@@ -54,7 +54,7 @@ def train_reward_model(
     dataset: Dataset, output_dir: Path, *, max_steps: int, seed: int, objective: str | None = None
 ) -> SpatialScore:
     """
-    Train a reward model from the tiny backbone, or go on with an interrupted training.
+    Train a reward model from the tiny backbone, or continue an interrupted training.
 
     Args:
         dataset (`Dataset`):
@@ -93,15 +93,17 @@ def train_reward_model(
         train_dataset=dataset,
         peft_config=spatial_score_lora_config(rank=16, alpha=32),
     )
-    checkpoint = get_last_checkpoint(output_dir) if output_dir.exists() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    # the state is the last file that is written to a checkpoint
+    complete = [folder for folder in output_dir.glob("checkpoint-*") if read_record(folder / "trainer_state.json")]
+    newest = max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+    trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     trainer.save_model()
     return SpatialScore.from_pretrained(output_dir)
 
 
 def measure(scorer: SpatialScore, dataset: Dataset) -> tuple[dict[str, Any], PairScores]:
     """
-    Measure a reward model on held-out pairs.
+    Evaluate a reward model on held-out pairs.
 
     Args:
         scorer ([`SpatialScore`]):
@@ -110,8 +112,7 @@ def measure(scorer: SpatialScore, dataset: Dataset) -> tuple[dict[str, Any], Pai
             Pairs from [`~scenes.make_preference_dataset`].
 
     Returns:
-        `tuple[dict, PairScores]`: accuracies with intervals, calibration and the flip test, as JSON holds them; and the
-        scores.
+        `tuple[dict, PairScores]`: accuracies with intervals, calibration and the flip test, as JSON; and the scores.
     """
 
     def score(prompts, images):
@@ -148,14 +149,14 @@ def preference(scores: PairScores) -> np.ndarray:
 
 def save_examples(dataset: Dataset, scores: PairScores, output_dir: Path, num_pairs: int = 8) -> list[dict[str, Any]]:
     """
-    Save pictures of the pairs with the largest and the smallest margins: half of them are those that the model finds
-    easiest, the other half those it finds hardest, the ones that it gets wrong included.
+    Save pictures of the pairs with the largest margins and of those with the smallest, which include the model's errors.
+    Each makes up half of the pairs.
 
     Args:
         dataset (`Dataset`):
             The pairs.
         scores ([`~evaluation.pairs.PairScores`]):
-            Their scores.
+            Scores of the pairs.
         output_dir (`Path`):
             The pictures are saved in its folder `images`, and a sheet of each half beside it.
         num_pairs (`int`, *optional*, defaults to `8`):
@@ -177,7 +178,7 @@ def save_examples(dataset: Dataset, scores: PairScores, output_dir: Path, num_pa
 
 
 def scored_pair(row: dict[str, Any], scores: PairScores, index: int) -> ScoredPair:
-    """A pair as it is drawn: with its scores, and what was changed."""
+    """Returns a pair for drawing, with its scores and its changes."""
     return ScoredPair(
         prompt=row["prompt"],
         chosen=row["chosen"],

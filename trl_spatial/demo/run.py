@@ -1,6 +1,5 @@
-"""The demo from its first pair to its report."""
+"""The stages of the demo, from the preference pairs to the report."""
 
-import json
 import os
 import platform
 import shutil
@@ -37,18 +36,18 @@ _SHOWN_VERSIONS = ("torch", "transformers", "trl", "diffusers", "peft", "dataset
 
 def run_demo(settings: DemoSettings) -> dict[str, Any]:
     """
-    Run the demo, or go on with an interrupted run: preference pairs → SpatialScore → base images → reinforcement
+    Run the demo, or continue an interrupted run: preference pairs → SpatialScore → base images → reinforcement
     learning with SpatialScore as the only reward → evaluation by the rules of the scenes → report.
 
     Args:
         settings ([`DemoSettings`]):
-            How large it is and where it is kept.
+            Sizes and output folder.
 
     Returns:
-        `dict`: everything that was measured; also in `results.json` in the output folder, beside `report.html`.
+        `dict`: all results, which are also in `results.json` in the output folder, beside `report.html`.
 
     Raises:
-        `ValueError`: If the output folder holds a run with other settings.
+        `ValueError`: If the output folder holds a run with other settings, or something else, or is in use.
     """
     output_dir = Path(settings.output_dir)
     arguments = asdict(settings) | {"output_dir": None}
@@ -85,7 +84,7 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """What a run ran on: kind of processor, threads, versions."""
+    """Device, threads and versions of this machine."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
     return {
         "device": device,
@@ -103,8 +102,8 @@ def _load_pairs(settings: DemoSettings, output_dir: Path, split: str) -> Dataset
 
 def _make_pairs(settings: DemoSettings, output_dir: Path) -> dict[str, int]:
     numbers = {split: len(_load_pairs(settings, output_dir, split)) for split in ("train", "test")}
-    # so that the two folders are one dataset for `datasets`, and for `trl_spatial push`
-    (output_dir / "pairs" / "dataset_dict.json").write_text(json.dumps({"splits": list(numbers)}), encoding="utf-8")
+    # makes the two folders one dataset for `datasets` and for `trl_spatial push`
+    write_record(output_dir / "pairs" / "dataset_dict.json", {"splits": list(numbers)})
     return numbers
 
 
@@ -137,26 +136,26 @@ def _draw_and_judge(settings: DemoSettings, output_dir: Path, folder: Path, adap
 
 
 def make_reward(folder: Path) -> RewardFunction:
-    """The trained reward model of a folder as a reward function that scores the images of a rollout in one batch."""
+    """Returns the reward model in a folder as a reward function that scores the images of a rollout in one batch."""
     scorer = SpatialScore.from_pretrained(folder)
 
     def spatial_score(prompts: list[str], images: list[Any], **columns: Any) -> list[float]:
         return scorer.score(prompts, images, batch_size=192, show_progress=False).mean.tolist()
 
-    spatial_score.__name__ = "SpatialScore"  # under which it is logged
+    spatial_score.__name__ = "SpatialScore"  # its name in the logs
     return spatial_score
 
 
 def _train_generator(settings: DemoSettings, output_dir: Path) -> dict[str, Any]:
     args = generator.grpo_config(output_dir / "grpo", max_steps=settings.grpo_steps, seed=settings.seed)
-    # no more images on the way than at the end
+    # at most as many images as in the final evaluation
     num_prompts = min(generator.NUM_MONITORED_PROMPTS, settings.num_prompts * generator.IMAGES_PER_PROMPT)
     reward = make_reward(output_dir / "reward")
     return generator.train_generator(generator.make_trainer(args, reward, num_monitored_prompts=num_prompts))
 
 
 def _save_examples(output_dir: Path) -> list[dict[str, Any]]:
-    """Pictures and verdicts of the first prompts, before and after."""
+    """Saves the pictures of the first prompts, before and after training, with their verdicts."""
     size = generator.IMAGES_PER_PROMPT
     drawn = {
         when: Dataset.load_from_disk(output_dir / name)

@@ -149,7 +149,9 @@ class Card:
         folder = Path(folder)
         has_samples = (folder / SAMPLES_FILE).is_file()
         for name, content in self.files(model_id or folder.absolute().name, has_samples=has_samples).items():
-            (folder / name).write_bytes(content)
+            partial = folder / f".{name}.partial"  # an interruption leaves the file as it was
+            partial.write_bytes(content)
+            partial.replace(folder / name)
 
     def files(self, model_id: str, *, has_samples: bool = False) -> dict[str, bytes]:
         """`README.md` and `card.json`, by their names; arguments as for [`~Card.render`]."""

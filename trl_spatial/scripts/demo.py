@@ -1,4 +1,4 @@
-"""`trl_spatial demo`: the whole paper on a laptop, from preference pairs to a better generator, with an exact judge."""
+"""`trl_spatial demo`: the whole method of the paper on a laptop, from preference pairs to a better generator."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,10 @@ from .parser import SpatialParser, quick_imports
 
 
 EXAMPLES = """\
-  # everything, about eight minutes on two cores
+  # the full demo, about eight minutes on two cores
   trl_spatial demo
 
-  # a glance in three minutes, into another folder
+  # a smaller one in three minutes, into another folder
   trl_spatial demo --quick --output_dir runs/glance
 
   # other pairs and prompts, and more updates of the generator
@@ -23,8 +23,8 @@ def make_parser(prog: str = "trl_spatial demo") -> SpatialParser:
     return SpatialParser(
         DemoSettings,
         prog=prog,
-        description="The whole method in a small exact world: train a spatial reward model on rendered scenes, fine-tune a "
-        "tiny FLUX by reinforcement learning with it, and let the rules of the scenes judge what it draws.",
+        description="Run the whole method on rendered scenes: train a spatial reward model, fine-tune a tiny FLUX by reinforcement "
+        "learning with it, and judge the images by exact rules. After an interruption the same command continues.",
         examples=EXAMPLES,
     )
 

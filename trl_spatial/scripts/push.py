@@ -20,7 +20,7 @@ EXAMPLES = """\
   # a dataset: Parquet with the images in it, and a card
   trl_spatial push pairs --to hub/SpatialReward --license apache-2.0
 
-  # what would be uploaded
+  # list what would be uploaded and what would stay
   trl_spatial push SpatialScore-7B --to ORG/SpatialScore-7B --dry-run
 """
 
@@ -46,7 +46,10 @@ def make_parser(prog: str = "trl_spatial push") -> SpatialParser:
     )
     parser.add_argument("--private", action="store_true", help="Make the repository private, if it is new.")
     parser.add_argument(
-        "--dry-run", "--dry_run", action="store_true", help="Show what would be uploaded, and upload nothing."
+        "--dry-run",
+        "--dry_run",
+        action="store_true",
+        help="Show what would be uploaded and what would stay, and upload nothing.",
     )
     parser.add_argument(
         "--replace",
@@ -55,13 +58,13 @@ def make_parser(prog: str = "trl_spatial push") -> SpatialParser:
     )
     parser.add_argument(
         "--base_model",
-        help="Hub id of the model that RUN was trained on, if it was trained on a local copy: ORG/NAME or hub/NAME.",
+        help="Hub id of the base model, if RUN was trained on a local copy of it: ORG/NAME or hub/NAME.",
     )
     parser.add_argument("--license", help="License for the card, as the Hub abbreviates it, for example apache-2.0.")
     parser.add_argument(
-        "--config_name", default="default", help="Of a dataset: name of the configuration in the repository."
+        "--config_name", default="default", help="For a dataset: name of its configuration in the repository."
     )
-    parser.add_argument("--max_shard_size", default="500MB", help="Of a dataset: largest size of a Parquet shard.")
+    parser.add_argument("--max_shard_size", default="500MB", help="For a dataset: largest size of a Parquet shard.")
     return parser
 
 
