@@ -77,7 +77,7 @@ class TestFiles:
             write_record(tmp_path / "file", {"new": object()})
         assert read_record(tmp_path / "file") == {"old": 1} and len(list(tmp_path.iterdir())) == 1
 
-    @pytest.mark.parametrize("content", [b"", b'{"result": [1', b"[1]", b"\xff{}", b"null"])
+    @pytest.mark.parametrize("content", [b"", b'{"result": [1', b"[1]", b"\xff{}", b"null", b"[" * 99_999])
     def test_a_damaged_record_is_none(self, tmp_path, content, capsys):
         (tmp_path / "record.json").write_bytes(content)
         assert read_record(tmp_path / "record.json") == {} == read_record(tmp_path / "missing.json")

@@ -51,7 +51,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
         record = json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         return {}
-    except ValueError:
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply
         record = None
     if not isinstance(record, dict):
         print(f"{path} is not a whole JSON object. It is treated as missing.", file=sys.stderr, flush=True)

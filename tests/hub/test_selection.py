@@ -105,7 +105,7 @@ def test_weights_are_those_of_one_model(scorer):
 
 
 @pytest.mark.parametrize("file", ["config.json", "adapter_config.json", "card.json"])
-@pytest.mark.parametrize("content", [b"", b'{"a": ', b"[1]", b"\xff\xfe", b"3"])
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"[1]", b"\xff\xfe", b"3", b"[" * 99_999])
 def test_damaged_files_are_named(scorer, file, content):
     (scorer / file).write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(str(scorer / file))) as caught:

@@ -133,7 +133,7 @@ class Card:
                 for item in content.pop("results", [])
             ]
             return cls(**content, results=results)
-        except (ValueError, TypeError, AttributeError) as error:  # not JSON, not UTF-8, not these fields
+        except (ValueError, RecursionError, TypeError, AttributeError) as error:  # no JSON object with these fields
             raise ValueError(f"{file} is not the card of a run ({error}). Remove it and write a README.md.") from error
 
     def save(self, folder: str | Path, *, model_id: str | None = None) -> None:

@@ -18,11 +18,11 @@ from .references import Reference
 
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill")
-# What trainers write beside a model for themselves, pickles among it.
+# Pickles that trainers write beside a model, and that are not read to load it.
 _TRAINING_STATE = ("training_args.bin", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
 CODE_SUFFIXES = (".py", ".so", ".dll", ".pyd", ".pyc")
 _TEXT_SUFFIXES = (".json", ".jsonl", ".md", ".txt", ".yaml", ".yml", ".jinja", ".py", ".toml", ".csv")
-# Their words are not the user's: a vocabulary may well have the token "/root".
+# Not searched for paths: a vocabulary may have the token "/root".
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt")
 _TOKENS = re.compile(
     r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}"
@@ -41,13 +41,12 @@ class UnsafeRepositoryError(ValueError):
 
 def check_repository(reference: Reference, *, kind: str) -> None:
     """
-    Refuses a repository on the Hub or a local folder of a model that could run code when it is loaded: pickles, code,
-    and settings with `auto_map`, which name classes in such code. Of a repository no more than settings has been
-    downloaded then.
+    Refuses a repository on the Hub or a model's local folder that could run code when it is loaded: one with pickles, code,
+    or settings with `auto_map`, which name classes to load from code. Only settings are downloaded for that.
 
     Args:
         reference ([`Reference`]):
-            The repository or folder. Local datasets are not looked at: they are read as Parquet, Arrow and JSON only.
+            The repository or folder. Local datasets are not checked: only data is read from them.
         kind (`str`):
             `"model"` or `"dataset"`.
 
@@ -61,7 +60,7 @@ def check_repository(reference: Reference, *, kind: str) -> None:
             files = _files_beside_weights(Path(reference.name))
             _refuse_code(reference, kind, list(files), files)
         return
-    # Offline only what was loaded before can be loaded, and it was looked at then.
+    # Offline only repositories in the cache can be loaded, which were checked when they were downloaded.
     if constants.is_offline_mode():
         return
     with explain_errors(f"Loading {reference}"):
@@ -132,7 +131,7 @@ def read_settings(file: Path) -> dict[str, Any]:
     """
     try:
         settings = json.loads(file.read_bytes())
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
         raise ValueError(f"{file} is damaged: {error}. Save or download the folder again.") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{file} is damaged: it is not a JSON object. Save or download the folder again.")
@@ -140,7 +139,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 
 def _list_files(reference: Reference, kind: str) -> list[str]:
-    # not `list_repo_files`, which waits long for a Hub that cannot be reached
+    # `list_repo_files` waits long for a Hub that cannot be reached
     api = HfApi()
     info: ModelInfo | DatasetInfo
     if kind == "dataset":
