@@ -10,7 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import DatasetInfo, HfApi, ModelInfo, constants, get_token, hf_hub_download
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download
 from huggingface_hub.errors import HTTPError
 
 from .errors import call_with_retries, explain_errors, is_connection_error
@@ -20,6 +20,7 @@ from .references import Reference
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill")
 # Pickles that trainers write beside a model, and that are not read to load it.
 _TRAINING_STATE = ("training_args.bin", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
+_SETTINGS = ("config.json", "model_index.json")  # ends of their names
 CODE_SUFFIXES = (".py", ".so", ".dll", ".pyd", ".pyc")
 _TEXT_SUFFIXES = (".json", ".jsonl", ".md", ".txt", ".yaml", ".yml", ".jinja", ".py", ".toml", ".csv")
 # Not searched for paths: a vocabulary may have the token "/root".
@@ -65,11 +66,17 @@ def check_repository(reference: Reference, *, kind: str) -> None:
         return
     with explain_errors(f"Loading {reference}"):
         try:
-            names = call_with_retries(_list_files, reference, kind, has_fallback=True)
+            # `list_repo_files` waits long for a Hub that cannot be reached
+            info: Any = call_with_retries(
+                HfApi().repo_info, reference.name, repo_type=kind, revision=reference.revision, has_fallback=True
+            )
+            names = [file.rfilename for file in info.siblings or []]
             _refuse_code(reference, kind, names, {})
             if kind == "model":
-                settings = [name for name in names if name.endswith(("config.json", "model_index.json"))]
-                _refuse_code(reference, kind, [], {name: _download(reference, name) for name in settings})
+                where: dict[str, Any] = {"repo_id": reference.name, "revision": reference.revision}
+                settings = [name for name in names if name.endswith(_SETTINGS)]
+                files = {name: Path(call_with_retries(hf_hub_download, filename=name, **where)) for name in settings}
+                _refuse_code(reference, kind, [], files)
         except HTTPError as error:
             if not is_connection_error(error):
                 raise
@@ -87,14 +94,10 @@ def _files_beside_weights(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _download(reference: Reference, name: str) -> Path:
-    return Path(call_with_retries(hf_hub_download, reference.name, name, revision=reference.revision))
-
-
 def _refuse_code(reference: Reference, kind: str, names: list[str], files: Mapping[str, Path]) -> None:
     unsafe = [name for name in names if name.lower().endswith(PICKLE_SUFFIXES + CODE_SUFFIXES)]
-    settings = [name for name in files if name.endswith(("config.json", "model_index.json"))]
-    unsafe += [f"{name} with auto_map" for name in settings if _names_code(read_settings(files[name]))]
+    settings = {name: read_settings(file) for name, file in files.items() if name.endswith(_SETTINGS)}
+    unsafe += [f"{name} with auto_map" for name, content in settings.items() if _names_code(content)]
     if not unsafe:
         return
     shown = ", ".join(sorted(unsafe)[:5]) + (f" and {len(unsafe) - 5} more" if len(unsafe) > 5 else "")
@@ -136,17 +139,6 @@ def read_settings(file: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{file} is damaged: it is not a JSON object. Save or download the folder again.")
     return settings
-
-
-def _list_files(reference: Reference, kind: str) -> list[str]:
-    # `list_repo_files` waits long for a Hub that cannot be reached
-    api = HfApi()
-    info: ModelInfo | DatasetInfo
-    if kind == "dataset":
-        info = api.dataset_info(reference.name, revision=reference.revision)
-    else:
-        info = api.model_info(reference.name, revision=reference.revision)
-    return [file.rfilename for file in info.siblings or []]
 
 
 def check_public(files: Mapping[str, Path | bytes], *, private: tuple[Path, ...] = ()) -> None:

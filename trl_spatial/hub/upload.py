@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -100,32 +101,20 @@ def push_files(
                 f"{f' and {len(others) - 5} more' if len(others) > 5 else ''}. Choose another name, or delete them in the "
                 "same commit with --replace (the repository's history keeps them)."
             )
-        return call_with_retries(_commit, api, names, others, repo_id, repo_type, message, revision)
 
+        def commit() -> str:
+            # new operations for every try: the client refuses those that it has used before
+            operations: list[Any] = [
+                CommitOperationAdd(name, source if isinstance(source, bytes) else str(source))
+                for name, source in names.items()
+            ]
+            operations += [CommitOperationDelete(name) for name in others]
+            info = api.create_commit(
+                repo_id, operations, commit_message=message, repo_type=repo_type, revision=revision
+            )
+            return str(info.commit_url)
 
-def _commit(
-    api: HfApi,
-    files: Mapping[str, Path | bytes],
-    deleted: list[str],
-    repo_id: str,
-    repo_type: str,
-    message: str,
-    revision: str | None,
-) -> str:
-    # new ones for every try: the client refuses operations that it has used before
-    additions = [
-        CommitOperationAdd(path_in_repo=name, path_or_fileobj=source if isinstance(source, bytes) else str(source))
-        for name, source in files.items()
-    ]
-    deletions = [CommitOperationDelete(path_in_repo=name) for name in deleted]
-    commit = api.create_commit(
-        repo_id=repo_id,
-        repo_type=repo_type,
-        operations=[*additions, *deletions],
-        commit_message=message,
-        revision=revision,
-    )
-    return str(commit.commit_url)
+        return call_with_retries(commit)
 
 
 def _other_files(api: HfApi, repo_id: str, repo_type: str, revision: str | None, names: set[str]) -> list[str]:
