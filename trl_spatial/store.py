@@ -150,7 +150,7 @@ class Stages:
             function (`Callable`):
                 Does the work and returns something that JSON can hold.
             outputs (`Sequence[Path]`, *optional*):
-                Files and folders that the stage leaves. If one is missing, the stage is run again.
+                Files that the stage writes. If one is missing, the stage is run again.
 
         Returns:
             What the function returned, as read back from JSON.
@@ -161,12 +161,12 @@ class Stages:
         record = read_record(self._file(name))
         missing = [path for path in outputs if not path.exists()]
         if "result" in record and not missing:
-            print(f"{title}: done before, in {record['seconds']:.0f} s", flush=True)
+            print(f"{title}: done before, in {record.get('seconds', 0):.0f} s", flush=True)
             return record["result"]
         print(f"{title}: again, since {missing[0]} is missing" if "result" in record else title, flush=True)
         for later in names[position:]:  # a later stage has used what this one now makes anew
             if "result" in (known := read_record(self._file(later))):
-                write_record(self._file(later), {"seconds": known["seconds"]})
+                write_record(self._file(later), {"seconds": known.get("seconds", 0.0)})
         started = time.perf_counter()
         record = {"seconds": record.get("seconds", 0.0)}
         try:
@@ -181,7 +181,7 @@ class Stages:
         """`name`, `title` and `seconds` of every stage that has been run; interrupted attempts count."""
         records = {name: read_record(self._file(name)) for name in self.titles}
         return [
-            {"name": name, "title": self.titles[name], "seconds": round(record["seconds"], 1)}
+            {"name": name, "title": self.titles[name], "seconds": round(record.get("seconds", 0.0), 1)}
             for name, record in records.items()
             if record
         ]
@@ -191,10 +191,7 @@ class Stages:
 
 
 def _lock(folder: Path) -> Any:
-    """
-    Holds a folder for this process. The operating system releases it when the process ends, however it ends, and child
-    processes do not hold it.
-    """
+    """Holds a folder until this process ends, however it ends. Child processes do not hold it."""
     try:
         import fcntl
     except ModuleNotFoundError:  # on Windows, where a second process is not noticed
@@ -213,7 +210,7 @@ def _lock(folder: Path) -> Any:
 
 
 def new_folder(path: str) -> Path:
-    """`path`, if nothing is there yet; an error otherwise, so that a command overwrites nothing."""
+    """Returns `path`, or raises an error if it exists and is not an empty folder, so that nothing is overwritten."""
     folder = Path(path)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"{path} exists and is not an empty folder; name another one.")

@@ -160,6 +160,15 @@ def test_killed_it_goes_on_and_gives_the_same_numbers(finished, results, tmp_pat
     assert without_times(json.loads((tmp_path / "results.json").read_text())) == without_times(results)
 
 
+def test_what_was_lost_is_made_again(finished, results, tmp_path):
+    for path in finished[0].iterdir():
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    for file in ("reward/adapter_model.safetensors", "grpo/pytorch_lora_weights.safetensors"):
+        (tmp_path / file).unlink()
+    main(DemoSettings(output_dir=str(tmp_path), **SIZES))
+    assert without_times(json.loads((tmp_path / "results.json").read_text())) == without_times(results)
+
+
 def test_other_arguments_are_refused_in_the_same_folder(folder):
     with pytest.raises(ValueError, match="num_test_pairs was 40 and is 41"):
         main(DemoSettings(output_dir=str(folder), **(SIZES | {"num_test_pairs": 41})))

@@ -41,10 +41,11 @@ def load_pairs(folder: Path, num_pairs: int, *, split: str, seed: int) -> Datase
     Returns:
         `Dataset`: as [`~scenes.make_preference_dataset`] makes it.
     """
-    if not folder.exists():
+    if not (folder / "dataset_info.json").exists():
         dataset = make_preference_dataset(num_pairs, split=split, seed=seed, num_proc=2)
         partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in (partial, folder):
+            shutil.rmtree(left, ignore_errors=True)
         dataset.save_to_disk(partial)
         partial.rename(folder)
     return Dataset.load_from_disk(folder)

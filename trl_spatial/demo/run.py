@@ -3,6 +3,7 @@
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -54,20 +55,17 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     stages = Stages(output_dir, TITLES, arguments)
     results: dict[str, Any] = {"arguments": arguments, "environment": describe_machine()}
 
-    folders = {name: output_dir / name for name in ("pairs", "reward", "base_images", "grpo", "tuned_images")}
-    stages.run("pairs", partial(_make_pairs, settings, output_dir), outputs=[folders["pairs"]])
-    stages.run("reward", partial(_train_reward_model, settings, output_dir), outputs=[folders["reward"]])
-    results["reward_model"] = stages.run("measure", partial(_measure_reward_model, settings, output_dir))
-    draw = partial(_draw_and_judge, settings, output_dir)
-    before = stages.run("before", partial(draw, folders["base_images"], None), outputs=[folders["base_images"]])
-    results["training"] = stages.run(
-        "grpo", partial(_train_generator, settings, output_dir), outputs=[folders["grpo"]]
-    )
-    after = stages.run(
-        "after", partial(draw, folders["tuned_images"], folders["grpo"]), outputs=[folders["tuned_images"]]
-    )
+    run = partial(_run_stage, stages, settings, output_dir)
+    run("pairs", _make_pairs, "pairs/train/dataset_info.json", "pairs/test/dataset_info.json")
+    run("reward", _train_reward_model, "reward/config.json", "reward/adapter_model.safetensors")
+    results["reward_model"] = run("measure", _measure_reward_model, "images")
+    draw_base = partial(_draw_and_judge, name="base_images", adapter=None)
+    before = run("before", draw_base, "base_images/dataset_info.json")
+    results["training"] = run("grpo", _train_generator, "grpo/pytorch_lora_weights.safetensors")
+    draw_tuned = partial(_draw_and_judge, name="tuned_images", adapter=output_dir / "grpo")
+    after = run("after", draw_tuned, "tuned_images/dataset_info.json")
     num_images = settings.num_prompts * generator.IMAGES_PER_PROMPT
-    update_generator_card(folders["grpo"], before, after, num_images)
+    update_generator_card(output_dir / "grpo", before, after, num_images)
     results["generator"] = {
         "num_prompts": settings.num_prompts,
         "num_images": num_images,
@@ -81,6 +79,12 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     write_record(output_dir / "results.json", results)
     write_report(results, output_dir)
     return results
+
+
+def _run_stage(
+    stages: Stages, settings: DemoSettings, output_dir: Path, name: str, function: Callable[..., Any], *outputs: str
+) -> Any:
+    return stages.run(name, partial(function, settings, output_dir), outputs=[output_dir / file for file in outputs])
 
 
 def describe_machine() -> dict[str, Any]:
@@ -123,15 +127,15 @@ def _measure_reward_model(settings: DemoSettings, output_dir: Path) -> dict[str,
     return results | {"examples": reward_model.save_examples(pairs, scores, output_dir)}
 
 
-def _draw_and_judge(settings: DemoSettings, output_dir: Path, folder: Path, adapter: Path | None) -> dict[str, Any]:
+def _draw_and_judge(settings: DemoSettings, output_dir: Path, name: str, adapter: Path | None) -> dict[str, Any]:
     drawn = generator.draw_images(
         generator.load_generator(adapter),
         generator.make_prompts(settings.num_prompts, split="test", seed=settings.seed),
         make_reward(output_dir / "reward"),
         seed=settings.seed,
     )
-    shutil.rmtree(folder, ignore_errors=True)
-    drawn.save_to_disk(folder)
+    shutil.rmtree(output_dir / name, ignore_errors=True)
+    drawn.save_to_disk(output_dir / name)
     return generator.judge(drawn)
 
 

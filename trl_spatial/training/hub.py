@@ -69,6 +69,13 @@ class HubTrainerMixin(Trainer):
         self._is_resumed = bool(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _run_epoch(self, *args, **kwargs):
+        # resumed from its last checkpoint, a training is over, but the parent would make one more update
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def push_to_hub(
         self,
         commit_message: str | None = "End of training",
