@@ -39,7 +39,6 @@ TINY = dict(
     learning_rate=1e-2,
     lr_scheduler_type="linear",
     ema_steps=2,
-    num_logged_images=0,
     gradient_checkpointing=False,
     max_steps=4,
     use_cpu=True,
@@ -142,9 +141,6 @@ CASES = {
     "in the middle of a second iteration": dict(
         gradient_accumulation_steps=1, steps_per_generation=2, num_iterations=2, ratio_norm=True, max_steps=6
     ),
-    "log-probs of the rollout": dict(
-        gradient_accumulation_steps=1, steps_per_generation=3, old_log_probs="rollout", rollout_batch_size=3
-    ),
     "full fine-tuning": dict(is_full=True, beta=0.0, learning_rate=1e-4, top_k=None, num_generations=2),
     "bf16, recomputed, a window": dict(
         bf16=True, gradient_checkpointing=True, sde_window_size=1, sde_window_range=[0, 2], dynamics="cps"
@@ -170,7 +166,7 @@ def test_interrupted_training_goes_on_bit_for_bit(make_trainer, tmp_path, case):
 
 def test_evaluating_and_saving_do_not_change_training(make_trainer, tmp_path, whole_run):
     make_trainer("plain", save_steps=4, eval_strategy="no").train()
-    make_trainer("busy", save_steps=4, eval_strategy="steps", eval_steps=1, num_logged_images=2).train()
+    make_trainer("busy", save_steps=4, eval_strategy="steps", eval_steps=1).train()
     for name in ("trained_weights.safetensors", "ema.safetensors"):
         plain, *others = (
             folder / "checkpoint-4" / name for folder in (tmp_path / "plain", tmp_path / "busy", whole_run)

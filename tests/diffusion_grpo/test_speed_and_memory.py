@@ -17,7 +17,6 @@ from trl_spatial.diffusion_grpo.runtime.model_setup import (
     large_text_encoders,
     load_pipeline,
     prepare_transformer,
-    prepare_vae,
     quantization_config,
     transformer_quantization,
 )
@@ -47,7 +46,6 @@ def train(folder, family, **kwargs):
         width=16,
         num_inference_steps=3,
         max_sequence_length=MAX_SEQUENCE_LENGTH,
-        num_logged_images=0,
         ema_decay=0.0,
         max_steps=2,
         save_strategy="no",
@@ -79,7 +77,7 @@ def brightness(prompts, images, **columns):
 
 
 @pytest.mark.parametrize("name", GUIDED)
-def test_an_offloaded_vae_decodes_elsewhere_and_comes_back(tmp_path, name):
+def test_an_offloaded_vae_decodes_elsewhere_and_comes_back(name):
     policy = FAMILIES[name].make_policy()
     moves = []
     move = type(policy.vae).to
@@ -91,29 +89,27 @@ def test_an_offloaded_vae_decodes_elsewhere_and_comes_back(tmp_path, name):
 
     before = decode(policy)
     policy.vae.__class__ = Recorded
-    prepare_vae(policy, make_args(tmp_path, offload_vae=True))
-    assert moves.pop() == "cpu" and policy.vae_device == torch.device("cpu")
-    policy.vae_device = torch.device(
-        "meta"
-    )  # a device without contents: an image cannot be made there, weights are lost
+    policy.offload_vae(torch.device("meta"))  # without contents: an image cannot be made there, weights are lost
+    assert moves.pop() == "cpu"
     with pytest.raises(NotImplementedError):
         decode(policy)
     assert moves[0] == "meta" and moves[-1] == "cpu"
 
     policy = FAMILIES[name].make_policy()
-    prepare_vae(policy, make_args(tmp_path, offload_vae=True))
+    policy.offload_vae(torch.device("cpu"))
     assert all(torch.equal(a, b) for a, b in zip(before, decode(policy), strict=True))
 
 
 @pytest.mark.parametrize("name", GUIDED)
-def test_slicing_changes_nothing_and_tiling_little(tmp_path, name):
+def test_slicing_changes_nothing_and_tiling_little(name):
     policy = FAMILIES[name].make_policy()
     whole = decode(policy, size=64)
-    prepare_vae(policy, make_args(tmp_path, vae_slicing=True))
-    assert policy.vae.use_slicing
+    options = GRPOModelArguments(vae_slicing=True)
+    options.set_up_vae(policy.vae)
+    assert policy.vae.use_slicing and not policy.vae.use_tiling
     for a, b in zip(whole, decode(policy, size=64), strict=True):
         assert (a - b).abs().max() <= 1  # grey levels: convolutions of one image may round differently
-    prepare_vae(policy, make_args(tmp_path, vae_tiling=True))
+    GRPOModelArguments(vae_tiling=True).set_up_vae(policy.vae)
     assert policy.vae.use_tiling
     tiled = decode(policy, size=64)
     # Weights are random, so that norms over a tile are not those over an image: nearer to its image than to the other one

@@ -213,7 +213,7 @@ def test_a_pipeline_is_loaded_from_a_folder(make_trainer, flux_folder):
 
 
 def test_image_grids_are_saved(make_trainer, tmp_path):
-    trainer = make_trainer(eval_dataset=ROWS, num_logged_images=2, eval_strategy="steps", eval_steps=1, max_steps=11)
+    trainer = make_trainer(eval_dataset=ROWS, eval_strategy="steps", eval_steps=1, max_steps=11)
     trainer.train()
     files = sorted(path.name for path in (tmp_path / "run" / "images").iterdir())
     grids = [f"eval_{step:06d}.png" for step in range(1, 12)]
@@ -225,7 +225,7 @@ def test_image_grids_are_saved(make_trainer, tmp_path):
 
 
 def test_no_grids_if_not_wanted(make_trainer, tmp_path):
-    make_trainer(num_logged_images=0).train()
+    make_trainer(logging_strategy="no").train()
     assert not (tmp_path / "run" / "images").exists()
 
 

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 
 from .. import SpatialScore
-from ..diffusion_grpo.runtime.reward_functions import RewardFunction
+from ..diffusion_grpo.reward_functions import RewardFunction
 from ..judges.scenes import check_images
 from ..scenes import SceneCheck
 from ..store import Stages
