@@ -128,5 +128,6 @@ class RolloutBuffer:
         cls, tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any], device: torch.device
     ) -> "RolloutBuffer":
         """Undoes [`~RolloutBuffer.state`]."""
-        values = {**rest, **{name: tensor.to(device) for name, tensor in tensors.items()}}
+        # Copies: tensors in a mapped file may lie at other addresses than those of training, where kernels round differently
+        values = {**rest, **{name: tensor.to(device, copy=True) for name, tensor in tensors.items()}}
         return cls(**{**values, "trained_steps": tuple(rest["trained_steps"])})
