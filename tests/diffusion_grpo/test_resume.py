@@ -284,8 +284,8 @@ class TestExport:
         return [
             pipeline(
                 prompt,
-                height=args.eval_height,
-                width=args.eval_width,
+                height=args.eval_height or args.height,
+                width=args.eval_width or args.width,
                 num_inference_steps=args.eval_num_inference_steps,
                 guidance_scale=args.guidance_scale,
                 max_sequence_length=args.max_sequence_length,
@@ -296,7 +296,8 @@ class TestExport:
 
     def assert_same(self, ours, theirs):
         for one, other in zip(ours, theirs, strict=True):
-            assert np.array_equal(np.asarray(one), np.asarray(other))
+            # grey levels: loaded weights lie at other addresses, where kernels round differently
+            assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1
 
     @pytest.mark.parametrize("ema_decay", [0.9, 0.0])
     def test_adapters_loaded_by_diffusers_draw_the_evaluation_images(
@@ -305,7 +306,7 @@ class TestExport:
         trainer, images = self.evaluate(make_trainer, ema_decay=ema_decay)
         pipeline = FluxPipeline.from_pretrained(flux_folder)
         untrained = self.draw(pipeline, trainer.args)
-        assert not np.array_equal(np.asarray(untrained[0]), np.asarray(images[0]))
+        assert np.abs(np.asarray(untrained[0]).astype(int) - np.asarray(images[0])).max() > 1
         pipeline.load_lora_weights(tmp_path / "run" / "checkpoint-2")
         self.assert_same(self.draw(pipeline, trainer.args), images)
         # the model that is saved by hand is the same

@@ -1,6 +1,7 @@
 """The algorithm: what is sampled, selected, trained on, and how much it costs. Tiny FLUX pipelines on the CPU."""
 
 import copy
+import itertools
 import logging
 import math
 
@@ -165,7 +166,7 @@ def paper_loss(pipeline, sigmas, rollout, prompts, advantages, args, old=None):
     num_images, sigmas = len(prompts), sigmas.tolist()
     prompt_embeds, pooled_embeds, text_ids = pipeline.encode_prompt(prompts, max_sequence_length=16)
     image_ids = pipeline._prepare_latent_image_ids(num_images, 2, 2, "cpu", torch.float32)
-    sizes = [t - t_next for t, t_next in zip(sigmas[:-2], sigmas[1:-1], strict=True)]
+    sizes = [t - t_next for t, t_next in itertools.pairwise(sigmas[:-1])]
     losses, kls, policies = [], [], []
     for step, h in enumerate(sizes):
         t, t_next = sigmas[step : step + 2]

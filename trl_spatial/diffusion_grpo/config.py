@@ -1,5 +1,7 @@
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
@@ -35,6 +37,10 @@ _RANGES: dict[str, tuple[float, float, str | None]] = {
     "weight_decay": (0, 1, "a number from 0 to 1"),
     "max_grad_norm": (0, 1e6, "a number from 0 (no clipping) to 1e6"),
 }
+
+
+def _option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
+    return field(default=default, metadata={"help": text} | ({} if choices is None else {"choices": list(choices)}))
 
 
 @dataclass
@@ -104,8 +110,7 @@ class DiffusionGRPOConfig(TrainingArguments):
             weighted equally with weight `1.0`. Images that lack a reward which others of their group have are not learnt
             from, see [`~advantages.combine_rewards`].
         scale_rewards (`str`, *optional*, defaults to `"group"`):
-            By what the centred rewards are divided: the std of their `"group"`, of the whole `"batch"`, or nothing
-            (`"none"`).
+            By what the centred rewards are divided: the std of their `"group"`, of the `"batch"`, or nothing, `"none"`.
         multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
             What to do with several rewards: `"sum_then_normalize"` makes one reward of them first;
             `"normalize_then_sum"` makes advantages of each, so that a hard reward is not stalled by an easy one.
@@ -133,8 +138,7 @@ class DiffusionGRPOConfig(TrainingArguments):
             old one, and would move further still ([Flow-DPPO](https://huggingface.co/papers/2606.11025); 1e-5 there).
             If `None`, ratios are clipped.
         beta (`float`, *optional*, defaults to `0.01`):
-            KL coefficient. The reference policy is the transformer with its adapters disabled. If `0.0`, it is not
-            scored.
+            KL coefficient. The reference policy is the transformer without its adapters. If `0.0`, it is not scored.
         kl_estimator (`str`, *optional*, defaults to `"exact"`):
             `"exact"`: KL divergence of the Gaussians of a step; `"velocity"`: mean squared difference of the
             velocities, which does not depend on the sampler.
@@ -183,178 +187,123 @@ class DiffusionGRPOConfig(TrainingArguments):
     """
 
     # Parameters whose default values are overridden from TrainingArguments
-    learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "The scheduler type to use."})
-    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay for AdamW."})
-    per_device_train_batch_size: int = field(
-        default=4, metadata={"help": "Number of kept images per device and forward pass in training."}
+    learning_rate: float = _option(3e-4, "The initial learning rate for AdamW.")
+    lr_scheduler_type: str = _option("constant", "The scheduler type to use.")
+    weight_decay: float = _option(1e-4, "Weight decay for AdamW.")
+    per_device_train_batch_size: int = _option(4, "Number of kept images per device and forward pass in training.")
+    gradient_accumulation_steps: int = _option(24, "Number of forward passes per trained denoising step and update.")
+    logging_steps: float = _option(1, "Log every X updates steps. If smaller than 1, the share of all steps.")
+    logging_nan_inf_filter: bool = _option(False, "Whether to leave losses that are not a number out of the logs.")
+    remove_unused_columns: bool = _option(
+        False,
+        "Whether to keep only the column 'prompt'. Reward functions get the columns.",
     )
-    gradient_accumulation_steps: int = field(
-        default=24, metadata={"help": "Number of forward passes per trained denoising step and update."}
+    metric_for_best_model: str | None = _option(
+        "reward",
+        "The metric of evaluation by which the best checkpoint is chosen.",
     )
-    logging_steps: float = field(
-        default=1, metadata={"help": "Log every X updates steps. If smaller than 1, the share of all steps."}
+    gradient_checkpointing: bool | None = _option(
+        True,
+        "Whether to recompute activations in the backward pass instead of storing them.",
     )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Whether to leave losses that are not a number out of the logs."}
-    )
-    remove_unused_columns: bool = field(
-        default=False,
-        metadata={"help": "Whether to keep only the column 'prompt'. Reward functions get the columns."},
-    )
-    metric_for_best_model: str | None = field(
-        default="reward", metadata={"help": "The metric of evaluation by which the best checkpoint is chosen."}
-    )
-    gradient_checkpointing: bool | None = field(
-        default=True,
-        metadata={"help": "Whether to recompute activations in the backward pass instead of storing them."},
-    )
-    bf16: bool | None = field(
-        default=None,
-        metadata={"help": "Whether to use bf16 mixed precision. If not set, when the GPU supports it."},
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Whether DistributedDataParallel looks for parameters without gradient."}
+    bf16: bool | None = _option(None, "Whether to use bf16 mixed precision. If not set, when the GPU supports it.")
+    ddp_find_unused_parameters: bool | None = _option(
+        False,
+        "Whether DistributedDataParallel looks for parameters without gradient.",
     )
 
     # Parameters that control the rollout
-    num_generations: int = field(default=24, metadata={"help": "Number of images per prompt, the size of a group."})
-    steps_per_generation: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of forward passes per trained denoising step over which the kept images of a rollout are "
-            "spread. If `None`, it defaults to `gradient_accumulation_steps`."
-        },
+    num_generations: int = _option(24, "Number of images per prompt, the size of a group.")
+    steps_per_generation: int | None = _option(
+        None,
+        "Number of forward passes per trained denoising step over which the kept images of a rollout are spread. If "
+        "`None`, it defaults to `gradient_accumulation_steps`.",
     )
-    rollout_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of images that a device samples at once. If `None`, it defaults to "
-            "`per_device_train_batch_size`."
-        },
+    rollout_batch_size: int | None = _option(
+        None,
+        "Number of images that a device samples at once. If `None`, it defaults to `per_device_train_batch_size`.",
     )
-    num_inference_steps: int = field(default=6, metadata={"help": "Number of denoising steps in training."})
-    guidance_scale: float = field(
-        default=3.5,
-        metadata={
-            "help": "Guidance, the same in rollout, training and evaluation: an input of FLUX.1-dev, the scale of "
-            "classifier-free guidance of the other families (`1.0`, for Z-Image `0.0`, means none; above, twice the "
-            "passes through the transformer)."
-        },
+    num_inference_steps: int = _option(6, "Number of denoising steps in training.")
+    guidance_scale: float = _option(
+        3.5,
+        "Guidance, the same in rollout, training and evaluation: an input of FLUX.1-dev, the scale of classifier-free "
+        "guidance of the other families (`1.0`, for Z-Image `0.0`, means none; above, twice the passes through the "
+        "transformer).",
     )
-    height: int = field(default=512, metadata={"help": "Height of the images in training, in pixels."})
-    width: int = field(default=512, metadata={"help": "Width of the images in training, in pixels."})
-    max_sequence_length: int = field(
-        default=512,
-        metadata={
-            "help": "The most tokens a prompt may have, and what some families pad to. A longer one is an error."
-        },
+    height: int = _option(512, "Height of the images in training, in pixels.")
+    width: int = _option(512, "Width of the images in training, in pixels.")
+    max_sequence_length: int = _option(
+        512,
+        "The most tokens a prompt may have, and what some families pad to. A longer one is an error.",
     )
-    dynamics: str = field(
-        default="flow_sde",
-        metadata={"help": "How noise is added to a denoising step.", "choices": list(_CHOICES["dynamics"])},
+    dynamics: str = _option("flow_sde", "How noise is added to a denoising step.", _CHOICES["dynamics"])
+    noise_level: float = _option(0.9, "How much noise a denoising step gets.")
+    sde_window_size: int | None = _option(
+        None,
+        "Number of consecutive steps that are stochastic and trained. If `None`, all but the last step.",
     )
-    noise_level: float = field(default=0.9, metadata={"help": "How much noise a denoising step gets."})
-    sde_window_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of consecutive steps that are stochastic and trained. If `None`, all but the last step."
-        },
-    )
-    sde_window_range: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "The steps `first last_exclusive` within which the window lies. If `None`, the first half of the "
-            "steps."
-        },
+    sde_window_range: list[int] | None = _option(
+        None,
+        "The steps `first last_exclusive` within which the window lies. If `None`, the first half of the steps.",
     )
 
     # Parameters that control the rewards and advantages
-    top_k: int | None = field(
-        default=6,
-        metadata={
-            "help": "Only the `top_k` best and the `top_k` worst images of a group are trained on. If `None`, all are."
-        },
+    top_k: int | None = _option(
+        6,
+        "Only the `top_k` best and the `top_k` worst images of a group are trained on. If `None`, all are.",
     )
-    advantage_scope: str = field(
-        default="kept",
-        metadata={
-            "help": "Over which images of a group mean and std of the rewards are computed.",
-            "choices": list(_CHOICES["advantage_scope"]),
-        },
+    advantage_scope: str = _option(
+        "kept",
+        "Over which images of a group mean and std of the rewards are computed.",
+        _CHOICES["advantage_scope"],
     )
-    reward_weights: list[float] | None = field(
-        default=None,
-        metadata={"help": "Weights for each reward function. If `None`, all rewards are weighted equally."},
+    reward_weights: list[float] | None = _option(
+        None,
+        "Weights for each reward function. If `None`, all rewards are weighted equally.",
     )
-    scale_rewards: str = field(
-        default="group",
-        metadata={
-            "help": "By what the centred rewards are divided: the std of their group, of the batch, or nothing.",
-            "choices": list(_CHOICES["scale_rewards"]),
-        },
+    scale_rewards: str = _option(
+        "group",
+        "By what the centred rewards are divided: the std of their group, of the batch, or nothing.",
+        _CHOICES["scale_rewards"],
     )
-    multi_objective_aggregation: str = field(
-        default="sum_then_normalize",
-        metadata={
-            "help": "Whether several rewards are summed before or after they are normalised.",
-            "choices": list(_CHOICES["multi_objective_aggregation"]),
-        },
+    multi_objective_aggregation: str = _option(
+        "sum_then_normalize",
+        "Whether several rewards are summed before or after they are normalised.",
+        _CHOICES["multi_objective_aggregation"],
     )
-    overlap_rewards: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether images are rewarded while the next batch of the rollout is drawn: for rewards of a server, "
-            "of another device or of the CPU."
-        },
+    overlap_rewards: bool = _option(
+        False,
+        "Whether images are rewarded while the next batch of the rollout is drawn: for rewards of a server, of another"
+        " device or of the CPU.",
     )
 
     # Parameters that control the loss
-    num_iterations: int = field(
-        default=1, metadata={"help": "Number of times that every kept image is trained on (μ in the algorithm)."}
+    num_iterations: int = _option(1, "Number of times that every kept image is trained on (μ in the algorithm).")
+    epsilon: float = _option(1e-4, "Epsilon value for clipping.")
+    epsilon_high: float | None = _option(
+        None,
+        "Upper-bound epsilon value for clipping. If not specified, it defaults to `epsilon`.",
     )
-    epsilon: float = field(default=1e-4, metadata={"help": "Epsilon value for clipping."})
-    epsilon_high: float | None = field(
-        default=None,
-        metadata={"help": "Upper-bound epsilon value for clipping. If not specified, it defaults to `epsilon`."},
+    ratio_norm: bool = _option(False, "Whether the negative bias of the log ratio is added back (GRPO-Guard).")
+    kl_mask: float | None = _option(
+        None,
+        "Instead of clipping, drop terms that moved further than this KL divergence and move further away (Flow-DPPO).",
     )
-    ratio_norm: bool = field(
-        default=False,
-        metadata={"help": "Whether the negative bias of the log ratio is added back (GRPO-Guard)."},
-    )
-    kl_mask: float | None = field(
-        default=None,
-        metadata={
-            "help": "Instead of clipping, drop terms that moved further than this KL divergence and move further away "
-            "(Flow-DPPO)."
-        },
-    )
-    beta: float = field(
-        default=0.01, metadata={"help": "KL coefficient. If `0.0`, the reference policy is not scored."}
-    )
-    kl_estimator: str = field(
-        default="exact",
-        metadata={
-            "help": "KL divergence of the Gaussians of a step, or mean squared difference of the velocities.",
-            "choices": list(_CHOICES["kl_estimator"]),
-        },
+    beta: float = _option(0.01, "KL coefficient. If `0.0`, the reference policy is not scored.")
+    kl_estimator: str = _option(
+        "exact",
+        "KL divergence of the Gaussians of a step, or mean squared difference of the velocities.",
+        _CHOICES["kl_estimator"],
     )
 
     # Parameters that control the weights that are evaluated and exported
-    ema_decay: float = field(
-        default=0.9,
-        metadata={"help": "Decay of the moving average of the trained weights. `0.0` means no average."},
-    )
-    ema_steps: int = field(default=8, metadata={"help": "Number of updates between two updates of the average."})
+    ema_decay: float = _option(0.9, "Decay of the moving average of the trained weights. `0.0` means no average.")
+    ema_steps: int = _option(8, "Number of updates between two updates of the average.")
 
     # Parameters that control the evaluation
-    eval_num_inference_steps: int = field(default=28, metadata={"help": "Number of denoising steps in evaluation."})
-    eval_height: int | None = field(
-        default=None, metadata={"help": "Height of the images in evaluation. If `None`, it defaults to `height`."}
-    )
-    eval_width: int | None = field(
-        default=None, metadata={"help": "Width of the images in evaluation. If `None`, it defaults to `width`."}
-    )
+    eval_num_inference_steps: int = _option(28, "Number of denoising steps in evaluation.")
+    eval_height: int | None = _option(None, "Height of the images in evaluation. If `None`, it defaults to `height`.")
+    eval_width: int | None = _option(None, "Width of the images in evaluation. If `None`, it defaults to `width`.")
 
     def __post_init__(self):
         if self.bf16 is None:

@@ -27,7 +27,7 @@ class RewardFunctions:
     Args:
         reward_funcs (`Callable` or `list[Callable]`):
             The functions. Each is logged under its `__name__`, or the name of its class if it has none; functions of
-            one name are told apart by a number.
+            one name get a number.
         weights (`list[float]`, *optional*):
             Weight of each function in the sum. If `None`, each counts `1.0`.
 

@@ -13,7 +13,7 @@ class QwenImagePolicy(DiffusionPolicy):
     Qwen-Image: `QwenImagePipeline` ([Qwen-Image Technical Report](https://huggingface.co/papers/2508.02324)).
 
     Its guidance is classifier-free: our `guidance_scale` is what the pipeline calls `true_cfg_scale`. Prompts are as long
-    as they are, and a mask tells them from padding.
+    as they are, and a mask sets them apart from padding.
     """
 
     pipeline_class = "QwenImagePipeline"
