@@ -115,7 +115,7 @@ OTHER_FAMILIES = {
     "qwen_image": {
         "model_name_or_path": "Qwen/Qwen-Image",
         **{"guidance_scale": 4.0, "num_inference_steps": 10, "eval_num_inference_steps": 50},
-        **{"noise_level": 1.2, "sde_window_size": 2, "sde_window_range": [0, 5]},
+        **{"noise_level": 1.2, "sde_window_size": 2, "sde_window_range": None},
     },
     "sd3": {
         "model_name_or_path": "stabilityai/stable-diffusion-3.5-medium",

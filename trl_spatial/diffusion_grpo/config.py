@@ -68,7 +68,7 @@ class DiffusionGRPOConfig(TrainingArguments):
             multiple of `gradient_accumulation_steps`. If `None`, it defaults to `gradient_accumulation_steps`: one
             update per rollout.
         rollout_batch_size (`int`, *optional*):
-            Number of images that a device samples at once. If `None`, it defaults to `per_device_train_batch_size`.
+            Number of images that a device samples at once. If `None`, `per_device_train_batch_size`.
         num_inference_steps (`int`, *optional*, defaults to `6`):
             Number of denoising steps in training.
         guidance_scale (`float`, *optional*, defaults to `3.5`):
@@ -125,10 +125,9 @@ class DiffusionGRPOConfig(TrainingArguments):
         num_iterations (`int`, *optional*, defaults to `1`):
             Number of times that every kept image is trained on (denoted as μ in the algorithm).
         epsilon (`float`, *optional*, defaults to `1e-4`):
-            Epsilon value for clipping. Log-probs are means over the latent elements, so it is far smaller than for
-            language models.
+            Epsilon value for clipping; far smaller than for language models, as log-probs are means over latent elements.
         epsilon_high (`float`, *optional*):
-            Upper-bound epsilon value for clipping. If not specified, it defaults to the same value as `epsilon`.
+            Upper-bound epsilon value for clipping. If `None`, it defaults to `epsilon`.
         ratio_norm (`bool`, *optional*, defaults to `False`):
             Whether the negative bias of the log ratio is added back, and the denoising steps get equal weight
             ([GRPO-Guard](https://huggingface.co/papers/2510.22319)). Without it the upper clip almost never fires
@@ -177,8 +176,7 @@ class DiffusionGRPOConfig(TrainingArguments):
     > - `bf16`: Defaults to `True` if the GPU supports it, else to `False`, so that training also starts on a CPU.
     > - `ddp_find_unused_parameters`: Defaults to `False`.
     >
-    > `torch_compile` compiles the transformer's repeated blocks, each kind once, and not the whole model;
-    > `torch_compile_backend` and `torch_compile_mode` apply to them.
+    > `torch_compile`, with its backend and mode, compiles the transformer's repeated blocks, each kind once.
     >
     > How the pipeline's models run is set on the pipeline that the trainer gets: `pipeline.vae.enable_slicing()`,
     > `pipeline.vae.enable_tiling()`, `pipeline.transformer.set_attention_backend(...)`; `trl_spatial grpo` has options for
@@ -242,9 +240,11 @@ class DiffusionGRPOConfig(TrainingArguments):
         None,
         "Number of consecutive steps that are stochastic and trained. If `None`, all but the last step.",
     )
-    sde_window_range: list[int] | None = _option(
-        None,
-        "The steps `first last_exclusive` within which the window lies. If `None`, the first half of the steps.",
+    sde_window_range: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "The steps `first last_exclusive` within which the window lies. If `None`, the first half of the steps."
+        },
     )
 
     # Parameters that control the rewards and advantages
@@ -257,9 +257,9 @@ class DiffusionGRPOConfig(TrainingArguments):
         "Over which images of a group mean and std of the rewards are computed.",
         _CHOICES["advantage_scope"],
     )
-    reward_weights: list[float] | None = _option(
-        None,
-        "Weights for each reward function. If `None`, all rewards are weighted equally.",
+    reward_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "Weights for each reward function. If `None`, all rewards are weighted equally."},
     )
     scale_rewards: str = _option(
         "group",
