@@ -262,15 +262,9 @@ def build_trainer(
 
     dtype = getattr(torch, model_args.dtype or ("bfloat16" if training_args.bf16 else "float32"))
     # the quick things first: what is misspelt should be reported before a model of 24 GB is loaded
-    quantization = quantization_config(
-        model_args.quantization,
-        dtype,
-        text_encoders=(
-            large_text_encoders(model_args.model_name_or_path, revision=model_args.revision)
-            if model_args.load_text_encoders_in_4bit
-            else ()
-        ),
-    )
+    name, revision = model_args.model_name_or_path, model_args.revision
+    encoders = large_text_encoders(name, revision=revision) if model_args.load_text_encoders_in_4bit else ()
+    quantization = quantization_config(model_args.quantization, dtype, text_encoders=encoders)
     train_dataset = load_prompts(
         script_args.dataset, script_args.dataset_train_split, config_name=script_args.dataset_config
     )
@@ -283,12 +277,14 @@ def build_trainer(
             use_only_split=script_args.eval_dataset is not None,
         )
     device = script_args.reward_device or training_args.device
-    rewards: list[RewardFunction] = [load_reward(name, device=device) for name in script_args.rewards]
-    eval_rewards: list[RewardFunction] = [load_reward(name, device=device) for name in script_args.eval_rewards or []]
+    rewards: list[RewardFunction] = [load_reward(reward, device=device) for reward in script_args.rewards]
+    eval_rewards: list[RewardFunction] = [
+        load_reward(reward, device=device) for reward in script_args.eval_rewards or []
+    ]
     pipeline = load_pipeline(
-        model_args.model_name_or_path,
+        name,
         dtype,
-        revision=model_args.revision,
+        revision=revision,
         quantization_config=quantization,
         attention_backend=model_args.attention_backend,
     )
