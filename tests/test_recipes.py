@@ -114,17 +114,17 @@ def test_grpo_yaml_is_the_papers(parse):
 OTHER_FAMILIES = {
     "qwen_image": {
         "model_name_or_path": "Qwen/Qwen-Image",
-        **{"guidance_scale": 4.0, "negative_prompt": " ", "num_inference_steps": 10, "eval_num_inference_steps": 50},
-        **{"noise_level": 1.2, "sde_window_size": 2, "sde_window_range": [0, 5]},
+        **{"guidance_scale": 4.0, "num_inference_steps": 10, "eval_num_inference_steps": 50},
+        **{"noise_level": 1.2, "sde_window_size": 2, "sde_window_range": None},
     },
     "sd3": {
         "model_name_or_path": "stabilityai/stable-diffusion-3.5-medium",
-        **{"guidance_scale": 4.5, "negative_prompt": None, "num_inference_steps": 10, "eval_num_inference_steps": 40},
+        **{"guidance_scale": 4.5, "num_inference_steps": 10, "eval_num_inference_steps": 40},
         **{"noise_level": 0.7, "sde_window_size": 8, "sde_window_range": [0, 8], "max_sequence_length": 256},
     },
     "z_image": {
         "model_name_or_path": "Tongyi-MAI/Z-Image",
-        **{"guidance_scale": 4.0, "negative_prompt": None, "num_inference_steps": 10, "eval_num_inference_steps": 40},
+        **{"guidance_scale": 4.0, "num_inference_steps": 10, "eval_num_inference_steps": 40},
         **{"noise_level": 0.7, "sde_window_size": 1, "sde_window_range": [1, 4]},
     },
 }
@@ -309,7 +309,7 @@ def test_fast_recipe_trains(grpo_place, flux_folder):
     state = json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
     (entry,) = [entry for entry in state["log_history"] if "loss" in entry and entry["step"] == 2]
     # 2 rollouts of 4 images: 4 steps each, and 3 evaluations of 2 kept images at 2 trained steps
-    assert entry["num_policy_evaluations"] == 2 * (4 * 4 + 3 * 2 * 2)
+    assert entry["num_policy_passes"] == 2 * (4 * 4 + 3 * 2 * 2)
     assert (folder / "pytorch_lora_weights.safetensors").is_file()
 
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from trl_spatial.diffusion_grpo.policies import SamplingOptions
+from trl_spatial.diffusion_grpo.reward_functions import RewardFunctions
 from trl_spatial.diffusion_grpo.runtime.evaluation import evaluate_policy
 from trl_spatial.diffusion_grpo.runtime.prompt_cache import PromptCache
-from trl_spatial.diffusion_grpo.runtime.reward_functions import RewardFunctions
 from trl_spatial.generation.seeds import image_generator
 
 

@@ -17,11 +17,11 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from ..diffusion_grpo.config import DiffusionGRPOConfig
 from ..diffusion_grpo.policies import SamplingOptions, make_policy
 from ..diffusion_grpo.policies.lora import attention_lora_config
+from ..diffusion_grpo.reward_functions import RewardFunction, RewardFunctions
 from ..diffusion_grpo.runtime.callbacks import RolloutProgressCallback
 from ..diffusion_grpo.runtime.checkpointing import last_complete_checkpoint
 from ..diffusion_grpo.runtime.evaluation import evaluate_policy
 from ..diffusion_grpo.runtime.prompt_cache import PromptCache
-from ..diffusion_grpo.runtime.reward_functions import RewardFunction, RewardFunctions
 from ..diffusion_grpo.trainer import DiffusionGRPOTrainer
 from ..judges.scenes import check_images, has_objects, pairwise_distance, summarize_checks
 from ..scenes import SceneCheck, SceneGraph, check_scene, make_prompt_dataset, parse_description
@@ -341,7 +341,7 @@ _STEP_NAMES = {
     "step": "step",
     "reward": "reward",
     "reward_std": "reward_std",
-    "num_policy_evaluations": "num_policy_evaluations",
+    "num_policy_passes": "num_policy_passes",
 }
 _EVALUATION_NAMES = {
     "step": "step",
@@ -372,10 +372,10 @@ def _pick(log: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
 
 def _cost(args: DiffusionGRPOConfig, history: list[dict[str, Any]]) -> dict[str, float]:
     last = [log for log in history if "num_images" in log][-1]
-    counts = {name: last[name] for name in ("num_images", "num_policy_evaluations", "num_reference_evaluations")}
+    counts = {name: last[name] for name in ("num_images", "num_policy_passes", "num_reference_passes")}
     num_trained = args.num_inference_steps - 1 if args.sde_window_size is None else args.sde_window_size
     return counts | {
-        "evaluations_per_image": last["num_policy_evaluations"] / last["num_images"],
+        "evaluations_per_image": last["num_policy_passes"] / last["num_images"],
         # a forward and a backward pass of every trained step of every image
         "evaluations_per_image_unfiltered": float(args.num_inference_steps + 2 * num_trained),
         "seconds": sum(log["time/step"] for log in history if "time/step" in log),

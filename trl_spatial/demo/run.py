@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 
 from .. import SpatialScore
-from ..diffusion_grpo.runtime.reward_functions import RewardFunction
+from ..diffusion_grpo.reward_functions import RewardFunction
 from ..judges.scenes import check_images
 from ..store import Stages, write_record
 from . import generator, reward_model

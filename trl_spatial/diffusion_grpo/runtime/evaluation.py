@@ -11,9 +11,9 @@ from tqdm.auto import tqdm
 
 from ...generation.seeds import image_generator
 from ..policies.base import DiffusionPolicy, SamplingOptions
+from ..reward_functions import RewardFunctions
 from ..rollout import sample_rollout
 from .prompt_cache import PromptCache
-from .reward_functions import RewardFunctions
 
 
 @dataclass
