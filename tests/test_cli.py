@@ -129,7 +129,9 @@ def test_help_of_a_command_has_examples_that_parse(command, monkeypatch):
         (["reward", "--dataset", "x", "--learning", "1"], "unknown option --learning"),
         (["reward", "--dataset", "x", "stray"], "unexpected argument 'stray'"),
         (["reward", "--dataset", "x", "--accelerate_config", "nix"], "nix"),
-        (["reward", "--dataset", "x", "--config"], "--config takes one YAML file"),
+        (["reward", "--dataset", "x", "--config"], "argument --config: expected one argument"),
+        (["reward", "--config", "a.yaml", "--config", "b.yaml"], "--config takes one YAML file"),
+        (["data", "mkae", "--output", "x"], "unknown action 'mkae'; did you mean make?"),
         (["reward", "--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )  # fmt: skip
@@ -274,8 +276,8 @@ def test_arguments_are_split_between_script_and_launcher(reward_parser, tmp_path
 
 def test_exit_code_of_the_training_script_is_returned(monkeypatch):
     def fail(args):
-        assert args.module and args.training_script == "trl_spatial.scripts.reward"
-        assert args.training_script_args == ["--dataset", "x"]
+        assert args.module and args.training_script == "trl_spatial"
+        assert args.training_script_args == ["reward", "--dataset", "x"]
         assert args.num_processes == 2
         raise subprocess.CalledProcessError(3, "python")
 
