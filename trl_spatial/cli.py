@@ -114,7 +114,7 @@ def run_command(prog: str, function: Callable[[], int | None]) -> int:
         return function() or 0
     except KeyboardInterrupt as error:
         continues = "; the same command continues" if prog.split()[-1] in RESUMED_COMMANDS else ""
-        print(f"\n{prog}: {error or f'interrupted{continues}'}", file=sys.stderr)
+        print(f"\n{prog}: {str(error) or f'interrupted{continues}'}", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of the output, such as `head`, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -144,16 +144,19 @@ def launch(command: str, argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    launcher = launch_command_parser()
+    launcher, parser = launch_command_parser(), script.make_parser()
     variables = dict(os.environ)
-    launch_args, script_args = script.make_parser().split_launch_args(argv, launcher)
+    launch_args, script_args = parser.split_launch_args(argv, launcher)
     # variables of the YAML file have to be there before torch is imported
-    if not needs_launcher(launch_args) and variables == dict(os.environ):
-        return script.main(*script.make_parser().parse_args_and_config(argv))
+    if variables == dict(os.environ) and not needs_launcher(launch_args):
+        return script.main(*parser.parse_args_and_config(argv))
 
     args = launcher.parse_args([*launch_args, "--module", str(__package__), command, *script_args])
     if TRACEBACK_VARIABLE not in os.environ:
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the script has printed the reason
+        importlib.import_module("torch.distributed.run")  # makes the loggers
+        for name in list(logging.root.manager.loggerDict):
+            if name.startswith("torch.distributed.elastic"):
+                logging.getLogger(name).setLevel(logging.CRITICAL)  # the script prints the reason
     try:
         with signals_passed_on() as received:
             launch_command(args)
