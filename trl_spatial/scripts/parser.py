@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -194,6 +194,8 @@ class SpatialParser(TrlParser):
             isinstance(value, (str, int, float)) for value in variables.values()
         ):
             self.error(f"{path}: `env` must be a mapping from environment variables to values")
+        if not isinstance(namespace, (str, NoneType)):
+            self.error(f"{path}: namespace: expected one value, got {namespace!r}")
         if given.namespace or namespace is not None:
             variables |= {NAMESPACE_VARIABLE: given.namespace[0] if given.namespace else namespace}
         try:
