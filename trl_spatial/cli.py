@@ -195,7 +195,9 @@ def signals_passed_on() -> Iterator[list[int]]:
         if not psutil.Process().children():
             raise SystemExit(128 + number)
         send(number)
-        threading.Thread(target=lambda: (time.sleep(GRACE_SECONDS), send(signal.SIGKILL)), daemon=True).start()
+        timer = threading.Timer(GRACE_SECONDS, send, (signal.SIGKILL,))
+        timer.daemon = True
+        timer.start()
 
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -230,7 +232,7 @@ def start(command: str, argv: list[str]) -> int | None:
     launcher = os.environ.pop(LAUNCHER_VARIABLE, None)
     if launcher is not None:
         follow_launcher(int(launcher))
-    is_launched = launcher is not None or "LOCAL_RANK" in os.environ
+    is_launched = command in LAUNCHED_COMMANDS and (launcher is not None or "LOCAL_RANK" in os.environ)
     if command in LAUNCHED_COMMANDS and not is_launched:
         return launch(command, argv)
     script = importlib.import_module(f"{__package__}.scripts.{command}")

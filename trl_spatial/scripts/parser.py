@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from trl.scripts.utils import TrlParser
@@ -95,16 +95,9 @@ class SpatialParser(TrlParser):
         """
         Parse command-line arguments and the YAML file they name.
 
-        Args:
-            args (`list[str]`, *optional*):
-                Arguments; default: `sys.argv[1:]`.
-            is_launched (`bool`, *optional*, defaults to `False`):
-                Whether the script runs under `accelerate launch`. Its YAML file may then hold options of the launcher too,
-                which has read them already.
-
-        Returns:
-            One instance per dataclass, then a namespace of the other arguments if there are any. A mistake ends the
-            program with exit code 2.
+        Under `accelerate launch` (`is_launched`) the file may also hold options of the launcher, which has read them already.
+        Returns one instance per dataclass, then a namespace of the other arguments if there are any. A mistake ends the
+        program with exit code 2.
         """
         args, config, path = self._read_config(list(sys.argv[1:] if args is None else args))
         launcher_keys: set[str] = set()
@@ -125,16 +118,8 @@ class SpatialParser(TrlParser):
 
     def split_launch_args(self, args: list[str], launcher: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
         """
-        Separate the arguments of `accelerate launch` from the script's.
-
-        Args:
-            args (`list[str]`):
-                Arguments of both, in any order. Launcher options in the YAML file count as the launcher's.
-            launcher ([`argparse.ArgumentParser`]):
-                Parser of `accelerate launch`.
-
-        Returns:
-            `tuple[list[str], list[str]]`: the launcher's and the script's arguments.
+        Separate the arguments of `accelerate launch`, whose parser is `launcher`, from the script's: returns the launcher's and
+        the script's arguments. Launcher options in the YAML file count as the launcher's.
         """
         from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
@@ -253,7 +238,7 @@ class SpatialParser(TrlParser):
         if len(values) != number if isinstance(number, int) else number == "+" and not values:
             self.error(f"{where}: expected {number if values else 'some'} values, got {value!r}")
         probe = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-        probe.add_argument("--value", type=argument.type, choices=argument.choices)
+        probe.add_argument("--value", type=argument.type or str, choices=argument.choices)
         try:
             given = [probe.parse_args([f"--value={'null' if item is None else item}"]).value for item in values]
         except argparse.ArgumentError as error:
@@ -269,13 +254,9 @@ class SpatialParser(TrlParser):
     def _containers(self, name: str) -> set[type]:
         """Which of `dict` and `list` a dataclass field takes unchanged (options with several values aside)."""
         hints = [get_type_hints(dataclass_type).get(name) for dataclass_type in self.dataclass_types]
-        members = [
-            member
-            for hint in hints
-            for member in (get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,))
-        ]
-        kinds = {get_origin(member) or member for member in members}
-        return kinds & {dict, list} if dict in kinds or str in kinds else set()
+        # `list[str]` alone is an option with several values
+        kinds = {get_origin(member) or member for hint in hints for member in (hint, *get_args(hint))}
+        return kinds & {dict, list} if dict in kinds or (str in kinds and list[str] not in hints) else set()
 
 
 def _launcher_keys(launcher: argparse.ArgumentParser) -> set[str]:
