@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..cli import run_command
 from .datasets import hub_dataset_name, load_prompts
 from .parser import SpatialParser, quick_imports
 
@@ -381,4 +382,6 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config(is_launched=True))
+    raise SystemExit(
+        run_command("trl_spatial grpo", lambda: main(*make_parser().parse_args_and_config(is_launched=True)))
+    )

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..cli import run_command
 from .datasets import load_dataset_dict
 from .parser import SpatialParser
 
@@ -165,4 +166,4 @@ def format_size(size: float) -> str:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    raise SystemExit(run_command("trl_spatial push", lambda: main(*make_parser().parse_args_and_config())))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ..cli import run_command
 from .datasets import hub_dataset_name, load_dataset_dict, pick_split
 from .parser import SpatialParser, quick_imports
 
@@ -208,4 +209,6 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config(is_launched=True))
+    raise SystemExit(
+        run_command("trl_spatial reward", lambda: main(*make_parser().parse_args_and_config(is_launched=True)))
+    )

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..cli import run_command
 from .datasets import load_dataset_dict, pick_split
 from .parser import SpatialParser, quick_imports
 
@@ -146,4 +147,4 @@ def print_table(records: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    raise SystemExit(run_command("trl_spatial score", lambda: main(*make_parser().parse_args_and_config())))

@@ -5,6 +5,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..cli import run_command
 from ..rewards.remote import TOKEN_VARIABLE
 from .parser import SpatialParser, quick_imports
 from .space import check_port
@@ -107,4 +108,4 @@ def public_name(model: str) -> str:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    raise SystemExit(run_command("trl_spatial serve", lambda: main(*make_parser().parse_args_and_config())))
