@@ -1,5 +1,6 @@
 """The settings of 4-bit weights, one for both trainers."""
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -11,7 +12,7 @@ ConfigT = TypeVar("ConfigT")
 
 def nf4_config(
     compute_dtype: str | torch.dtype,
-    config_class: type[ConfigT] = BitsAndBytesConfig,  # type: ignore[assignment]
+    config_class: Callable[..., ConfigT] = BitsAndBytesConfig,  # type: ignore[assignment]
 ) -> ConfigT:
     """
     Settings that store weights in NF4 with double quantization, as in [QLoRA](https://huggingface.co/papers/2305.14314).
