@@ -12,7 +12,7 @@ ConfigT = TypeVar("ConfigT")
 
 def nf4_config(
     compute_dtype: str | torch.dtype,
-    config_class: Callable[..., ConfigT] = BitsAndBytesConfig,  # type: ignore[assignment]
+    config_class: Callable[..., ConfigT] = BitsAndBytesConfig,
 ) -> ConfigT:
     """
     Settings that store weights in NF4 with double quantization, as in [QLoRA](https://huggingface.co/papers/2305.14314).
