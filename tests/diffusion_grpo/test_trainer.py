@@ -596,6 +596,27 @@ def test_rewards_that_are_none_are_counted_and_not_trained_on(make_trainer):
     assert (buffer.advantages.view(-1, 4)[:, 1::2] == 0).all() and (buffer.advantages.view(-1, 4)[:, ::2] != 0).all()
 
 
+@pytest.mark.parametrize("how", ["sum_then_normalize", "normalize_then_sum"])
+def test_the_logged_reward_is_of_the_images_that_are_trained_on(make_trainer, how):
+    first = [1.0, 2.0, 4.0, None, 5.0, 6.0, 8.0, 9.0]
+    second = [-70.0, -20.0, -30.0, -10.0, -50.0, None, -40.0, -60.0]
+
+    trainer = make_trainer(
+        [lambda prompts, images: first, lambda prompts, images: second],
+        reward_weights=[1.0, 0.1], multi_objective_aggregation=how, top_k=None, per_device_train_batch_size=4, max_steps=1,
+    )  # fmt: skip
+    buffers = []
+    generate = trainer._generate_and_score
+    trainer._generate_and_score = lambda index: buffers.append(generate(index)) or buffers[-1]
+    trainer.train()
+    known = [a + 0.1 * b for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+    (log,) = training_logs(trainer)
+    assert log["reward"] == pytest.approx(np.mean(known), abs=1e-5)
+    assert log["reward_std"] == pytest.approx(np.std(known, ddof=1), abs=1e-5)
+    advantages = buffers[0].advantages
+    assert (advantages == 0).nonzero().flatten().tolist() == [3, 5] and advantages.sum().abs() < 1e-5
+
+
 def test_equal_rewards_teach_nothing_and_are_warned_about(make_trainer, caplog):
     recorder = Recorder()
     trainer = make_trainer(lambda prompts, images, **columns: [0.1] * len(images), beta=0.0, callbacks=[recorder])
