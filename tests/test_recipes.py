@@ -321,3 +321,12 @@ def test_recipes_import_only_the_package_and_its_dependencies():
             if isinstance(node, (ast.Import, ast.ImportFrom))
         }
         assert modules <= {"json", "pathlib", "numpy", "torch", "trl_spatial"}
+
+
+def test_the_bench_of_a_busy_machine_measures_what_the_commands_set(capsys):
+    busy = load_recipe("bench/busy")
+    busy.work(1)
+    assert float(capsys.readouterr().out) > 0
+    source = (RECIPES.parent / "trl_spatial" / "cli.py").read_text(encoding="utf-8")
+    ((name, value),) = busy.POLICIES[busy.OURS].items()
+    assert f'os.environ.setdefault("{name}", "{value}")' in source
