@@ -115,7 +115,7 @@ def test_max_length_is_the_longest_row_that_passes(processor, prompts, images):
 def test_mismatched_lists_and_prompts_that_are_not_text(processor, prompts, images):
     with pytest.raises(ValueError, match="2 prompts and 5 images"):
         processor(prompts[:2], images)
-    with pytest.raises(ValueError, match="prompt of row 1 is a NoneType"):
+    with pytest.raises(ValueError, match="prompt of row 1 is missing"):
         processor([prompts[0], None], images[:2])
 
 
@@ -130,9 +130,9 @@ def damaged_images(tmp_path):
         "cannot be opened .*No such file": tmp_path / "missing.png",
         r"has no pixels \(0x5\)": Image.new("RGB", (0, 5)),
         r"is too narrow \(1x201\)": Image.new("RGB", (1, 201)),
-        "is a NoneType": None,
+        "is missing": None,
         "is a int": 7,
-        "is a NoneType, not": {"bytes": None, "path": None},
+        "is missing, not": {"bytes": None, "path": None},
     }
 
 
