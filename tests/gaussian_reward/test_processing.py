@@ -115,7 +115,7 @@ def test_max_length_is_the_longest_row_that_passes(processor, prompts, images):
 def test_mismatched_lists_and_prompts_that_are_not_text(processor, prompts, images):
     with pytest.raises(ValueError, match="2 prompts and 5 images"):
         processor(prompts[:2], images)
-    with pytest.raises(ValueError, match="prompt of row 1 is missing"):
+    with pytest.raises(ValueError, match="prompt of row 1 is a NoneType"):
         processor([prompts[0], None], images[:2])
 
 
@@ -132,7 +132,7 @@ def damaged_images(tmp_path):
         r"is too narrow \(1x201\)": Image.new("RGB", (1, 201)),
         "is missing": None,
         "is a int": 7,
-        "is missing, not": {"bytes": None, "path": None},
+        "is missing.": {"bytes": None, "path": None},
     }
 
 
