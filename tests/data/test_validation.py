@@ -133,12 +133,13 @@ def test_an_image_in_two_splits_is_an_error(column, other, good, plant, encode):
     assert finding.to_dict()["other_row"] == 17
 
 
-def test_a_prompt_in_two_splits_is_a_warning(good, plant):
-    splits = plant(good, "test", 2, prompt=good["train"][11]["prompt"])
+@pytest.mark.parametrize(("row", "other"), [(2, 11), (0, 0), (9, 39)])
+def test_a_prompt_in_two_splits_is_a_warning(row, other, good, plant):
+    splits = plant(good, "test", row, prompt=good["train"][other]["prompt"])
     report = validate_splits(splits)
     (finding,) = report.findings
     assert (finding.kind, finding.severity) == ("shared_prompt", "warning")
-    assert (finding.place, finding.other) == (Place("test", 2, "prompt"), Place("train", 11, "prompt"))
+    assert (finding.place, finding.other) == (Place("test", row, "prompt"), Place("train", other, "prompt"))
     assert "WARNING: prompts that are in two splits (1)" in format_report(report, "pairs")
 
 
