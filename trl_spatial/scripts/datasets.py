@@ -9,7 +9,11 @@ from ..preferences.prompts import clean_prompt
 
 
 # "NA" and "null" are words here; an empty cell has no value. The encoding drops the byte order mark of Windows.
-CSV_OPTIONS = {"encoding": "utf-8-sig", "keep_default_na": False, "na_values": [""]}
+READER_OPTIONS: dict[str, dict[str, Any]] = {
+    "parquet": {},
+    "json": {"encoding": "utf-8-sig"},
+    "csv": {"encoding": "utf-8-sig", "keep_default_na": False, "na_values": [""]},
+}
 
 
 if TYPE_CHECKING:
@@ -57,8 +61,7 @@ def load_dataset_dict(
     if path.is_file():
         if builder not in ("parquet", "json", "csv"):
             raise ValueError(f"{path} is not a .parquet, .json, .jsonl or .csv file.")
-        options = {"parquet": {}, "json": {"encoding": "utf-8-sig"}, "csv": CSV_OPTIONS}[builder]
-        return load_dataset(builder, data_files=str(path), streaming=streaming, **options)
+        return load_dataset(builder, data_files=str(path), streaming=streaming, **READER_OPTIONS[builder])
     if path.is_dir():
         return load_dataset(str(path), streaming=streaming)
     if builder in ("parquet", "json", "csv"):  # a name on the Hub may have a point, but not these
