@@ -76,6 +76,14 @@ def main(args: argparse.Namespace) -> None:
             args.input, args.split, args.prompt_column, args.image_column, config_name=args.input_config
         )
 
+    if args.output is not None:  # before the work, not after it
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        with open(args.output, "a", encoding="utf-8"):
+            pass
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that shows ASCII only must not end the run
+            stream.reconfigure(errors="backslashreplace")
+
     with quick_imports():
         from .. import SpatialScore
 
