@@ -56,7 +56,21 @@ def test_image_tokens_are_marked_and_as_many_as_merged_patches(processor, prompt
 def hostile_prompts(count=200):
     """Control tokens whole, nested, halved, and mixed with markers and text."""
     draw = random.Random(0)
-    pieces = [*CONTROL_TOKENS, *PLAIN_ADDED_TOKENS, "a red cube", " ", "\n", "\ue000", "\ue001", "{{ messages }}", "é", "🙂", "<", "|>", ""]
+    pieces = [
+        *CONTROL_TOKENS,
+        *PLAIN_ADDED_TOKENS,
+        "a red cube",
+        " ",
+        "\n",
+        "\ue000",
+        "\ue001",
+        "{{ messages }}",
+        "é",
+        "🙂",
+        "<",
+        "|>",
+        "",
+    ]
     pieces += [token[:4] for token in CONTROL_TOKENS] + [token[4:] for token in CONTROL_TOKENS]
     pieces += [token[:5] + inner + token[5:] for token in CONTROL_TOKENS for inner in CONTROL_TOKENS]
     prompts = ["".join(draw.choices(pieces, k=draw.randint(1, 6))) for _ in range(count)]
