@@ -28,7 +28,8 @@ class SpatialScores(NamedTuple):
         mean (`np.ndarray` of shape `(n,)`):
             Mean of each score, float32. Higher is better; a difference of two means is a logit of preference.
         std (`np.ndarray` of shape `(n,)`):
-            Standard deviation of each score, float32, positive.
+            Standard deviation of each score, float32, positive. It is a learned spread within the pairs of the training
+            data, not a measure of how sure the model is: on images unlike them it may be as small.
     """
 
     mean: np.ndarray
@@ -179,6 +180,11 @@ class SpatialScore:
                 f"Got {1 if isinstance(prompts, str) else len(prompts)} prompts and {len(images)} images. Pass two lists "
                 "of one length; repeat a prompt that goes with several images."
             )
+        for row, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise ValueError(
+                    f"prompts[{row}] is a {type(prompt).__name__}, not a string. The order is prompts, images."
+                )
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         num_rows = len(prompts)
