@@ -23,6 +23,7 @@ from ..hub.cards import SAMPLES_FILE, Card
 from ..hub.checkpoints import is_local_name
 from ..preferences.images import load_image
 from ..training.hub import HubTrainerMixin, dataset_split
+from .checkpoints import save_checkpoint
 from .config import GaussianRewardConfig
 from .data import IS_REVERSE_COLUMN, ROW_COLUMN, DataCollatorForSpatialPreference, PreferencePairs, prepare_pairs
 from .kinds import SPATIAL_SCORE
@@ -31,7 +32,6 @@ from .model_card import EvaluatedDataset, build_card, training_settings
 from .model_setup import copy_trained_parameters, resolve_model, restore_fp32
 from .modeling import GaussianRewardModel
 from .processing import SpatialScoreProcessor
-from .scoring import save_checkpoint
 
 
 logger = get_logger(__name__)
