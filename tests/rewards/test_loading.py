@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from huggingface_hub import constants
+from PIL import Image
 
 from trl_spatial import SpatialScore
 from trl_spatial.rewards import SceneRules, load_reward
@@ -127,3 +128,20 @@ def test_mistakes_in_a_modules_name_are_named(name, message, module_folder):
 def test_what_a_module_itself_lacks_is_not_hidden(module_folder):
     with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
         load_reward("broken_rewards:redness")
+
+
+def test_geneval_with_a_detector_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "my_detector.py").write_text(
+        "from trl_spatial.rewards import Detection\n"
+        "def detect(images):\n"
+        "    return [[Detection('person', 0.8, (0, 0, 9, 9)), Detection('person', 0.8, (9, 0, 9, 9))] for _ in images]\n"
+        "class Colors:\n"
+        "    def __call__(self, crop, name):\n"
+        "        return 'red'\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    reward = load_reward("geneval:my_detector:detect,my_detector:Colors")
+    row = [{"class": "person", "count": 2, "color": "red"}]
+    assert reward(["x"], [Image.new("RGB", (16, 16))], include=[row], tag=["counting"]) == [1.0]
+    with pytest.raises(ValueError, match="no module 'nowhere'"):
+        load_reward("geneval:nowhere:detect")
