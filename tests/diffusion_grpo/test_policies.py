@@ -16,11 +16,11 @@ from tests.diffusion_grpo.families import FAMILIES, GUIDED, MAX_SEQUENCE_LENGTH,
 from trl_spatial.diffusion_grpo import attention_lora_config
 from trl_spatial.diffusion_grpo.policies import POLICIES
 from trl_spatial.diffusion_grpo.policies.base import negative_embeds
-from trl_spatial.diffusion_grpo.reward_functions import RewardFunctions
 from trl_spatial.diffusion_grpo.rollout import Rollout, sample_rollout
-from trl_spatial.diffusion_grpo.runtime.evaluation import evaluate_policy
+from trl_spatial.diffusion_grpo.runtime.evaluation import PolicyGenerator
 from trl_spatial.diffusion_grpo.runtime.prompt_cache import PromptCache
 from trl_spatial.diffusion_grpo.sde import sde_step
+from trl_spatial.generation.drawing import draw_rows
 from trl_spatial.generation.seeds import image_generator
 
 
@@ -227,20 +227,15 @@ def test_processes_share_the_images_of_one(guided):
     cache = PromptCache(policy, "cpu", negative_prompt=policy.negative_prompt(options))
 
     def images(rank, world_size):
-        output = evaluate_policy(
-            policy,
-            policy.transformer,
-            cache,
+        batches = draw_rows(
+            PolicyGenerator(policy, policy.transformer, cache, options),
             [{"prompt": prompt} for prompt in PROMPTS],
-            RewardFunctions(lambda prompts, images, **columns: [0.0] * len(images)),
-            options,
             batch_size=2,
             seed=7,
-            num_kept_images=3,
             rank=rank,
             world_size=world_size,
         )
-        return dict(zip(output.indices.tolist(), output.images, strict=True))
+        return {index: image for batch in batches for index, image in zip(batch.indices, batch.images, strict=True)}
 
     whole, shares = images(0, 1), images(0, 2) | images(1, 2)
     assert sorted(shares) == sorted(whole) == [0, 1, 2]

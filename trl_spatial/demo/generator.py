@@ -15,14 +15,14 @@ from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..diffusion_grpo.config import DiffusionGRPOConfig
-from ..diffusion_grpo.policies import SamplingOptions, make_policy
 from ..diffusion_grpo.policies.lora import attention_lora_config
 from ..diffusion_grpo.reward_functions import RewardFunction, RewardFunctions
 from ..diffusion_grpo.runtime.callbacks import RolloutProgressCallback
 from ..diffusion_grpo.runtime.checkpointing import last_complete_checkpoint
-from ..diffusion_grpo.runtime.evaluation import evaluate_policy
-from ..diffusion_grpo.runtime.prompt_cache import PromptCache
+from ..diffusion_grpo.runtime.evaluation import reward_images
 from ..diffusion_grpo.trainer import DiffusionGRPOTrainer
+from ..generation.drawing import draw_rows
+from ..generation.generators import PipelineGenerator
 from ..judges.scenes import check_images, has_objects, pairwise_distance, summarize_checks
 from ..scenes import SceneCheck, SceneGraph, check_scene, make_prompt_dataset, parse_description
 
@@ -142,21 +142,23 @@ def draw_images(
     Returns:
         `Dataset` with the columns `prompt`, `scene`, `image` and `score`, the images of a prompt next to each other.
     """
-    policy = make_policy(pipeline, max_sequence_length=MAX_SEQUENCE_LENGTH)
-    num_images = len(prompts) * images_per_prompt
-    output = evaluate_policy(
-        policy,
-        policy.transformer,
-        PromptCache(policy, "cpu"),
+    generator = PipelineGenerator(
+        pipeline,
+        height=IMAGE_SIZE,
+        width=IMAGE_SIZE,
+        num_inference_steps=NUM_INFERENCE_STEPS,
+        guidance_scale=1.0,
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
+    )
+    batches = draw_rows(
+        generator,
         prompts,
-        RewardFunctions(scorer),
-        SamplingOptions(IMAGE_SIZE, IMAGE_SIZE, NUM_INFERENCE_STEPS, guidance_scale=1.0),
         batch_size=192,
         seed=seed,
         num_images=images_per_prompt,
-        num_kept_images=num_images,
-        show_progress=show_progress,
+        progress="Drawing" if show_progress else None,
     )
+    output = reward_images(batches, RewardFunctions(scorer), num_kept_images=len(prompts) * images_per_prompt)
     scenes = [scene for scene in prompts["scene"] for _ in range(images_per_prompt)]
     return Dataset.from_dict(
         {"prompt": output.prompts, "scene": scenes, "image": output.images, "score": output.rewards[:, 0].tolist()},

@@ -26,6 +26,7 @@ from transformers.trainer_utils import (
 )
 
 from ...figures.grid import save_image_grid
+from ...generation.drawing import draw_rows
 from ...hub.cards import SAMPLES_FILE, Card
 from ...hub.checkpoints import is_local_name
 from ...training.hub import HubTrainerMixin, dataset_split
@@ -38,7 +39,7 @@ from . import checkpointing
 from .callbacks import RolloutProgressCallback, UpdateCallback
 from .checks import check_inputs, with_held_out
 from .ema import EMA
-from .evaluation import EvaluationOutput, evaluate_policy
+from .evaluation import EvaluationOutput, PolicyGenerator, reward_images
 from .integrations import adapt_callbacks, log_image
 from .metrics import TrainingMetrics, gather_evaluation
 from .model_card import build_card
@@ -241,22 +242,19 @@ class DiffusionTrainer(HubTrainerMixin):
         averaged = nullcontext() if self.ema is None else self.ema.applied()
         is_sharded = self.is_fsdp_enabled
         with fail_together(self.accelerator, "Evaluating", is_collective=is_sharded), averaged:
-            output = evaluate_policy(
-                self.policy,
-                self.model,
-                self.prompt_cache,
+            batches = draw_rows(
+                PolicyGenerator(
+                    self.policy, self.model, self.prompt_cache, self._eval_options, self.accelerator.autocast
+                ),
                 dataset,
-                self.eval_reward_functions,
-                self._eval_options,
                 batch_size=args.per_device_eval_batch_size,
                 seed=args.seed,
-                num_kept_images=NUM_LOGGED_IMAGES,
                 rank=args.process_index,
                 world_size=args.world_size,
                 is_collective=is_sharded,
-                autocast=self.accelerator.autocast,
-                show_progress=self.is_world_process_zero() and not args.disable_tqdm,
+                progress="Evaluating" if self.is_world_process_zero() and not args.disable_tqdm else None,
             )
+            output = reward_images(batches, self.eval_reward_functions, num_kept_images=NUM_LOGGED_IMAGES)
         return gather_evaluation(output)
 
     def _evaluation_metrics(self, output: EvaluationOutput, prefix: str) -> dict[str, float]:
