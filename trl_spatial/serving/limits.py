@@ -25,7 +25,7 @@ class Limits:
 
     max_images: int = 64
     max_image_bytes: int = 64 * 2**20
-    max_bytes: int = 1264 * 2**20
+    max_bytes: int = 128 * 2**20
     max_pixels: int = 48 * 2**20
     max_prompt_length: int = 20_000
     max_held_bytes: int = 2**31
