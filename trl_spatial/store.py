@@ -1,8 +1,12 @@
 """Running the parts of a long job one after another, so that it can be interrupted anywhere."""
 
+import errno
 import json
+import os
+import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +83,131 @@ def new_folder(path: str) -> Path:
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"{path} exists and is not an empty folder; name another one.")
     return folder
+
+
+# Completeness of a folder
+
+MARKER = "checkpoint.json"
+LOCK_FILE = ".lock"
+_locked: set[Path] = set()  # folders that this process has locked
+
+
+def begin_folder(folder: str | Path) -> None:
+    """
+    Makes an empty folder to be filled. What an earlier run left there is deleted, its marker first, so that old and new
+    files never pass for one result. To be called by one process, before any other writes.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder.
+    """
+    folder = Path(folder)
+    (folder / MARKER).unlink(missing_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def mark_complete(folder: str | Path, files: Sequence[str] | None = None) -> None:
+    """
+    Declares a folder complete: writes `checkpoint.json`, which lists files with their sizes, after they have reached the
+    disk. To be called by one process, after all have written.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder.
+        files (`Sequence[str]`, *optional*):
+            Names of the files that belong to the result, relative to the folder. Defaults to all files.
+    """
+    folder = Path(folder)
+    sizes = _file_sizes(folder)
+    if files is not None:
+        sizes = {name: sizes[name] for name in files}
+    names = {folder / parent for name in sizes for parent in Path(name).parents}
+    for path in [*(folder / name for name in sizes), *names]:
+        _flush_to_disk(path)
+    write_atomically(folder / MARKER, json.dumps({"files": sizes}, indent=2))
+
+
+def is_complete(folder: str | Path) -> bool:
+    """
+    Whether a folder was written to its end: its marker is there, and so is every file that the marker lists, with its
+    size.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder.
+    """
+    expected, sizes = marked_files(folder), _file_sizes(Path(folder))
+    return expected is not None and all(sizes.get(name) == size for name, size in expected.items())
+
+
+def marked_files(folder: str | Path) -> dict[str, int] | None:
+    """Names and sizes of the files that the marker of a folder lists, or `None` if there is no readable marker."""
+    try:
+        return json.loads((Path(folder) / MARKER).read_text(encoding="utf-8"))["files"]
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that a reader finds the old content or the new one, also after a crash."""
+    unfinished = path.with_name(f"{path.name}.part")
+    unfinished.write_text(text, encoding="utf-8")
+    _flush_to_disk(unfinished)
+    unfinished.replace(path)
+    _flush_to_disk(path.parent)
+
+
+@contextmanager
+def lock_folder(folder: str | Path) -> Iterator[None]:
+    """
+    Keeps other processes out of a folder while this one writes to it. The lock ends with the process, however it ends.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder; it must exist.
+
+    Raises:
+        `ValueError`: If another process has locked it.
+    """
+    folder = Path(folder).resolve()
+    if folder in _locked or os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    # Not `flock`: the workers of a data loader would inherit it, and outlive a killed process for some seconds.
+    with (folder / LOCK_FILE).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            file.seek(0)
+            raise ValueError(
+                f"Process {file.read().strip()} is writing to {folder}. Wait until it ends, or name another folder."
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        _locked.add(folder)
+        try:
+            yield
+        finally:
+            _locked.remove(folder)
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _flush_to_disk(path: Path) -> None:
+    if os.name != "posix":  # elsewhere folders and files open for reading cannot be flushed
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers.trainer_utils import get_last_checkpoint
 
 from .. import GaussianRewardConfig, GaussianRewardTrainer, SpatialScore
 from ..evaluation.pairs import PairScores, accuracy_table, score_pairs
@@ -17,6 +16,7 @@ from ..gaussian_reward import spatial_score_lora_config
 from ..gaussian_reward.losses import preference_probability
 from ..scenes import make_preference_dataset
 from ..statistics import accuracy_interval, expected_calibration_error, reliability_bins
+from ..store import is_complete
 
 
 # The tiny Qwen2.5-VL that is shipped with the package: see its card beside it.
@@ -70,7 +70,7 @@ def train_reward_model(
     Returns:
         [`SpatialScore`]: the trained model.
     """
-    if not (output_dir / "adapter_model.safetensors").exists():
+    if not is_complete(output_dir):
         training_args = GaussianRewardConfig(
             output_dir=str(output_dir),
             max_steps=max_steps,
@@ -93,8 +93,7 @@ def train_reward_model(
             train_dataset=dataset,
             peft_config=spatial_score_lora_config(rank=16, alpha=32),
         )
-        checkpoint = get_last_checkpoint(output_dir) if output_dir.exists() else None
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=True)
         trainer.save_model()
     return SpatialScore.from_pretrained(output_dir)
 

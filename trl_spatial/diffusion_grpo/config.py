@@ -5,6 +5,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+from ..training.run_folder import check_arguments
+
 
 # Fields with a fixed set of values
 _CHOICES = {
@@ -588,6 +590,7 @@ class DiffusionGRPOConfig(TrainingArguments):
             )
 
     def _check_unsupported_fields(self):
+        check_arguments(self)
         reasons = {
             "fp16": "its range is too small for the gradients of a mean over latents. Use `bf16`",
             "auto_find_batch_size": "the batch size decides how many prompts a rollout has. Set "

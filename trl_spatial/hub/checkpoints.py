@@ -15,6 +15,7 @@ _SETTINGS = (".json", ".jinja", ".txt", ".model")  # .model: the vocabulary of a
 _PRIVATE = (
     "trainer_state.json",
     "checkpoint.json",
+    "run.json",
     "arguments.json",
     "results.json",
     "dataset_info.json",
