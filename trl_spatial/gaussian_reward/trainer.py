@@ -22,7 +22,6 @@ from ..figures.pairs import ScoredPair, draw_pairs
 from ..hub.cards import SAMPLES_FILE, Card
 from ..hub.checkpoints import is_local_name
 from ..preferences.images import load_image
-from ..preferences.rows import as_image_source
 from ..training.hub import HubTrainerMixin, dataset_split
 from .config import GaussianRewardConfig
 from .data import IS_REVERSE_COLUMN, ROW_COLUMN, DataCollatorForSpatialPreference, PreferencePairs, prepare_pairs
@@ -359,8 +358,8 @@ class GaussianRewardTrainer(HubTrainerMixin, RewardTrainer):
         pairs = [
             ScoredPair(
                 prompt=row["prompt"],
-                chosen=load_image(as_image_source(row["chosen"])),
-                rejected=load_image(as_image_source(row["rejected"])),
+                chosen=load_image(row["chosen"]),
+                rejected=load_image(row["rejected"]),
                 chosen_score=(chosen_mean, chosen_std),
                 rejected_score=(rejected_mean, rejected_std),
                 caption="",

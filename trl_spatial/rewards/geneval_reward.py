@@ -19,6 +19,7 @@ from ..judges.geneval import (
     judge,
     read_specification,
 )
+from ..preferences.images import load_image
 
 
 # images → what is in each
@@ -177,7 +178,7 @@ class GenEvalReward:
         results: list[GenEvalResult | None] = [None] * len(images)
         for start in range(0, len(asked), self.batch_size):
             chunk = asked[start : start + self.batch_size]
-            pictures = [images[index].convert("RGB") for index in chunk]
+            pictures = [load_image(images[index]) for index in chunk]
             for index, picture, found in zip(chunk, pictures, self.detector(pictures), strict=True):
                 self._watch(found)
                 results[index] = self._judge_image(picture, specifications[index], found)
@@ -255,8 +256,7 @@ class GenEvalReward:
                 f"The self-test shows the detector a {label}. {error} Pass `self_test_image` and `self_test_label`: a "
                 "picture of something that it knows."
             ) from error
-        picture = image if isinstance(image, Image.Image) else Image.open(image or SELF_TEST_IMAGE)
-        (detections,) = self.detector([picture.convert("RGB")])
+        (detections,) = self.detector([load_image(SELF_TEST_IMAGE if image is None else image)])
         objects = confident_objects(detections, self.threshold)
         if geneval_name(label) in objects:
             return
