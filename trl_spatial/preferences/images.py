@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 
 # Formats that hold pixels and nothing else. Pillow would also start Ghostscript for a PostScript file named .png.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+FORMATS: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 if find_spec("PIL.AvifImagePlugin") is not None:  # since Pillow 11.3
     FORMATS += ("AVIF",)
 MAX_PIXELS = 48 * 2**20  # the photographs of most cameras; decoding takes up to 20 bytes a pixel, 1 GB
@@ -95,7 +95,7 @@ def load_image(image: Any) -> Image.Image:
 def image_digest(image: Image.Image) -> bytes:
     """Hash of the size and the pixels of an image from [`load_image`]: files that show the same picture share it."""
     digest = hashlib.blake2b(f"{image.width}x{image.height}".encode(), digest_size=16)
-    digest.update(np.asarray(image))
+    digest.update(image.tobytes())
     return digest.digest()
 
 
@@ -189,8 +189,8 @@ def _to_srgb(image: Image.Image, profile: bytes, mode: str) -> Image.Image:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         if _PROFILE_MODES.get(source.profile.xcolor_space) != mode:
             raise OSError(f"it is of color space {source.profile.xcolor_space.strip()}")
-        srgb = ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image.convert(mode), source, srgb, outputMode="RGB")
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        return transform.apply(image.convert(mode))
     except (OSError, ImageCms.PyCMSError) as error:
         warnings.warn(f"An image has a color profile that cannot be applied and is ignored ({error}).", stacklevel=2)
         return image
