@@ -38,11 +38,11 @@ def damaged(form):
 
 # What is planted: the values of a row, the kind of the finding, its column and words of its reason.
 FAULTS = {
-    "no prompt": ({"prompt": None}, "bad_prompt", "prompt", "is a NoneType"),
+    "no prompt": ({"prompt": None}, "bad_prompt", "prompt", "is missing"),
     "empty prompt": ({"prompt": ""}, "bad_prompt", "prompt", "is empty"),
     "blank prompt": ({"prompt": " \n"}, "bad_prompt", "prompt", "is empty"),
     "empty perturbed prompt": ({"perturbed_prompt": ""}, "bad_prompt", "perturbed_prompt", "is empty"),
-    "no perturbed prompt": ({"perturbed_prompt": None}, "bad_prompt", "perturbed_prompt", "is a NoneType"),
+    "no perturbed prompt": ({"perturbed_prompt": None}, "bad_prompt", "perturbed_prompt", "is missing"),
     "no image": ({"chosen": None}, "bad_image", "chosen", "is missing"),
     "empty file": ({"rejected": {"bytes": b"", "path": None}}, "bad_image", "rejected", "is not a PNG, JPEG"),
     "no image file": ({"rejected": {"bytes": b"GIF8?", "path": None}}, "bad_image", "rejected", "is not a PNG, JPEG"),
