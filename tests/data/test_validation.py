@@ -142,6 +142,17 @@ def test_a_prompt_in_two_splits_is_a_warning(good, plant):
     assert "WARNING: prompts that are in two splits (1)" in format_report(report, "pairs")
 
 
+@pytest.mark.parametrize("rows", [(0, 0), (0, 39), (9, 0), (9, 39)])
+def test_what_is_in_two_splits_is_found_at_their_first_and_last_rows(rows, good, plant):
+    test_row, train_row = rows
+    for column in ("prompt", "chosen", "rejected"):
+        value = good["train"].cast_column("chosen", Image(decode=False)).cast_column("rejected", Image(decode=False))
+        splits = plant(good, "test", test_row, **{column: value[train_row][column]})
+        (finding,) = validate_splits(splits).findings
+        assert finding.kind == ("shared_prompt" if column == "prompt" else "shared_image")
+        assert (finding.place, finding.other) == (Place("test", test_row, column), Place("train", train_row, column))
+
+
 def test_every_two_splits_are_compared(good, rows_of):
     features = good["test"].features
     rows = rows_of(good["test"])

@@ -21,6 +21,7 @@ from ..preferences.columns import COLUMNS, IMAGE_COLUMNS
 from ..preferences.faults import shorten
 from ..preferences.files import check_paths
 from ..preferences.images import load_image
+from ..scenes import describe_changes
 from .validation import ValidationReport, validate_splits
 
 
@@ -233,7 +234,7 @@ def _draw_samples(rows: Dataset) -> PILImage.Image:
 def _describe_change(row: Mapping[str, Any]) -> str:
     operations = row.get("operations") or []
     if operations and isinstance(operations[0], Mapping) and {"before", "after"} <= set(operations[0]):
-        return "; ".join(f"{operation['before']} to {operation['after']}" for operation in operations)
+        return describe_changes(operations)
     return shorten(row.get("perturbed_prompt") or "")
 
 

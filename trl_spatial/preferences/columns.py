@@ -84,7 +84,7 @@ _COLUMNS = (
     Column("level", "integers", _is_integer, "it tells accuracies apart by the number of changed relations"),
     Column(
         "operations",
-        "lists of {'operation', 'before', 'after'}",
+        "lists of {'operation', 'before', 'after'}, the last two as `relations`",
         _is_list_of("operation"),
         "it tells what was changed",
     ),
