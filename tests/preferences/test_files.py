@@ -1,6 +1,7 @@
 """Files of rows are read as they are written; what is damaged, empty or names other files is an error in one line."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -171,3 +172,14 @@ def test_cells_of_images_name_only_files_of_the_folder(here, named, nested):
     else:
         with pytest.raises(ValueError, match=re.escape(f"{path!r} is not in the dataset's folder")):
             load_prompts("folder/train.parquet", "train")
+
+
+@pytest.mark.parametrize("name", ["train.csv", "README.md", "state.json"])
+def test_a_pipe_is_not_waited_for(here, name):
+    (here / "folder").mkdir()
+    (here / "folder/test.csv").write_text("prompt\na\n")
+    os.mkfifo(here / "folder" / name)
+    with pytest.raises(ValueError, match="is not a regular file"):
+        load_prompts("folder", "test")
+    with pytest.raises(ValueError, match=f"{name} is neither a regular file nor a folder"):
+        load_prompts(f"folder/{name}", "test")

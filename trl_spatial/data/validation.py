@@ -160,8 +160,9 @@ class _SplitCheck:
         self.findings += faults
         self._check_record(number, row)
         bad_columns = {fault.place.column for fault in faults}
-        if "prompt" in row and "prompt" not in bad_columns:
-            self.prompts.setdefault(clean_prompt(row["prompt"]), Place(self.split, number, "prompt"))
+        prompt = None if "prompt" in bad_columns or "prompt" not in row else clean_prompt(row["prompt"])
+        if prompt is not None:
+            self.prompts.setdefault(prompt, Place(self.split, number, "prompt"))
         decoded = []
         for column, image in images.items():
             if isinstance(image, ImageFacts):
@@ -170,8 +171,8 @@ class _SplitCheck:
         self.statistics.add(row, decoded)
         if row.get("scene"):
             self.scenes.add(row["scene"])
-        if isinstance(row.get("prompt"), str) and len(decoded) == len(IMAGE_COLUMNS):
-            self._check_duplicate(number, row["prompt"], decoded)
+        if prompt is not None and len(decoded) == len(IMAGE_COLUMNS):
+            self._check_duplicate(number, prompt, decoded)
 
     def _report(self, kind: str, number: int, column: str, value: str, reason: str) -> None:
         self.findings.append(Finding(kind, Place(self.split, number, column), value, reason))

@@ -128,6 +128,10 @@ def _load(path: Path, config_name: str | None, streaming: bool) -> Any:
         builder = FILE_TYPES[path.suffix.lower()]
         options: dict[str, Any] = _CSV_OPTIONS if builder == "csv" else {}
         return load_dataset(builder, data_files=str(path), streaming=streaming, **options)
+    files = list(path.rglob("*"))
+    for file in files:
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise ValueError(f"{file} is not a regular file")  # reading a pipe would wait for ever
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         _check_saved(path)
         loaded = load_from_disk(path)
@@ -138,7 +142,7 @@ def _load(path: Path, config_name: str | None, streaming: bool) -> Any:
             else splits
         )
     has_configs = _check_card(path)  # datasets does not combine those with options
-    types = {file.suffix.lower() for file in path.rglob("*")} & FILE_TYPES.keys()
+    types = {file.suffix.lower() for file in files} & FILE_TYPES.keys()
     options = _CSV_OPTIONS if types == {".csv"} and not has_configs else {}
     return load_dataset(str(path), name=config_name, streaming=streaming, **options)
 
@@ -185,7 +189,11 @@ def _check_names(names: Any, file: Path) -> None:
 
 
 def _explain(path: Path, error: BaseException) -> str:
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in FILE_TYPES)
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in FILE_TYPES)
+    )
     for file in files:
         if fault := _find_damage(file):
             return f"{file}{fault}. Repair the file or write it again."
