@@ -160,7 +160,7 @@ def test_the_documented_detector_of_another_library_works(tmp_path, monkeypatch)
         """Answers in torchvision's form, which is not installed here: two people beside each other and a doubtful third."""
 
         def forward(self, images):
-            assert all(image.shape[0] == 3 and 0 <= image.min() and image.max() <= 1 for image in images)
+            assert all(image.shape[0] == 3 and image.min() >= 0 and image.max() <= 1 for image in images)
             boxes = torch.tensor([[0.0, 0, 9, 9], [20, 0, 29, 9], [40, 0, 49, 9]])
             return [
                 {"labels": torch.ones(3, dtype=torch.long), "scores": torch.tensor([0.8, 0.6, 0.4]), "boxes": boxes}
