@@ -4,9 +4,11 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """
     try:
         record = json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply
         record = None
@@ -137,7 +139,8 @@ class Stages:
                 f"{folder} holds a run with other arguments: {changes}. Name another folder or remove it."
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(folder)
+        self._lock = ExitStack()
+        self._lock.enter_context(lock_folder(folder))
         write_record(folder / "arguments.json", arguments)
 
     def run(self, name: str, function: Callable[[], Any], *, outputs: Sequence[Path] = ()) -> Any:
@@ -190,28 +193,126 @@ class Stages:
         return self.folder / f"{name}.json"
 
 
-def _lock(folder: Path) -> Any:
-    """Holds a folder until this process ends, however it ends. Child processes do not hold it."""
-    try:
-        import fcntl
-    except ModuleNotFoundError:  # on Windows, where a second process is not noticed
-        return None
-    file = (folder / ".lock").open("w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise
-        raise ValueError(
-            f"Another process is running in {folder}. Wait for its end, or name another folder."
-        ) from error
-    return file
-
-
 def new_folder(path: str) -> Path:
     """Returns `path`, or raises an error if it exists and is not an empty folder, so that nothing is overwritten."""
     folder = Path(path)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"{path} exists and is not an empty folder; name another one.")
     return folder
+
+
+# Completeness of a folder
+
+MARKER = "checkpoint.json"
+LOCK_FILE = ".lock"
+_locked: set[Path] = set()  # folders that this process has locked
+
+
+def begin_folder(folder: str | Path) -> None:
+    """
+    Makes an empty folder to be filled. What an earlier run left there is deleted, its marker first, so that old and new
+    files never pass for one result. To be called by one process, before any other writes.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder.
+    """
+    folder = Path(folder)
+    (folder / MARKER).unlink(missing_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def mark_complete(folder: str | Path, files: Sequence[str] | None = None) -> None:
+    """
+    Declares a folder complete: writes `checkpoint.json`, which lists files with their sizes, after they have reached the
+    disk. To be called by one process, after all have written.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder.
+        files (`Sequence[str]`, *optional*):
+            Names of the files that belong to the result, relative to the folder. Defaults to all files.
+    """
+    folder = Path(folder)
+    sizes = _file_sizes(folder)
+    if files is not None:
+        sizes = {name: sizes[name] for name in files}
+    names = {folder / parent for name in sizes for parent in Path(name).parents}
+    for path in [*(folder / name for name in sizes), *names]:
+        _flush_to_disk(path)
+    write_record(folder / MARKER, {"files": sizes})
+
+
+def is_complete(folder: str | Path) -> bool:
+    """
+    Whether a folder was written to its end: its marker is there, and so is every file that the marker lists, with its
+    size.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder.
+    """
+    expected, sizes = marked_files(folder), _file_sizes(Path(folder))
+    return expected is not None and all(sizes.get(name) == size for name, size in expected.items())
+
+
+def marked_files(folder: str | Path) -> dict[str, int] | None:
+    """Names and sizes of the files that the marker of a folder lists, or `None` if there is no readable marker."""
+    files = read_record(Path(folder) / MARKER).get("files")
+    return files if isinstance(files, dict) else None
+
+
+@contextmanager
+def lock_folder(folder: str | Path) -> Iterator[None]:
+    """
+    Keeps other processes out of a folder while this one writes to it. The lock ends with the process, however it ends.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder; it must exist.
+
+    Raises:
+        `ValueError`: If another process has locked it.
+    """
+    folder = Path(folder).resolve()
+    if folder in _locked or os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    # Not `flock`: the workers of a data loader would inherit it, and outlive a killed process for some seconds.
+    with (folder / LOCK_FILE).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            file.seek(0)
+            raise ValueError(
+                f"Another process ({file.read().strip()}) is running in {folder}. Wait until it ends, or name another folder."
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        _locked.add(folder)
+        try:
+            yield
+        finally:
+            _locked.remove(folder)
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _flush_to_disk(path: Path) -> None:
+    if os.name != "posix":  # elsewhere folders and files open for reading cannot be flushed
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -12,19 +12,16 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from trl_spatial.diffusion_grpo.runtime.checkpointing import (
-    begin_checkpoint,
-    check_complete,
     check_exportable,
     export_weights,
-    is_complete,
-    last_complete_checkpoint,
     load_buffer,
     load_trained_state,
-    mark_complete,
     save_buffer,
     save_trained_state,
 )
 from trl_spatial.diffusion_grpo.runtime.ema import EMA
+from trl_spatial.store import begin_folder, is_complete, mark_complete
+from trl_spatial.training.run_folder import check_complete, last_complete_checkpoint
 
 
 # alpha is not the rank: an export that loses it changes the images
@@ -182,7 +179,7 @@ FILES = {"optimizer.pt": b"moments", "trained_weights.safetensors": b"weights", 
 
 
 def write_files(folder, files=FILES):
-    begin_checkpoint(folder)
+    begin_folder(folder)
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
@@ -274,7 +271,7 @@ class TestCompleteness:
 
     def test_files_of_an_earlier_run_do_not_stay(self, tmp_path):
         self.make(tmp_path, 5)
-        begin_checkpoint(tmp_path / "checkpoint-5")
+        begin_folder(tmp_path / "checkpoint-5")
         assert list((tmp_path / "checkpoint-5").iterdir()) == []
 
     def test_files_that_come_later_do_no_harm(self, tmp_path):

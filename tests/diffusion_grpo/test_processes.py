@@ -22,10 +22,10 @@ from tests.launching import REPOSITORY, Launched
 from trl_spatial.diffusion_grpo.runtime.checkpointing import (
     TRAINED_WEIGHTS,
     check_sharding,
-    is_complete,
-    last_complete_checkpoint,
 )
 from trl_spatial.diffusion_grpo.runtime.processes import check_launch
+from trl_spatial.store import is_complete
+from trl_spatial.training.run_folder import last_complete_checkpoint
 
 
 WORKER = REPOSITORY / "tests" / "diffusion_grpo" / "worker.py"

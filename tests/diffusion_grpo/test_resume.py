@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from trl_spatial import DiffusionGRPOConfig, DiffusionGRPOTrainer
-from trl_spatial.diffusion_grpo.runtime import checkpointing
-from trl_spatial.diffusion_grpo.runtime.checkpointing import is_complete, last_complete_checkpoint, mark_complete
 from trl_spatial.generation.seeds import image_generator
+from trl_spatial.store import is_complete, mark_complete
+from trl_spatial.training import base
+from trl_spatial.training.run_folder import last_complete_checkpoint
 
 
 PROMPTS = ["a red cube", "a blue sphere", "a lamp", "a table", "a dog"]  # not a multiple of what a rollout takes
@@ -213,10 +214,10 @@ class TestHalfWritten:
         seen = []
 
         def look_and_mark(folder):  # the last step of a save
-            seen.append([path.name for path in (tmp_path / "run").iterdir() if is_complete(path)])
+            seen.append([path.name for path in (tmp_path / "run").glob("checkpoint-*") if is_complete(path)])
             mark_complete(folder)
 
-        monkeypatch.setattr(checkpointing, "mark_complete", look_and_mark)
+        monkeypatch.setattr(base, "mark_complete", look_and_mark)
         make_trainer("run", save_steps=1, save_total_limit=1, max_steps=2).train()
         assert seen == [[], ["checkpoint-1"]]
         assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from trl_spatial.diffusion_grpo.runtime.checkpointing import is_complete
+from trl_spatial.store import is_complete
 
 
 PROMPTS = ["a red cube", "a cat", "the lamp"]
@@ -272,8 +272,3 @@ def test_another_rollout_size_in_the_middle_of_a_rollout_is_an_error(make_traine
     trainer = make_trainer(max_steps=2, num_iterations=2, **kwargs)
     with pytest.raises(ValueError, match=r"middle of a rollout.*`num_iterations`.*\(4, 2, 1, 1\).*\(4, 2, 2, 1\)"):
         trainer.train(resume_from_checkpoint=True)
-
-
-def test_resuming_where_there_is_nothing_is_an_error(make_trainer):
-    with pytest.raises(ValueError, match="no complete checkpoint"):
-        make_trainer().train(resume_from_checkpoint=True)

@@ -18,7 +18,6 @@ from ..diffusion_grpo.config import DiffusionGRPOConfig
 from ..diffusion_grpo.policies.lora import attention_lora_config
 from ..diffusion_grpo.reward_functions import RewardFunction, RewardFunctions
 from ..diffusion_grpo.runtime.callbacks import RolloutProgressCallback
-from ..diffusion_grpo.runtime.checkpointing import last_complete_checkpoint
 from ..diffusion_grpo.runtime.evaluation import reward_images
 from ..diffusion_grpo.trainer import DiffusionGRPOTrainer
 from ..generation.drawing import draw_rows
@@ -319,9 +318,7 @@ def train_generator(trainer: DiffusionGRPOTrainer) -> dict[str, Any]:
         `dict`: what happened: `steps`, `evaluations`, `settings` and `cost`, as JSON holds them.
     """
     args = trainer.args
-    folder = Path(args.output_dir)
-    is_interrupted = folder.exists() and last_complete_checkpoint(folder) is not None
-    trainer.train(resume_from_checkpoint=True if is_interrupted else None)
+    trainer.train(resume_from_checkpoint=True)
     trainer.save_model()
     history = trainer.state.log_history
     # a resumed run evaluates once more where it continues

@@ -16,7 +16,7 @@ from ..gaussian_reward import spatial_score_lora_config
 from ..gaussian_reward.losses import preference_probability
 from ..scenes import make_preference_dataset
 from ..statistics import accuracy_interval, expected_calibration_error, reliability_bins
-from ..store import read_record
+from ..store import is_complete
 from .report import save_image
 
 
@@ -72,33 +72,31 @@ def train_reward_model(
     Returns:
         [`SpatialScore`]: the trained model.
     """
-    training_args = GaussianRewardConfig(
-        output_dir=str(output_dir),
-        max_steps=max_steps,
-        seed=seed,
-        # a tiny model learns with rates that would ruin a large one
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        per_device_train_batch_size=32,
-        gradient_accumulation_steps=1,
-        gradient_checkpointing=False,
-        logging_steps=10,
-        save_steps=100,
-        save_total_limit=1,
-        report_to="none",
-        **({} if objective is None else {"objective": objective}),
-    )
-    trainer = GaussianRewardTrainer(
-        model=str(TINY_BACKBONE),
-        args=training_args,
-        train_dataset=dataset,
-        peft_config=spatial_score_lora_config(rank=16, alpha=32),
-    )
-    # the state is the last file that is written to a checkpoint
-    complete = [folder for folder in output_dir.glob("checkpoint-*") if read_record(folder / "trainer_state.json")]
-    newest = max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
-    trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
-    trainer.save_model()
+    if not is_complete(output_dir):
+        training_args = GaussianRewardConfig(
+            output_dir=str(output_dir),
+            max_steps=max_steps,
+            seed=seed,
+            # a tiny model learns with rates that would ruin a large one
+            learning_rate=2e-3,
+            lr_scheduler_type="cosine",
+            per_device_train_batch_size=32,
+            gradient_accumulation_steps=1,
+            gradient_checkpointing=False,
+            logging_steps=10,
+            save_steps=100,
+            save_total_limit=1,
+            report_to="none",
+            **({} if objective is None else {"objective": objective}),
+        )
+        trainer = GaussianRewardTrainer(
+            model=str(TINY_BACKBONE),
+            args=training_args,
+            train_dataset=dataset,
+            peft_config=spatial_score_lora_config(rank=16, alpha=32),
+        )
+        trainer.train(resume_from_checkpoint=True)
+        trainer.save_model()
     return SpatialScore.from_pretrained(output_dir)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+from ..training.run_folder import check_arguments
 from .sde import DYNAMICS, sde_window
 
 
@@ -432,6 +433,7 @@ class DiffusionGRPOConfig(TrainingArguments):
             )
 
     def _check_unsupported_fields(self):
+        check_arguments(self)
         reasons = {
             "fp16": "its range is too small for the gradients of a mean over latents. Use `bf16`",
             "auto_find_batch_size": "the batch size decides how many prompts a rollout has. Set "

@@ -22,7 +22,8 @@ from ..figures.pairs import ScoredPair, draw_pairs
 from ..hub.cards import SAMPLES_FILE, Card
 from ..hub.checkpoints import is_local_name
 from ..preferences.images import load_image
-from ..training.hub import HubTrainerMixin, dataset_split
+from ..training.base import BaseTrainer
+from ..training.hub import dataset_split
 from .checkpoints import save_checkpoint
 from .config import GaussianRewardConfig
 from .data import IS_REVERSE_COLUMN, ROW_COLUMN, DataCollatorForSpatialPreference, PreferencePairs, prepare_pairs
@@ -39,14 +40,15 @@ logger = get_logger(__name__)
 NUM_SAMPLES = 4  # pairs in the picture of the card
 
 
-class GaussianRewardTrainer(HubTrainerMixin, RewardTrainer):
+class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
     """
     Trainer for reward models that give an image a Gaussian score for its prompt, as introduced in [Enhancing Spatial
     Understanding in Image Generation via Reward Modeling](https://huggingface.co/papers/2602.24233).
 
     This class is a [`~trl.RewardTrainer`] for pairs of images. It inherits all of its attributes and methods.
 
-    What it uploads to the Hub (`push_to_hub`, `hub_strategy`) is told by [`~training.hub.HubTrainerMixin`].
+    Checkpoints, resuming and signals are those of [`~training.base.BaseTrainer`], uploads (`push_to_hub`, `hub_strategy`)
+    those of [`~training.hub.HubTrainer`].
 
     Example:
 
@@ -346,8 +348,6 @@ class GaussianRewardTrainer(HubTrainerMixin, RewardTrainer):
         output_dir = self.args.output_dir if output_dir is None else output_dir
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         save_checkpoint(model, self.processing_class, output_dir, state_dict=state_dict)
-        self._save_samples(Path(output_dir))
-        self._build_card().save(output_dir, model_id=Path(self.args.output_dir).absolute().name)
 
     def _save_samples(self, folder: Path) -> None:
         """Draws the first pairs of the last evaluation with their scores."""

@@ -334,9 +334,7 @@ def describe_memory(
 
 def train(trainer: "DiffusionGRPOTrainer") -> None:
     """Train, from a checkpoint if the arguments name one, and save the weights."""
-    # "true" stands for the last complete checkpoint in the output folder
-    resume = trainer.args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.accelerator.print("✅ Training completed.")
 
     if trainer.args.push_to_hub:

@@ -187,9 +187,7 @@ def main(
 ) -> None:
     trainer = build_trainer(script_args, model_args, training_args)
 
-    # "true" stands for the last checkpoint in the output folder
-    resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.accelerator.print("✅ Training completed.")
 
     if training_args.push_to_hub:

@@ -22,9 +22,9 @@ from ..hub.upload import create_repository, push_files
 logger = get_logger(__name__)
 
 
-class HubTrainerMixin(Trainer):
+class HubTrainer(Trainer):
     """
-    The part of a [`~transformers.Trainer`] that talks to the Hub.
+    A [`~transformers.Trainer`] that uploads what it trains.
 
     It uploads what [`~hub.checkpoints.collect_files`] collects: weights as safetensors, their settings and a card; no pickle,
     no local path, no state of the training. So no folder on the Hub, `last-checkpoint` included, resumes a training: that takes
@@ -49,6 +49,10 @@ class HubTrainerMixin(Trainer):
         """What is known of the model so far."""
         raise NotImplementedError
 
+    def _card(self) -> Card:
+        """The card, with what the base classes know too."""
+        return self._build_card()
+
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         args = self.args
         if not self.is_world_process_zero():
@@ -64,17 +68,6 @@ class HubTrainerMixin(Trainer):
                 "With `hub_strategy='checkpoint'` the folder `last-checkpoint` on the Hub holds the model alone: what "
                 "training resumes from is not uploaded. Resume from `output_dir`."
             )
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        self._is_resumed = bool(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _run_epoch(self, *args, **kwargs):
-        # resumed from its last checkpoint, a training is over, but the parent would make one more update
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
 
     def push_to_hub(
         self,
@@ -136,7 +129,7 @@ class HubTrainerMixin(Trainer):
             raise TypeError(
                 f"The card takes `model_name`, `dataset_name`, `tags` and `license`, not {sorted(unknown)}."
             )
-        card = self._build_card()
+        card = self._card()
         tags = [kwargs["tags"]] if isinstance(kwargs.get("tags"), str) else list(kwargs.get("tags") or [])
         card.front_matter["tags"] = sorted({*card.front_matter["tags"], *tags})
         if kwargs.get("license"):

@@ -16,20 +16,14 @@ from peft import LoraConfig
 from PIL.Image import Image
 from transformers import ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
-    PredictionOutput,
-    SaveStrategy,
-    TrainOutput,
-    rotate_checkpoints,
-    speed_metrics,
-)
+from transformers.trainer_utils import PredictionOutput, SaveStrategy, TrainOutput, speed_metrics
 
 from ...figures.grid import save_image_grid
 from ...generation.drawing import draw_rows
 from ...hub.cards import SAMPLES_FILE, Card
 from ...hub.checkpoints import is_local_name
-from ...training.hub import HubTrainerMixin, dataset_split
+from ...training.base import BaseTrainer
+from ...training.hub import dataset_split
 from ..advantages import combine_rewards
 from ..config import DiffusionGRPOConfig
 from ..kinds import LORA, TRANSFORMER
@@ -57,15 +51,15 @@ NUM_LOGGED_IMAGES = 8
 Rows: TypeAlias = Dataset | list[dict[str, Any]]
 
 
-class DiffusionTrainer(HubTrainerMixin):
+class DiffusionTrainer(BaseTrainer):
     """
     A [`~transformers.Trainer`] of the transformer of a diffusion pipeline: everything but the algorithm.
 
     - Evaluation generates images with the averaged weights and rewards them.
     - Logs hold metrics of all processes, counts, and the time of each phase. Grids of images are saved.
-    - The exported weights are uploaded to the Hub with their card (`push_to_hub`), see [`~training.hub.HubTrainerMixin`].
-    - Checkpoints hold exactly what training changes, and are marked when they are complete. Half-written ones are never
-      resumed from, and older ones are deleted only when a newer one is complete. The best one is always saved and kept.
+    - The exported weights are uploaded to the Hub with their card (`push_to_hub`), see [`~training.hub.HubTrainer`].
+    - Checkpoints hold exactly what training changes, see [`~training.base.BaseTrainer`]. The best one is always saved and
+      kept.
 
     A subclass gives `training_step`, and `_training_state`, `_load_training_state` and `_merge_training_states` for what else
     it remembers.
@@ -147,15 +141,6 @@ class DiffusionTrainer(HubTrainerMixin):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = checkpointing.last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"`resume_from_checkpoint` is True, but there is no complete checkpoint in {self.args.output_dir}. "
-                    "Leave it `None` to start anew."
-                )
-        elif resume_from_checkpoint:
-            checkpointing.check_complete(resume_from_checkpoint)
         self._metrics = TrainingMetrics()
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
@@ -294,7 +279,7 @@ class DiffusionTrainer(HubTrainerMixin):
 
     def _merge_training_states(self, states: list[tuple[dict[str, torch.Tensor], dict[str, Any]]]) -> dict[str, Any]:
         """
-        What this process goes on from if another number of processes saved `states`: the second part of a state without
+        What this process continues from if another number of processes saved `states`: the second part of a state without
         tensors. An error if their work cannot be shared out anew.
         """
         raise NotImplementedError
@@ -306,35 +291,43 @@ class DiffusionTrainer(HubTrainerMixin):
         return is_new_best
 
     def _save_checkpoint(self, model, trial) -> None:
-        args = self.args
-        run_dir = Path(self._get_output_dir(trial))
-        folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with self._timer.phase("save"):
-            if args.should_save:
-                checkpointing.begin_checkpoint(folder)
-            self.accelerator.wait_for_everyone()
-            # The parent would delete older checkpoints before this one is complete.
-            save_total_limit, args.save_total_limit = args.save_total_limit, None
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                args.save_total_limit = save_total_limit
-            if args.should_save or self.is_fsdp_enabled:
-                checkpointing.save_trained_state(self.model, folder, ema=self.ema, is_writer=args.should_save)
-            checkpointing.save_buffer(*self._training_state(), folder, args.process_index)
-            self.accelerator.wait_for_everyone()
-            if args.should_save:
-                checkpointing.mark_complete(folder)
-                rotate_checkpoints(str(run_dir), save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+            super()._save_checkpoint(model, trial)
+
+    def _save_training_state(self, folder: Path) -> None:
+        is_writer = self.args.should_save
+        if is_writer or self.is_fsdp_enabled:
+            checkpointing.save_trained_state(self.model, folder, ema=self.ema, is_writer=is_writer)
+        checkpointing.save_buffer(*self._training_state(), folder, self.args.process_index)
+
+    # Prompts are a function of the rollout's index: a resumed run has to count rollouts as before.
+    def _position(self) -> dict[str, int]:
+        return {
+            "num_rows": len(self.train_dataset),
+            "prompts per rollout": self.args.num_prompts_per_device * self.args.world_size,
+            "updates per rollout": self.args.num_updates_per_rollout,
+        }
+
+    def _find_start(self, dataloader: Any, num_updates: int, updates_per_epoch: int) -> tuple[int, int]:
+        then, now = self._run.get("position"), self._position()
+        if then is not None:
+            self._check_num_rows(then["num_rows"])
+            if then != now:
+                names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "top_k")
+                raise ValueError(
+                    "Resumed like this, the run would leave out prompts or draw them twice: (prompts, updates) per rollout "
+                    f"were {tuple(then.values())[1:]} and are {tuple(now.values())[1:]} now, with {self.args.world_size} "
+                    f"processes{self._old_sizes((*names, 'num_generations', 'num_iterations'))}. Use the old values."
+                )
+        epoch, updates = divmod(num_updates, updates_per_epoch)
+        return epoch, updates * self.args.gradient_accumulation_steps
 
     # Of a sharded transformer, the parent would collect and write the frozen weights too.
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if not self.is_fsdp_enabled:
-            super().save_model(output_dir, _internal_call)
-            return
-        self._save(output_dir)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+    def _export(self, folder: Path) -> None:
+        if self.is_fsdp_enabled:
+            self._save(str(folder))
+        else:
+            super()._export(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
@@ -351,16 +344,16 @@ class DiffusionTrainer(HubTrainerMixin):
         folder = self.args.output_dir if output_dir is None else output_dir
         if is_writer or self.is_fsdp_enabled:
             checkpointing.export_weights(self.policy.pipeline, self.model, folder, ema=self.ema, is_writer=is_writer)
-        if is_writer:
-            self._save_samples(Path(folder))
-            self._build_card().save(folder, model_id=Path(self.args.output_dir).absolute().name)
 
     def _save_samples(self, folder: Path) -> None:
         """The newest grid of an evaluation, or, without one, of a rollout, as the picture of the card."""
-        images = Path(self.args.output_dir) / "images"
-        grids = sorted(images.glob("eval*.png"), key=_grid_number) or sorted(
-            images.glob("rollout*.png"), key=_grid_number
-        )
+        step = self.state.global_step
+        # Later ones are of an attempt that was interrupted.
+        last = {"eval": step, "rollout": step // self.args.num_updates_per_rollout}
+        grids: list[Path] = []
+        for name in ("rollout", "eval"):
+            found = (Path(self.args.output_dir) / "images").glob(f"{name}*.png")
+            grids = sorted((path for path in found if _grid_number(path) <= last[name]), key=_grid_number) or grids
         if grids:
             shutil.copyfile(grids[-1], folder / SAMPLES_FILE)
 
