@@ -12,19 +12,16 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from trl_spatial.diffusion_grpo.runtime.checkpointing import (
-    begin_checkpoint,
-    check_complete,
     check_exportable,
     export_weights,
-    is_complete,
-    last_complete_checkpoint,
     load_buffer,
     load_trained_state,
-    mark_complete,
     save_buffer,
     save_trained_state,
 )
 from trl_spatial.diffusion_grpo.runtime.ema import EMA
+from trl_spatial.store import begin_folder, is_complete, mark_complete
+from trl_spatial.training.run_folder import check_complete, last_complete_checkpoint
 
 
 # alpha is not the rank: an export that loses it changes the images
@@ -76,8 +73,9 @@ class TestExport:
         fresh = make_flux_pipeline()
         assert not torch.allclose(draw(fresh), expected, atol=1e-2)
         fresh.load_lora_weights(tmp_path)
-        assert torch.equal(draw(fresh), expected)
-        assert torch.equal(draw(trained_pipeline), expected) is not with_average
+        # the scale is in the file's matrices, and loaded weights lie elsewhere: other roundings
+        torch.testing.assert_close(draw(fresh), expected, rtol=0, atol=1e-4)
+        assert torch.allclose(draw(trained_pipeline), expected, rtol=0, atol=1e-4) is not with_average
 
     def test_holds_nothing_but_the_adapter(self, trained_pipeline, tmp_path):
         export_weights(trained_pipeline, trained_pipeline.transformer, tmp_path)
@@ -103,7 +101,7 @@ class TestExport:
         components["transformer"] = FluxTransformer2DModel.from_pretrained(tmp_path, subfolder="transformer")
         loaded = FluxPipeline(**components)
         loaded.set_progress_bar_config(disable=True)
-        assert torch.equal(draw(loaded), expected)
+        torch.testing.assert_close(draw(loaded), expected, rtol=0, atol=1e-4)
 
     @pytest.mark.parametrize(
         "field",
@@ -181,7 +179,7 @@ FILES = {"optimizer.pt": b"moments", "trained_weights.safetensors": b"weights", 
 
 
 def write_files(folder, files=FILES):
-    begin_checkpoint(folder)
+    begin_folder(folder)
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
@@ -273,7 +271,7 @@ class TestCompleteness:
 
     def test_files_of_an_earlier_run_do_not_stay(self, tmp_path):
         self.make(tmp_path, 5)
-        begin_checkpoint(tmp_path / "checkpoint-5")
+        begin_folder(tmp_path / "checkpoint-5")
         assert list((tmp_path / "checkpoint-5").iterdir()) == []
 
     def test_files_that_come_later_do_no_harm(self, tmp_path):

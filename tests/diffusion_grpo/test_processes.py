@@ -22,10 +22,10 @@ from tests.launching import REPOSITORY, Launched
 from trl_spatial.diffusion_grpo.runtime.checkpointing import (
     TRAINED_WEIGHTS,
     check_sharding,
-    is_complete,
-    last_complete_checkpoint,
 )
 from trl_spatial.diffusion_grpo.runtime.processes import check_launch
+from trl_spatial.store import is_complete
+from trl_spatial.training.run_folder import last_complete_checkpoint
 
 
 WORKER = REPOSITORY / "tests" / "diffusion_grpo" / "worker.py"
@@ -36,7 +36,7 @@ WEIGHT_TOLERANCE = 1e-3
 REWARD_TOLERANCE = 4e-3
 
 ONE = dict(gradient_accumulation_steps=4)  # of one process, whose global batch is that of two
-WHOLE = dict(max_steps=4, save_steps=1, eval_strategy="steps", eval_steps=2, num_logged_images=3)
+WHOLE = dict(max_steps=4, save_steps=1, eval_strategy="steps", eval_steps=2)
 # Advantages in units of the whole batch's standard deviation: they need the rewards of both processes.
 QWEN = dict(family="qwen_image", guidance_scale=4.0, scale_rewards="batch", max_steps=2, save_steps=1)
 MIDDLE = dict(gradient_accumulation_steps=1, steps_per_generation=2, max_steps=4)

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from trl_spatial.diffusion_grpo.runtime.checkpointing import is_complete
+from trl_spatial.store import is_complete
 
 
 PROMPTS = ["a red cube", "a cat", "the lamp"]
@@ -196,7 +196,7 @@ class TestBestCheckpoint:
 
 
 def test_nothing_that_is_exported_is_a_pickle(make_trainer, tmp_path):
-    trainer = make_trainer()
+    trainer = make_trainer(logging_strategy="no")
     trainer.train()
     trainer.save_model()
     files = [path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*.*")]
@@ -213,7 +213,7 @@ def test_a_pipeline_is_loaded_from_a_folder(make_trainer, flux_folder):
 
 
 def test_image_grids_are_saved(make_trainer, tmp_path):
-    trainer = make_trainer(eval_dataset=ROWS, num_logged_images=2, eval_strategy="steps", eval_steps=1, max_steps=11)
+    trainer = make_trainer(eval_dataset=ROWS, eval_strategy="steps", eval_steps=1, max_steps=11)
     trainer.train()
     files = sorted(path.name for path in (tmp_path / "run" / "images").iterdir())
     grids = [f"eval_{step:06d}.png" for step in range(1, 12)]
@@ -221,11 +221,11 @@ def test_image_grids_are_saved(make_trainer, tmp_path):
     wide, narrow = (
         Image.open(tmp_path / "run" / "images" / name).size for name in ("rollout_000000.png", "eval_000001.png")
     )
-    assert wide[0] == narrow[0] > 2 * 200  # two images of at least 200 pixels
+    assert wide[0] > narrow[0] > 3 * 200  # up to eight images, and the three of the evaluation
 
 
 def test_no_grids_if_not_wanted(make_trainer, tmp_path):
-    make_trainer(num_logged_images=0).train()
+    make_trainer(logging_strategy="no").train()
     assert not (tmp_path / "run" / "images").exists()
 
 
@@ -272,8 +272,3 @@ def test_another_rollout_size_in_the_middle_of_a_rollout_is_an_error(make_traine
     trainer = make_trainer(max_steps=2, num_iterations=2, **kwargs)
     with pytest.raises(ValueError, match=r"middle of a rollout.*`num_iterations`.*\(4, 2, 1, 1\).*\(4, 2, 2, 1\)"):
         trainer.train(resume_from_checkpoint=True)
-
-
-def test_resuming_where_there_is_nothing_is_an_error(make_trainer):
-    with pytest.raises(ValueError, match="no complete checkpoint"):
-        make_trainer().train(resume_from_checkpoint=True)

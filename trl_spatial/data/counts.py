@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..preferences.images import ImageFacts
+from ..preferences.rows import ImageFacts
 from ..scenes import parse_description
 
 

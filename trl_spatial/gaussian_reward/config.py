@@ -3,6 +3,8 @@ from dataclasses import dataclass, field, fields
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import RewardConfig
 
+from ..training.run_folder import check_arguments
+
 
 @dataclass
 class GaussianRewardConfig(RewardConfig):
@@ -196,6 +198,7 @@ class GaussianRewardConfig(RewardConfig):
             )
 
     def _check_unsupported_fields(self):
+        check_arguments(self)
         if self.chat_template_path is not None or self.eos_token is not None:
             raise ValueError(
                 f"`chat_template_path` is {self.chat_template_path!r} and `eos_token` is {self.eos_token!r}. The chat "

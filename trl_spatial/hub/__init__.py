@@ -11,7 +11,7 @@
 """
 
 from .cards import Card, Result, card_template
-from .checkpoints import collect_files
+from .checkpoints import Kind, collect_files, find_kind
 from .errors import HubError, explain_errors
 from .references import Reference, find_reference
 from .safety import UnsafeRepositoryError, check_repository
@@ -21,6 +21,7 @@ from .upload import push_files
 __all__ = [
     "Card",
     "HubError",
+    "Kind",
     "Reference",
     "Result",
     "UnsafeRepositoryError",
@@ -28,6 +29,7 @@ __all__ = [
     "check_repository",
     "collect_files",
     "explain_errors",
+    "find_kind",
     "find_reference",
     "push_files",
 ]

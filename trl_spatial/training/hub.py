@@ -13,7 +13,7 @@ from transformers.utils import PushInProgress
 from transformers.utils.hub import hf_api
 
 from ..hub.cards import Card
-from ..hub.checkpoints import collect_files, lacks_base_model
+from ..hub.checkpoints import Kind, collect_files, find_kind, lacks_base_model
 from ..hub.errors import HubError
 from ..hub.references import find_repository
 from ..hub.upload import create_repository, push_files
@@ -22,16 +22,16 @@ from ..hub.upload import create_repository, push_files
 logger = get_logger(__name__)
 
 
-class HubTrainerMixin(Trainer):
+class HubTrainer(Trainer):
     """
-    The part of a [`~transformers.Trainer`] that talks to the Hub.
+    A [`~transformers.Trainer`] that uploads what it trains.
 
     It uploads what [`~hub.checkpoints.collect_files`] collects: weights as safetensors, their settings and a card; no pickle,
     no local path, no state of the training. So no folder on the Hub, `last-checkpoint` included, resumes a training: that takes
     the local checkpoint. With `save_total_limit`, saving waits until the checkpoint before is uploaded, as its folder may be
     deleted.
 
-    A subclass gives `_build_card`.
+    A subclass gives `_build_card` and `_kinds`, the kinds of folder that it saves.
 
     Attributes:
         dataset_name (`str`, *optional*):
@@ -43,10 +43,15 @@ class HubTrainerMixin(Trainer):
     dataset_name: str | None = None
     eval_dataset_name: str | None = None
     _is_resumed = False
+    _kinds: tuple[Kind, ...]
 
     def _build_card(self) -> Card:
         """What is known of the model so far."""
         raise NotImplementedError
+
+    def _card(self) -> Card:
+        """The card, with what the base classes know too."""
+        return self._build_card()
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         args = self.args
@@ -63,10 +68,6 @@ class HubTrainerMixin(Trainer):
                 "With `hub_strategy='checkpoint'` the folder `last-checkpoint` on the Hub holds the model alone: what "
                 "training resumes from is not uploaded. Resume from `output_dir`."
             )
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        self._is_resumed = bool(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def push_to_hub(
         self,
@@ -128,7 +129,7 @@ class HubTrainerMixin(Trainer):
             raise TypeError(
                 f"The card takes `model_name`, `dataset_name`, `tags` and `license`, not {sorted(unknown)}."
             )
-        card = self._build_card()
+        card = self._card()
         tags = [kwargs["tags"]] if isinstance(kwargs.get("tags"), str) else list(kwargs.get("tags") or [])
         card.front_matter["tags"] = sorted({*card.front_matter["tags"], *tags})
         if kwargs.get("license"):
@@ -144,7 +145,7 @@ class HubTrainerMixin(Trainer):
         token: str | None = None,
         revision: str | None = None,
     ) -> Future:
-        files = collect_files(folder, self.hub_model_id)
+        files = collect_files(folder, self.hub_model_id, kind=find_kind(folder, self._kinds))
         if lacks_base_model(files):
             logger.warning_once(
                 "The model was trained on a local copy of its base model, whose path is not uploaded: who loads it has to "

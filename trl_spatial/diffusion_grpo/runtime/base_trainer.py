@@ -16,50 +16,50 @@ from peft import LoraConfig
 from PIL.Image import Image
 from transformers import ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
-    PredictionOutput,
-    SaveStrategy,
-    TrainOutput,
-    rotate_checkpoints,
-    speed_metrics,
-)
+from transformers.trainer_utils import PredictionOutput, SaveStrategy, TrainOutput, speed_metrics
 
 from ...figures.grid import save_image_grid
+from ...generation.drawing import draw_rows
 from ...hub.cards import SAMPLES_FILE, Card
 from ...hub.checkpoints import is_local_name
-from ...training.hub import HubTrainerMixin, dataset_split
+from ...training.base import BaseTrainer
+from ...training.hub import dataset_split
+from ..advantages import combine_rewards
 from ..config import DiffusionGRPOConfig
+from ..kinds import LORA, TRANSFORMER
 from ..policies import make_policy
+from ..reward_functions import RewardFunction, RewardFunctions, reward_metrics
 from . import checkpointing
 from .callbacks import RolloutProgressCallback, UpdateCallback
-from .checks import check_inputs, warn_about_deviation, with_held_out
+from .checks import check_inputs, with_held_out
 from .ema import EMA
-from .evaluation import EvaluationOutput, evaluate_policy
+from .evaluation import EvaluationOutput, PolicyGenerator, reward_images
 from .integrations import adapt_callbacks, log_image
 from .metrics import TrainingMetrics, gather_evaluation
 from .model_card import build_card
-from .model_setup import load_pipeline, prepare_transformer, prepare_vae, sampling_options, shard_transformer
+from .model_setup import load_pipeline, prepare_transformer, sampling_options, shard_transformer
 from .monitoring import HackingMonitor, StepTimer
 from .processes import check_launch, fail_together
 from .prompt_cache import PromptCache
-from .reward_functions import RewardFunction, RewardFunctions, reward_metrics
 
 
 logger = get_logger(__name__)
 
+# Images of a grid
+NUM_LOGGED_IMAGES = 8
+
 Rows: TypeAlias = Dataset | list[dict[str, Any]]
 
 
-class DiffusionTrainer(HubTrainerMixin):
+class DiffusionTrainer(BaseTrainer):
     """
     A [`~transformers.Trainer`] of the transformer of a diffusion pipeline: everything but the algorithm.
 
     - Evaluation generates images with the averaged weights and rewards them.
     - Logs hold metrics of all processes, counts, and the time of each phase. Grids of images are saved.
-    - The exported weights are uploaded to the Hub with their card (`push_to_hub`), see [`~training.hub.HubTrainerMixin`].
-    - Checkpoints hold exactly what training changes, and are marked when they are complete. Half-written ones are never
-      resumed from, and older ones are deleted only when a newer one is complete. The best one is always saved and kept.
+    - The exported weights are uploaded to the Hub with their card (`push_to_hub`), see [`~training.hub.HubTrainer`].
+    - Checkpoints hold exactly what training changes, see [`~training.base.BaseTrainer`]. The best one is always saved and
+      kept.
 
     A subclass gives `training_step`, and `_training_state`, `_load_training_state` and `_merge_training_states` for what else
     it remembers.
@@ -67,6 +67,7 @@ class DiffusionTrainer(HubTrainerMixin):
     """
 
     _tag_names = ["diffusion-grpo", "spatial-rl", "trl"]
+    _kinds = (LORA, TRANSFORMER)
 
     def __init__(
         self,
@@ -116,7 +117,7 @@ class DiffusionTrainer(HubTrainerMixin):
             self.add_callback(RolloutProgressCallback)
         adapt_callbacks(self)
 
-        prepare_vae(self.policy, args)
+        self.policy.vae.to(args.device)
         if self.is_fsdp_enabled:
             shard_transformer(self.model, self.accelerator)
         # The same guidance in training and in evaluation, hence the same negative prompt
@@ -140,15 +141,6 @@ class DiffusionTrainer(HubTrainerMixin):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = checkpointing.last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"`resume_from_checkpoint` is True, but there is no complete checkpoint in {self.args.output_dir}. "
-                    "Leave it `None` to start anew."
-                )
-        elif resume_from_checkpoint:
-            checkpointing.check_complete(resume_from_checkpoint)
         self._metrics = TrainingMetrics()
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
@@ -163,7 +155,6 @@ class DiffusionTrainer(HubTrainerMixin):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # of updates, and not of an evaluation or the end
             metrics = self._metrics.collect(self.accelerator, self._timer.collect())
-            warn_about_deviation(metrics, self.args)
             logs = {**logs, **metrics}
         super().log(logs, start_time)
 
@@ -223,7 +214,7 @@ class DiffusionTrainer(HubTrainerMixin):
 
         Returns:
             [`~transformers.trainer_utils.PredictionOutput`]: `predictions` of shape `(n, num_funcs)` are the rewards of
-            `eval_reward_functions`, in the order of the rows; NaN where a function has no opinion.
+            `eval_reward_functions`, in the order of the rows; NaN where a function gave no reward.
         """
         with self._timer.phase("evaluate"):
             output = self._evaluate_policy(test_dataset)
@@ -236,33 +227,30 @@ class DiffusionTrainer(HubTrainerMixin):
         averaged = nullcontext() if self.ema is None else self.ema.applied()
         is_sharded = self.is_fsdp_enabled
         with fail_together(self.accelerator, "Evaluating", is_collective=is_sharded), averaged:
-            output = evaluate_policy(
-                self.policy,
-                self.model,
-                self.prompt_cache,
+            batches = draw_rows(
+                PolicyGenerator(
+                    self.policy, self.model, self.prompt_cache, self._eval_options, self.accelerator.autocast
+                ),
                 dataset,
-                self.eval_reward_functions,
-                self._eval_options,
                 batch_size=args.per_device_eval_batch_size,
                 seed=args.seed,
-                num_kept_images=args.num_logged_images,
                 rank=args.process_index,
                 world_size=args.world_size,
                 is_collective=is_sharded,
-                autocast=self.accelerator.autocast,
-                show_progress=self.is_world_process_zero() and not args.disable_tqdm,
+                progress="Evaluating" if self.is_world_process_zero() and not args.disable_tqdm else None,
             )
+            output = reward_images(batches, self.eval_reward_functions, num_kept_images=NUM_LOGGED_IMAGES)
         return gather_evaluation(output)
 
     def _evaluation_metrics(self, output: EvaluationOutput, prefix: str) -> dict[str, float]:
         num_trained = len(self.reward_functions.names)
-        trained = output.rewards[:, :num_trained]
-        metrics = reward_metrics(output.rewards, self.eval_reward_functions)
-        metrics |= reward_metrics(trained, self.reward_functions)  # `reward` is of the trained ones
+        # An image is a group of its own; held-out rewards have no weight
+        combined = combine_rewards(output.rewards, 1, self.eval_reward_functions.weights)
+        metrics = reward_metrics(output.rewards, combined, self.eval_reward_functions.names)
         held_out = self.eval_reward_functions.names[num_trained:]
         for warning in self._hacking_monitors[prefix].update(
             self.state.global_step,
-            self.reward_functions.combine(trained),
+            combined,
             dict(zip(held_out, output.rewards[:, num_trained:].unbind(1), strict=True)),
         ):
             logger.warning(warning)
@@ -272,9 +260,9 @@ class DiffusionTrainer(HubTrainerMixin):
         self, name: str, number: int, images: list[Image], prompts: list[str], rewards: torch.Tensor
     ) -> None:
         """Saves a grid of the first images and shows it to the trackers."""
-        num_images = min(self.args.num_logged_images, len(images))
-        if num_images == 0 or not self.is_world_process_zero():
+        if self.args.logging_strategy == "no" or not self.is_world_process_zero():
             return
+        num_images = min(NUM_LOGGED_IMAGES, len(images))
         names = self.eval_reward_functions.names  # those of the trained ones come first
         captions = [_caption(names, row) for row in rewards[:num_images].tolist()]
         path = Path(self.args.output_dir) / "images" / f"{name}_{number:06d}.png"
@@ -291,7 +279,7 @@ class DiffusionTrainer(HubTrainerMixin):
 
     def _merge_training_states(self, states: list[tuple[dict[str, torch.Tensor], dict[str, Any]]]) -> dict[str, Any]:
         """
-        What this process goes on from if another number of processes saved `states`: the second part of a state without
+        What this process continues from if another number of processes saved `states`: the second part of a state without
         tensors. An error if their work cannot be shared out anew.
         """
         raise NotImplementedError
@@ -303,35 +291,43 @@ class DiffusionTrainer(HubTrainerMixin):
         return is_new_best
 
     def _save_checkpoint(self, model, trial) -> None:
-        args = self.args
-        run_dir = Path(self._get_output_dir(trial))
-        folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with self._timer.phase("save"):
-            if args.should_save:
-                checkpointing.begin_checkpoint(folder)
-            self.accelerator.wait_for_everyone()
-            # The parent would delete older checkpoints before this one is complete.
-            save_total_limit, args.save_total_limit = args.save_total_limit, None
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                args.save_total_limit = save_total_limit
-            if args.should_save or self.is_fsdp_enabled:
-                checkpointing.save_trained_state(self.model, folder, ema=self.ema, is_writer=args.should_save)
-            checkpointing.save_buffer(*self._training_state(), folder, args.process_index)
-            self.accelerator.wait_for_everyone()
-            if args.should_save:
-                checkpointing.mark_complete(folder)
-                rotate_checkpoints(str(run_dir), save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+            super()._save_checkpoint(model, trial)
+
+    def _save_training_state(self, folder: Path) -> None:
+        is_writer = self.args.should_save
+        if is_writer or self.is_fsdp_enabled:
+            checkpointing.save_trained_state(self.model, folder, ema=self.ema, is_writer=is_writer)
+        checkpointing.save_buffer(*self._training_state(), folder, self.args.process_index)
+
+    # Prompts are a function of the rollout's index: a resumed run has to count rollouts as before.
+    def _position(self) -> dict[str, int]:
+        return {
+            "num_rows": len(self.train_dataset),
+            "prompts per rollout": self.args.num_prompts_per_device * self.args.world_size,
+            "updates per rollout": self.args.num_updates_per_rollout,
+        }
+
+    def _find_start(self, dataloader: Any, num_updates: int, updates_per_epoch: int) -> tuple[int, int]:
+        then, now = self._run.get("position"), self._position()
+        if then is not None:
+            self._check_num_rows(then["num_rows"])
+            if then != now:
+                names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "top_k")
+                raise ValueError(
+                    "Resumed like this, the run would leave out prompts or draw them twice: (prompts, updates) per rollout "
+                    f"were {tuple(then.values())[1:]} and are {tuple(now.values())[1:]} now, with {self.args.world_size} "
+                    f"processes{self._old_sizes((*names, 'num_generations', 'num_iterations'))}. Use the old values."
+                )
+        epoch, updates = divmod(num_updates, updates_per_epoch)
+        return epoch, updates * self.args.gradient_accumulation_steps
 
     # Of a sharded transformer, the parent would collect and write the frozen weights too.
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if not self.is_fsdp_enabled:
-            super().save_model(output_dir, _internal_call)
-            return
-        self._save(output_dir)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+    def _export(self, folder: Path) -> None:
+        if self.is_fsdp_enabled:
+            self._save(str(folder))
+        else:
+            super()._export(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
@@ -348,16 +344,16 @@ class DiffusionTrainer(HubTrainerMixin):
         folder = self.args.output_dir if output_dir is None else output_dir
         if is_writer or self.is_fsdp_enabled:
             checkpointing.export_weights(self.policy.pipeline, self.model, folder, ema=self.ema, is_writer=is_writer)
-        if is_writer:
-            self._save_samples(Path(folder))
-            self._build_card().save(folder, model_id=Path(self.args.output_dir).absolute().name)
 
     def _save_samples(self, folder: Path) -> None:
         """The newest grid of an evaluation, or, without one, of a rollout, as the picture of the card."""
-        images = Path(self.args.output_dir) / "images"
-        grids = sorted(images.glob("eval*.png"), key=_grid_number) or sorted(
-            images.glob("rollout*.png"), key=_grid_number
-        )
+        step = self.state.global_step
+        # Later ones are of an attempt that was interrupted.
+        last = {"eval": step, "rollout": step // self.args.num_updates_per_rollout}
+        grids: list[Path] = []
+        for name in ("rollout", "eval"):
+            found = (Path(self.args.output_dir) / "images").glob(f"{name}*.png")
+            grids = sorted((path for path in found if _grid_number(path) <= last[name]), key=_grid_number) or grids
         if grids:
             shutil.copyfile(grids[-1], folder / SAMPLES_FILE)
 

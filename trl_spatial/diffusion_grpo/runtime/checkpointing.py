@@ -1,17 +1,6 @@
-"""
-What a training run leaves on disk: weights for users, state to resume from, and a marker that tells a whole
-checkpoint from a half-written one.
-
-A checkpoint is written in this order, the first and the last step by one process:
-[`begin_checkpoint`] → weights, optimizer, random states, buffers → [`mark_complete`]. Older checkpoints may be deleted
-after that, not before.
-"""
+"""What GRPO leaves on disk: weights for users, and state to resume from."""
 
 import json
-import logging
-import os
-import re
-import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,18 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
 from transformers.trainer import OPTIMIZER_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .ema import EMA
 from .sharding import fill_tensor, gather_tensors, is_sharded
 
 
-logger = logging.getLogger(__name__)
-
 TRANSFORMER_FOLDER = "transformer"
 TRAINED_WEIGHTS = "trained_weights.safetensors"
 EMA_WEIGHTS = "ema.safetensors"
-MARKER = "checkpoint.json"
 SHARDED_OPTIMIZER = "optimizer.bin"  # accelerate's name
 # Fields of a `LoraConfig` and the values with which an adapter is nothing but matrices beside unchanged weights. Other ways
 # to start, such as PiSSA's, change the frozen weights, which also are the reference policy.
@@ -96,8 +81,9 @@ def export_weights(
         transformer ([`~diffusers.ModelMixin`]):
             The trained transformer, without the wrappers of distributed training.
         folder (`str` or `Path`):
-            Where to; created if missing. An adapter becomes `pytorch_lora_weights.safetensors`, with its configuration
-            (`alpha` above all) as metadata.
+            Where to; created if missing. An adapter becomes `pytorch_lora_weights.safetensors`. Its scale, `alpha / r` or
+            what else its configuration says, is multiplied into its second matrices: diffusers loads the file with scale
+            1, also as a state dict, which carries no metadata.
         ema ([`EMA`], *optional*):
             If given, its averaged weights are saved in place of the current ones.
         is_writer (`bool`, *optional*, defaults to `True`):
@@ -110,11 +96,11 @@ def export_weights(
         (adapter_name,) = transformer.active_adapters()
         layers = gather_tensors(get_peft_model_state_dict(transformer, adapter_name=adapter_name), is_writer=is_writer)
         if is_writer:
-            pipeline.save_lora_weights(
-                folder,
-                transformer_lora_layers=layers,
-                transformer_lora_adapter_metadata=transformer.peft_config[adapter_name].to_dict(),
-            )
+            for name, weight in layers.items():
+                layer, is_second, _ = name.partition(".lora_B.")
+                if is_second:
+                    weight *= transformer.get_submodule(layer).scaling[adapter_name]
+            pipeline.save_lora_weights(folder, transformer_lora_layers=layers)
 
 
 def _export_transformer(transformer: Any, folder: Path, is_writer: bool) -> None:
@@ -270,111 +256,10 @@ def _check_same_tensors(saved: Mapping[str, torch.Tensor], own: Mapping[str, tor
         )
 
 
-# Completeness
-
-
-def begin_checkpoint(folder: str | Path) -> None:
-    """
-    Makes an empty folder for a checkpoint. What an earlier run left there is deleted, its marker first, so that old
-    and new files never pass for one checkpoint. To be called by one process, before any other writes.
-
-    Args:
-        folder (`str` or `Path`):
-            Folder of the checkpoint.
-    """
-    folder = Path(folder)
-    (folder / MARKER).unlink(missing_ok=True)
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-
-
-def mark_complete(folder: str | Path) -> None:
-    """
-    Declares a checkpoint whole: writes `checkpoint.json`, which lists every file with its size, after all files have
-    reached the disk. To be called by one process, after all have written.
-
-    Args:
-        folder (`str` or `Path`):
-            Folder of the checkpoint.
-    """
-    folder = Path(folder)
-    sizes = _file_sizes(folder)
-    for path in [*(folder / name for name in sizes), *(path for path in folder.rglob("*") if path.is_dir()), folder]:
-        _flush_to_disk(path)
-    unfinished = folder / f"{MARKER}.part"
-    unfinished.write_text(json.dumps({"files": sizes}, indent=2), encoding="utf-8")
-    _flush_to_disk(unfinished)
-    unfinished.replace(folder / MARKER)
-    _flush_to_disk(folder)
-
-
-def is_complete(folder: str | Path) -> bool:
-    """
-    Whether a checkpoint was written to its end: its marker is there, and so is every file that the marker lists, with
-    its size.
-
-    Args:
-        folder (`str` or `Path`):
-            Folder of the checkpoint.
-    """
-    try:
-        expected = json.loads((Path(folder) / MARKER).read_text(encoding="utf-8"))["files"]
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
-        return False
-    sizes = _file_sizes(Path(folder))
-    return all(sizes.get(name) == size for name, size in expected.items())
-
-
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """
-    The checkpoint to resume from: the latest one that is complete. Later ones that are not are named in a warning.
-
-    Args:
-        output_dir (`str` or `Path`):
-            Folder with the checkpoints of a run, `checkpoint-<step>`.
-
-    Returns:
-        `str`, *optional*: Path of the checkpoint, or `None` if there is none.
-    """
-    steps = {}
-    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
-        if match and path.is_dir():
-            steps[int(match[1])] = path
-    for step in sorted(steps, reverse=True):
-        if is_complete(steps[step]):
-            return str(steps[step])
-        logger.warning(
-            "%s is incomplete: the run was stopped while writing it. It is not resumed from, and can be deleted.",
-            steps[step],
-        )
-    return None
-
-
-def check_complete(folder: str | Path) -> None:
-    """
-    Refuses a checkpoint that was named as the one to resume from but is not whole.
-
-    Args:
-        folder (`str` or `Path`):
-            Folder of the checkpoint.
-
-    Raises:
-        `ValueError`: If it is missing or incomplete.
-    """
-    if not is_complete(folder):
-        state = "incomplete: the run was stopped while writing it" if Path(folder).is_dir() else "not a folder"
-        raise ValueError(
-            f"`resume_from_checkpoint` is {str(folder)!r}, which is {state}. Use `resume_from_checkpoint=True` for the "
-            "last complete one in `output_dir`."
-        )
-
-
 def check_sharding(folder: str | Path, *, is_sharded: bool) -> None:
     """
     Refuses a checkpoint whose optimizer state is in the form of the other way to hold the weights. transformers and
-    accelerate look for a file of their own name, and go on without one.
+    accelerate look for a file of their own name, and continue without one.
 
     Args:
         folder (`str` or `Path`):
@@ -392,18 +277,3 @@ def check_sharding(folder: str | Path, *, is_sharded: bool) -> None:
             f"The checkpoint {folder} was saved with {then} weights, and now they are {now}. Resume with the launch "
             "configuration of that run."
         )
-
-
-def _file_sizes(folder: Path) -> dict[str, int]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER)
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-
-
-def _flush_to_disk(path: Path) -> None:
-    if os.name != "posix":  # elsewhere folders and files open for reading cannot be flushed
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

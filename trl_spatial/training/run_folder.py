@@ -1,0 +1,270 @@
+"""The output folder of a training run: whose it is, where the run resumes, and which weights it holds."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..hub.cards import CARD_FILE, SAMPLES_FILE, Card
+from ..store import MARKER, begin_folder, is_complete, marked_files, read_record, write_record
+
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+_WEIGHTS = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_lora_weights.safetensors",
+    "transformer",
+)
+# Arguments that say where a run writes, what it shows and how it is measured. A resumed run may change them freely.
+_FREE = re.compile(
+    r"(hub|push|log|report|run|save|eval|do|dataloader|ddp|fsdp|deepspeed|output|project|trackio|disable_tqdm|resume|debug"
+    r"|accelerator|parallelism|local_rank|num_logged|load_best|metric|greater|include|remove_unused|skip_memory|use_cpu"
+    r"|torch_empty|length_column|dataset_num_proc|average_tokens)"
+)
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """
+    Refuses what no trainer of this package can do right, before any model is loaded. A loss that is not finite ends the
+    training, so nothing is left to be filtered out of the logs.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            The arguments; `logging_nan_inf_filter` is switched off.
+
+    Raises:
+        `ValueError`: If `output_dir` cannot be written, or `save_on_each_node` is set.
+    """
+    if args.save_on_each_node:
+        raise ValueError(
+            "`save_on_each_node` is True: on a shared disk several processes would write one checkpoint. Leave it False "
+            "and use an `output_dir` that all machines see."
+        )
+    args.logging_nan_inf_filter = False
+    path = Path(args.output_dir).absolute()
+    existing = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    if not existing.is_dir():
+        raise ValueError(f"`output_dir` is {args.output_dir}, but {existing} is not a folder. Name another one.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"`output_dir` is {args.output_dir}, but {existing} cannot be written to. Name another one.")
+
+
+def recorded_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """The arguments that decide what is learnt, as JSON holds them."""
+    values = {name: value for name, value in args.to_dict().items() if not _FREE.match(name)}
+    return json.loads(json.dumps(values, default=str))
+
+
+# Checkpoints
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """
+    The checkpoint to resume from: the latest one that is complete. Later ones that are not are named in a warning.
+
+    Args:
+        output_dir (`str` or `Path`):
+            Folder with the checkpoints of a run, `checkpoint-<step>`.
+
+    Returns:
+        `str`, *optional*: Path of the checkpoint, or `None` if there is none.
+    """
+    for _, path in sorted(find_checkpoints(output_dir).items(), reverse=True):
+        if is_complete(path):
+            return str(path)
+        logger.warning(
+            "%s is incomplete: the run was stopped while writing it, or a file was lost. It is not resumed from, and can "
+            "be deleted.",
+            path,
+        )
+    return None
+
+
+def find_checkpoints(output_dir: str | Path) -> dict[int, Path]:
+    """The folders of checkpoints in `output_dir` by their steps, complete or not."""
+    matches = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in Path(output_dir).glob("*")}
+    return {int(match[1]): path for path, match in matches.items() if match and path.is_dir()}
+
+
+def check_complete(folder: str | Path) -> None:
+    """
+    Refuses a checkpoint that was named as the one to resume from but is not complete.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder of the checkpoint.
+
+    Raises:
+        `ValueError`: If it is missing or incomplete.
+    """
+    if not is_complete(folder):
+        state = "incomplete: the run was stopped while writing it" if Path(folder).is_dir() else "not a folder"
+        raise ValueError(
+            f"`resume_from_checkpoint` is {str(folder)!r}, which is {state}. Use `resume_from_checkpoint=True` for the "
+            "last complete one in `output_dir`."
+        )
+
+
+def num_updates_of(checkpoint: str | Path) -> int:
+    """Number of updates after which a checkpoint was saved."""
+    return json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+
+
+# Start of a run
+
+
+def find_start(output_dir: str | Path, resume: str | bool | None) -> str | None:
+    """
+    Decides where a run starts.
+
+    Args:
+        output_dir (`str` or `Path`):
+            Folder of the run.
+        resume (`str` or `bool`, *optional*):
+            A checkpoint; `True` (or `"true"`) for the last complete one in `output_dir`, or the beginning if nothing was
+            saved there yet; otherwise the beginning.
+
+    Returns:
+        `str`, *optional*: the checkpoint to resume from, or `None` for the beginning.
+
+    Raises:
+        `ValueError`: If the folder holds another training, or the checkpoint cannot be resumed from.
+    """
+    folder = Path(output_dir)
+    if not resume or str(resume).lower() == "false":
+        if find_checkpoints(folder) or _weights(folder):
+            raise ValueError(
+                f"`output_dir` is {output_dir}, which already holds a training. Name another folder, resume that training "
+                "with `resume_from_checkpoint` true, or remove it."
+            )
+        return None
+    if str(resume).lower() == "true":
+        checkpoint = last_complete_checkpoint(folder)
+        if checkpoint is None:
+            if _weights(folder) and (is_complete(folder) or not read_run(folder)):
+                raise ValueError(
+                    f"`resume_from_checkpoint` is True, but {output_dir} holds finished weights and no checkpoint. Name "
+                    "another folder, or remove it."
+                )
+            logger.warning("There is no complete checkpoint in %s: training starts at the beginning.", output_dir)
+            return None
+    else:
+        checkpoint = str(resume)
+        check_complete(checkpoint)
+    _check_resumable(folder, Path(checkpoint))
+    return checkpoint
+
+
+def _check_resumable(folder: Path, checkpoint: Path) -> None:
+    if not any(path.name.startswith("optimizer") for path in checkpoint.iterdir()):
+        raise ValueError(
+            f"{checkpoint} holds no optimizer: it was saved with `save_only_model`. Training cannot continue from it as if "
+            "nothing had happened; load its weights as the model of a new run."
+        )
+    own, saved = read_run(folder), read_run(checkpoint)
+    if own and saved and own["id"] != saved["id"]:
+        raise ValueError(
+            f"{checkpoint} belongs to run {saved['id']}, but {folder} holds run {own['id']}. Name another `output_dir`."
+        )
+    step = num_updates_of(checkpoint)
+    if later := [
+        str(path) for number, path in find_checkpoints(folder).items() if number > step and is_complete(path)
+    ]:
+        raise ValueError(
+            f"{folder} holds later checkpoints than {checkpoint}: {', '.join(sorted(later))}. Remove them, or name another "
+            "`output_dir`."
+        )
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """The content of `run.json` in a run's folder or a checkpoint; empty without that file."""
+    return read_record(Path(folder) / RUN_FILE)
+
+
+def write_run(folder: str | Path, run: dict[str, Any]) -> None:
+    """Writes `run.json`."""
+    write_record(Path(folder) / RUN_FILE, run)
+
+
+def new_run(folder: str | Path, kind: str) -> dict[str, Any]:
+    """Gives a run its identity. What an earlier attempt left in its folder is removed."""
+    folder = Path(folder)
+    if read_run(folder):
+        card, readme = Card.load(folder), folder / "README.md"
+        if card and readme.is_file() and card.has_made(readme):
+            readme.unlink()
+        for name in (CARD_FILE, SAMPLES_FILE, "before_after.json", MARKER):
+            (folder / name).unlink(missing_ok=True)
+        for path in (folder / "images", *find_checkpoints(folder).values(), *_weights(folder)):
+            _remove(path)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"id": uuid.uuid4().hex, "kind": kind, "started": started, "changes": []}
+
+
+# Weights
+
+
+def move_weights(source: Path, folder: Path) -> list[str]:
+    """
+    Moves freshly saved files into a folder in place of those that were saved there before, in whichever form. Until it is
+    marked complete, the folder does not pass for a result.
+
+    Args:
+        source (`Path`):
+            Folder with the new files; it is gone afterwards.
+        folder (`Path`):
+            Where to.
+
+    Returns:
+        `list[str]`: names of the moved files, relative to `folder`.
+    """
+    earlier = marked_files(folder) or {}
+    files = [path.relative_to(source).as_posix() for path in sorted(source.rglob("*")) if path.is_file()]
+    (folder / MARKER).unlink(missing_ok=True)
+    for path in (*(folder / name for name in earlier), *_weights(folder)):
+        _remove(path)
+    for path in source.iterdir():
+        _remove(folder / path.name)
+        path.replace(folder / path.name)
+    source.rmdir()
+    return files
+
+
+def begin_weights(folder: Path) -> Path:
+    """
+    Makes the folder in which the weights that replace those of `folder` are written first.
+
+    Raises:
+        `ValueError`: If `folder` holds weights that no trainer of this package wrote.
+    """
+    if _weights(folder) and not (folder / MARKER).is_file() and not read_run(folder):
+        raise ValueError(f"{folder} holds weights that this trainer did not write. Save to another folder.")
+    partial = folder / ".partial"
+    begin_folder(partial)
+    return partial
+
+
+def _weights(folder: Path) -> list[Path]:
+    return [path for pattern in _WEIGHTS for path in folder.glob(pattern)]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
