@@ -231,7 +231,8 @@ class Reader:
         tiny = " ".join([tiny, *(options for recipe, options in FEWER_STEPS.items() if recipe in arguments)])
         self.monkeypatch.setattr(sys, "argv", [name, *arguments, *tiny.split()])
         options = {"alter_sys": True} if run is runpy.run_module else {}
-        run(name, run_name="__main__", **options)
+        with ended_well():
+            run(name, run_name="__main__", **options)
 
     def run_make(self, words):
         """`make` without the installation, in the environment of this test."""
@@ -281,6 +282,15 @@ class Reader:
             words = [f"trl_spatial.scripts.{words[1]}", *words[2:], *TINY[words[1]].split()]
         ended = run_python(["-m", *words], **options)
         assert ended.returncode == 0, ended.stderr
+
+
+@contextmanager
+def ended_well():
+    """A program may end with an exit code, which has to be 0."""
+    try:
+        yield
+    except SystemExit as end:
+        assert not end.code, end.code
 
 
 @contextmanager
