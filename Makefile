@@ -37,7 +37,7 @@ style: $(INSTALLED) ## repair what ruff can repair
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(BENCHES) ## measure the numbers of the README's evidence section
+bench: $(BENCHES) ## measure the numbers of recipes/bench/README.md
 
 # a rule for each, without a shell between, so that ending make ends the measurement
 $(BENCHES): $(INSTALLED)

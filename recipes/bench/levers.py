@@ -6,7 +6,7 @@ Trains a FLUX of 21 million random parameters on one CPU core, a Qwen-Image wher
 denoising steps, LoRA. Each lever is measured against the same training without it, in turns, by the processor's clock: what a
 rollout and its updates cost. It is predicted from evaluations of the transformer for one image, of which a forward pass is one
 and a backward pass another: cfg · [T + 3 · K · kept] and K · kept of the reference, for T steps, K trained ones and the share `kept` of the images;
-2 in place of 3 without checkpointing. Prints the table of the README.
+2 in place of 3 without checkpointing. Prints the table of README.md.
 """
 
 import argparse
