@@ -35,7 +35,7 @@ class LocatedObject:
         color (`str`):
             Name of the color, a key of `COLORS`.
         shape (`str`):
-            Name of the shape, one of `SHAPES`, or `"unknown"`: such an object is nobody's argument.
+            Name of the shape, one of `SHAPES`, or `"unknown"`, in which case no relation uses the object.
         x (`float`), y (`float`):
             Center of the outline, in canvas units.
         radius (`float`):
