@@ -163,9 +163,9 @@ def damaged_images(tmp_path):
         "cannot be opened .*No such file": tmp_path / "missing.png",
         r"has no pixels \(0x5\)": Image.new("RGB", (0, 5)),
         r"is too narrow \(1x201\)": Image.new("RGB", (1, 201)),
-        "is a NoneType": None,
+        "is missing": None,
         "is a int": 7,
-        "is a NoneType, not": {"bytes": None, "path": None},
+        "is missing[.]": {"bytes": None, "path": None},
     }
 
 
