@@ -183,3 +183,9 @@ def test_a_pipe_is_not_waited_for(here, name):
         load_prompts("folder", "test")
     with pytest.raises(ValueError, match=f"{name} is neither a regular file nor a folder"):
         load_prompts(f"folder/{name}", "test")
+
+
+def test_a_cell_that_has_only_a_path_is_checked_too(here):
+    (here / "a.jsonl").write_text(json.dumps({"prompt": "a", "extra": {"path": "/etc/hostname"}}))
+    with pytest.raises(ValueError, match="'/etc/hostname' is not in the dataset's folder"):
+        load_prompts("a.jsonl", "train")

@@ -107,7 +107,7 @@ def push_dataset(
         repo_id (`str`):
             `"org/name"`; made if it is not there. Splits of the same names in it are replaced, others stay.
         report ([`ValidationReport`]):
-            From [`check_splits`]: what the card tells.
+            From [`check_splits`]: the numbers of the card.
         config_name (`str`, *optional*, defaults to `"default"`):
             Configuration: one of several datasets of a repository.
         private (`bool`, *optional*):

@@ -48,12 +48,12 @@ class ValidationReport:
 
     @property
     def warnings(self) -> list[Finding]:
-        """What is worth a look."""
+        """What may be intended, and should be checked."""
         return self.of_severity("warning")
 
     @property
     def notes(self) -> list[Finding]:
-        """What is left to the reader."""
+        """Facts that are neither errors nor warnings."""
         return self.of_severity("note")
 
     def to_dict(self) -> dict[str, Any]:

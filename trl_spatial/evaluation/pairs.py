@@ -1,4 +1,4 @@
-"""How often a reward model ranks the two images of a pair rightly, and for which pairs it does not."""
+"""How often a reward model ranks the two images of a pair correctly, overall and by kind of pair."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class GroupAccuracy:
 
     Args:
         accuracy ([`Interval`]):
-            Share of rightly ordered pairs with its 95 % interval.
+            Share of correctly ordered pairs with its 95 % interval.
         num_pairs (`int`):
             Number of pairs.
     """

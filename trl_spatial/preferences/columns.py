@@ -26,7 +26,7 @@ class Column:
         accepts (`Callable[[Any], bool]`):
             Whether a feature of a [`~datasets.Dataset`] can hold that.
         purpose (`str`):
-            What it is good for.
+            What its values are for.
         is_required (`bool`, *optional*, defaults to `False`):
             Whether a preference dataset must have it.
         is_usual (`bool`, *optional*, defaults to `True`):
@@ -79,21 +79,19 @@ _COLUMNS = (
     Column("prompt", "strings", _is_text, "what the images were made from", is_required=True),
     Column("chosen", _IMAGES, _is_image, "the preferred image", is_required=True),
     Column("rejected", _IMAGES, _is_image, "the other image", is_required=True),
-    Column("perturbed_prompt", "strings", _is_text, "it gives every pair's reverse pair"),
+    Column("perturbed_prompt", "strings", _is_text, "the prompt that the rejected image shows, for the reverse pair"),
     Column("margin", "numbers", _is_number, "by how much the chosen image is better", is_usual=False),
-    Column("level", "integers", _is_integer, "it tells accuracies apart by the number of changed relations"),
+    Column("level", "integers", _is_integer, "the number of changed relations; accuracy is reported for each"),
     Column(
         "operations",
         "lists of {'operation', 'before', 'after'}, the last two as `relations`",
         _is_list_of("operation"),
-        "it tells what was changed",
+        "what was changed",
     ),
-    Column(
-        "relations", "lists of {'relation', 'arguments'}", _is_list_of("relation"), "it tells what the prompt asks for"
-    ),
-    Column("scene", "strings", _is_text, "it tells what scene the chosen image shows"),
-    Column("generator", "strings", _is_text, "it tells what drew the images"),
-    Column("seed", "integers", _is_integer, "it tells from which seed the pair can be made again"),
+    Column("relations", "lists of {'relation', 'arguments'}", _is_list_of("relation"), "what the prompt asks for"),
+    Column("scene", "strings", _is_text, "the scene that the chosen image shows"),
+    Column("generator", "strings", _is_text, "what drew the images"),
+    Column("seed", "integers", _is_integer, "the seed that makes the same pair again"),
 )
 COLUMNS = {column.name: column for column in _COLUMNS}
 

@@ -1,4 +1,4 @@
-"""Reading the rows of local files: what is damaged is named, and nothing outside the files' folder is read."""
+"""Reading datasets from local files. Errors name the damaged file, and no file outside the dataset's folder is read."""
 
 import json
 import os
@@ -84,8 +84,8 @@ def load_files(path: Path, *, config_name: str | None = None, streaming: bool = 
 
 def check_paths(rows: Dataset, folders: Sequence[Path], name: str) -> None:
     """
-    Checks that the files which cells of images, audio and so on name lie in one of some folders: who reads or publishes a
-    dataset of somebody else must not open, or upload, other files.
+    Checks that the files named by cells (images, audio, ...) lie in one of the given folders. Otherwise reading or publishing
+    somebody else's dataset could open, or upload, any file of this machine.
 
     Args:
         rows ([`~datasets.Dataset`]):
@@ -113,8 +113,10 @@ def _named_files(array: pa.Array) -> Iterator[str]:
     kind = array.type
     if pa.types.is_struct(kind):
         names = {kind.field(i).name for i in range(kind.num_fields)}
-        if names == {"bytes", "path"}:
-            paths = pc.struct_field(array, "path").filter(pc.is_null(pc.struct_field(array, "bytes")))
+        if "path" in names and names <= {"bytes", "path"}:
+            paths = pc.struct_field(array, "path")
+            if "bytes" in names:
+                paths = paths.filter(pc.is_null(pc.struct_field(array, "bytes")))
             yield from (path for path in pc.unique(paths).to_pylist() if isinstance(path, str) and path)
         else:
             for name in names:

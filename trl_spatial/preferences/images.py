@@ -137,7 +137,7 @@ def _open_file(file: Any) -> Image.Image:
         return Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:
         raise ValueError(
-            f"is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file, or its start is damaged"
+            f"cannot be opened: it is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file, or its start is damaged"
         ) from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"is too large: shrink it to at most {MAX_PIXELS // 10**6} million pixels") from error

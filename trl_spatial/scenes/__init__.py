@@ -5,7 +5,8 @@ from .dataset import describe_changes, make_preference_dataset, make_prompt_data
 from .graph import COLORS, SPLITS, Entity, Relation, SceneGraph, mirror, sample_entities
 from .layout import LayoutError, PlacedObject, is_placeable, place_scene, place_together, sample_radii
 from .perturbation import Operation, perturb, sample_graph
-from .relations import REGIONS, RELATIONS, LocatedObject, RelationKind, Verdict
+from .placements import REGIONS
+from .relations import RELATIONS, LocatedObject, RelationKind, Verdict
 from .rendering import Style, render_layout, render_scene, sample_style
 from .shapes import SHAPES
 from .wording import describe_scene, parse_description

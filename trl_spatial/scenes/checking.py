@@ -7,8 +7,9 @@ import numpy as np
 from PIL import Image
 
 from .graph import Entity, Relation, SceneGraph
-from .locating import is_noise, locate_objects, to_array
+from .locating import locate_objects
 from .relations import RELATIONS, LocatedObject, Verdict
+from .segmentation import is_noise, to_array
 
 
 __all__ = ["RelationCheck", "SceneCheck", "check_scene", "locate_objects"]

@@ -57,7 +57,7 @@ def make_preference_dataset(
     """
     Make pairs of rendered scenes: the chosen image shows what the prompt says, in the rejected one some relations are
     changed. Both share sizes, shades and background. Which of the two graphs of a pair is the prompt's is a coin flip, so
-    that neither an image nor a text alone tells which one wins.
+    that neither an image nor a text alone shows which one wins.
 
     Args:
         num_pairs (`int`):

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .relations import REGIONS, RELATIONS
+from .placements import REGIONS
+from .relations import RELATIONS
 from .shapes import SHAPES
 
 

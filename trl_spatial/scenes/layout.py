@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .graph import RADII, Entity, SceneGraph
-from .relations import CANVAS, RELATIONS, Bound, Slot, X, Y
+from .placements import CANVAS, Bound, Slot, X, Y
+from .relations import RELATIONS
 
 
 # Distance between objects that no relation lets touch, and between objects and the border, in canvas units.

@@ -4,7 +4,6 @@ Nothing here knows how an image was made. Pixels are assigned to palette colors 
 to every piece an outline is fitted, also where another object hides a part of it.
 """
 
-from collections import defaultdict
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,18 +12,14 @@ from scipy import ndimage
 
 from .graph import COLORS
 from .relations import LocatedObject
+from .segmentation import BACKGROUND, LUMA_AXIS, SEAM, Segmentation, dilate, is_noise, segment, to_array
 from .shapes import SHAPES, signed_distance
 
 
 # What does not look like any of `SHAPES`.
 UNKNOWN = "unknown"
-MIN_IMAGE_SIZE = 24
-# Median difference of neighboring pixels from which an image is noise; independent noise of standard deviation 32 has it.
-NOISE_STEP = 30
 # Larger images are reduced and smaller ones enlarged, so that an object is some ten to forty pixels wide.
 SMALLEST_SIDE, LARGEST_SIDE = 64, 112
-# Smaller pieces are specks, in shares of the canvas; the smallest object of the world covers 0.01.
-MIN_AREA = 0.003
 MAX_RADIUS = 0.3
 # Least overlap of a piece with the best outline (intersection over union).
 MIN_OVERLAP = 0.75
@@ -40,14 +35,6 @@ BLURS = (0.5, 0.8, 1.1, 1.5)
 _COMPLETENESS_BONUS = 0.08
 # Where an image is not sharp, lightness counts for an edge this much more than chroma: JPEG keeps it at twice the resolution.
 LUMA_WEIGHT = 15.0
-_NEIGHBORS = np.ones((3, 3), dtype=bool)
-
-# Plane of the colors without their lightness: an edge pixel lies on the line between its two sides there as well.
-_CHROMA_AXES = np.array([[1.0, -0.5, -0.5], [0.0, 0.75**0.5, -(0.75**0.5)]], dtype=np.float32).T
-_LUMA_AXIS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-_PALETTE = np.array(list(COLORS.values()), dtype=np.float32) @ _CHROMA_AXES  # (num_colors, 2)
-_PALETTE_CHROMA = np.linalg.norm(_PALETTE, axis=1)
-_PALETTE_HUES = _PALETTE / _PALETTE_CHROMA[:, None]
 
 
 def locate_objects(image: Image.Image | np.ndarray) -> list[LocatedObject]:
@@ -79,10 +66,10 @@ def locate_objects(image: Image.Image | np.ndarray) -> list[LocatedObject]:
     elif scale > 1:
         larger = (round(width * scale), round(height * scale))
         pixels = np.asarray(Image.fromarray(pixels).resize(larger, Image.Resampling.BICUBIC))
-    segmentation = _segment(pixels)
+    segmentation = segment(pixels)
     segmentation = replace(segmentation, blur=_estimate_blur(segmentation))
     if segmentation.blur:
-        segmentation = replace(segmentation, luma=pixels @ _LUMA_AXIS, blur=0.0)
+        segmentation = replace(segmentation, luma=pixels @ LUMA_AXIS, blur=0.0)
         segmentation = replace(segmentation, blur=_estimate_blur(segmentation))
     objects = []
     for color, pieces in segmentation.pieces.items():
@@ -94,125 +81,6 @@ def locate_objects(image: Image.Image | np.ndarray) -> list[LocatedObject]:
 def _working_scale(side: int) -> float:
     """Factor that brings an image of this width to a size at which objects are neither tiny nor slow to fit."""
     return 1 / -(-side // LARGEST_SIDE) if side > LARGEST_SIDE else max(round(SMALLEST_SIDE / side), 1)
-
-
-# Segmentation: pixels → pieces of one color each.
-
-
-@dataclass(frozen=True)
-class _Segmentation:
-    chroma: np.ndarray  # (height, width, 2), the background's subtracted
-    labels: np.ndarray  # (height, width), index of the color, or one of the two below
-    pieces: dict[int, list[np.ndarray]]  # index of the color → masks (height, width), the largest first
-    blur: float = 0.0  # of the image, a standard deviation in pixels
-    luma: np.ndarray | None = None  # (height, width), lightness, only if the image is not sharp
-
-    def foreign(self, piece: np.ndarray) -> np.ndarray:
-        """Pixels `(height, width)` of other objects and of the seam to them, which can look like background."""
-        near = _dilate((self.labels != _BACKGROUND) & ~piece, 2)
-        # blurred seams are wider
-        return near if not self.blur or (near & piece).any() else _dilate(near)
-
-    def surrounding(self, piece: np.ndarray, color: int, rows: slice, columns: slice) -> np.ndarray:
-        """Chroma `(height, width, 2)` of what a piece mixes with at its edges: another piece or the background."""
-        labels = self.labels[rows, columns]
-        is_near = _dilate(piece[rows, columns])
-        is_inner = (piece[rows, columns] | (labels == _SEAM)) & ~_dilate(labels == _BACKGROUND, 2)
-        chroma = np.zeros((*labels.shape, 2), dtype=np.float32)
-        for other in self.pieces:
-            is_other = labels == other
-            if other != color and is_other.any():
-                adjacent = _dilate(is_other)
-                area = is_other | (adjacent & is_near) | (_dilate(adjacent) & is_inner)
-                chroma[area] = np.median(self.chroma[rows, columns][is_other], axis=0)
-        return chroma
-
-
-_BACKGROUND = -1
-_SEAM = -2  # between two objects, where their colors mix
-
-
-def _dilate(mask: np.ndarray, num_steps: int = 1) -> np.ndarray:
-    """The mask and all pixels up to `num_steps` away, diagonals included."""
-    for _ in range(num_steps):
-        wide = mask.copy()
-        wide[:, 1:] |= mask[:, :-1]
-        wide[:, :-1] |= mask[:, 1:]
-        mask = wide.copy()
-        mask[1:] |= wide[:-1]
-        mask[:-1] |= wide[1:]
-    return mask
-
-
-def to_array(image: Image.Image | np.ndarray) -> np.ndarray:
-    """The image as an array `(height, width, 3)` of type `uint8`; what is transparent shows white."""
-    if isinstance(image, Image.Image):
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = np.asarray(image.convert("RGB"))
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(
-            f"The image is an array of shape {image.shape} and type {image.dtype}; give a PIL image or an array of "
-            "shape (height, width, 3) and type uint8."
-        )
-    if min(image.shape[:2]) < MIN_IMAGE_SIZE:
-        raise ValueError(
-            f"The image is {image.shape[1]}x{image.shape[0]} pixels; shapes can be told apart from {MIN_IMAGE_SIZE} "
-            "pixels on. Generate it larger."
-        )
-    return image
-
-
-def is_noise(pixels: np.ndarray) -> bool:
-    """Whether most neighboring pixels `(height, width, 3)` differ widely, as no picture's do."""
-    steps = np.abs(np.diff(pixels[::2].astype(np.int16), axis=1))
-    return bool(np.median(steps) > NOISE_STEP)
-
-
-def _segment(pixels: np.ndarray) -> _Segmentation:
-    chroma = pixels.reshape(-1, 3).astype(np.float32) @ _CHROMA_AXES
-    strength = chroma @ _PALETTE_HUES.T  # (num_pixels, num_colors)
-    nearest = strength.argmax(axis=1)
-    share = strength.max(axis=1) / _PALETTE_CHROMA[nearest]
-    plain = chroma[share < 0.35]
-    if len(plain):
-        chroma = chroma - np.median(plain, axis=0)
-    labels = np.where(share >= 0.5, nearest, _BACKGROUND).reshape(pixels.shape[:2])
-    chroma = chroma.reshape(*labels.shape, 2)
-    smallest = max(MIN_AREA * labels.size, 3)
-    candidates: list[tuple[int, np.ndarray]] = []
-    for color in np.flatnonzero(np.bincount(labels[labels >= 0], minlength=len(_PALETTE)) >= smallest).tolist():
-        numbered, _ = ndimage.label(labels == color, structure=_NEIGHBORS)
-        areas = np.bincount(numbered.ravel())
-        areas[0] = 0
-        order = [number for number in np.argsort(-areas) if areas[number] >= smallest]
-        candidates += [(color, numbered == number) for number in order]
-    pieces: dict[int, list[np.ndarray]] = defaultdict(list)
-    num_near, is_piece = np.zeros(labels.shape, dtype=np.int8), np.zeros(labels.shape, dtype=bool)
-    for color, mask in candidates:
-        if not _is_fringe(mask, color, candidates):
-            pieces[color].append(mask)
-            is_piece |= mask
-            num_near += _dilate(mask, 2)
-    labels[(labels >= 0) & ~is_piece & (num_near >= 2)] = _SEAM
-    return _Segmentation(chroma, labels, dict(pieces))
-
-
-def _is_fringe(piece: np.ndarray, color: int, candidates: list[tuple[int, np.ndarray]]) -> bool:
-    """Whether a piece is only the seam between two objects whose colors mix to a third."""
-    if piece.sum() > 0.03 * piece.size or ndimage.binary_erosion(piece, _NEIGHBORS, iterations=2).any():
-        return False
-    border = _dilate(piece) & ~piece
-    touching = [other for other, mask in candidates if other != color and (border & mask).sum() > 1]
-    return any(_is_mixture(color, first, second) for i, first in enumerate(touching) for second in touching[:i])
-
-
-def _is_mixture(color: int, first: int, second: int) -> bool:
-    """Whether mixtures of two palette colors are taken for a third."""
-    share = np.linspace(0.0, 1.0, 9)[:, None]
-    mixed = share * _PALETTE[first] + (1 - share) * _PALETTE[second]
-    return bool(((mixed @ _PALETTE_HUES.T).argmax(axis=1) == color).any())
 
 
 # Outlines: pieces → shape, place and size.
@@ -239,7 +107,7 @@ class _Evidence:
     blur: float = 0.0
 
 
-def _estimate_blur(segmentation: _Segmentation) -> float:
+def _estimate_blur(segmentation: Segmentation) -> float:
     """Blur with which the image's clearest object fits best, a standard deviation in pixels."""
     views = []
     for color, pieces in segmentation.pieces.items():
@@ -258,9 +126,7 @@ def _estimate_blur(segmentation: _Segmentation) -> float:
     return max(overlaps, key=overlaps.__getitem__)
 
 
-def _fit_pieces(
-    pieces: list[np.ndarray], color: int, segmentation: _Segmentation
-) -> list[tuple[np.ndarray, _Outline]]:
+def _fit_pieces(pieces: list[np.ndarray], color: int, segmentation: Segmentation) -> list[tuple[np.ndarray, _Outline]]:
     """Outlines of the pieces of one color; pieces inside the outline of a larger one are parts of it."""
     fitted = []
     rest = list(pieces)
@@ -278,7 +144,7 @@ def _fit_pieces(
     return fitted
 
 
-def _fit_outline(piece: np.ndarray, color: int, segmentation: _Segmentation) -> _Outline:
+def _fit_outline(piece: np.ndarray, color: int, segmentation: Segmentation) -> _Outline:
     """The outline of a piece in front of everything, or else one of which others hide a part."""
     evidence = _gather_evidence(piece, color, segmentation, margin=3)
     starts = _starts_from_moments(evidence)
@@ -295,12 +161,12 @@ def _fit_front(evidence: _Evidence, starts: dict[str, np.ndarray]) -> _Outline:
 
 
 def _fit_hidden(
-    piece: np.ndarray, color: int, segmentation: _Segmentation, starts: dict[str, np.ndarray]
+    piece: np.ndarray, color: int, segmentation: Segmentation, starts: dict[str, np.ndarray]
 ) -> list[_Outline]:
     """Outlines of a piece that others hide a part of; none if none can."""
     foreign = segmentation.foreign(piece)
     touching = foreign & piece
-    border = _dilate(piece) & ~piece
+    border = dilate(piece) & ~piece
     # what another object surrounds is in front of it
     if not touching.any() or (border & ~foreign).sum() <= 0.2 * border.sum():
         return []
@@ -312,7 +178,7 @@ def _fit_hidden(
 
 
 def _gather_evidence(
-    piece: np.ndarray, color: int, segmentation: _Segmentation, margin: int, foreign: np.ndarray | None = None
+    piece: np.ndarray, color: int, segmentation: Segmentation, margin: int, foreign: np.ndarray | None = None
 ) -> _Evidence:
     """Crop around a piece. Pixels of `foreign` say nothing about its outline, if given."""
     top, bottom, left, right = _bounding_box(piece)
@@ -323,10 +189,10 @@ def _gather_evidence(
     strength = (contrast**2).sum(axis=2)  # (height, width)
     coverage = ((chroma - surrounding) * contrast).sum(axis=2) / np.maximum(strength, 1.0)
     if segmentation.luma is not None:
-        is_plain = segmentation.labels[rows, columns] == _BACKGROUND
+        is_plain = segmentation.labels[rows, columns] == BACKGROUND
         coverage = _mix_in_luma(coverage, strength, segmentation.luma[rows, columns], is_piece, is_plain)
-    coverage[~_dilate(is_piece, 2)] = 0.0
-    is_other = ~is_piece & (segmentation.labels[rows, columns] != _SEAM)
+    coverage[~dilate(is_piece, 2)] = 0.0
+    is_other = ~is_piece & (segmentation.labels[rows, columns] != SEAM)
     coverage[is_other] = np.minimum(coverage[is_other], 0.5)
     weight = np.ones(is_piece.shape, dtype=np.float32)
     if foreign is not None:
@@ -345,7 +211,7 @@ def _mix_in_luma(
     coverage: np.ndarray, strength: np.ndarray, luma: np.ndarray, is_piece: np.ndarray, is_plain: np.ndarray
 ) -> np.ndarray:
     """Coverage `(height, width)` by chroma, and by lightness as well in the piece and the background around it."""
-    around = is_plain & ~_dilate(is_piece)
+    around = is_plain & ~dilate(is_piece)
     if not around.any():
         return coverage
     low = np.median(luma[around])

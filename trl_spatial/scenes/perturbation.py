@@ -7,7 +7,8 @@ import numpy as np
 
 from .graph import COLORS, Relation, SceneGraph, sample_entities
 from .layout import is_placeable
-from .relations import MIRRORED_REGIONS, REGIONS, RELATIONS
+from .placements import REGIONS
+from .relations import MIRRORED_REGIONS, RELATIONS
 from .shapes import SHAPES
 
 

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 
-from .shapes import hiding_offset, signed_distance
+from . import placements
+from .placements import REGIONS, Placement
+from .shapes import signed_distance
 
 
 class Verdict(StrEnum):
@@ -34,7 +35,7 @@ class LocatedObject:
         color (`str`):
             Name of the color, a key of `COLORS`.
         shape (`str`):
-            Name of the shape, one of `SHAPES`, or `"unknown"`: such an object is nobody's argument.
+            Name of the shape, one of `SHAPES`, or `"unknown"`, in which case no relation uses the object.
         x (`float`), y (`float`):
             Center of the outline, in canvas units.
         radius (`float`):
@@ -54,30 +55,7 @@ class LocatedObject:
     mask: np.ndarray
 
 
-class Bound(NamedTuple):
-    """`position[upper] - position[lower] >= minimum` along `axis` (0: x, 1: y); index `CANVAS` stands for 0."""
-
-    axis: int
-    lower: int
-    upper: int
-    minimum: float
-
-
-class Slot(NamedTuple):
-    """An object to be placed: its number in the graph, its radius in canvas units, its shape."""
-
-    number: int
-    radius: float
-    shape: str
-
-
-CANVAS = -1
-X, Y = 0, 1
-
 Rule = Callable[[Sequence[LocatedObject], str | None], tuple[Verdict, str]]
-Placement = Callable[[Sequence[Slot], str | None], list[list[Bound]]]
-
-
 # Rules: located objects → verdict and reason. Between the two thresholds a rule abstains.
 
 
@@ -181,18 +159,6 @@ def _check_between(objects, region):
     return Verdict.UNDECIDABLE, f"{text}: too close to call"
 
 
-# Every region is a cell of a 3 × 3 grid: (column, row).
-REGIONS = {
-    "top left corner": (0, 0),
-    "top right corner": (2, 0),
-    "bottom left corner": (0, 2),
-    "bottom right corner": (2, 2),
-    "left edge": (0, 1),
-    "right edge": (2, 1),
-    "top edge": (1, 0),
-    "bottom edge": (1, 2),
-    "center": (1, 1),
-}
 _CELL_CENTERS = (0.0, 0.5, 1.0)
 # The regions a flip turns into each other; the center has no opposite.
 MIRRORED_REGIONS = {
@@ -221,112 +187,6 @@ def _check_row_order(objects, region):
     if min(steps) >= 0.06 and spread <= 0.2:
         return Verdict.SATISFIED, text
     return Verdict.UNDECIDABLE, f"{text}: too close to call"
-
-
-# Placements: slots → alternatives, each a list of bounds that hold together. They demand more than the rules do, so that a
-# placed relation is never a close call.
-
-
-def _within(axis: int, lower: int, upper: int, minimum: float, maximum: float) -> list[Bound]:
-    return [Bound(axis, lower, upper, minimum), Bound(axis, upper, lower, -maximum)]
-
-
-def _place_left_of(slots, region):
-    a, b = slots
-    return [[Bound(X, a.number, b.number, max(0.75 * (a.radius + b.radius), 0.13))]]
-
-
-def _place_above(slots, region):
-    a, b = slots
-    return [[Bound(Y, a.number, b.number, a.radius + b.radius + 0.03)]]
-
-
-def _place_on(slots, region):
-    # hardly shifted, so that the contact is at the top of round and pointed supports too
-    a, b = slots
-    reach = a.radius + b.radius
-    return [_within(Y, a.number, b.number, reach, reach + 0.004) + _within(X, a.number, b.number, -0.02, 0.02)]
-
-
-def _place_inside(slots, region):
-    inner, outer = slots
-    if outer.shape == "triangle":
-        return []  # no room
-    # a square's corner stays inside a diamond: |x| + |y| <= radius
-    slack = max((outer.radius - 2 * inner.radius) / 2 - 0.008, 0.0)
-    return [[bound for axis in (X, Y) for bound in _within(axis, outer.number, inner.number, -slack, slack)]]
-
-
-# Share of the object behind that is hidden: enough to see the order, little enough to recognize the object.
-HIDDEN_SHARE = 0.35
-
-
-def _place_front_of(slots, region):
-    front, behind = slots
-    radius = (front.radius + behind.radius) / 2
-    alternatives = []
-    for axis in (X, Y):
-        for sign in (-1, 1):
-            if (front.shape, behind.shape, axis, sign) == ("square", "triangle", Y, 1):
-                continue  # a square before the foot of a triangle leaves a smaller, whole triangle: it looks like "on"
-            offset = radius * hiding_offset(front.shape, behind.shape, axis, sign, HIDDEN_SHARE)
-            first, second = (behind, front) if sign == 1 else (front, behind)
-            along = _within(axis, first.number, second.number, 0.95 * offset, 1.05 * offset)
-            aside = _within(1 - axis, first.number, second.number, -0.06 * radius, 0.06 * radius)
-            alternatives.append(along + aside)
-    return alternatives
-
-
-def _place_next_to(slots, region):
-    a, b = slots
-    reach, aside = a.radius + b.radius, 0.6 * min(a.radius, b.radius)
-    return [
-        _within(axis, first.number, second.number, reach + 0.035, reach + 0.09)
-        + _within(1 - axis, first.number, second.number, -aside, aside)
-        for axis in (X, Y)
-        for first, second in ((a, b), (b, a))
-    ]
-
-
-def _place_far_from(slots, region):
-    a, b = slots
-    return [
-        [Bound(axis, first.number, second.number, a.radius + b.radius + 0.33)]
-        for axis in (X, Y)
-        for first, second in ((a, b), (b, a))
-    ]
-
-
-def _place_between(slots, region):
-    middle, *ends = slots
-    return [
-        [
-            *_within(1 - axis, first.number, second.number, -0.06, 0.06),
-            *_within(1 - axis, first.number, middle.number, -0.04, 0.04),
-            Bound(axis, first.number, middle.number, first.radius + middle.radius + 0.035),
-            Bound(axis, middle.number, second.number, middle.radius + second.radius + 0.035),
-        ]
-        for axis in (X, Y)
-        for first, second in (ends, ends[::-1])
-    ]
-
-
-def _place_at(slots, region):
-    (a,) = slots
-    bounds = []
-    for axis, cell in zip((X, Y), REGIONS[region], strict=True):
-        minimum, maximum = ((0.0, 0.27), (0.42, 0.58), (0.73, 1.0))[cell]
-        bounds += _within(axis, CANVAS, a.number, minimum, maximum)
-    return [bounds]
-
-
-def _place_row_order(slots, region):
-    bounds = []
-    for a, b in pairwise(slots):
-        bounds.append(Bound(X, a.number, b.number, a.radius + b.radius + 0.035))
-    for other in slots[1:]:
-        bounds += _within(Y, slots[0].number, other.number, -0.04, 0.04)
-    return [bounds]
 
 
 def _swapped(function):
@@ -393,7 +253,7 @@ RELATIONS: dict[str, RelationKind] = {
             name="left_of",
             phrases=("{0} is to the left of {1}", "{0} is left of {1}", "{0} sits on the left side of {1}"),
             check=_check_left_of,
-            place=_place_left_of,
+            place=placements.place_left_of,
             inverse="right_of",
             opposite="right_of",
             is_transitive=True,
@@ -402,7 +262,7 @@ RELATIONS: dict[str, RelationKind] = {
             name="right_of",
             phrases=("{0} is to the right of {1}", "{0} is right of {1}", "{0} sits on the right side of {1}"),
             check=_swapped(_check_left_of),
-            place=_swapped(_place_left_of),
+            place=_swapped(placements.place_left_of),
             inverse="left_of",
             opposite="left_of",
             is_transitive=True,
@@ -411,7 +271,7 @@ RELATIONS: dict[str, RelationKind] = {
             name="above",
             phrases=("{0} is above {1}", "{0} is higher up than {1}", "{0} floats over {1}"),
             check=_check_above,
-            place=_place_above,
+            place=placements.place_above,
             inverse="below",
             opposite="below",
             is_transitive=True,
@@ -420,7 +280,7 @@ RELATIONS: dict[str, RelationKind] = {
             name="below",
             phrases=("{0} is below {1}", "{0} is lower down than {1}", "{0} is beneath {1}"),
             check=_swapped(_check_above),
-            place=_swapped(_place_above),
+            place=_swapped(placements.place_above),
             inverse="above",
             opposite="above",
             is_transitive=True,
@@ -429,7 +289,7 @@ RELATIONS: dict[str, RelationKind] = {
             name="on",
             phrases=("{0} is on {1}", "{0} stands on top of {1}", "{0} rests on {1}"),
             check=_check_on,
-            place=_place_on,
+            place=placements.place_on,
             inverse="under",
             opposite="under",
             is_overlapping=True,
@@ -438,7 +298,7 @@ RELATIONS: dict[str, RelationKind] = {
             name="under",
             phrases=("{0} is under {1}", "{0} is directly under {1}", "{0} carries {1}"),
             check=_swapped(_check_on),
-            place=_swapped(_place_on),
+            place=_swapped(placements.place_on),
             inverse="on",
             opposite="on",
             is_overlapping=True,
@@ -447,7 +307,7 @@ RELATIONS: dict[str, RelationKind] = {
             name="inside",
             phrases=("{0} is inside {1}", "{0} is enclosed by {1}", "{0} lies within {1}"),
             check=_check_inside,
-            place=_place_inside,
+            place=placements.place_inside,
             inverse="contains",
             opposite="next_to",
             is_transitive=True,
@@ -458,7 +318,7 @@ RELATIONS: dict[str, RelationKind] = {
             name="contains",
             phrases=("{0} contains {1}", "{0} encloses {1}", "{0} surrounds {1}"),
             check=_swapped(_check_inside),
-            place=_swapped(_place_inside),
+            place=_swapped(placements.place_inside),
             inverse="inside",
             opposite="next_to",
             is_transitive=True,
@@ -469,7 +329,7 @@ RELATIONS: dict[str, RelationKind] = {
             name="front_of",
             phrases=("{0} is in front of {1}", "{0} stands in front of {1}", "{0} partly hides {1}"),
             check=_check_front_of,
-            place=_place_front_of,
+            place=placements.place_front_of,
             inverse="behind",
             opposite="behind",
             is_transitive=True,
@@ -480,7 +340,7 @@ RELATIONS: dict[str, RelationKind] = {
             name="behind",
             phrases=("{0} is behind {1}", "{0} stands behind {1}", "{0} is partly hidden by {1}"),
             check=_swapped(_check_front_of),
-            place=_swapped(_place_front_of),
+            place=_swapped(placements.place_front_of),
             inverse="front_of",
             opposite="front_of",
             is_transitive=True,
@@ -491,7 +351,7 @@ RELATIONS: dict[str, RelationKind] = {
             name="near",
             phrases=("{0} is near {1}", "{0} is close to {1}"),
             check=_check_near,
-            place=_place_next_to,
+            place=placements.place_next_to,
             inverse="near",
             opposite="far_from",
             is_symmetric=True,
@@ -500,7 +360,7 @@ RELATIONS: dict[str, RelationKind] = {
             name="next_to",
             phrases=("{0} is next to {1}", "{0} is beside {1}"),
             check=_check_next_to,
-            place=_place_next_to,
+            place=placements.place_next_to,
             inverse="next_to",
             opposite="far_from",
             is_symmetric=True,
@@ -509,7 +369,7 @@ RELATIONS: dict[str, RelationKind] = {
             name="far_from",
             phrases=("{0} is far from {1}", "{0} is far away from {1}"),
             check=_check_far_from,
-            place=_place_far_from,
+            place=placements.place_far_from,
             inverse="far_from",
             opposite="near",
             is_symmetric=True,
@@ -518,21 +378,21 @@ RELATIONS: dict[str, RelationKind] = {
             name="between",
             phrases=("{0} is between {1} and {2}", "{0} is in the middle between {1} and {2}"),
             check=_check_between,
-            place=_place_between,
+            place=placements.place_between,
             num_arguments=3,
         ),
         RelationKind(
             name="at",
             phrases=("{0} is at the {region}", "{0} is placed at the {region}"),
             check=_check_at,
-            place=_place_at,
+            place=placements.place_at,
             num_arguments=1,
         ),
         RelationKind(
             name="row_order",
             phrases=("{all} stand in a row from left to right", "{all} form a row from left to right"),
             check=_check_row_order,
-            place=_place_row_order,
+            place=placements.place_row_order,
             num_arguments=3,
         ),
     )

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from .graph import COLORS, RADII, Entity, Relation, SceneGraph
-from .relations import REGIONS, RELATIONS
+from .placements import REGIONS
+from .relations import RELATIONS
 from .shapes import SHAPES
 
 
