@@ -14,7 +14,7 @@ from ..evaluation.pairs import PairScores, accuracy_table, score_pairs
 from ..figures.pairs import ScoredPair, draw_pairs
 from ..gaussian_reward import spatial_score_lora_config
 from ..gaussian_reward.losses import preference_probability
-from ..scenes import make_preference_dataset
+from ..scenes import describe_changes, make_preference_dataset
 from ..statistics import accuracy_interval, expected_calibration_error, reliability_bins
 from ..store import is_complete
 from .report import save_image
@@ -184,5 +184,5 @@ def scored_pair(row: dict[str, Any], scores: PairScores, index: int) -> ScoredPa
         rejected=row["rejected"],
         chosen_score=(float(scores.chosen_mean[index]), float(scores.chosen_std[index])),
         rejected_score=(float(scores.rejected_mean[index]), float(scores.rejected_std[index])),
-        caption="; ".join(f"{o['before']} to {o['after']}" for o in row["operations"]),
+        caption=describe_changes(row["operations"]),
     )
