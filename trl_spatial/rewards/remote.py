@@ -22,9 +22,7 @@ logger = logging.getLogger(__name__)
 TOKEN_VARIABLE = "TRL_SPATIAL_SERVER_TOKEN"
 _BUSY = (429, 502, 503, 504)
 _LONGEST_WAIT = 60.0  # seconds, whatever the server asks for
-_LARGEST_REQUEST = (
-    32 * 2**20
-)  # characters: a server refuses larger requests as a whole, by default four times as large
+_LARGEST_REQUEST = 32 * 2**20  # characters; a server refuses 128 MiB and more, all images of the request
 
 
 class RemoteReward:
