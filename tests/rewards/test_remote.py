@@ -84,6 +84,8 @@ def test_large_images_are_sent_in_more_requests(scorer, monkeypatch):  # noqa: F
     kept = [0, 1, 3, 4]
     expected = scorer(["a red cup"] * 4, [noise[row] for row in kept])
     np.testing.assert_allclose([rewards[row] for row in kept], expected, atol=1e-6)
+    with serve(scorer, limits=Limits(max_images=3)) as (address, _):
+        assert None not in RemoteReward(address, batch_size=8)(["a red cup"] * 5, noise)
 
 
 def test_modes_and_orientation_are_scored_as_here(url, scorer):  # noqa: F811

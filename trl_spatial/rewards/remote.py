@@ -42,7 +42,7 @@ class RemoteReward:
         max_retries (`int`, *optional*, defaults to `5`):
             How often a request is made again: when the connection breaks, no answer comes, or it is 429, 502, 503 or 504.
         batch_size (`int`, *optional*, defaults to `8`):
-            Images of a request; fewer if they are large.
+            Images of a request; fewer if they are large or the server takes no more.
         num_connections (`int`, *optional*, defaults to `4`):
             Requests at one time.
 
@@ -176,6 +176,9 @@ class RemoteReward:
                 f"{self.url} is no reward server: its page /health {_describe(response)}. Name the address that `trl_spatial "
                 "serve` listens on."
             )
+        most = health.get("max_images")
+        if isinstance(most, int) and most > 0:
+            self.batch_size = min(self.batch_size, most)
         if health["needs_token"] and token is None:
             raise ConnectionError(
                 f"The reward server {self.url} needs a token. Set {TOKEN_VARIABLE} to the one it was started with."
