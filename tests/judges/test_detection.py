@@ -185,7 +185,7 @@ def test_a_detector_of_nothing_fails_when_the_reward_is_made(tmp_path):
         load_reward(f"geneval:{tmp_path}", device="cpu")
 
 
-def test_what_is_no_detector_is_refused(tmp_path, clip_folder, detector_folder, monkeypatch):
+def test_what_is_no_detector_is_refused(tmp_path, clip_folder, detector_folder):
     with pytest.raises(ValueError, match="is a clip model, not an object detector"):
         TransformersDetector(str(clip_folder))
     with pytest.raises(ValueError, match="is a yolos model, not a model of zero-shot image classification"):
@@ -200,12 +200,11 @@ def test_what_is_no_detector_is_refused(tmp_path, clip_folder, detector_folder, 
     shutil.copytree(detector_folder, pickled)
     (pickled / "model.safetensors").unlink()
     torch.save(build_yolos().state_dict(), pickled / "pytorch_model.bin")
+    with pytest.raises(UnsafeRepositoryError, match=r"pickled is refused: it holds pytorch_model.bin"):
+        TransformersDetector(str(pickled))
+    (pickled / "pytorch_model.bin").unlink()
     with pytest.raises(OSError, match="safetensors"):
         TransformersDetector(str(pickled))
-    monkeypatch.setattr("trl_spatial.hub.safety.constants.is_offline_mode", lambda: False)
-    monkeypatch.setattr("trl_spatial.hub.safety._list_files", lambda *_: ["model.safetensors", "pytorch_model.bin"])
-    with pytest.raises(UnsafeRepositoryError, match=r"ORG/detr is refused: it holds pytorch_model.bin"):
-        TransformersDetector("ORG/detr")
 
 
 def test_a_detector_on_the_hub_with_a_revision(tmp_path, monkeypatch, detector_folder):

@@ -1,13 +1,14 @@
 """Judging a generator of scenes by their rules."""
 
 import itertools
+from io import BytesIO
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from trl_spatial.judges.scenes import check_images, has_objects, pairwise_distance, summarize_checks
-from trl_spatial.scenes import SceneGraph, perturb, render_scene, sample_graph
+from trl_spatial.scenes import SceneGraph, parse_description, perturb, render_scene, sample_graph
 from trl_spatial.statistics import accuracy_interval
 
 
@@ -95,3 +96,21 @@ def test_bad_input_is_named():
     for size, number in ((1, 2), (2, 3), (2, 0)):
         with pytest.raises(ValueError, match=f"{number} images .* group_size={size}"):
             pairwise_distance([image] * number, size)
+
+
+def test_an_image_is_judged_as_a_viewer_sees_it():
+    """Turned by EXIF, hidden by transparency: what the file stores is not what is shown."""
+    graph = parse_description("A red circle is left of a blue square.")
+    upright = render_scene(graph, seed=0)
+    file = BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    upright.transpose(Image.Transpose.ROTATE_180).save(file, "PNG", exif=exif)
+    hidden = upright.convert("RGBA")
+    hidden.putalpha(0)
+    checks = check_images([upright, file.getvalue(), hidden], [graph] * 3)
+    assert [check.is_correct for check in checks] == [True, True, False]
+    assert pairwise_distance([upright, file.getvalue()], 2) == 0
+    assert pairwise_distance([hidden, Image.new("RGB", upright.size, "white")], 2) == 0
+    with pytest.raises(ValueError, match=r"images\[1\] is not a PNG"):
+        check_images([upright, b"no image"], [graph] * 2)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.diffusion_grpo.conftest import make_flux_pipeline, make_pipeline, make_trainer  # noqa: F401
 from tests.serving.conftest import TOKEN, scorer, serve, slow, url  # noqa: F401
-from trl_spatial.rewards import RemoteReward, load_reward
+from trl_spatial.rewards import RemoteReward, load_reward, remote
 from trl_spatial.scripts.grpo import make_parser
 from trl_spatial.serving.limits import Limits
 
@@ -69,6 +69,23 @@ def test_rewards_are_the_scorer_s(url, scorer, prompts, images):  # noqa: F811
     np.testing.assert_allclose(rewards, scorer(prompts=prompts * 3, images=images * 3), atol=1e-6)
     assert all(type(value) is float for value in rewards) and reward.num_failed == 0
     assert reward([], []) == []
+
+
+def test_large_images_are_sent_in_more_requests(scorer, monkeypatch):  # noqa: F811
+    """A request that the server would refuse as a whole is divided; one image that is too large costs itself only."""
+    rng = np.random.default_rng(0)
+    sizes = (24, 48, 96, 24, 48)
+    noise = [Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for size in sizes]
+    largest = 4 * (3 * 48 * 48 + 500) // 3
+    monkeypatch.setattr(remote, "_LARGEST_REQUEST", largest)
+    with serve(scorer, limits=Limits(max_bytes=largest + 1000)) as (address, _):
+        rewards = RemoteReward(address, batch_size=8)(["a red cup"] * 5, noise)
+    assert rewards[2] is None
+    kept = [0, 1, 3, 4]
+    expected = scorer(["a red cup"] * 4, [noise[row] for row in kept])
+    np.testing.assert_allclose([rewards[row] for row in kept], expected, atol=1e-6)
+    with serve(scorer, limits=Limits(max_images=3)) as (address, _):
+        assert None not in RemoteReward(address, batch_size=8)(["a red cup"] * 5, noise)
 
 
 def test_modes_and_orientation_are_scored_as_here(url, scorer):  # noqa: F811

@@ -1,30 +1,45 @@
 """What images show of the scenes they were asked for, by the scenes' rules."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from ..preferences.images import load_image
 from ..scenes import SceneCheck, SceneGraph, Verdict, check_scene
 from ..statistics import Interval, accuracy_interval, bootstrap_interval
 
 
-def check_images(images: Sequence[Image.Image], graphs: Sequence[SceneGraph]) -> list[SceneCheck]:
+def check_image(image: Any, graph: SceneGraph, *, row: int = 0) -> SceneCheck:
     """
-    Compare images with the scenes they were asked to show.
+    Compares an image, as a viewer sees it, with the scene it was asked to show.
 
     Args:
-        images (`Sequence[PIL.Image.Image]` of length `n`):
-            The images.
-        graphs (`Sequence[SceneGraph]` of length `n`):
-            What each should show.
+        image (any image):
+            In any form that [`~preferences.images.load_image`] takes, of at least 24 pixels.
+        graph ([`SceneGraph`]):
+            What it should show.
+        row (`int`, *optional*, defaults to `0`):
+            Number of the image, for the error.
 
     Returns:
-        `list[SceneCheck]` of length `n`: as [`~scenes.check_scene`] gives it for each.
+        [`SceneCheck`]: As [`~scenes.check_scene`] gives it.
+
+    Raises:
+        `ValueError`: If the image cannot be read or is too small.
     """
+    try:
+        picture = load_image(image)
+    except ValueError as error:
+        raise ValueError(f"images[{row}] {error}.") from error
+    return check_scene(picture, graph)
+
+
+def check_images(images: Sequence[Any], graphs: Sequence[SceneGraph]) -> list[SceneCheck]:
+    """[`check_image`] for each of several images and its graph."""
     if len(images) != len(graphs):
         raise ValueError(f"There are {len(images)} `images` and {len(graphs)} `graphs`. Give one graph per image.")
-    return [check_scene(image, graph) for image, graph in zip(images, graphs, strict=True)]
+    return [check_image(image, graph, row=row) for row, (image, graph) in enumerate(zip(images, graphs, strict=True))]
 
 
 def share_shown(check: SceneCheck, graph: SceneGraph) -> float:
@@ -94,13 +109,13 @@ def _interval(values: np.ndarray, clusters: np.ndarray | None) -> Interval:
     return bootstrap_interval(values, clusters, rng=np.random.default_rng(0))
 
 
-def pairwise_distance(images: Sequence[Image.Image], group_size: int) -> float:
+def pairwise_distance(images: Sequence[Any], group_size: int) -> float:
     """
     Diversity of a generator: how much two images of the same prompt differ.
 
     Args:
-        images (`Sequence[PIL.Image.Image]`):
-            Images of one size, those of a prompt next to each other.
+        images (sequence of any images):
+            Images of one size, in any form that [`~preferences.images.load_image`] takes, those of a prompt next to each other.
         group_size (`int`):
             Number of images per prompt, at least 2.
 
@@ -113,7 +128,7 @@ def pairwise_distance(images: Sequence[Image.Image], group_size: int) -> float:
             f"{len(images)} images are no whole number of groups of group_size={group_size}: give at least 2 images of "
             "every prompt."
         )
-    pixels = np.stack([np.asarray(image.convert("RGB"), np.float32) / 255 for image in images])
+    pixels = np.stack([np.asarray(load_image(image), np.float32) / 255 for image in images])
     groups = pixels.reshape(-1, group_size, pixels[0].size)  # (num_prompts, group_size, height * width * 3)
     squares = np.einsum("gid,gid->gi", groups, groups)
     products = np.einsum("gid,gjd->gij", groups, groups)

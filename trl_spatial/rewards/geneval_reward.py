@@ -1,7 +1,8 @@
 """GenEval's rules as a reward, over any detector: what the paper compares a learned reward with."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 from PIL import Image
@@ -182,13 +183,19 @@ class GenEvalReward:
             self._read_row(prompt, {name: values[index] for name, values in columns.items() if values is not None})
             for index, prompt in enumerate(prompts)
         ]
-        asked = [index for index, specification in enumerate(specifications) if specification is not None]
+        asked = [(index, row) for index, row in enumerate(specifications) if row is not None]
         results: list[GenEvalResult | None] = [None] * len(images)
         for start in range(0, len(asked), self.batch_size):
             chunk = asked[start : start + self.batch_size]
-            pictures = [self._load(prompts[index], images[index]) for index in chunk]
-            for index, picture, found in zip(chunk, pictures, self.detector(pictures), strict=True):
-                results[index] = self._judge_image(picture, specifications[index], found)
+            pictures = [self._load(prompts[index], images[index]) for index, _ in chunk]
+            for (index, specification), picture, found in zip(chunk, pictures, self.detector(pictures), strict=True):
+                results[index] = judge(
+                    specification,
+                    found,
+                    None if self.color_classifier is None else partial(self._find_color, picture),
+                    threshold=self.threshold,
+                    counting_threshold=self.counting_threshold,
+                )
         return results
 
     def _load(self, prompt: str, image: Any) -> Image.Image:
@@ -216,19 +223,6 @@ class GenEvalReward:
                 "Its objects have colors, which cannot be seen from boxes. Give `color_classifier`, on the command line "
                 "geneval:DETECTOR,CLASSIFIER with a model of zero-shot image classification; or leave out such prompts."
             )
-
-    def _judge_image(
-        self, image: Image.Image, specification: Specification | None, detections: Sequence[Detection]
-    ) -> GenEvalResult | None:
-        if specification is None:
-            return None
-        return judge(
-            specification,
-            detections,
-            None if self.color_classifier is None else lambda found: self._find_color(image, found),
-            threshold=self.threshold,
-            counting_threshold=self.counting_threshold,
-        )
 
     def _find_color(self, image: Image.Image, detection: Detection) -> str:
         assert self.color_classifier is not None

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 TOKEN_VARIABLE = "TRL_SPATIAL_SERVER_TOKEN"
 _BUSY = (429, 502, 503, 504)
 _LONGEST_WAIT = 60.0  # seconds, whatever the server asks for
+_LARGEST_REQUEST = 32 * 2**20  # characters; a server refuses 128 MiB and more, all images of the request
 
 
 class RemoteReward:
@@ -41,7 +42,7 @@ class RemoteReward:
         max_retries (`int`, *optional*, defaults to `5`):
             How often a request is made again: when the connection breaks, no answer comes, or it is 429, 502, 503 or 504.
         batch_size (`int`, *optional*, defaults to `8`):
-            Images of a request.
+            Images of a request; fewer if they are large or the server takes no more.
         num_connections (`int`, *optional*, defaults to `4`):
             Requests at one time.
 
@@ -126,14 +127,21 @@ class RemoteReward:
 
     def _ask(self, start: int, prompts: list[str], images: list[Any]) -> tuple[list[float | None], str]:
         """Rewards of the images of one request, whose rows begin at `start`, and why some are missing."""
-        failed: list[float | None] = [None] * len(images)
         encoded = []
         for row, image in enumerate(images, start=start):
             try:
                 encoded.append(_encode(image))
             except ValueError as error:
                 raise ValueError(f"images[{row}] {error}.") from error
-        body = {"prompts": prompts, "images": encoded}
+        return self._post(prompts, encoded)
+
+    def _post(self, prompts: list[str], images: list[str]) -> tuple[list[float | None], str]:
+        if len(images) > 1 and sum(map(len, images)) > _LARGEST_REQUEST:
+            half = len(images) // 2
+            first, second = self._post(prompts[:half], images[:half]), self._post(prompts[half:], images[half:])
+            return first[0] + second[0], first[1] if None in first[0] else second[1]
+        failed: list[float | None] = [None] * len(images)
+        body = {"prompts": prompts, "images": images}
         try:
             response = self._session.post(f"{self.url}/score", json=body, timeout=self.timeout, allow_redirects=False)
             if response.status_code != 200:
@@ -168,6 +176,9 @@ class RemoteReward:
                 f"{self.url} is no reward server: its page /health {_describe(response)}. Name the address that `trl_spatial "
                 "serve` listens on."
             )
+        most = health.get("max_images")
+        if isinstance(most, int) and most > 0:
+            self.batch_size = min(self.batch_size, most)
         if health["needs_token"] and token is None:
             raise ConnectionError(
                 f"The reward server {self.url} needs a token. Set {TOKEN_VARIABLE} to the one it was started with."

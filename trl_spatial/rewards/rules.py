@@ -3,9 +3,8 @@
 from functools import lru_cache
 from typing import Any
 
-from ..judges.scenes import share_shown
-from ..preferences.images import load_image
-from ..scenes import SceneGraph, check_scene, parse_description
+from ..judges.scenes import check_image, share_shown
+from ..scenes import SceneGraph, parse_description
 
 
 class SceneRules:
@@ -57,7 +56,7 @@ class SceneRules:
         else:
             graphs = [_read_scene(index, text) for index, text in enumerate(scene)]
         return [
-            None if graph is None else _share(index, image, graph)
+            None if graph is None else share_shown(check_image(image, graph, row=index), graph)
             for index, (image, graph) in enumerate(zip(images, graphs, strict=True))
         ]
 
@@ -82,11 +81,3 @@ def _read_scene(index: int, text: str | None) -> SceneGraph | None:
             "a sentence, or leave it `None`."
         )
     return graph
-
-
-def _share(index: int, image: Any, graph: SceneGraph) -> float:
-    try:
-        picture = load_image(image)
-    except ValueError as error:
-        raise ValueError(f"images[{index}] {error}.") from error
-    return share_shown(check_scene(picture, graph), graph)
