@@ -15,7 +15,9 @@ INSTALLED := $(VENV)/.installed-$(firstword $(shell echo '$(TORCH)' | cksum))
 TEST_ENV  := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quality style bench test-min clean
+BENCHES := $(wildcard recipes/bench/*.py)
+
+.PHONY: help demo test quality style bench $(BENCHES) test-min clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,8 +37,11 @@ style: $(INSTALLED) ## repair what ruff can repair
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## measure the numbers of the README's evidence section
-	@for script in recipes/bench/*.py; do echo "python $$script" && $(BIN)/python $$script || exit 1; done
+bench: $(BENCHES) ## measure the numbers of the README's evidence section
+
+# a rule for each, without a shell between, so that ending make ends the measurement
+$(BENCHES): $(INSTALLED)
+	$(BIN)/python $@
 
 test-min: $(INSTALLED) ## run the tests with the lowest versions that pyproject.toml allows
 	rm -rf .venv-min && $(PYTHON) -m venv .venv-min

@@ -32,7 +32,7 @@ from trl_spatial.diffusion_grpo import attention_lora_config
 from trl_spatial.diffusion_grpo.policies import DiffusionPolicy, SamplingOptions, make_policy
 from trl_spatial.diffusion_grpo.rollout import sample_rollout
 from trl_spatial.diffusion_grpo.runtime.memory import load_architecture
-from trl_spatial.diffusion_grpo.runtime.model_setup import prepare_transformer, prepare_vae
+from trl_spatial.diffusion_grpo.runtime.model_setup import prepare_transformer
 from trl_spatial.diffusion_grpo.sde import sde_step
 from trl_spatial.generation.seeds import image_generator
 
@@ -51,11 +51,13 @@ TINY: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Lever:
-    """Settings of [`DiffusionGRPOConfig`] that differ from the first row, which share of the images is kept, frozen weights in NF4."""
+    """Settings of [`DiffusionGRPOConfig`] that differ from the first row, which share of the images is kept, and how the models run."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     kept: float = 1.0
     is_nf4: bool = False
+    is_offloaded: bool = False
+    attention_backend: str | None = None
 
 
 LEVERS = {
@@ -63,10 +65,10 @@ LEVERS = {
     "filter": Lever(kept=0.5),
     "window 2": Lever({"sde_window_size": 2}),
     "compile": Lever({"torch_compile": True}),
-    "attention _native_cudnn": Lever({"attention_backend": "_native_cudnn"}),
-    "attention _native_flash": Lever({"attention_backend": "_native_flash"}),
+    "attention _native_cudnn": Lever(attention_backend="_native_cudnn"),
+    "attention _native_flash": Lever(attention_backend="_native_flash"),
     "no checkpointing": Lever({"gradient_checkpointing": False}),
-    "VAE offloaded": Lever({"offload_vae": True}),
+    "VAE offloaded": Lever(is_offloaded=True),
     "NF4": Lever(is_nf4=True),
     "filter, window 2": Lever({"sde_window_size": 2}, kept=0.5),
     "filter, window 2, compile": Lever({"sde_window_size": 2, "torch_compile": True}, kept=0.5),
@@ -146,7 +148,11 @@ def measure_generator(
     if args.tiny and config.torch_compile:
         config.torch_compile_backend = "aot_eager"  # the same graphs without the minutes of a compiler
     transformer: Any = prepare_transformer(policy, config, attention_lora_config())
-    prepare_vae(policy, config)
+    policy.vae.to(device)
+    if lever.is_offloaded:
+        policy.offload_vae(device)
+    if lever.attention_backend is not None:
+        transformer.set_attention_backend(lever.attention_backend)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     options = SamplingOptions(args.size, args.size, 6, config.guidance_scale, negative_prompt=" ")

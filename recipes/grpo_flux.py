@@ -6,10 +6,12 @@ on: the trained one alone cannot tell progress from exploitation.
     accelerate launch --config_file recipes/accelerate/multi_gpu.yaml recipes/grpo_flux.py \
         --config recipes/grpo_flux.yaml --dataset ORG/SpatialReward
 
-The training itself is `trl_spatial grpo` with the same YAML file; this script adds the measurement, which it prints and
-writes to `before_after.json` in the output folder.
+Other models need their YAML file only: `--config recipes/grpo_qwen_image.yaml`, `grpo_sd3.yaml` or `grpo_z_image.yaml`. The
+training itself is `trl_spatial grpo` with the same file; this script adds the measurement, which it prints and writes to
+`before_after.json` in the output folder.
 """
 
+from trl_spatial.cli import run_command
 from trl_spatial.scripts.grpo import build_trainer, make_parser, train_and_compare
 
 
@@ -18,4 +20,5 @@ def main(script_args, model_args, training_args) -> None:
 
 
 if __name__ == "__main__":
-    main(*make_parser("grpo_flux.py").parse_args_and_config(is_launched=True))
+    parser = make_parser("grpo_flux.py")
+    raise SystemExit(run_command(parser.prog, lambda: main(*parser.parse_args_and_config(is_launched=True))))

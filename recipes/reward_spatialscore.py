@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from trl_spatial.cli import run_command
 from trl_spatial.gaussian_reward import GaussianRewardTrainer, preference_probability
 from trl_spatial.scripts.datasets import load_dataset_dict, pick_split
 from trl_spatial.scripts.reward import build_trainer, make_parser
@@ -62,4 +63,5 @@ def measure(trainer: GaussianRewardTrainer, held_out) -> dict:
 
 
 if __name__ == "__main__":
-    main(*make_parser("reward_spatialscore.py").parse_args_and_config(is_launched=True))
+    parser = make_parser("reward_spatialscore.py")
+    raise SystemExit(run_command(parser.prog, lambda: main(*parser.parse_args_and_config(is_launched=True))))

@@ -61,7 +61,7 @@ def test_runs_go_on_and_the_table_says_what_has_not_run(tmp_path, reward_folder,
     results = collect(tmp_path)
     assert set(results) == {"base", "k = 4", "brightness as reward"}
     assert results["k = 4"][0]["evaluations_per_image"] == pytest.approx(6 + 2 * 5 * 8 / 24)
-    assert results["k = 4"][0]["num_policy_evaluations"] == 8 * 24 * 6 + 2 * 5 * 8 * 8
+    assert results["k = 4"][0]["num_policy_passes"] == 8 * 24 * 6 + 2 * 5 * 8 * 8
     assert "| filter | no filter | not run |" in capsys.readouterr().out
     assert (tmp_path / "table.md").read_text() == format_table(results)
     with pytest.raises(SystemExit, match=r"'max_steps': '1'.*'max_steps': '2'"):
@@ -73,7 +73,7 @@ def test_the_table_is_mean_and_deviation_over_the_seeds(tmp_path):
     for seed, accuracy in enumerate((0.5, 0.6, 0.7)):
         folder = tmp_path / f"default-{seed}"
         folder.mkdir()
-        result = common | {"spatial_accuracy": accuracy, "num_policy_evaluations": 5000, "evaluations_per_image": 11.0}
+        result = common | {"spatial_accuracy": accuracy, "num_policy_passes": 5000, "evaluations_per_image": 11.0}
         (folder / "result.json").write_text(json.dumps(result))
     rows = [line for line in format_table(collect(tmp_path)).splitlines() if "| default |" in line]
     assert rows and all(

@@ -4,6 +4,7 @@ import gc
 import importlib
 import json
 import math
+import os
 import resource
 import shlex
 import subprocess
@@ -18,7 +19,7 @@ from datasets import load_from_disk
 from PIL import Image
 
 from trl_spatial import SpatialScore, __version__
-from trl_spatial.cli import COMMANDS, LAUNCHED_COMMANDS, main
+from trl_spatial.cli import COMMANDS, LAUNCHED_COMMANDS, main, run_command
 from trl_spatial.scripts.datasets import load_dataset_dict
 from trl_spatial.scripts.parser import SpatialParser, quick_imports
 
@@ -129,7 +130,9 @@ def test_help_of_a_command_has_examples_that_parse(command, monkeypatch):
         (["reward", "--dataset", "x", "--learning", "1"], "unknown option --learning"),
         (["reward", "--dataset", "x", "stray"], "unexpected argument 'stray'"),
         (["reward", "--dataset", "x", "--accelerate_config", "nix"], "nix"),
-        (["reward", "--dataset", "x", "--config"], "--config takes one YAML file"),
+        (["reward", "--dataset", "x", "--config"], "argument --config: expected one argument"),
+        (["reward", "--config", "a.yaml", "--config", "b.yaml"], "--config takes one YAML file"),
+        (["data", "mkae", "--output", "x"], "unknown action 'mkae'; did you mean make?"),
         (["reward", "--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )  # fmt: skip
@@ -191,7 +194,7 @@ def test_yaml_takes_mappings_lists_none_and_environment_variables(reward_parser,
     _, _, training_args = reward_parser().parse_args_and_config(["--config", path])
     assert training_args.max_length is None
     assert training_args.lr_scheduler_kwargs == {"min_lr": 1e-7}
-    assert importlib.import_module("os").environ["TRL_SPATIAL_TEST"] == "7"
+    assert os.environ["TRL_SPATIAL_TEST"] == "7"
 
 
 @pytest.mark.parametrize(
@@ -274,8 +277,8 @@ def test_arguments_are_split_between_script_and_launcher(reward_parser, tmp_path
 
 def test_exit_code_of_the_training_script_is_returned(monkeypatch):
     def fail(args):
-        assert args.module and args.training_script == "trl_spatial.scripts.reward"
-        assert args.training_script_args == ["--dataset", "x"]
+        assert args.module and args.training_script == "trl_spatial"
+        assert args.training_script_args == ["reward", "--dataset", "x"]
         assert args.num_processes == 2
         raise subprocess.CalledProcessError(3, "python")
 
@@ -420,8 +423,94 @@ def test_training_resumes_from_the_last_checkpoint(here, backbone_folder, reward
         f"--dataset pairs --model_name_or_path {backbone_folder} --output_dir again {TINY_TRAINING} --save_steps 1"
     )
     script.main(*reward_parser().parse_args_and_config(arguments.split()))
+    first = here / "again" / "checkpoint-1" / "trainer_state.json"
+    saved = first.stat().st_mtime_ns
     arguments += " --max_steps 2 --resume_from_checkpoint true"
     script.main(*reward_parser().parse_args_and_config(arguments.split()))
     state = json.loads((here / "again" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
-    assert {path.name for path in (here / "again").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+    assert first.stat().st_mtime_ns == saved  # training from the beginning would have written it again
+
+
+# Notes every address beyond this machine that a process turns to, and refuses it.
+GUARD = """
+import socket
+
+def refuse(*address):
+    with open("connections", "a") as file:
+        print(*address, file=file)
+    raise OSError("no network in this test")
+
+def connect(self, address):
+    refuse(address) if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1") else None
+    return original(self, address)
+
+original, resolve = socket.socket.connect, socket.getaddrinfo
+socket.socket.connect = connect
+socket.getaddrinfo = lambda host, *rest, **options: (
+    resolve(host, *rest, **options) if host in (None, "localhost", "127.0.0.1", "::1") else refuse(host)
+)
+"""
+
+
+def test_nothing_on_this_machine_needs_a_connection_and_nothing_is_reported_home(here, tmp_path, backbone_folder):
+    lines = [
+        "data validate rows.parquet",
+        f"reward --dataset pairs --model_name_or_path {backbone_folder} --output_dir {tmp_path}/out {TINY_TRAINING}",
+        "score --model model --input pairs --image_column chosen --json",
+    ]
+    load_from_disk("pairs")["train"].to_parquet("rows.parquet")
+    (tmp_path / "sitecustomize.py").write_text(GUARD)
+    program = f"from trl_spatial.cli import main; raise SystemExit(sum(main(line.split()) for line in {lines!r}))"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_") and key != "CI"}
+    environment |= {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}", "HF_HOME": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert not Path("connections").exists(), Path("connections").read_text()
+    environment["HF_HOME"] = str(tmp_path / "other_cache")
+    # the guard sees what the libraries send when they are allowed to
+    program = "import datasets; datasets.load_dataset('parquet', data_files='rows.parquet')"
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    assert "s3.amazonaws.com" in Path("connections").read_text()
+
+
+def test_errors_of_a_launched_command_are_one_message(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    line = f"reward --dataset {tmp_path}/nowhere --use_cpu --mixed_precision no --num_processes 1 --output_dir {tmp_path}/out"
+    assert main(line.split()) == 1
+    error = capfd.readouterr().err
+    assert error.count("trl_spatial reward: error:") == 1 and "nowhere" in error
+    assert "Traceback" not in error
+
+
+def test_interruption_and_faults_of_our_own_are_one_line(capsys, monkeypatch):
+    def run(error):
+        def fail():
+            raise error
+
+        code = run_command("trl_spatial demo", fail)
+        return code, capsys.readouterr().err.strip().splitlines()
+
+    assert run(KeyboardInterrupt()) == (130, ["trl_spatial demo: interrupted; the same command continues"])
+    assert run(KeyboardInterrupt("saved")) == (130, ["trl_spatial demo: saved"])
+    assert run(KeyError("x"))[1][0] == "trl_spatial demo: error: KeyError: 'x'"
+    assert run(ValueError("no x"))[1][0] == "trl_spatial demo: error: no x"
+    assert run_command("p", lambda: 3) == 3 and run_command("p", lambda: None) == 0
+    monkeypatch.setenv("TRL_SPATIAL_TRACEBACK", "1")
+    with pytest.raises(KeyError):
+        run(KeyError("x"))
+
+
+def test_the_environment_of_the_user_is_kept():
+    program = "import os; from trl_spatial import scripts; print(*(os.environ.get(name) for name in {names}))"
+    names = ["HF_HUB_DISABLE_TELEMETRY", "HF_UPDATE_DOWNLOAD_COUNTS", "GOMP_SPINCOUNT"]
+    others = {key: value for key, value in os.environ.items() if key not in names and key != "OMP_WAIT_POLICY"}
+    for given, shown in [
+        ({}, "1 0 3000"),
+        ({"HF_HUB_DISABLE_TELEMETRY": "0", "GOMP_SPINCOUNT": "7"}, "0 0 7"),
+        ({"OMP_WAIT_POLICY": "active"}, "1 0 None"),
+    ]:
+        command = [sys.executable, "-c", program.format(names=names)]
+        output = subprocess.run(
+            command, cwd=REPOSITORY, env=others | given, check=True, capture_output=True, text=True
+        )
+        assert output.stdout.split() == shown.split()

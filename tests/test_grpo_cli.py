@@ -4,6 +4,7 @@ import importlib
 import json
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +85,29 @@ def test_prompts_of_a_text_file(here):
     with pytest.raises(ValueError, match=r"prompts.txt has no split 'test'; it has 'train'"):
         load_prompts("prompts.txt", "test")
     assert len(load_prompts("prompts.txt", "test", use_only_split=True)) == 3
+
+
+def test_prompts_are_read_as_they_were_written(tmp_path, monkeypatch):
+    """A text of every kind of blank and of words that look like missing values, in files as Windows writes them."""
+    monkeypatch.chdir(tmp_path)
+    prompts = ["a sign: hello\u2028world\x85end\x0bx\x0cy", "NA", "null", "nan", "None", "a red circle"]
+    for end in ("\n", "\r\n", "\r"):
+        Path("a.txt").write_bytes(
+            end.join(["", prompts[0], *(f" {prompt} " for prompt in prompts[1:])]).encode("utf-8-sig")
+        )
+        assert load_prompts("a.txt", "train")["prompt"][:] == prompts
+    rows = [{"prompt": f"{prompt} "} for prompt in prompts]
+    Path("a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8-sig")
+    Path("a.json").write_text(json.dumps(rows), encoding="utf-8-sig")
+    Path("a.csv").write_text("prompt,n\n" + "".join(f'"{prompt} ",1\n' for prompt in prompts), encoding="utf-8-sig")
+    for name in ("a.jsonl", "a.json", "a.csv"):
+        assert load_prompts(name, "train")["prompt"][:] == prompts, name
+    Path("b.txt").write_bytes(b"a\nb\n\xff\xfe\n")
+    with pytest.raises(ValueError, match=r"b\.txt, line 3, is not UTF-8"):
+        load_prompts("b.txt", "train")
+    Path("b.jsonl").write_text('{"prompt": "a"}\n{"prompt": null}\n')
+    with pytest.raises(ValueError, match=r"b\.jsonl, row 1, `prompt`: None is missing"):
+        load_prompts("b.jsonl", "train")
 
 
 def test_prompts_of_scenes_come_with_their_scene_and_differ_between_splits():

@@ -1,9 +1,18 @@
-"""Every command of the README runs, in its order, at tiny size. What differs from the README's words is in this file."""
+"""
+Every command block of every README runs, in its order, in a folder where names stand for tiny local models.
 
+What differs from the READMEs' words is in this file: numbers are smaller, `trl_spatial reward` and `grpo` run without their
+launcher (test_cli.py and test_recipes.py start it), and `make` runs without the installation. Commands that take minutes at
+any size, which are the measurements and what CONTRIBUTING.md asks for, do not run here: the program's own parser has to
+accept their arguments. Other tests run those programs at tiny size.
+"""
+
+import argparse
 import importlib
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import socket
@@ -16,7 +25,6 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
-from PIL import Image
 
 from tests.hub_stub import HubStub
 from tests.warm import run_python
@@ -25,8 +33,36 @@ from trl_spatial.scenes import make_preference_dataset
 
 
 REPOSITORY = Path(__file__).parents[1]
-SERVED = "http://127.0.0.1:8000"  # the README's server
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+# What a document's blocks have left in its folder when all have run.
+RUN = {
+    "README.md": [
+        "runs/demo/report.html",
+        "SpatialScore-7B/adapter_model.safetensors",
+        "SpatialScore-7B-python/adapter_model.safetensors",
+        "FLUX.1-dev-SpatialScore/pytorch_lora_weights.safetensors",
+        "FLUX.1-dev-python/pytorch_lora_weights.safetensors",
+    ],
+    "recipes/README.md": [
+        "SpatialScore-7B/adapter_model.safetensors",
+        "SpatialScore-3B/adapter_model.safetensors",
+        "SpatialScore-7B-merged/model.safetensors",
+        "scores.jsonl",
+        "FLUX.1-dev-SpatialScore-fast/pytorch_lora_weights.safetensors",
+        "Qwen-Image-SpatialScore/before_after.json",
+        "FLUX.1-dev-red/pytorch_lora_weights.safetensors",
+        "FLUX.1-dev-geneval/pytorch_lora_weights.safetensors",
+        "FLUX.1-dev-served/pytorch_lora_weights.safetensors",
+        "tiny-flux-red/pytorch_lora_weights.safetensors",
+        "red.png",
+    ],
+    "hub_cards/README.md": ["pairs", "trainer_output/adapter_model.safetensors", "page/app.py"],
+}
+PARSED = ("CONTRIBUTING.md", "recipes/bench/README.md", "recipes/ablations/README.md")
+ON_THE_HUB = {
+    "datasets/tester/SpatialReward", "tester/SpatialScore", "tester/SpatialScore-live", "tester/FLUX.1-dev-hub",
+    "spaces/tester/SpatialScore-page",
+}  # fmt: skip
+SERVED = "http://127.0.0.1:8000"  # the READMEs' server
 
 # Smaller numbers for a test.
 SMALLER = {
@@ -34,153 +70,217 @@ SMALLER = {
     "DiffusionGRPOConfig(output_dir=": "DiffusionGRPOConfig(num_generations=4, top_k=1, per_device_train_batch_size=2, "
     "gradient_accumulation_steps=1, height=32, width=32, max_steps=1, use_cpu=True, output_dir=",
 }
-TINY_TRAINING = (
-    "--lora_r 2 --min_pixels 256 --max_pixels 1024 --dataloader_num_workers 0 --use_cpu --disable_tqdm true"
-)
-TINY_GRPO = (
-    "--lora_r 2 --num_generations 4 --top_k 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 "
+TINY = {
+    "reward": "--lora_r 2 --min_pixels 256 --max_pixels 1024 --dataloader_num_workers 0 --use_cpu --disable_tqdm true",
+    "grpo": "--lora_r 2 --num_generations 4 --top_k 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 "
     "--num_inference_steps 4 --eval_num_inference_steps 2 --height 32 --width 32 --eval_height 32 --eval_width 32 "
-    "--max_sequence_length 192 --max_steps 2 --eval_steps 2 --save_steps 2 --use_cpu --disable_tqdm true"
-)
+    "--max_sequence_length 192 --max_steps 2 --eval_steps 2 --save_steps 2 --use_cpu --disable_tqdm true",
+}
 FEWER_STEPS = {  # of 4, instead of 10
+    "recipes/grpo_qwen_image.yaml": "--sde_window_range 0 2",
     "recipes/grpo_sd3.yaml": "--sde_window_size 2 --sde_window_range 0 2",
     "recipes/grpo_z_image.yaml": "--sde_window_range 0 2",
 }
 TINY_DEMO = (
-    "--reward_steps 1 --grpo_steps 1 --num_train_pairs 4 --num_test_pairs 8 --num_prompts 2 --output_dir {folder}/demo"
+    "--reward_steps 1 --grpo_steps 1 --num_train_pairs 4 --num_test_pairs 8 --num_prompts 2 "
+    "--output_dir {folder}/runs/demo"
 )
 
 
-def blocks(language="bash|python"):
+def read(document):
+    return (REPOSITORY / document).read_text(encoding="utf-8")
+
+
+def blocks(document):
     """Pairs of a block's language and its text."""
-    return re.findall(rf"^```({language})\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```(\w+)\n(.*?)^```$", read(document), flags=re.MULTILINE | re.DOTALL)
 
 
 def commands(block):
+    """The words of every command."""
     lines = block.replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.strip() and not line.startswith("#")]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch, backbone_folder, flux_folder, detector_folder):
-    """A folder in which the README's names stand for tiny local things."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))  # rewards are imported from this folder
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+def documents():
+    """All texts for readers; a text that begins with metadata is a card or a template of one."""
+    folders = (REPOSITORY / name for name in ("recipes", "hub_cards", "tests", "trl_spatial"))
+    paths = [*REPOSITORY.glob("*.md"), *(path for folder in folders for path in folder.rglob("*.md"))]
+    return {
+        str(path.relative_to(REPOSITORY)) for path in paths if not path.read_text(encoding="utf-8").startswith("---\n")
+    }
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory, backbone_folder, flux_folder, detector_folder):
+    """A folder in which the READMEs' names stand for tiny local things."""
+    folder = tmp_path_factory.mktemp("stand_ins")
     for name in ("Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL-3B-Instruct"):
-        shutil.copytree(backbone_folder, tmp_path / "Qwen" / name)
-    shutil.copytree(flux_folder, tmp_path / "black-forest-labs" / "FLUX.1-dev")
+        shutil.copytree(backbone_folder, folder / "Qwen" / name)
+    shutil.copytree(flux_folder, folder / "black-forest-labs" / "FLUX.1-dev")
     for family, name in (
         ("qwen_image", "Qwen/Qwen-Image"),
         ("sd3", "stabilityai/stable-diffusion-3.5-medium"),
         ("z_image", "Tongyi-MAI/Z-Image"),
     ):
-        importlib.import_module(family).main([str(tmp_path / name)])
-    shutil.copytree(detector_folder, tmp_path / "PekingU" / "rtdetr_v2_r50vd")
+        importlib.import_module(family).main([str(folder / name)])
+    shutil.copytree(detector_folder, folder / "PekingU" / "rtdetr_v2_r50vd")
     objects = [{"class": "dog", "count": 1}, {"class": "person", "count": 1, "position": ["left of", 0]}]
-    (tmp_path / "objects.jsonl").write_text(json.dumps({"prompt": "x", "tag": "position", "include": objects}))
+    (folder / "objects.jsonl").write_text(json.dumps({"prompt": "x", "tag": "position", "include": objects}))
     for name in ("prompts.txt", "heldout.txt"):
-        (tmp_path / name).write_text("a red circle\na blue square to the left of a cat\n")
-    folder = tmp_path / "ORG" / "SpatialReward"
-    folder.mkdir(parents=True)
+        (folder / name).write_text("a red circle\na blue square to the left of a cat\n")
+    dataset = folder / "ORG" / "SpatialReward"
+    dataset.mkdir(parents=True)
     for split, num_pairs in (("train", 4), ("test", 2)):
         pairs = make_preference_dataset(num_pairs, split=split, image_size=32)
-        pairs.to_parquet(folder / f"{split}.parquet")
+        pairs.to_parquet(dataset / f"{split}.parquet")
     for name, row in zip("ab", pairs, strict=True):
-        row["chosen"].save(tmp_path / f"{name}.png")
-    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a red circle", "image": "a.png"}\n')
-    (tmp_path / "recipes").symlink_to(REPOSITORY / "recipes")
+        row["chosen"].save(folder / f"{name}.png")
+    (folder / "pairs.jsonl").write_text('{"prompt": "a red circle", "image": "a.png"}\n')
+    (folder / "recipes").symlink_to(REPOSITORY / "recipes")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel_folder(tmp_path_factory):
+    """A folder with a wheel of this checkout."""
+    folder = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder]
+    subprocess.run(build, cwd=REPOSITORY, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, stand_ins):
+    """The stand-ins for one document, whose commands are started there."""
+    shutil.copytree(stand_ins, tmp_path, symlinks=True, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # rewards are imported from this folder
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     yield tmp_path
     sys.modules.pop("my_rewards", None)
 
 
-@pytest.fixture
-def hub(place):
-    """A Hub that has the two default models, tiny ones of their classes."""
-    with HubStub() as hub:
-        for name in ("Qwen/Qwen2.5-VL-7B-Instruct", "black-forest-labs/FLUX.1-dev"):
-            folder = place / name
-            files = (path for path in folder.rglob("*") if path.is_file())
-            hub.files[name] = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-        yield hub
-
-
-def run_make(words, folder):
-    """`make` without the installation, in the environment of this test."""
-    # -o: the environment is there and needs no remaking
-    make = ["make", "-o", "installed", *words[1:], "INSTALLED=installed", f"VENV={sys.prefix}"]
-    # as from a terminal, although these tests may run under `make test`
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "MAKE", "MFLAGS"))
-    }
-    if "TORCH" in words[-1]:  # would install another torch: show what would be done
-        shown = subprocess.run(
-            ["make", "--dry-run", *words[1:], f"VENV={folder}/none"], cwd=REPOSITORY, env=environment, check=True, capture_output=True, text=True
-        ).stdout  # fmt: skip
-        assert f"pip install {words[-1].removeprefix('TORCH=')}\n" in shown
-        assert "trl_spatial demo" in shown.splitlines()[-1]
-        return
-    variables = {
-        "demo": f"DEMO_ARGS={TINY_DEMO.format(folder=folder)}",
-        "test": "PYTEST_ARGS=-n 0 -p no:cacheprovider tests/test_layout.py::test_importing_the_package_is_light",
-    }
-    subprocess.run([*make, variables[words[1]]], cwd=REPOSITORY, check=True, env=environment)
-
-
-def run_pip(words, folder):
-    """Install a wheel of this checkout into a folder by itself, and use it from there."""
-    assert words[:-1] == ["pip", "install"] and words[-1] in (
-        "trl-spatial",
-        "trl-spatial[diffusion]",
-        "trl-spatial[serve]",
-        "trl-spatial[space]",
-    )
-    site, dist = folder / f"site of {words[-1]}", folder / "dist"
-    if not dist.exists():
-        build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", dist]
-        subprocess.run(build, cwd=REPOSITORY, check=True, capture_output=True)
-    options = ["--no-deps", "--no-index", "--find-links", dist, "--target", site]
-    shown = subprocess.run([sys.executable, "-m", *words, *options], check=True, capture_output=True, text=True)
-    assert "does not provide the extra" not in shown.stderr
-    shown = subprocess.run(
-        [sys.executable, "-c", "import trl_spatial, trl_spatial.cli; print(trl_spatial.__file__); trl_spatial.cli.main([])"],
-        env=os.environ | {"PYTHONPATH": str(site)}, check=True, capture_output=True, text=True,
-    ).stdout  # fmt: skip
-    assert shown.startswith(str(site))
-    assert (site / "bin" / "trl_spatial").is_file()
-
-
-def run_trl_spatial(words):
-    if words[1] not in LAUNCHED_COMMANDS:
-        assert main(words[1:]) == 0
-        return
-    script = importlib.import_module(f"trl_spatial.scripts.{words[1]}")
-    launch_args, script_args = script.make_parser().split_launch_args(words[2:], launch_command_parser())
-    assert launch_args in ([], ["--num_processes", "8"])  # the launcher itself runs in test_cli.py
-    tiny = {"reward": TINY_TRAINING, "grpo": TINY_GRPO}[words[1]]
-    tiny = " ".join([tiny, *(options for recipe, options in FEWER_STEPS.items() if recipe in words)])
-    script.main(*script.make_parser().parse_args_and_config([*script_args, *tiny.split()], is_launched=True))
-
-
-def run_with_hub(words, environment, folder):
+class Reader:
     """
-    A command that names something on the Hub, by itself, as the address of the Hub is read when a program starts. It runs in a
-    folder where the models' names stand for what is on the Hub.
+    Does what a document says.
+
+    Args:
+        folder (`Path`):
+            Where.
+        hub ([`HubStub`]):
+            A Hub that has the two default models, tiny ones of their classes.
+        wheel_folder (`Path`):
+            What pip installs from.
+        monkeypatch:
+            Pytest's, for `sys.argv`.
     """
-    online = folder / "online"
-    online.mkdir(exist_ok=True)
-    for name in ("a.png", "b.png", "pairs"):
-        if not (online / name).exists():
-            (online / name).symlink_to(folder / name)
-    options = {"cwd": online, "env": os.environ | environment}
-    if words[1:3] == ["space", "serve"]:
-        with run_server([sys.executable, "-m", *words], options):
+
+    def __init__(self, folder, hub, wheel_folder, monkeypatch):
+        self.folder, self.hub, self.wheel_folder, self.monkeypatch = folder, hub, wheel_folder, monkeypatch
+        self.ran = []
+
+    def follow(self, document):
+        for language, block in blocks(document):
+            for text, smaller in SMALLER.items():
+                block = block.replace(text, smaller)
+            file = re.match(r"# (\w+\.py)\n", block)
+            if file:  # a file that the text asks for
+                (self.folder / file[1]).write_text(block)
+            elif language == "python":
+                exec(compile(block, document, "exec"), {"__name__": "readme"})
+            elif language == "bash":
+                self.run_block(block)
+
+    def run_block(self, block):
+        """The commands of a block in their order; a server runs until the block ends."""
+        address = SERVED
+        with ExitStack() as servers:
+            for command in commands(block):
+                words = [word.replace(SERVED, address) for word in command]
+                if words[:2] == ["trl_spatial", "serve"]:
+                    options = {"cwd": self.folder, "env": os.environ | {"PYTHONPATH": str(REPOSITORY)}}
+                    address = servers.enter_context(run_server([sys.executable, "-m", *words], options))
+                else:
+                    self.run_command(words)
+                self.ran.append(" ".join(words[:2]))
+
+    def run_command(self, words):
+        if words[0] == "make":
+            self.run_make(words)
+        elif words[0] == "pip":
+            self.run_pip(words)
+        elif words[0] == "python":
+            subprocess.run([sys.executable, *words[1:]], check=True)
+        elif words[:2] == ["accelerate", "launch"]:
+            args = launch_command_parser().parse_args(words[2:])
+            assert Path(args.config_file).is_file()
+            self.run_program(runpy.run_path, args.training_script, args.training_script_args, TINY["grpo"])
+        elif any(word.startswith("hub/") for word in words):
+            self.run_with_hub(words)
+        elif words[1] in LAUNCHED_COMMANDS:
+            if words[-2:] == ["--num_processes", "8"]:  # the launcher's
+                words = words[:-2]
+            self.run_program(runpy.run_module, f"trl_spatial.scripts.{words[1]}", words[2:], TINY[words[1]])
+        else:
+            assert words[0] == "trl_spatial"
+            assert main(words[1:]) == 0
+
+    def run_program(self, run, name, arguments, tiny):
+        """A program that would be launched, in this process."""
+        tiny = " ".join([tiny, *(options for recipe, options in FEWER_STEPS.items() if recipe in arguments)])
+        self.monkeypatch.setattr(sys, "argv", [name, *arguments, *tiny.split()])
+        options = {"alter_sys": True} if run is runpy.run_module else {}
+        run(name, run_name="__main__", **options)
+
+    def run_make(self, words):
+        """`make` without the installation, in the environment of this test."""
+        if "TORCH" in words[-1]:  # would install another torch: show what would be done
+            shown = dry_run([*words, f"VENV={self.folder}/none"])
+            assert f"pip install {words[-1].removeprefix('TORCH=')}\n" in shown
+            assert "trl_spatial demo" in shown.splitlines()[-1]
             return
-    if words[1] in LAUNCHED_COMMANDS and words[2:] != ["--dataset", "hub/SpatialReward"]:  # this one word for word
-        tiny = {"reward": TINY_TRAINING, "grpo": TINY_GRPO}[words[1]].split()
-        words = [f"trl_spatial.scripts.{words[1]}", *words[2:], *tiny]  # without the launcher
-    ended = run_python(["-m", *words], **options)
-    assert ended.returncode == 0, ended.stderr
+        variables = {
+            "demo": f"DEMO_ARGS={TINY_DEMO.format(folder=self.folder)}",
+            "test": "PYTEST_ARGS=-n 0 -p no:cacheprovider tests/test_layout.py::test_importing_the_package_is_light",
+        }
+        # -o: the environment is there and needs no remaking
+        make = ["make", "-o", "installed", *words[1:], "INSTALLED=installed", f"VENV={sys.prefix}"]
+        subprocess.run([*make, variables[words[1]]], cwd=REPOSITORY, check=True, env=terminal())
+
+    def run_pip(self, words):
+        """Install the wheel into a folder by itself, and use it from there."""
+        extras = ("", "[diffusion]", "[serve]", "[space]")
+        assert words[:-1] == ["pip", "install"] and words[-1] in [f"trl-spatial{extra}" for extra in extras]
+        site = self.folder / f"site of {words[-1]}"
+        options = ["--no-deps", "--no-index", "--find-links", self.wheel_folder, "--target", site]
+        shown = subprocess.run([sys.executable, "-m", *words, *options], check=True, capture_output=True, text=True)
+        assert "does not provide the extra" not in shown.stderr
+        shown = subprocess.run(
+            [sys.executable, "-c", "import trl_spatial, trl_spatial.cli; print(trl_spatial.__file__); trl_spatial.cli.main([])"],
+            env=os.environ | {"PYTHONPATH": str(site)}, check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+        assert shown.startswith(str(site))
+        assert (site / "bin" / "trl_spatial").is_file()
+
+    def run_with_hub(self, words):
+        """
+        A command that names something on the Hub, by itself, as the address of the Hub is read when a program starts. It runs in
+        a folder where the models' names stand for what is on the Hub.
+        """
+        online = self.folder / "online"
+        online.mkdir(exist_ok=True)
+        for name in ("a.png", "b.png", "pairs"):
+            if not (online / name).exists():
+                (online / name).symlink_to(self.folder / name)
+        options = {"cwd": online, "env": os.environ | self.hub.environment}
+        if words[1:3] == ["space", "serve"]:
+            with run_server([sys.executable, "-m", *words], options):
+                return
+        if words[1] in LAUNCHED_COMMANDS:
+            words = [f"trl_spatial.scripts.{words[1]}", *words[2:], *TINY[words[1]].split()]
+        ended = run_python(["-m", *words], **options)
+        assert ended.returncode == 0, ended.stderr
 
 
 @contextmanager
@@ -203,88 +303,108 @@ def run_server(command, options):
             server.terminate()
 
 
-def run_command(words, folder, hub_environment):
-    if words[0] == "make":
-        run_make(words, folder)
-    elif words[0] == "pip":
-        run_pip(words, folder)
-    elif words[0] == "python":
-        subprocess.run([sys.executable, *words[1:]], check=True)
-    elif any(word.startswith("hub/") for word in words):
-        run_with_hub(words, hub_environment, folder)
-    else:
-        assert words[0] == "trl_spatial"
-        run_trl_spatial(words)
+def terminal():
+    """The environment as in a terminal, although these tests may run under `make test`."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "MAKE", "MFLAGS"))}
 
 
-def run_block(block, place, hub):
-    """The commands of a block in their order; a server runs until the block ends."""
-    ran, address = [], SERVED
-    with ExitStack() as servers:
-        for command in commands(block):
-            words = [word.replace(SERVED, address) for word in shlex.split(command, comments=True)]
-            if words[:2] == ["trl_spatial", "serve"]:
-                options = {"cwd": place, "env": os.environ | {"PYTHONPATH": str(REPOSITORY)}}
-                address = servers.enter_context(run_server([sys.executable, "-m", *words], options))
-            else:
-                run_command(words, place, hub.environment)
-            ran.append(" ".join(words[:2]))
-    return ran
+def dry_run(words):
+    """The commands that `make` would run."""
+    make = ["make", "--dry-run", *words[1:]]
+    return subprocess.run(
+        make, cwd=REPOSITORY, env=terminal(), check=True, capture_output=True, text=True
+    ).stdout  # fmt: skip
 
 
-def test_every_command_and_program_runs(place, hub):
-    ran = []
-    for language, block in blocks():
-        for text, smaller in SMALLER.items():
-            block = block.replace(text, smaller)
-        file = re.match(r"# (\w+\.py)\n", block)
-        if file:  # a file that the text asks for
-            (place / file[1]).write_text(block)
-        elif language == "python":
-            exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
-        else:
-            ran += run_block(block, place, hub)
-    assert set(ran) >= {"make demo", "make test", *(f"trl_spatial {name}" for name in COMMANDS if name != "demo")}
-    assert (place / "demo" / "report.html").is_file()
-    assert hub.files.keys() >= {
-        "datasets/tester/SpatialReward", "tester/SpatialScore", "tester/SpatialScore-live", "tester/FLUX.1-dev-hub",
-        "spaces/tester/SpatialScore-page",
-    }  # fmt: skip
-    assert hub.unknown == []
-    assert len((place / "scores.jsonl").read_text().splitlines()) == 1
-    assert (place / "SpatialScore-7B" / "adapter_model.safetensors").is_file()
-    for folder in (
-        "FLUX.1-dev-SpatialScore",
-        "FLUX.1-dev-SpatialScore-fast",
-        "FLUX.1-dev-red",
-        "FLUX.1-dev-geneval",
-        "FLUX.1-dev-served",
-        "tiny-flux-red",
-    ):
-        assert (place / folder / "pytorch_lora_weights.safetensors").is_file()
-    assert Image.open(place / "red.png").size == (32, 32)
+@pytest.mark.parametrize("document", RUN)
+def test_every_command_and_program_runs(document, place, wheel_folder, monkeypatch):
+    with HubStub() as hub:
+        for name in ("Qwen/Qwen2.5-VL-7B-Instruct", "black-forest-labs/FLUX.1-dev"):
+            files = (path for path in (place / name).rglob("*") if path.is_file())
+            hub.files[name] = {path.relative_to(place / name).as_posix(): path.read_bytes() for path in files}
+        reader = Reader(place, hub, wheel_folder, monkeypatch)
+        reader.follow(document)
+        assert hub.unknown == []
+        if document == "hub_cards/README.md":
+            assert hub.files.keys() >= ON_THE_HUB
+    if document == "README.md":
+        assert reader.ran[2:4] == ["make demo", "make test"]
+    for name in RUN[document]:
+        assert (place / name).exists() or (place / "online" / name).exists(), name
+
+
+class Parsed(Exception):
+    """A program has read its arguments."""
+
+
+@pytest.mark.parametrize("document", PARSED)
+def test_every_long_command_is_understood(document, monkeypatch):
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def stop(*args, **kwargs):
+        parse_args(*args, **kwargs)
+        raise Parsed
+
+    bash = [block for language, block in blocks(document) if language == "bash"]
+    assert bash and "python" not in dict(blocks(document))
+    for words in (words for block in bash for words in commands(block)):
+        if words[0] == "make":  # a target that is not there is an error
+            words = shlex.split(dry_run([*words, "-o", "installed", "INSTALLED=installed"]).splitlines()[-1])
+            if words[1:3] == ["-m", "trl_spatial"]:
+                script = importlib.import_module(f"trl_spatial.scripts.{words[3]}")
+                assert script.make_parser().parse_args_and_config(words[4:])
+            continue
+        assert words[0] == "python"
+        module = importlib.import_module(words[1].removesuffix(".py").replace("/", "."))
+        with monkeypatch.context() as patch, pytest.raises(Parsed):
+            patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+            patch.setattr(sys, "argv", words[1:])
+            module.main()
+
+
+def test_no_block_of_any_document_is_left_out():
+    with_blocks = {name for name in documents() if re.search(r"^\s*(```|~~~)", read(name), flags=re.MULTILINE)}
+    assert with_blocks == {*RUN, *PARSED}
+    for document in with_blocks:
+        assert {language for language, _ in blocks(document)} <= {"bash", "python", "bibtex", "text"}, document
+        fences = re.findall(r"^\s*(?:```|~~~)", read(document), flags=re.MULTILINE)
+        assert len(fences) == 2 * len(blocks(document)), (
+            document
+        )  # one that is indented or of no language is not found
+
+
+def test_every_recipe_and_measurement_is_in_the_text_of_its_folder():
+    for folder, suffix in (("recipes", ".yaml"), ("recipes/bench", ".py"), ("recipes/ablations", ".py")):
+        for path in (REPOSITORY / folder).glob(f"*{suffix}"):
+            assert path.name in read(f"{folder}/README.md"), path
+
+
+def test_the_first_texts_are_short():
+    assert len(read("README.md").encode()) <= 9 * 1024
+    assert len(read("CONTRIBUTING.md").encode()) <= 7 * 1024
 
 
 def test_scoring_in_python_takes_ten_lines():
-    _, program = blocks("python")[0]
+    program = next(block for language, block in blocks("README.md") if language == "python")
     assert "score(" in program
     assert len([line for line in program.splitlines() if line.strip()]) <= 10
 
 
 def test_table_of_commands_is_complete():
-    listed = re.findall(r"^\| `trl_spatial (\w+)", README, flags=re.MULTILINE)
+    listed = re.findall(r"^\| `trl_spatial (\w+)", read("README.md"), flags=re.MULTILINE)
     assert listed == list(COMMANDS)
 
 
 def test_links_to_files_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        if not target.startswith("http"):
-            assert (REPOSITORY / target).exists(), target
+    for document in documents():
+        for target in re.findall(r"\]\(([^)#]+)\)", read(document)):
+            if not target.startswith("http"):
+                assert ((REPOSITORY / document).parent / target).exists(), (document, target)
 
 
 def test_contributing_names_what_exists():
-    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    text = read("CONTRIBUTING.md")
+    makefile = read("Makefile")
     for target in re.findall(r"make ([a-z-]+)", "\n".join(re.findall(r"`+[^`]*`+", text))):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
     paths = [path for folder in ("trl_spatial", "recipes", "tests") for path in (REPOSITORY / folder).rglob("*")]
@@ -292,3 +412,12 @@ def test_contributing_names_what_exists():
     code = "\n".join(path.read_text(encoding="utf-8") for path in paths if path.suffix == ".py")
     for name in re.findall(r"\b[A-Za-z_]+(?=\.py\b)|\b[a-z]+_[a-z_]+\b|\b[A-Z][a-z]+[A-Z]\w+\b", text):
         assert name in names or re.search(rf"\b{name}\b", code), name
+
+
+def test_options_in_the_text_exist():
+    scripts = [importlib.import_module(f"trl_spatial.scripts.{name}") for name in COMMANDS]
+    known = "\n".join(script.make_parser().format_help() for script in scripts)
+    for document in RUN:
+        text = re.sub(r"^```.*?^```$", "", read(document), flags=re.MULTILINE | re.DOTALL)
+        for option in re.findall(r"`[^`\n]*?(--[a-z0-9_-]+)", text):
+            assert re.search(rf"{option}\b", known), (document, option)

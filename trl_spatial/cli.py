@@ -7,10 +7,17 @@ torch and transformers, is imported when the command runs.
 import argparse
 import difflib
 import importlib
+import io
+import logging
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from . import __version__
 
@@ -26,8 +33,15 @@ COMMANDS = {
     "serve": "score images over HTTP: a reward in a process of its own",
     "space": "build or run a page that scores images",
 }
-# Training commands run through `accelerate launch`, as in TRL's CLI: they also take its arguments.
+# Training commands also take the arguments of `accelerate launch`, as in TRL's CLI.
 LAUNCHED_COMMANDS = {"reward", "grpo"}
+# Started again after an interruption, they continue from what is on disk.
+RESUMED_COMMANDS = {"demo", "push"}
+# Number of the launching process, for the processes that it launches.
+LAUNCHER_VARIABLE = "TRL_SPATIAL_LAUNCHER"
+TRACEBACK_VARIABLE = "TRL_SPATIAL_TRACEBACK"
+# How long training processes may take to save and end after SIGTERM or SIGINT: as long as torch.distributed gives them.
+GRACE_SECONDS = 30.0
 
 EXAMPLES = """\
 examples:
@@ -37,11 +51,14 @@ examples:
   trl_spatial score --model SpatialScore-7B --prompt "a red cup to the left of a blue book" cup.png
   trl_spatial push SpatialScore-7B --to hub/SpatialScore-7B
   trl_spatial COMMAND --help
+
+No command sends usage statistics: HF_HUB_DISABLE_TELEMETRY=1 and HF_UPDATE_DOWNLOAD_COUNTS=0 are set unless the environment
+says otherwise. TRL_SPATIAL_TRACEBACK=1 shows where an error comes from. Exit codes: 1 error, 2 usage, 130 interrupted.
 """
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:
-    """Text that names the candidates that `word` may have been meant for, or nothing if none is near."""
+    """Text that suggests the candidates most like `word`; empty if none is close."""
     # --batch-size and --batch_size are one option: name it as it is documented
     by_name = {candidate.lstrip("-").replace("-", "_"): candidate for candidate in sorted(candidates)}
     matches = difflib.get_close_matches(word.lstrip("-").replace("-", "_"), by_name, n=3, cutoff=0.7)
@@ -62,23 +79,170 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def launch(module_name: str, argv: list[str]) -> int:
-    """Run a training script through `accelerate launch`; arguments that are not the script's own are the launcher's."""
-    from accelerate.commands.launch import launch_command, launch_command_parser
+def prepare_environment() -> None:
+    """
+    Set what the libraries read when they are imported, unless the user has set it.
 
-    script = importlib.import_module(module_name)
-    launcher = launch_command_parser()
-    launch_args, script_args = script.make_parser().split_launch_args(argv, launcher)
+    Nothing is reported home: TRL's and the Hub's telemetry, and a call of `datasets` for every local file. Idle OpenMP threads
+    spin for a short time only: libgomp's default starves training on a machine that has other work, and sleeping at once
+    (`OMP_WAIT_POLICY=passive`) slows it down on one that has none.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+
+def run_command(prog: str, function: Callable[[], int | None]) -> int:
+    """
+    Run a command so that an error is a message, not a traceback: the one place where that is decided.
+
+    Args:
+        prog (`str`):
+            Name of the command, such as `"trl_spatial score"`.
+        function (`Callable`):
+            The command, which may return an exit code.
+
+    Returns:
+        `int`: the exit code: 0, 1 after an error, 130 after Ctrl-C, or what the command returned. With `TRL_SPATIAL_TRACEBACK`
+        in the environment, the error is raised instead.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that knows only ASCII costs nobody a result
     try:
-        launch_command(launcher.parse_args([*launch_args, "--module", module_name, *script_args]))
-    except subprocess.CalledProcessError as error:  # the script has told the reason
-        return error.returncode
-    return 0
+        return function() or 0
+    except KeyboardInterrupt as error:
+        continues = "; the same command continues" if prog.split()[-1] in RESUMED_COMMANDS else ""
+        print(f"\n{prog}: {str(error) or f'interrupted{continues}'}", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of the output, such as `head`, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if TRACEBACK_VARIABLE in os.environ:
+            raise
+        text = str(error).strip()
+        if not text or not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
+            text = ": ".join(part for part in (type(error).__name__, text, str(error.__cause__ or "")) if part)
+        print(f"{prog}: error: {text}\n({TRACEBACK_VARIABLE}=1 in the environment shows where)", file=sys.stderr)
+        return 1
+
+
+def needs_launcher(launch_args: list[str]) -> bool:
+    """Whether `accelerate launch` has something to do: options, a configuration of the user's, or several GPUs."""
+    import torch
+    from accelerate.commands.config import default_config_file
+
+    return bool(launch_args) or os.path.isfile(default_config_file) or torch.accelerator.device_count() > 1
+
+
+def launch(command: str, argv: list[str]) -> int:
+    """Train in this process or, if it is needed, through `accelerate launch`, whose options may be among the arguments."""
+    script = importlib.import_module(f"{__package__}.scripts.{command}")
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    launcher, parser = launch_command_parser(), script.make_parser()
+    variables = dict(os.environ)
+    launch_args, script_args = parser.split_launch_args(argv, launcher)
+    # variables of the YAML file have to be there before torch is imported
+    if variables == dict(os.environ) and not needs_launcher(launch_args):
+        return script.main(*parser.parse_args_and_config(argv))
+
+    args = launcher.parse_args([*launch_args, "--module", str(__package__), command, *script_args])
+    if TRACEBACK_VARIABLE not in os.environ:
+        importlib.import_module("torch.distributed.run")  # makes the loggers
+        for name in list(logging.root.manager.loggerDict):
+            if name.startswith("torch.distributed.elastic"):
+                logging.getLogger(name).setLevel(logging.CRITICAL)  # the script prints the reason
+    try:
+        with signals_passed_on() as received:
+            launch_command(args)
+    except SignalException as error:
+        return 128 + error.sigval
+    except subprocess.CalledProcessError as error:
+        code = error.returncode
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+    else:
+        code = 0
+    if received:
+        return 128 + received[0]
+    if code < 0:
+        raise RuntimeError(f"a training process was ended by {signal.Signals(-code).name}")
+    return code
+
+
+@contextmanager
+def signals_passed_on() -> Iterator[list[int]]:
+    """
+    A context in which SIGINT and SIGTERM go to the processes that this one has started. They have `GRACE_SECONDS` to save and
+    end, or else are killed. Gives a list of the signals that came. (With several training processes, torch.distributed replaces
+    these handlers by its own, which do the same.)
+    """
+    import psutil
+
+    received: list[int] = []
+
+    def send(number: int) -> None:
+        for child in psutil.Process().children():
+            child.send_signal(number)
+
+    def handle(number: int, frame: Any) -> None:
+        received.append(number)
+        if not psutil.Process().children():
+            raise SystemExit(128 + number)
+        send(number)
+        timer = threading.Timer(GRACE_SECONDS, send, (signal.SIGKILL,))
+        timer.daemon = True
+        timer.start()
+
+    os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        del os.environ[LAUNCHER_VARIABLE]
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def follow_launcher(launcher: int) -> None:
+    """End this process by SIGTERM, and after `GRACE_SECONDS` by SIGKILL, once the launcher that started it is gone."""
+    parent = os.getppid() if os.getppid() > 1 else launcher
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+    if (
+        "LOCAL_RANK" not in os.environ
+    ):  # as torch.distributed does: Ctrl-C reaches the launcher only, which passes it on once
+        os.setpgid(0, 0)
+
+
+def start(command: str, argv: list[str]) -> int | None:
+    """Parse the arguments of a command and run it."""
+    launcher = os.environ.pop(LAUNCHER_VARIABLE, None)
+    if launcher is not None:
+        follow_launcher(int(launcher))
+    is_launched = command in LAUNCHED_COMMANDS and (launcher is not None or "LOCAL_RANK" in os.environ)
+    if command in LAUNCHED_COMMANDS and not is_launched:
+        return launch(command, argv)
+    script = importlib.import_module(f"{__package__}.scripts.{command}")
+    return script.main(*script.make_parser().parse_args_and_config(argv, is_launched=is_launched))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the CLI; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    prepare_environment()
     parser = make_parser()
     if not argv:
         parser.print_help()
@@ -90,18 +254,4 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"unknown option {command}{nearest(command, ['--help', '--version'])}")
     if command not in COMMANDS:
         parser.error(f"unknown command {command!r}{nearest(command, COMMANDS)}\ncommands: {', '.join(COMMANDS)}")
-
-    module_name = f"{__package__}.scripts.{command}"
-    if command in LAUNCHED_COMMANDS:
-        return launch(module_name, argv)
-    script = importlib.import_module(module_name)
-    arguments = script.make_parser().parse_args_and_config(argv)
-    try:
-        script.main(*arguments)
-    except (OSError, ValueError) as error:
-        if "TRL_SPATIAL_TRACEBACK" in os.environ:
-            raise
-        print(f"trl_spatial {command}: error: {error}", file=sys.stderr)
-        print("(TRL_SPATIAL_TRACEBACK=1 in the environment shows where)", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(f"trl_spatial {command}", lambda: start(command, argv))

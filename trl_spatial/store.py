@@ -1,9 +1,11 @@
-"""Running the parts of a long job one after another, so that it can be interrupted anywhere."""
+"""Files that survive an interruption: atomic writes, records, files named by their content, and the stages of a job."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,56 +13,177 @@ from pathlib import Path
 from typing import Any
 
 
-class Stages:
+def write_atomically(path: str | Path, data: str | bytes) -> None:
     """
-    Runs the stages of a job, says which one is running, and keeps what each returned and how long it took. A stage that
-    is finished is not run again; one that was interrupted is, and goes on from what it finds in its own files.
+    Writes a file so that at any moment `path` holds either its old content or all of the new one. A full disk or an
+    interruption leaves the old content.
+
+    Args:
+        path (`str` or `Path`):
+            The file. Its folder must exist.
+        data (`str` or `bytes`):
+            The new content; text is written as UTF-8.
+    """
+    path = Path(path)
+    # in the same folder, since a file is replaced atomically only within a file system
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Writes a JSON object to a file, atomically."""
+    write_atomically(path, json.dumps(record, indent=1) + "\n")
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """
+    Reads the JSON object that [`write_record`] wrote.
+
+    Returns:
+        `dict`: the record; empty if there is no file, or if it is damaged, which is reported on stderr.
+    """
+    try:
+        record = json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply
+        record = None
+    if not isinstance(record, dict):
+        print(f"{path} is not a whole JSON object. It is treated as missing.", file=sys.stderr, flush=True)
+        return {}
+    return record
+
+
+class ContentStore:
+    """
+    A folder of files that are named by the SHA-256 of their content, so that a name never stands for other content and
+    equal files are stored once.
 
     Args:
         folder (`Path`):
-            Where the records are kept, a JSON file per stage.
-        titles (`Mapping[str, str]`):
-            Name of each stage, and what it does in words, in the order in which they run.
+            The folder; created if missing.
     """
 
-    def __init__(self, folder: Path, titles: Mapping[str, str]):
+    def __init__(self, folder: Path):
         self.folder = folder
-        self.titles = dict(titles)
         folder.mkdir(parents=True, exist_ok=True)
 
-    def run(self, name: str, function: Callable[[], Any]) -> Any:
+    def put(self, data: bytes, suffix: str = "") -> str:
         """
-        Run a stage, or give what it returned when it was run.
+        Stores a file, unless it is there already.
+
+        Args:
+            data (`bytes`):
+                Content.
+            suffix (`str`, *optional*):
+                End of the name, such as `".png"`.
+
+        Returns:
+            `str`: name of the file in the folder.
+        """
+        name = hashlib.sha256(data).hexdigest() + suffix
+        path = self.folder / name
+        if not (path.is_file() and path.read_bytes() == data):
+            write_atomically(path, data)
+        return name
+
+    def get(self, name: str) -> bytes:
+        """
+        Reads a file.
+
+        Raises:
+            `FileNotFoundError`: If there is none of that name.
+            `ValueError`: If its content is not what was stored.
+        """
+        path = self.folder / name
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != name.split(".")[0]:
+            raise ValueError(f"{path} has changed since it was written. Delete it and run the same command again.")
+        return data
+
+
+class Stages:
+    """
+    Runs the stages of a job one after another, so that the job can be interrupted anywhere. A stage is finished when its
+    record is written; a finished stage is not run again. An interrupted one is, and continues from its own files.
+
+    Args:
+        folder (`Path`):
+            Folder of the job, created if missing. The records are in its folder `stages`.
+        titles (`Mapping[str, str]`):
+            Name of each stage and a description, in the order in which they run.
+        arguments (`Mapping[str, Any]`):
+            What decides the result, as JSON.
+
+    Raises:
+        `ValueError`: If the folder holds a job with other arguments or something else, or if another process is running
+            in it.
+    """
+
+    def __init__(self, folder: Path, titles: Mapping[str, str], arguments: Mapping[str, Any]):
+        self.folder, self.titles = folder / "stages", dict(titles)
+        found = read_record(folder / "arguments.json")
+        if not found and folder.is_dir() and any(name[0] != "." and name != "stages" for name in os.listdir(folder)):
+            raise ValueError(f"{folder} is not empty and holds no run that can be continued. Name another folder.")
+        if found and found != arguments:
+            names = sorted(name for name in {**found, **arguments} if found.get(name) != arguments.get(name))
+            changes = ", ".join(f"{name} was {found.get(name)} and is {arguments.get(name)}" for name in names)
+            raise ValueError(
+                f"{folder} holds a run with other arguments: {changes}. Name another folder or remove it."
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(folder)
+        write_record(folder / "arguments.json", arguments)
+
+    def run(self, name: str, function: Callable[[], Any], *, outputs: Sequence[Path] = ()) -> Any:
+        """
+        Runs a stage, or returns what it returned when it was run.
 
         Args:
             name (`str`):
                 Name of the stage, one of `titles`.
             function (`Callable`):
-                Does it. What it returns must be JSON.
+                Does the work and returns something that JSON can hold.
+            outputs (`Sequence[Path]`, *optional*):
+                Files that the stage writes. If one is missing, the stage is run again.
 
         Returns:
-            What the function returned, as JSON gives it back.
+            What the function returned, as read back from JSON.
         """
-        number, title = list(self.titles).index(name) + 1, self.titles[name]
-        record = self._read(name)
-        if "result" in record:
-            print(f"{number}/{len(self.titles)}  {title}: done before, in {record['seconds']:.0f} s", flush=True)
+        names = list(self.titles)
+        position = names.index(name)
+        title = f"{position + 1}/{len(names)}  {self.titles[name]}"
+        record = read_record(self._file(name))
+        missing = [path for path in outputs if not path.exists()]
+        if "result" in record and not missing:
+            print(f"{title}: done before, in {record.get('seconds', 0):.0f} s", flush=True)
             return record["result"]
-        print(f"{number}/{len(self.titles)}  {title}", flush=True)
+        print(f"{title}: again, since {missing[0]} is missing" if "result" in record else title, flush=True)
+        for later in names[position:]:  # a later stage has used what this one now makes anew
+            if "result" in (known := read_record(self._file(later))):
+                write_record(self._file(later), {"seconds": known.get("seconds", 0.0)})
         started = time.perf_counter()
+        record = {"seconds": record.get("seconds", 0.0)}
         try:
             record["result"] = function()
         finally:
-            record["seconds"] = record.get("seconds", 0.0) + time.perf_counter() - started
-            self._write(name, record)
+            record["seconds"] += time.perf_counter() - started
+            write_record(self._file(name), record)
         print(f"     {record['seconds']:.0f} s", flush=True)
-        return self._read(name)["result"]
+        return read_record(self._file(name))["result"]
 
     def times(self) -> list[dict[str, Any]]:
-        """`name`, `title` and `seconds` of every stage that has been run, those of its interrupted attempts included."""
-        records = {name: self._read(name) for name in self.titles}
+        """`name`, `title` and `seconds` of every stage that has been run; interrupted attempts count."""
+        records = {name: read_record(self._file(name)) for name in self.titles}
         return [
-            {"name": name, "title": self.titles[name], "seconds": round(record["seconds"], 1)}
+            {"name": name, "title": self.titles[name], "seconds": round(record.get("seconds", 0.0), 1)}
             for name, record in records.items()
             if record
         ]
@@ -68,17 +191,28 @@ class Stages:
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.json"
 
-    def _read(self, name: str) -> dict[str, Any]:
-        return json.loads(self._file(name).read_text(encoding="utf-8")) if self._file(name).exists() else {}
 
-    def _write(self, name: str, record: dict[str, Any]) -> None:
-        partial = self._file(name).with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        partial.replace(self._file(name))
+def _lock(folder: Path) -> Any:
+    """Holds a folder until this process ends, however it ends. Child processes do not hold it."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # on Windows, where a second process is not noticed
+        return None
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        raise ValueError(
+            f"Another process is running in {folder}. Wait for its end, or name another folder."
+        ) from error
+    return file
 
 
 def new_folder(path: str) -> Path:
-    """`path`, if nothing is there yet; an error otherwise, so that a command overwrites nothing."""
+    """Returns `path`, or raises an error if it exists and is not an empty folder, so that nothing is overwritten."""
     folder = Path(path)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"{path} exists and is not an empty folder; name another one.")
@@ -126,7 +260,8 @@ def mark_complete(folder: str | Path, files: Sequence[str] | None = None) -> Non
     names = {folder / parent for name in sizes for parent in Path(name).parents}
     for path in [*(folder / name for name in sizes), *names]:
         _flush_to_disk(path)
-    write_atomically(folder / MARKER, json.dumps({"files": sizes}, indent=2))
+    write_record(folder / MARKER, {"files": sizes})
+    _flush_to_disk(folder)
 
 
 def is_complete(folder: str | Path) -> bool:
@@ -148,15 +283,6 @@ def marked_files(folder: str | Path) -> dict[str, int] | None:
         return json.loads((Path(folder) / MARKER).read_text(encoding="utf-8"))["files"]
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that a reader finds the old content or the new one, also after a crash."""
-    unfinished = path.with_name(f"{path.name}.part")
-    unfinished.write_text(text, encoding="utf-8")
-    _flush_to_disk(unfinished)
-    unfinished.replace(path)
-    _flush_to_disk(path.parent)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from trl_spatial.demo.generator import (
     train_generator,
 )
 from trl_spatial.demo.run import make_reward
-from trl_spatial.diffusion_grpo.runtime.reward_functions import RewardFunction
+from trl_spatial.diffusion_grpo.reward_functions import RewardFunction
 from trl_spatial.generation.seeds import image_generator
 
 
@@ -98,7 +98,6 @@ def run(variant: str, seed: int, args: argparse.Namespace) -> None:
         seed=seed,
         eval_strategy="no",
         eval_on_start=False,
-        num_logged_images=0,
         **changes,
     )
     trainer = make_trainer(
@@ -109,7 +108,7 @@ def run(variant: str, seed: int, args: argparse.Namespace) -> None:
     training = train_generator(trainer)
     result = measure(folder, scorer, args)
     cost = training["cost"]
-    result |= {name: cost[name] for name in ("num_policy_evaluations", "evaluations_per_image", "seconds")}
+    result |= {name: cost[name] for name in ("num_policy_passes", "evaluations_per_image", "seconds")}
     result_file.write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -163,7 +162,7 @@ def format_table(results: dict[str, list[dict[str, float]]]) -> str:
         "reward": ("SpatialScore", "{:.2f}"),
         "diversity": ("diversity", "{:.3f}"),
         "evaluations_per_image": ("evaluations per image", "{:.1f}"),
-        "num_policy_evaluations": ("policy evaluations, thousands", "{:.0f}"),
+        "num_policy_passes": ("policy evaluations, thousands", "{:.0f}"),
     }
     titles = " | ".join(title for title, _ in columns.values())
     lines = [f"| question | variant | {titles} | seeds |", "|---" * (len(columns) + 3) + "|"]
@@ -181,10 +180,10 @@ def format_table(results: dict[str, list[dict[str, float]]]) -> str:
 def _row(study: str, variant: str, runs: list[dict[str, float]], columns: dict[str, tuple[str, str]]) -> str:
     cells = []
     for name, (_, form) in columns.items():
-        values = [run[name] / (1000 if name == "num_policy_evaluations" else 1) for run in runs if name in run]
+        values = [run[name] / (1000 if name == "num_policy_passes" else 1) for run in runs if name in run]
         if not values:
             cells.append("–")
-        elif len(values) == 1 or name in ("evaluations_per_image", "num_policy_evaluations"):
+        elif len(values) == 1 or name in ("evaluations_per_image", "num_policy_passes"):
             cells.append(form.format(values[0]))  # equal for all seeds
         else:
             cells.append(f"{form.format(np.mean(values))} ± {form.format(np.std(values, ddof=1))}")

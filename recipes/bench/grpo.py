@@ -110,7 +110,6 @@ def measure(top_k: int | None, window: int | None, args: argparse.Namespace) -> 
                 per_device_train_batch_size=BATCH_SIZE,
                 gradient_accumulation_steps=num_kept // BATCH_SIZE,  # one prompt per update
                 max_steps=args.num_updates + 1,
-                num_logged_images=0,
                 save_strategy="no",
                 report_to="none",
                 disable_tqdm=True,
@@ -134,7 +133,7 @@ def measure(top_k: int | None, window: int | None, args: argparse.Namespace) -> 
         "processor_seconds_per_step": statistics.median(np.diff(clock.times).tolist()),
         "evaluations_per_image": {
             "formula": expected_evaluations(top_k, window, args.num_generations),
-            "logged": {name: logs[-1][f"num_{name}_evaluations"] / num_images for name in ("policy", "reference")},
+            "logged": {name: logs[-1][f"num_{name}_passes"] / num_images for name in ("policy", "reference")},
             "counted": counts.total() / num_images,
         },
         "num_parameters": pipeline.transformer.num_parameters(),

@@ -58,7 +58,6 @@ def evaluations(trained: float, *, per_trained: float = 3.0, reference: bool = T
 
 
 ALL, PAPER = NUM_STEPS - 1, (NUM_STEPS - 1) * 2 * TOP_K / NUM_IMAGES  # steps per image that are trained
-SEVERAL = {"gradient_accumulation_steps": 1, "beta": 0.0}  # three updates per rollout
 LEVERS = {
     "filter, 3 best and 3 worst of 12": Lever(
         {}, {"top_k": None, "gradient_accumulation_steps": 6}, (evaluations(PAPER), evaluations(ALL)), "default: the paper's"
@@ -73,11 +72,6 @@ LEVERS = {
     ),
     "no KL": Lever(
         {"beta": 0.0}, {}, (evaluations(PAPER, reference=False), evaluations(PAPER)), "option: the paper has one"
-    ),
-    "log-probs of the rollout kept, 3 updates per rollout": Lever(
-        {"old_log_probs": "rollout"}, {},
-        (evaluations(PAPER, reference=False), evaluations(PAPER, reference=False) + PAPER * 2 / 3),
-        "option: in bfloat16 a rollout rounds otherwise than training, and the first ratio is not 1", common=SEVERAL,
     ),
     "one update per rollout": Lever(
         {"gradient_accumulation_steps": 3}, {"gradient_accumulation_steps": 1},
@@ -120,6 +114,9 @@ def measure(family: str, settings: dict[str, Any], args: argparse.Namespace) -> 
     else:
         sizes = QWEN_20M if is_large else {}
         pipeline = build_qwen_image_pipeline(**sizes)
+    settings = dict(settings)
+    if (backend := settings.pop("attention_backend", None)) is not None:
+        pipeline.transformer.set_attention_backend(backend)
     with tempfile.TemporaryDirectory() as folder:
         config = DiffusionGRPOConfig(
             folder,
@@ -134,7 +131,6 @@ def measure(family: str, settings: dict[str, Any], args: argparse.Namespace) -> 
                 "gradient_accumulation_steps": 3,
                 "steps_per_generation": 3 if settings.get("top_k", TOP_K) else 6,
                 "rollout_batch_size": 4,
-                "num_logged_images": 0,
                 "save_strategy": "no",
                 "report_to": "none",
                 "disable_tqdm": True,

@@ -64,7 +64,6 @@ def measure(seconds: float, overlap_rewards: bool, args: argparse.Namespace) -> 
                 width=args.image_size,
                 max_sequence_length=32,
                 max_steps=args.num_rollouts + 1,
-                num_logged_images=0,
                 save_strategy="no",
                 report_to="none",
                 disable_tqdm=True,

@@ -44,8 +44,8 @@ FAULTS = {
     "empty perturbed prompt": ({"perturbed_prompt": ""}, "bad_prompt", "perturbed_prompt", "is empty"),
     "no perturbed prompt": ({"perturbed_prompt": None}, "bad_prompt", "perturbed_prompt", "is a NoneType"),
     "no image": ({"chosen": None}, "bad_image", "chosen", "is missing"),
-    "empty file": ({"rejected": {"bytes": b"", "path": None}}, "bad_image", "rejected", "not an image file"),
-    "no image file": ({"rejected": {"bytes": b"GIF8?", "path": None}}, "bad_image", "rejected", "not an image file"),
+    "empty file": ({"rejected": {"bytes": b"", "path": None}}, "bad_image", "rejected", "cannot be opened"),
+    "no image file": ({"rejected": {"bytes": b"GIF8?", "path": None}}, "bad_image", "rejected", "cannot be opened"),
     "no such file": ({"chosen": {"bytes": None, "path": "no/such.png"}}, "bad_image", "chosen", "cannot be opened"),
     "cut PNG": ({"chosen": damaged("cut PNG")}, "bad_image", "chosen", "cannot be decoded"),
     "cut JPEG": ({"rejected": damaged("cut JPEG")}, "bad_image", "rejected", "truncated"),
@@ -133,12 +133,13 @@ def test_an_image_in_two_splits_is_an_error(column, other, good, plant, encode):
     assert finding.to_dict()["other_row"] == 17
 
 
-def test_a_prompt_in_two_splits_is_a_warning(good, plant):
-    splits = plant(good, "test", 2, prompt=good["train"][11]["prompt"])
+@pytest.mark.parametrize(("row", "other"), [(2, 11), (0, 0), (9, 39)])
+def test_a_prompt_in_two_splits_is_a_warning(row, other, good, plant):
+    splits = plant(good, "test", row, prompt=good["train"][other]["prompt"])
     report = validate_splits(splits)
     (finding,) = report.findings
     assert (finding.kind, finding.severity) == ("shared_prompt", "warning")
-    assert (finding.place, finding.other) == (Place("test", 2, "prompt"), Place("train", 11, "prompt"))
+    assert (finding.place, finding.other) == (Place("test", row, "prompt"), Place("train", other, "prompt"))
     assert "WARNING: prompts that are in two splits (1)" in format_report(report, "pairs")
 
 

@@ -62,7 +62,7 @@ def _training(rng):
                 "step": step,
                 "reward": float(1.2 + 2 * learned[step] + rng.normal(0, 0.2)),
                 "reward_std": 1.1,
-                "num_policy_evaluations": 2592 * step,
+                "num_policy_passes": 2592 * step,
             }
             for step in range(1, 151)
         ],
@@ -79,8 +79,8 @@ def _training(rng):
         "settings": {"num_generations": 24, "top_k": 6, "noise_level": 0.7, "learning_rate": 1e-3, "beta": 0.0},
         "cost": {
             "num_images": 11520,
-            "num_policy_evaluations": 155520,
-            "num_reference_evaluations": 86400,
+            "num_policy_passes": 155520,
+            "num_reference_passes": 86400,
             "evaluations_per_image": 13.5,
             "evaluations_per_image_unfiltered": 21.0,
             "seconds": 121.3,

@@ -140,11 +140,11 @@ def test_started_again_it_gives_the_same_numbers_at_once(folder, results):
 def test_killed_it_goes_on_and_gives_the_same_numbers(finished, results, tmp_path, trace):
     done = ["pairs"]  # they are made once
     if trace != "reward":  # what comes before it is finished
-        done += ["reward", "base_images", "pair_images"]
+        done += ["reward", "base_images", "images"]
         (tmp_path / "stages").mkdir()
         for stage in ("pairs", "reward", "measure", "before"):
             shutil.copy(finished[0] / "stages" / f"{stage}.json", tmp_path / "stages")
-    for name in done:
+    for name in [*done, "arguments.json"]:
         (tmp_path / name).symlink_to(finished[0] / name)
     process = start(tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -152,12 +152,25 @@ def test_killed_it_goes_on_and_gives_the_same_numbers(finished, results, tmp_pat
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+    if trace == "reward":  # a checkpoint that was being written
+        (tmp_path / "reward" / "checkpoint-9").mkdir()
+        (tmp_path / "reward" / "checkpoint-9" / "trainer_state.json").write_text('{"global_step": 9')
+        (tmp_path / "reward" / "adapter_model.safetensors").touch()
+    main(DemoSettings(output_dir=str(tmp_path), **SIZES))
+    assert without_times(json.loads((tmp_path / "results.json").read_text())) == without_times(results)
+
+
+def test_what_was_lost_is_made_again(finished, results, tmp_path):
+    for path in finished[0].iterdir():
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    for file in ("reward/adapter_model.safetensors", "grpo/pytorch_lora_weights.safetensors"):
+        (tmp_path / file).unlink()
     main(DemoSettings(output_dir=str(tmp_path), **SIZES))
     assert without_times(json.loads((tmp_path / "results.json").read_text())) == without_times(results)
 
 
 def test_other_arguments_are_refused_in_the_same_folder(folder):
-    with pytest.raises(ValueError, match=r"num_test_pairs.*40, 41"):
+    with pytest.raises(ValueError, match="num_test_pairs was 40 and is 41"):
         main(DemoSettings(output_dir=str(folder), **(SIZES | {"num_test_pairs": 41})))
 
 

@@ -80,7 +80,6 @@ def make_trainer(tmp_path, make_pipeline):
             max_sequence_length=16,
             learning_rate=1e-2,
             ema_decay=0.0,
-            num_logged_images=0,
             gradient_checkpointing=False,
             eval_num_inference_steps=3,
             max_steps=2,

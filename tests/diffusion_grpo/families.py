@@ -27,7 +27,7 @@ class Family:
         guidance (`dict`):
             Guidance in our names, for `SamplingOptions` and `DiffusionGRPOConfig`.
         pipeline_guidance (`dict`):
-            The same guidance in the names of the pipeline's own call.
+            The same guidance in the names of the pipeline's own call. A negative prompt is also in the options.
     """
 
     build: Callable[..., Any]
@@ -35,7 +35,13 @@ class Family:
     pipeline_guidance: dict[str, Any]
 
     def options(self, height: int = 32, width: int = 32, num_inference_steps: int = 4) -> SamplingOptions:
-        return SamplingOptions(height, width, num_inference_steps, **self.guidance)
+        return SamplingOptions(
+            height,
+            width,
+            num_inference_steps,
+            negative_prompt=self.pipeline_guidance.get("negative_prompt"),
+            **self.guidance,
+        )
 
     def make_policy(self, **kwargs) -> DiffusionPolicy:
         """A policy of its own; keyword arguments go to `build`."""
@@ -49,19 +55,19 @@ FAMILIES = {
     ),
     "qwen_image": Family(
         build_qwen_image_pipeline,
-        {"guidance_scale": 4.0, "negative_prompt": "a dog"},
+        {"guidance_scale": 4.0},
         {"true_cfg_scale": 4.0, "negative_prompt": "a dog"},
     ),
     "qwen_image_unguided": Family(build_qwen_image_pipeline, {"guidance_scale": 1.0}, {"true_cfg_scale": 1.0}),
     "sd3": Family(
         build_sd3_pipeline,
-        {"guidance_scale": 4.5, "negative_prompt": "a dog"},
+        {"guidance_scale": 4.5},
         {"guidance_scale": 4.5, "negative_prompt": "a dog"},
     ),
     "sd3_unguided": Family(build_sd3_pipeline, {"guidance_scale": 1.0}, {"guidance_scale": 1.0}),
     "z_image": Family(
         build_z_image_pipeline,
-        {"guidance_scale": 3.0, "negative_prompt": "a dog"},
+        {"guidance_scale": 3.0},
         {"guidance_scale": 3.0, "negative_prompt": "a dog"},
     ),
     "z_image_unguided": Family(build_z_image_pipeline, {"guidance_scale": 0.0}, {"guidance_scale": 0.0}),

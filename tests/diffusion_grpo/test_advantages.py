@@ -206,26 +206,65 @@ class TestCombineRewards:
 
     def test_sums_the_rewards_by_weight(self):
         combined = combine_rewards(self.REWARDS, 4, [2.0, 0.1])
-        torch.testing.assert_close(
-            combined, torch.tensor([3.0, 6.0, NAN, 8.0, 10.7, 10.8, 10.9, 10.9]), equal_nan=True
-        )
+        # images 1 and 2 lack what the others of their group have
+        expected = torch.tensor([3.0, NAN, NAN, 8.0, 10.7, 10.8, 10.9, 10.9])
+        torch.testing.assert_close(combined, expected, equal_nan=True)
         assert combined.dtype == torch.float32
-        torch.testing.assert_close(combine_rewards(self.REWARDS, 4), self.REWARDS.nansum(1).where(
-            torch.arange(8) != 2, torch.tensor(NAN)), equal_nan=True)  # fmt: skip
+        # a function of weight 0 may be missing
+        of_one = combine_rewards(self.REWARDS, 4, [1.0, 0.0])
+        torch.testing.assert_close(of_one, self.REWARDS[:, 0], equal_nan=True)
 
     def test_sums_normalized_rewards_by_weight(self):
         combined = combine_rewards(self.REWARDS, 4, [2.0, 0.5], "normalize_then_sum")
-        first = np.array([1.0, 3.0, 2.0])  # mean 2
         second = np.array([7.0, 8.0, 9.0, 9.0])
         expected = [
-            2 * (first[0] - 2) / first.std() - 0.5,
-            2 * (first[1] - 2) / first.std(),
-            NAN,
-            0.5,
+            *(-2.5, NAN, NAN, 2.5),  # of two images, each is one standard deviation from the mean
             # the first function gives all of the second group the same: no part of the sum
             *(0.5 * (second - second.mean()) / second.std()),
         ]
         torch.testing.assert_close(combined, torch.tensor(expected, dtype=torch.float32), equal_nan=True)
+
+    def test_a_function_that_a_whole_group_lacks_counts_as_its_mean(self):
+        rewards = torch.tensor([[1.0, 4.0], [2.0, 8.0], [3.0, NAN], [5.0, NAN], [NAN, NAN], [NAN, NAN]])
+        combined = combine_rewards(rewards, 2, [1.0, 0.5])
+        torch.testing.assert_close(combined, torch.tensor([3.0, 6.0, 6.0, 8.0, NAN, NAN]), equal_nan=True)
+        # one that gave no reward at all is left out
+        alone = combine_rewards(torch.tensor([[1.0, NAN], [2.0, NAN]]), 2)
+        assert alone.tolist() == [1.0, 2.0]
+
+    @pytest.mark.parametrize("how", ["sum_then_normalize", "normalize_then_sum"])
+    @pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+    def test_a_constant_added_to_a_function_changes_no_advantage(self, how, scale_rewards):
+        generator = torch.Generator().manual_seed(0)
+        rewards = torch.randn(6 * 8, 3, generator=generator, dtype=torch.float64)
+        rewards[torch.rand(rewards.shape, generator=generator) < 0.15] = NAN
+        rewards[8:16, 1] = rewards[24:32, 0] = NAN  # whole groups
+        rewards[32:40] = NAN
+
+        def advantages(rewards):
+            combined = combine_rewards(rewards, 8, [1.0, -2.0, 0.5], how)
+            return group_advantages(combined, 8, scale_rewards, clip=math.inf)
+
+        expected = advantages(rewards)
+        assert expected.abs().max() > 0.5
+        for shift in ([5.0, 0.0, 0.0], [0.0, -7.0, 3.0]):
+            torch.testing.assert_close(advantages(rewards + torch.tensor(shift)), expected, rtol=0, atol=1e-4)
+        # images that lack a reward which others of their group have, and groups without any, are not learnt from
+        known = ~rewards.isnan()
+        is_expected = known | ~known.view(6, 8, 3).any(1).repeat_interleave(8, 0)
+        assert (expected[~is_expected.all(1)] == 0).all() and (expected[32:40] == 0).all()
+        # and change nothing for the others
+        changed = torch.where(is_expected.all(1, keepdim=True), rewards, torch.where(known, 100.0, NAN))
+        torch.testing.assert_close(advantages(changed), expected, rtol=0, atol=1e-4)
+        # what is better by every function is better
+        better = rewards.clone()
+        better[0], better[1] = torch.tensor([9.0, -9.0, 9.0]), torch.tensor([8.0, -8.0, 8.0])
+        first, second, *others = advantages(better)[:8].tolist()
+        assert first > second > max(others)
+
+    def test_a_sum_beyond_float32_is_an_error(self):
+        with pytest.raises(ValueError, match="beyond float32"):
+            combine_rewards(torch.tensor([[3e38, 3e38], [1.0, 1.0]]), 2)
 
     def test_normalized_first_no_function_drowns_another(self):
         small, large = random_rewards(3, 24, seed=1), 1000 * random_rewards(3, 24, seed=2)

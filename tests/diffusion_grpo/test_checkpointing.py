@@ -73,8 +73,9 @@ class TestExport:
         fresh = make_flux_pipeline()
         assert not torch.allclose(draw(fresh), expected, atol=1e-2)
         fresh.load_lora_weights(tmp_path)
-        assert torch.equal(draw(fresh), expected)
-        assert torch.equal(draw(trained_pipeline), expected) is not with_average
+        # the scale is in the file's matrices, and loaded weights lie elsewhere: other roundings
+        torch.testing.assert_close(draw(fresh), expected, rtol=0, atol=1e-4)
+        assert torch.allclose(draw(trained_pipeline), expected, rtol=0, atol=1e-4) is not with_average
 
     def test_holds_nothing_but_the_adapter(self, trained_pipeline, tmp_path):
         export_weights(trained_pipeline, trained_pipeline.transformer, tmp_path)
@@ -100,8 +101,7 @@ class TestExport:
         components["transformer"] = FluxTransformer2DModel.from_pretrained(tmp_path, subfolder="transformer")
         loaded = FluxPipeline(**components)
         loaded.set_progress_bar_config(disable=True)
-        # not bit for bit: kernels differ with the alignment of weights in memory
-        torch.testing.assert_close(draw(loaded), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(draw(loaded), expected, rtol=0, atol=1e-4)
 
     @pytest.mark.parametrize(
         "field",

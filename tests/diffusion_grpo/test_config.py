@@ -1,4 +1,6 @@
 import dataclasses
+import math
+import typing
 import warnings
 
 import pytest
@@ -7,6 +9,10 @@ from transformers import TrainingArguments
 from trl import TrlParser
 
 from trl_spatial.diffusion_grpo.config import DiffusionGRPOConfig
+from trl_spatial.diffusion_grpo.sde import sde_window
+
+
+FLOATS = ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "beta", "epsilon", "epsilon_high", "kl_mask")  # fmt: skip
 
 
 def make_config(tmp_path, **kwargs):
@@ -20,7 +26,7 @@ def test_defaults_are_those_of_the_paper_and_start_on_any_machine(tmp_path):
     assert (config.num_generations, config.top_k, config.num_kept) == (24, 6, 12)
     assert (config.learning_rate, config.epsilon, config.beta, config.num_inference_steps) == (3e-4, 1e-4, 0.01, 6)
     assert (config.height, config.width, config.guidance_scale, config.noise_level) == (512, 512, 3.5, 0.9)
-    assert (config.eval_num_inference_steps, config.eval_height, config.eval_width) == (28, 512, 512)
+    assert (config.eval_num_inference_steps, config.eval_height, config.eval_width) == (28, None, None)
     assert (config.ema_decay, config.ema_steps, config.weight_decay, config.max_grad_norm) == (0.9, 8, 1e-4, 1.0)
     assert (config.adam_beta1, config.adam_beta2, config.lr_scheduler_type) == (0.9, 0.999, "constant")
     assert config.bf16 == (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
@@ -31,7 +37,7 @@ def test_defaults_are_those_of_the_paper_and_start_on_any_machine(tmp_path):
 def test_there_are_few_fields(tmp_path):
     names = {field.name for field in dataclasses.fields(DiffusionGRPOConfig)}
     own = names - {field.name for field in dataclasses.fields(TrainingArguments)}
-    assert len(own) <= 37
+    assert len(own) <= 30
 
 
 @pytest.mark.parametrize(
@@ -52,7 +58,7 @@ def test_sizes_of_a_rollout(tmp_path, fields, num_prompts, num_updates):
     assert config.num_prompts_per_device == num_prompts
     assert config.num_updates_per_rollout == num_updates
     num_kept = config.num_prompts_per_device * config.num_kept
-    assert num_kept == config.per_device_train_batch_size * config.steps_per_generation
+    assert num_kept == config.per_device_train_batch_size * config.num_batches_per_rollout
 
 
 @pytest.mark.parametrize(
@@ -63,7 +69,6 @@ def test_sizes_of_a_rollout(tmp_path, fields, num_prompts, num_updates):
         {"multi_objective_aggregation": "sum"},
         {"advantage_scope": "all"},
         {"kl_estimator": "k3"},
-        {"old_log_probs": "sampler"},
         {"num_generations": 1},
         {"num_iterations": 0},
         {"rollout_batch_size": 0},
@@ -77,6 +82,16 @@ def test_sizes_of_a_rollout(tmp_path, fields, num_prompts, num_updates):
         {"ema_decay": 1.0},
         {"beta": -0.1},
         {"epsilon": 0.0},
+        # what would train weights that are not numbers
+        *({name: math.nan} for name in (*FLOATS, "noise_level")),
+        *({name: math.inf} for name in (*FLOATS, "noise_level")),
+        {"noise_level": 1e30},
+        {"learning_rate": 2.0},
+        {"learning_rate": -1e-4},
+        {"adam_beta1": 1.0},
+        {"reward_weights": [1.0, math.nan]},
+        {"reward_weights": [1.0, math.inf]},
+        {"reward_weights": [0.0, 0.0]},
         {"epsilon_high": -1e-4},
         {"kl_mask": 0.0},
         {"top_k": 13, "num_generations": 24},
@@ -90,7 +105,6 @@ def test_sizes_of_a_rollout(tmp_path, fields, num_prompts, num_updates):
         {"sde_window_size": 6},
         {"steps_per_generation": 36},
         {"gradient_accumulation_steps": 25, "per_device_train_batch_size": 4},
-        {"old_log_probs": "rollout", "ratio_norm": True, "num_iterations": 2},
         {"fp16": True},
         {"auto_find_batch_size": True},
         {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
@@ -135,10 +149,31 @@ def test_the_nearest_valid_batch_sizes_are_named(tmp_path, fields):
 
 
 def test_the_default_window_is_in_the_first_half(tmp_path):
-    assert make_config(tmp_path, sde_window_size=2).sde_window_range == [0, 3]
-    assert make_config(tmp_path, sde_window_size=2, num_inference_steps=10).sde_window_range == [0, 5]
-    assert make_config(tmp_path, sde_window_size=4).sde_window_range == [0, 4]  # or as much as the window needs
-    assert make_config(tmp_path).sde_window_range is None
+    for settings, steps in (
+        ({"sde_window_size": 2}, range(3)),
+        ({"sde_window_size": 2, "num_inference_steps": 10}, range(5)),
+        ({"sde_window_size": 4}, range(4)),  # or as much as the window needs
+        ({}, range(5)),
+    ):
+        args = make_config(tmp_path, **settings)
+        windows = [
+            sde_window(
+                args.num_inference_steps, args.sde_window_size, args.sde_window_range, seed=0, rollout_index=index
+            )
+            for index in range(40)
+        ]
+        assert set().union(*windows) == set(steps)
+
+
+def test_what_is_left_out_has_a_value(tmp_path):
+    config = make_config(tmp_path)
+    assert (config.num_batches_per_rollout, config.sampling_batch_size) == (24, 4)
+    changed = dataclasses.replace(config, gradient_accumulation_steps=48, per_device_train_batch_size=2)
+    assert (changed.num_batches_per_rollout, changed.sampling_batch_size) == (48, 2)
+    own = {field.name: typing.get_type_hints(DiffusionGRPOConfig)[field.name] for field in dataclasses.fields(config)}
+    for name, hint in own.items():
+        if name not in {field.name for field in dataclasses.fields(TrainingArguments)}:
+            assert (getattr(config, name) is None) <= (type(None) in typing.get_args(hint)), name
 
 
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from trl_spatial.diffusion_grpo.policies import SamplingOptions
-from trl_spatial.diffusion_grpo.runtime.evaluation import evaluate_policy
+from trl_spatial.diffusion_grpo.reward_functions import RewardFunctions
+from trl_spatial.diffusion_grpo.runtime.evaluation import PolicyGenerator, reward_images
 from trl_spatial.diffusion_grpo.runtime.prompt_cache import PromptCache
-from trl_spatial.diffusion_grpo.runtime.reward_functions import RewardFunctions
+from trl_spatial.generation.drawing import draw_rows
 from trl_spatial.generation.seeds import image_generator
 
 
@@ -32,9 +33,11 @@ def evaluate(flux_policy):
     cache = PromptCache(flux_policy, "cpu")
     functions = RewardFunctions([brightness, target])
 
-    def evaluate(rows=ROWS, **kwargs):
-        kwargs = {"batch_size": 2, "seed": 7, "num_images": 2, "num_kept_images": 100} | kwargs
-        return evaluate_policy(flux_policy, flux_policy.transformer, cache, rows, functions, OPTIONS, **kwargs)
+    generator = PolicyGenerator(flux_policy, flux_policy.transformer, cache, OPTIONS)
+
+    def evaluate(num_kept_images=100, **kwargs):
+        batches = draw_rows(generator, ROWS, **({"batch_size": 2, "seed": 7, "num_images": 2} | kwargs))
+        return reward_images(batches, functions, num_kept_images=num_kept_images)
 
     return evaluate
 
@@ -106,16 +109,13 @@ def test_autocast_is_around_the_model_and_not_around_the_rewards(evaluate, flux_
     hook = flux_policy.transformer.register_forward_hook(
         lambda *_: seen.append(torch.is_autocast_enabled("cpu"))  # the transformer's turn
     )
-    evaluate_policy(
+    generator = PolicyGenerator(
         flux_policy,
         flux_policy.transformer,
         PromptCache(flux_policy, "cpu"),
-        ROWS[:1],
-        RewardFunctions(is_autocast),
         OPTIONS,
-        batch_size=1,
-        seed=0,
         autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     )
+    reward_images(draw_rows(generator, ROWS[:1], batch_size=1, seed=0), RewardFunctions(is_autocast))
     hook.remove()
     assert seen == [True] * OPTIONS.num_inference_steps + [False]

@@ -157,7 +157,9 @@ def test_options_save_memory(saved, tmp_path):
     assert kept.phases["train"] - offloaded.phases["train"] == kept.parts["VAE"]
     assert kept.phases["decode"] == offloaded.phases["decode"]
     whole = kept.parts["decoding"]
-    assert make_model(saved, tmp_path, vae_slicing=True).estimate().parts["decoding"] < whole
+    sliced = make_model(saved, tmp_path)
+    sliced.policy.vae.enable_slicing()
+    assert sliced.estimate().parts["decoding"] < whole
     assert kept.total == max(kept.phases.values())
 
 

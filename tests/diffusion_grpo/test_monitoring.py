@@ -8,8 +8,8 @@ import torch
 
 from trl_spatial.diffusion_grpo.runtime.monitoring import (
     HackingMonitor,
+    RewardsMonitor,
     StepTimer,
-    equal_rewards_warning,
     setup_warnings,
 )
 
@@ -77,17 +77,23 @@ class TestSetup:
             assert bool(warnings) is is_worse
 
 
+def warnings_of_rewards(combined):
+    combined = torch.tensor(combined)
+    return RewardsMonitor().update(["judge"], torch.zeros(len(combined), 1), combined)
+
+
 class TestEqualRewards:
     def test_warns_of_equal_rewards(self):
-        warning = equal_rewards_warning(torch.tensor([0.5, math.nan, 0.5]))
+        (warning,) = warnings_of_rewards([0.5, math.nan, 0.5])
         assert "All 2 images" in warning and "0.5" in warning
 
     def test_warns_of_no_rewards(self):
-        assert "any of the 2 images" in equal_rewards_warning(torch.tensor([math.nan, math.nan]))
+        (warning,) = warnings_of_rewards([math.nan, math.nan])
+        assert "None of the 2 images" in warning
 
     @pytest.mark.parametrize("rewards", [[0.5, 0.5, 0.6], [0.0, math.nan, 1.0], [1.0]])
     def test_is_silent_otherwise(self, rewards):
-        assert equal_rewards_warning(torch.tensor(rewards)) is None
+        assert warnings_of_rewards(rewards) == []
 
 
 class TestHackingMonitor:

@@ -41,7 +41,8 @@ def objective(policy, old, **kwargs):
 def test_on_policy_all_variants_are_the_policy_gradient(sampled, kwargs):
     velocity = sampled["velocity"].clone().requires_grad_()
     policy = scored(velocity, sampled)
-    output = objective(policy, policy.detach(), **kwargs)
+    old = ScoredStep(*(tensor.detach() for tensor in vars(policy).values()))
+    output = objective(policy, old, **kwargs)
     assert torch.equal(output.ratio, torch.ones(NUM_IMAGES))
     assert not output.is_clipped_low.any() and not output.is_clipped_high.any()
     (gradient,) = torch.autograd.grad(output.loss.sum(), velocity, retain_graph=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.diffusion_grpo.conftest import redness
-from trl_spatial.diffusion_grpo.runtime.monitoring import MissingRewardsMonitor
+from trl_spatial.diffusion_grpo.runtime.monitoring import RewardsMonitor
 
 
 def trained_weights(trainer):
@@ -97,12 +97,13 @@ def test_a_rollout_without_rewards_has_no_gradient(make_trainer, caplog):
 
 
 def test_missing_rewards_are_told_when_they_begin():
-    monitor, nan = MissingRewardsMonitor(), float("nan")
+    monitor, nan = RewardsMonitor(), float("nan")
 
     def rollout(num_none):
         return torch.stack([torch.ones(20), torch.tensor([nan] * num_none + [1.0] * (20 - num_none))], dim=1)
 
-    warned = [len(monitor.update(["good", "bad"], rollout(num_none))) for num_none in (0, 2, 3, 4, 2, 20)]
+    varied = torch.arange(20.0)
+    warned = [len(monitor.update(["good", "bad"], rollout(num_none), varied)) for num_none in (0, 2, 3, 4, 2, 20)]
     assert warned == [0, 0, 1, 0, 0, 1]
-    (warning,) = MissingRewardsMonitor().update(["good", "bad"], rollout(3))
+    (warning,) = RewardsMonitor().update(["good", "bad"], rollout(3), varied)
     assert "`bad` gave no reward to 3 of the 20 images" in warning and "frac_none" in warning

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from tests.diffusion_grpo.families import FAMILIES, GUIDED, MAX_SEQUENCE_LENGTH, shared_policy
@@ -16,9 +17,10 @@ from trl_spatial.diffusion_grpo import attention_lora_config
 from trl_spatial.diffusion_grpo.policies import POLICIES
 from trl_spatial.diffusion_grpo.policies.base import negative_embeds
 from trl_spatial.diffusion_grpo.rollout import Rollout, sample_rollout
-from trl_spatial.diffusion_grpo.runtime.evaluation import evaluate_policy
+from trl_spatial.diffusion_grpo.runtime.evaluation import PolicyGenerator
 from trl_spatial.diffusion_grpo.runtime.prompt_cache import PromptCache
-from trl_spatial.diffusion_grpo.runtime.reward_functions import RewardFunctions
+from trl_spatial.diffusion_grpo.sde import sde_step
+from trl_spatial.generation.drawing import draw_rows
 from trl_spatial.generation.seeds import image_generator
 
 
@@ -225,20 +227,15 @@ def test_processes_share_the_images_of_one(guided):
     cache = PromptCache(policy, "cpu", negative_prompt=policy.negative_prompt(options))
 
     def images(rank, world_size):
-        output = evaluate_policy(
-            policy,
-            policy.transformer,
-            cache,
+        batches = draw_rows(
+            PolicyGenerator(policy, policy.transformer, cache, options),
             [{"prompt": prompt} for prompt in PROMPTS],
-            RewardFunctions(lambda prompts, images, **columns: [0.0] * len(images)),
-            options,
             batch_size=2,
             seed=7,
-            num_kept_images=3,
             rank=rank,
             world_size=world_size,
         )
-        return dict(zip(output.indices.tolist(), output.images, strict=True))
+        return {index: image for batch in batches for index, image in zip(batch.indices, batch.images, strict=True)}
 
     whole, shares = images(0, 1), images(0, 2) | images(1, 2)
     assert sorted(shares) == sorted(whole) == [0, 1, 2]
@@ -372,19 +369,30 @@ def test_the_first_ratio_after_a_rollout_is_exactly_1(make_trainer, name, gradie
     trained = {key for key, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert gradients.updates == [trained] * 3 and all(".lora_" in key for key in trained)
     # Evaluations for one image: 2 rollouts of 8 images and 3 steps; 3 updates of 4 images and 2 steps
-    factor = 2 if "negative_prompt" in family.guidance else 1
+    factor = 2 if "negative_prompt" in family.pipeline_guidance else 1
     num_sampled, num_trained = factor * 2 * 8 * 3, factor * 3 * 4 * 2
-    assert logs[2]["num_policy_evaluations"] == num_sampled + (3 if gradient_checkpointing else 2) * num_trained
-    assert logs[2]["num_reference_evaluations"] == num_trained
+    assert logs[2]["num_policy_passes"] == num_sampled + (3 if gradient_checkpointing else 2) * num_trained
+    assert logs[2]["num_reference_passes"] == num_trained
     assert sum(rows) == num_sampled + 2 * num_trained  # forward, of the policy and of the reference
 
 
-def test_log_probs_of_training_are_those_of_the_rollout(make_trainer, guided):
-    trainer = make_trainer(
-        pipeline=FAMILIES[guided].build(), old_log_probs="rollout", num_iterations=2, **FAMILIES[guided].guidance
-    )
-    trainer.train()
-    assert 0 <= trainer.state.log_history[0]["ratio/first_deviation"] < 2e-6  # of another batch's rounding
+def test_log_probs_of_training_are_those_of_the_rollout(guided):
+    policy, options = shared_policy(guided), FAMILIES[guided].options()
+    sigmas, embeds = policy.prepare_sigmas(options), encode(policy, options)
+    rollout = sample_rollout(
+        policy, policy.transformer, embeds, generators(3), options, sigmas=sigmas, trained_steps=(0, 1), noise_level=0.9,
+        dynamics="flow_sde", batch_size=3,
+    )  # fmt: skip
+    for rows in (slice(0, 2), slice(2, 3)):  # another batch than the rollout's: its last bits differ
+        batch = {name: tensor[rows] for name, tensor in embeds.items()}
+        for step in (0, 1):
+            latents = rollout.latents[rows, step]
+            scored = sde_step(
+                policy.predict_velocity(policy.transformer, latents, sigmas[step], batch, options), latents,
+                sigmas[step], sigmas[step + 1], 0.9, sigma_max=sigmas[1] if step == 0 else None,
+                next_latents=rollout.next_latents[rows, step],
+            )  # fmt: skip
+            torch.testing.assert_close(scored.log_probs, rollout.log_probs[rows, step], rtol=0, atol=2e-6)
 
 
 def test_exported_weights_make_the_same_images_in_plain_diffusers(make_trainer, guided, tmp_path):
@@ -406,11 +414,23 @@ def test_exported_weights_make_the_same_images_in_plain_diffusers(make_trainer, 
     arguments = ast.parse(f"call({call.strip()})", mode="eval").body.keywords
     said = {argument.arg: ast.literal_eval(argument.value) for argument in arguments}
     sizes = {key: said.pop(key) for key in ("height", "width", "num_inference_steps", "max_sequence_length")}
-    assert list(sizes.values()) == [16, 16, 3, MAX_SEQUENCE_LENGTH] and said == family.pipeline_guidance
+    assert list(sizes.values()) == [16, 16, 3, MAX_SEQUENCE_LENGTH]
+    negative_prompt = trainer.policy.negative_prompt(replace(options, negative_prompt=None))
+    if negative_prompt is not None:
+        assert said.pop("negative_prompt") == negative_prompt == (" " if guided == "qwen_image" else "")
+    assert said == family.guidance or said == {"true_cfg_scale": 4.0}
     pipeline.load_lora_weights(tmp_path / "lora")
     after = run_pipeline(pipeline, family, options, output_type="latent")
-    assert torch.equal(after, run_pipeline(trainer.policy.pipeline, family, options, output_type="latent"))
+    trained = run_pipeline(trainer.policy.pipeline, family, options, output_type="latent")
+    torch.testing.assert_close(after, trained, rtol=0, atol=1e-5)
     assert relative_change(after, before) > 0.05
+    # without the metadata of the file, from a state dict
+    bare = family.build()
+    bare.load_lora_weights(load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors"))
+    torch.testing.assert_close(run_pipeline(bare, family, options, output_type="latent"), trained, rtol=0, atol=1e-5)
+    trainer.save_model(tmp_path / "again")
+    one, other = (tmp_path / name / "pytorch_lora_weights.safetensors" for name in ("lora", "again"))
+    assert one.read_bytes() == other.read_bytes()
     rollout = sample(trainer.policy, options, embeds=encode(trainer.policy, options))
     assert torch.allclose(rollout.final_latents, as_sequence(after), rtol=0, atol=1e-5)
 
@@ -487,8 +507,9 @@ def test_guidance_that_a_family_does_not_have_is_an_error(make_trainer, row, gui
     policy.check_guidance(family.options())
     with pytest.raises(ValueError, match=message):
         policy.check_guidance(replace(family.options(), **guidance))
-    with pytest.raises(ValueError, match=message):
-        make_trainer(pipeline=policy.pipeline, **(family.guidance | guidance))
+    if "guidance_scale" in guidance:
+        with pytest.raises(ValueError, match=message):
+            make_trainer(pipeline=policy.pipeline, **(family.guidance | guidance))
 
 
 def test_guidance_without_embeddings_of_the_negative_prompt_is_an_error(guided):

@@ -36,7 +36,7 @@ WEIGHT_TOLERANCE = 1e-3
 REWARD_TOLERANCE = 4e-3
 
 ONE = dict(gradient_accumulation_steps=4)  # of one process, whose global batch is that of two
-WHOLE = dict(max_steps=4, save_steps=1, eval_strategy="steps", eval_steps=2, num_logged_images=3)
+WHOLE = dict(max_steps=4, save_steps=1, eval_strategy="steps", eval_steps=2)
 # Advantages in units of the whole batch's standard deviation: they need the rewards of both processes.
 QWEN = dict(family="qwen_image", guidance_scale=4.0, scale_rewards="batch", max_steps=2, save_steps=1)
 MIDDLE = dict(gradient_accumulation_steps=1, steps_per_generation=2, max_steps=4)

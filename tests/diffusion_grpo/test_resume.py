@@ -40,7 +40,6 @@ TINY = dict(
     learning_rate=1e-2,
     lr_scheduler_type="linear",
     ema_steps=2,
-    num_logged_images=0,
     gradient_checkpointing=False,
     max_steps=4,
     use_cpu=True,
@@ -143,9 +142,6 @@ CASES = {
     "in the middle of a second iteration": dict(
         gradient_accumulation_steps=1, steps_per_generation=2, num_iterations=2, ratio_norm=True, max_steps=6
     ),
-    "log-probs of the rollout": dict(
-        gradient_accumulation_steps=1, steps_per_generation=3, old_log_probs="rollout", rollout_batch_size=3
-    ),
     "full fine-tuning": dict(is_full=True, beta=0.0, learning_rate=1e-4, top_k=None, num_generations=2),
     "bf16, recomputed, a window": dict(
         bf16=True, gradient_checkpointing=True, sde_window_size=1, sde_window_range=[0, 2], dynamics="cps"
@@ -171,7 +167,7 @@ def test_interrupted_training_goes_on_bit_for_bit(make_trainer, tmp_path, case):
 
 def test_evaluating_and_saving_do_not_change_training(make_trainer, tmp_path, whole_run):
     make_trainer("plain", save_steps=4, eval_strategy="no").train()
-    make_trainer("busy", save_steps=4, eval_strategy="steps", eval_steps=1, num_logged_images=2).train()
+    make_trainer("busy", save_steps=4, eval_strategy="steps", eval_steps=1).train()
     for name in ("trained_weights.safetensors", "ema.safetensors"):
         plain, *others = (
             folder / "checkpoint-4" / name for folder in (tmp_path / "plain", tmp_path / "busy", whole_run)
@@ -289,8 +285,8 @@ class TestExport:
         return [
             pipeline(
                 prompt,
-                height=args.eval_height,
-                width=args.eval_width,
+                height=args.eval_height or args.height,
+                width=args.eval_width or args.width,
                 num_inference_steps=args.eval_num_inference_steps,
                 guidance_scale=args.guidance_scale,
                 max_sequence_length=args.max_sequence_length,
@@ -301,7 +297,8 @@ class TestExport:
 
     def assert_same(self, ours, theirs):
         for one, other in zip(ours, theirs, strict=True):
-            assert np.array_equal(np.asarray(one), np.asarray(other))
+            # grey levels: loaded weights lie at other addresses, where kernels round differently
+            assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1
 
     @pytest.mark.parametrize("ema_decay", [0.9, 0.0])
     def test_adapters_loaded_by_diffusers_draw_the_evaluation_images(
@@ -310,7 +307,7 @@ class TestExport:
         trainer, images = self.evaluate(make_trainer, ema_decay=ema_decay)
         pipeline = FluxPipeline.from_pretrained(flux_folder)
         untrained = self.draw(pipeline, trainer.args)
-        assert not np.array_equal(np.asarray(untrained[0]), np.asarray(images[0]))
+        assert np.abs(np.asarray(untrained[0]).astype(int) - np.asarray(images[0])).max() > 1
         pipeline.load_lora_weights(tmp_path / "run" / "checkpoint-2")
         self.assert_same(self.draw(pipeline, trainer.args), images)
         # the model that is saved by hand is the same

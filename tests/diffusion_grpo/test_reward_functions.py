@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trl_spatial.diffusion_grpo.runtime.reward_functions import RewardFunctions, reward_metrics
+from trl_spatial.diffusion_grpo.reward_functions import RewardFunctions, reward_metrics
 
 
 PROMPTS = ["a", "bb", "ccc"]
@@ -52,17 +52,37 @@ class TestCalling:
         functions = RewardFunctions(target)
         assert functions(PROMPTS, IMAGES, scene=[3.0, 4.0, 5.0], other=[1, 2, 3]).tolist() == [[3], [4], [5]]
 
-    def test_a_function_cannot_harm_the_next_one(self):
-        def greedy(prompts, images, **columns):
-            prompts.clear()
-            images.clear()
-            columns["scene"].clear()
+    def test_a_function_cannot_harm_the_next_one_nor_the_caller(self):
+        images = [Image.effect_noise((16, 16), 50 + index).convert("RGB") for index in range(3)]
+        scene = {"objects": ["cube"], "picture": images[0].copy()}
+        columns = {"scene": [scene] * 3, "number": [1, 2, 3]}  # one object for all images of a prompt
+
+        def careless(prompts, images, scene, number):
+            images[0].thumbnail((4, 4))
+            images[1].paste((0, 0, 0), (0, 0, 16, 16))
+            scene[0]["objects"].clear()
+            scene[0]["picture"].putpixel((0, 0), (1, 2, 3))
+            assert scene[1]["objects"] == ["cube"]  # nor another image's value
+            for values in (prompts, images, scene, number):
+                values.clear()
             return [0.0, 0.0, 0.0]
 
-        def count(prompts, images, scene):
-            return [len(prompts), len(images), len(scene)]
+        def see(prompts, images, scene, number):
+            seen.append(
+                [
+                    prompts,
+                    [i.tobytes() for i in images],
+                    [[s["objects"], s["picture"].tobytes()] for s in scene],
+                    number,
+                ]
+            )
+            return [0.0] * len(images)
 
-        assert RewardFunctions([greedy, count])(PROMPTS, IMAGES, scene=[1, 2, 3])[:, 1].tolist() == [3, 3, 3]
+        seen = []
+        RewardFunctions(see)(PROMPTS, images, **columns)
+        RewardFunctions([careless, see])(PROMPTS, images, **columns)
+        RewardFunctions(see)(PROMPTS, images, **columns)
+        assert seen[0] == seen[1] == seen[2] and len(seen[0][0]) == 3
 
     @pytest.mark.parametrize(
         "value",
@@ -159,34 +179,20 @@ def test_names_are_distinct_and_those_of_the_functions():
     assert RewardFunctions(functions).names == ["length", "Judge", "length_3", "length_4", "length_2"]
 
 
-class TestCombine:
-    def test_is_the_weighted_sum_of_those_with_an_opinion(self):
-        functions = RewardFunctions([length, redness], [2.0, -0.5])
-        rewards = torch.tensor([[1.0, 10.0], [math.nan, 4.0], [3.0, math.nan], [math.nan, math.nan]])
-        combined = functions.combine(rewards)
-        assert combined[:3].tolist() == [-3.0, -2.0, 6.0]
-        assert combined[3].isnan()
-
-    def test_weights_are_one_by_default(self):
-        assert RewardFunctions([length, redness]).combine(torch.tensor([[1.0, 10.0]])).tolist() == [11.0]
-
-
 def test_metrics_are_those_of_numpy_without_the_missing():
-    functions = RewardFunctions([length, redness], [1.0, 0.1])
     rewards = torch.tensor([[1.0, 10.0], [math.nan, 4.0], [3.0, math.nan], [5.0, 7.5]])
-    metrics = reward_metrics(rewards, functions)
-    values, combined = rewards.double().numpy(), np.array([2.0, 0.4, 3.0, 5.75])
-    for index, name in enumerate(["length", "redness"]):
-        assert metrics[f"rewards/{name}/mean"] == pytest.approx(np.nanmean(values[:, index]))
-        assert metrics[f"rewards/{name}/std"] == pytest.approx(np.nanstd(values[:, index], ddof=1))
-        assert metrics[f"rewards/{name}/frac_none"] == 0.25
-    assert metrics["reward"] == pytest.approx(combined.mean())
-    assert metrics["reward_std"] == pytest.approx(combined.std(ddof=1))
+    combined = torch.tensor([2.0, math.nan, 0.5, 5.75])
+    metrics = reward_metrics(rewards, combined, ["length", "redness"])
+    values = torch.cat([combined[:, None], rewards], dim=1).double().numpy()
+    names = [("reward", "reward_std")] + [(f"rewards/{n}/mean", f"rewards/{n}/std") for n in ("length", "redness")]
+    for column, (mean, std) in zip(values.T, names, strict=True):
+        assert metrics[mean] == pytest.approx(np.nanmean(column))
+        assert metrics[std] == pytest.approx(np.nanstd(column, ddof=1))
+    assert metrics["rewards/length/frac_none"] == metrics["rewards/redness/frac_none"] == 0.25
 
 
 def test_metrics_hold_no_nan():
-    functions = RewardFunctions([length, redness])
-    metrics = reward_metrics(torch.tensor([[math.nan, 2.0]]), functions)
+    metrics = reward_metrics(torch.tensor([[math.nan, 2.0]]), torch.tensor([2.0]), ["length", "redness"])
     assert metrics == {
         "reward": 2.0,
         "reward_std": 0.0,

@@ -409,8 +409,8 @@ def test_an_argument_outside_of_its_range_is_an_error(changed, message):
 
 class TestWindow:
     def test_of_all_steps_leaves_out_the_last(self):
-        assert sde_window(6, None, None, seed=0, step=0) == (0, 1, 2, 3, 4)
-        assert sde_window(6, None, (1, 3), seed=3, step=7) == (0, 1, 2, 3, 4)
+        assert sde_window(6, None, None, seed=0, rollout_index=0) == (0, 1, 2, 3, 4)
+        assert sde_window(6, None, (1, 3), seed=3, rollout_index=7) == (0, 1, 2, 3, 4)
 
     @pytest.mark.parametrize(
         ("num_steps", "size", "window_range", "starts"),
@@ -426,7 +426,9 @@ class TestWindow:
     )
     def test_takes_every_place_in_its_range_equally_often(self, num_steps, size, window_range, starts):
         num_rollouts = 2000
-        windows = [sde_window(num_steps, size, window_range, seed=42, step=step) for step in range(num_rollouts)]
+        windows = [
+            sde_window(num_steps, size, window_range, seed=42, rollout_index=step) for step in range(num_rollouts)
+        ]
         assert all(window == tuple(range(window[0], window[0] + size)) for window in windows)
         counts = {start: sum(window[0] == start for window in windows) for start in starts}
         assert sum(counts.values()) == num_rollouts
@@ -435,7 +437,7 @@ class TestWindow:
 
     def test_depends_on_seed_and_step_alone(self):
         def windows(seed):
-            return [sde_window(20, 2, (0, 10), seed=seed, step=step) for step in range(200)]
+            return [sde_window(20, 2, (0, 10), seed=seed, rollout_index=step) for step in range(200)]
 
         with torch.random.fork_rng():
             torch.manual_seed(1)
@@ -461,4 +463,4 @@ class TestWindow:
     )
     def test_that_does_not_fit_is_an_error(self, num_steps, size, window_range, message):
         with pytest.raises(ValueError, match=message):
-            sde_window(num_steps, size, window_range, seed=0, step=0)
+            sde_window(num_steps, size, window_range, seed=0, rollout_index=0)

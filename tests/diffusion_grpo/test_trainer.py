@@ -1,6 +1,9 @@
 """The algorithm: what is sampled, selected, trained on, and how much it costs. Tiny FLUX pipelines on the CPU."""
 
+import copy
+import itertools
 import logging
+import math
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig
 from transformers import TrainerCallback
 
+from trl_spatial import DiffusionGRPOConfig
 from trl_spatial.diffusion_grpo.policies import SamplingOptions, make_policy
 from trl_spatial.diffusion_grpo.rollout import sample_rollout
 from trl_spatial.diffusion_grpo.runtime.sampler import rollout_prompts
@@ -94,40 +98,7 @@ def test_old_log_probs_of_later_batches_are_those_of_training(make_trainer, make
     trainer.train()
     assert {(log["ratio/mean"], log["ratio/std"]) for log in training_logs(trainer)} == {(1.0, 0.0)}
     # 2 batches of 2 images are trained on first; the other 4 were scored before, at 2 steps
-    assert training_logs(trainer)[-1]["num_old_log_prob_evaluations"] == 4 * 2 * 2
-
-
-@pytest.mark.parametrize("old_log_probs", ["rollout", "training"])
-def test_log_probs_of_the_rollout_deviate_and_are_warned_about(make_trainer, make_pipeline, caplog, old_log_probs):
-    pipeline = make_pipeline()
-
-    def round_differently(module, args, output):  # as other kernels would, without gradient
-        return output if torch.is_grad_enabled() else (output[0] * (1 + 1e-4),)
-
-    pipeline.transformer.register_forward_hook(round_differently)
-    trainer = make_trainer(pipeline=pipeline, num_iterations=2, old_log_probs=old_log_probs, epsilon=1e-6)
-    trainer.train()
-    first, second = training_logs(trainer)
-    has_warned = any("old_log_probs='training'" in record.message for record in caplog.records)
-    assert first["num_old_log_prob_evaluations"] == 0
-    assert "ratio/first_deviation" not in second  # its ratios are no longer near 1
-    if old_log_probs == "training":
-        assert first["ratio/std"] == 0 and "ratio/first_deviation" not in first and not has_warned
-    else:
-        assert 1e-3 > first["ratio/first_deviation"] >= abs(first["ratio/mean"] - 1) > 0 and has_warned
-
-
-def test_a_small_deviation_is_logged_without_a_warning(make_trainer, caplog):
-    trainer = make_trainer(old_log_probs="rollout", num_iterations=2, rollout_batch_size=3, epsilon=1e-4)
-    trainer.train()
-    assert 0 <= training_logs(trainer)[0]["ratio/first_deviation"] < 1e-5
-    assert not any("old_log_probs" in record.message for record in caplog.records)
-
-
-def test_with_one_update_per_rollout_it_makes_no_difference_where_old_log_probs_come_from(make_trainer):
-    trainer = make_trainer(old_log_probs="rollout", rollout_batch_size=3)
-    trainer.train()
-    assert all(log["ratio/std"] == 0 and "ratio/first_deviation" not in log for log in training_logs(trainer))
+    assert training_logs(trainer)[-1]["num_old_log_prob_passes"] == 4 * 2 * 2
 
 
 # The cost
@@ -173,9 +144,9 @@ def test_filtered_images_and_steps_cost_nothing(make_trainer, settings, evaluati
     log = training_logs(trainer)[-1]
     args = trainer.args
     assert log["num_images"] == 2 * args.num_prompts_per_device * args.num_generations
-    assert log["num_policy_evaluations"] == counter.policy
-    assert log["num_policy_evaluations"] / log["num_images"] == evaluations_per_image[gradient_checkpointing]
-    assert log["num_reference_evaluations"] == counter.reference
+    assert log["num_policy_passes"] == counter.policy
+    assert log["num_policy_passes"] / log["num_images"] == evaluations_per_image[gradient_checkpointing]
+    assert log["num_reference_passes"] == counter.reference
     assert counter.no_grad_policy == log["num_images"] * args.num_inference_steps  # of the rollouts, nothing else
     num_steps = args.sde_window_size or 3
     assert counter.reference == (0 if args.beta == 0 else log["num_images"] * num_steps * args.num_kept / 4)
@@ -187,17 +158,21 @@ def test_filtered_images_and_steps_cost_nothing(make_trainer, settings, evaluati
 ADAPTER = {"r": 2, "lora_alpha": 64, "target_modules": TARGETS, "init_lora_weights": False}
 
 
-def paper_loss(pipeline, sigmas, rollout, prompts, advantages, args, old_log_probs=None):
-    """The objective of the paper, written out: all kept images of a rollout at once. Also their log-probs and KL."""
-    num_images = len(prompts)
+def paper_loss(pipeline, sigmas, rollout, prompts, advantages, args, old=None):
+    """
+    The objective of the papers, written out: all kept images of a rollout at once. Also the mean KL divergence, and what the
+    next update needs of this policy: log-probs and mean of each step.
+    """
+    num_images, sigmas = len(prompts), sigmas.tolist()
     prompt_embeds, pooled_embeds, text_ids = pipeline.encode_prompt(prompts, max_sequence_length=16)
     image_ids = pipeline._prepare_latent_image_ids(num_images, 2, 2, "cpu", torch.float32)
-    losses, kls, log_probs = [], [], []
-    for step in range(len(sigmas) - 2):
-        t, h = sigmas[step].item(), (sigmas[step] - sigmas[step + 1]).item()
+    sizes = [t - t_next for t, t_next in itertools.pairwise(sigmas[:-1])]
+    losses, kls, policies = [], [], []
+    for step, h in enumerate(sizes):
+        t, t_next = sigmas[step : step + 2]
         x, x_next = rollout.latents[:, step], rollout.next_latents[:, step]
 
-        def mean_of_step(x=x, t=t, h=h, step=step):
+        def mean_of_step(x=x, t=t, t_next=t_next, h=h, step=step):
             v = pipeline.transformer(
                 hidden_states=x,
                 timestep=torch.full((num_images,), t),
@@ -207,23 +182,39 @@ def paper_loss(pipeline, sigmas, rollout, prompts, advantages, args, old_log_pro
                 txt_ids=text_ids,
                 img_ids=image_ids,
             ).sample
-            variance_rate = args.noise_level**2 * t / (1 - (sigmas[1].item() if step == 0 else t))
-            return x - h * (v + variance_rate / (2 * t) * (x + (1 - t) * v)), (variance_rate * h) ** 0.5
+            clean, noise = x - t * v, x + (1 - t) * v
+            if args.dynamics == "cps":
+                angle = args.noise_level * math.pi / 2
+                return v, (1 - t_next) * clean + t_next * math.cos(angle) * noise, t_next * math.sin(angle)
+            rate = args.noise_level**2
+            if args.dynamics == "flow_sde":
+                rate *= t / (1 - (sigmas[1] if step == 0 else t))
+            return v, x - h * (v + rate / (2 * t) * noise), (rate * h) ** 0.5
 
-        mean, std = mean_of_step()
-        density = torch.distributions.Normal(mean, torch.tensor(std))
-        log_probs.append(density.log_prob(x_next).mean(dim=(1, 2)))
-        old = log_probs[-1].detach() if old_log_probs is None else old_log_probs[step]
-        ratio = torch.exp(log_probs[-1] - old)
-        clipped = ratio.clamp(1 - args.epsilon, 1 + args.epsilon)
-        losses.append(-torch.minimum(ratio * advantages, clipped * advantages))
+        velocity, mean, std = mean_of_step()
+        log_probs = torch.distributions.Normal(mean, torch.tensor(std)).log_prob(x_next).mean(dim=(1, 2))
+        policies.append((log_probs.detach(), mean.detach()))
+        old_log_probs, old_mean = policies[-1] if old is None else old[step]
+        log_ratio = log_probs - old_log_probs
+        moved = ((mean - old_mean) ** 2).mean(dim=(1, 2)) / (2 * std**2)
+        if args.kl_mask is not None:
+            moves_away = (log_ratio > 0) & (advantages > 0) | (log_ratio < 0) & (advantages < 0)
+            losses.append(torch.where((moved > args.kl_mask) & moves_away, 0.0, -log_ratio.exp() * advantages))
+        else:
+            ratio = torch.exp(log_ratio + moved if args.ratio_norm else log_ratio)
+            clipped = ratio.clamp(1 - args.epsilon, 1 + (args.epsilon_high or args.epsilon))
+            weight = sum(sizes) / len(sizes) / h if args.ratio_norm else 1.0
+            losses.append(-weight * torch.minimum(ratio * advantages, clipped * advantages))
         with torch.no_grad():
             pipeline.transformer.disable_adapters()
-            reference_mean, _ = mean_of_step()
+            reference_velocity, reference_mean, _ = mean_of_step()
             pipeline.transformer.enable_adapters()
-        kls.append(((mean - reference_mean) ** 2 / (2 * std**2)).mean(dim=(1, 2)))
+        if args.kl_estimator == "velocity":
+            kls.append(((velocity - reference_velocity) ** 2).mean(dim=(1, 2)))
+        else:
+            kls.append(((mean - reference_mean) ** 2 / (2 * std**2)).mean(dim=(1, 2)))
     loss = (torch.stack(losses) + args.beta * torch.stack(kls)).mean()
-    return loss, torch.stack(kls).mean(), [values.detach() for values in log_probs]
+    return loss, torch.stack(kls).mean(), policies
 
 
 def expected_advantages(rewards, num_generations, top_k):
@@ -291,11 +282,11 @@ def test_the_gradient_is_that_of_the_papers_formula(make_trainer, make_pipeline,
     rollout.latents, rollout.next_latents = rollout.latents[kept], rollout.next_latents[kept]
     prompts = [prompts[index] for index in kept]
 
-    old_log_probs = None
+    old = None
     for update in range(2):
         pipeline.transformer.load_state_dict(recorder.weights[update], strict=False)
         pipeline.transformer.zero_grad()
-        loss, kl, log_probs = paper_loss(pipeline, sigmas, rollout, prompts, advantages, args, old_log_probs)
+        loss, kl, policy = paper_loss(pipeline, sigmas, rollout, prompts, advantages, args, old)
         loss.backward()
         log = training_logs(trainer)[update]
         assert log["kl"] == pytest.approx(kl.item(), rel=1e-3)
@@ -309,7 +300,101 @@ def test_the_gradient_is_that_of_the_papers_formula(make_trainer, make_pipeline,
         if update == 1:
             assert log["clip_ratio/low"] + log["clip_ratio/high"] > 0  # the clip was at work
             assert log["ratio/std"] > 0
-        old_log_probs = log_probs
+        old = policy
+
+
+SWITCHES = [
+    {},
+    {"advantage_scope": "group", "dynamics": "dance_sde", "noise_level": 0.4},
+    {"scale_rewards": "batch", "kl_estimator": "velocity", "ratio_norm": True},
+    {"scale_rewards": "none", "dynamics": "cps", "noise_level": 0.8, "kl_mask": 1e-7},
+    {"multi_objective_aggregation": "normalize_then_sum", "ratio_norm": True, "epsilon_high": 1e-7},
+    {"advantage_scope": "group", "scale_rewards": "batch", "multi_objective_aggregation": "normalize_then_sum"},
+    {"advantage_scope": "group", "scale_rewards": "none", "kl_mask": 1e-7, "kl_estimator": "velocity"},
+]
+WEIGHTS = [1.0, -0.05]
+REWARDS = np.random.default_rng(3).normal(size=(12, 2)) * [1.0, 30.0]
+
+
+def written_out_advantages(args):
+    """Kept images and their advantages, from `REWARDS` by numpy."""
+    groups = REWARDS.reshape(2, 6, 2)
+    if args.multi_objective_aggregation == "normalize_then_sum":
+        groups = (groups - groups.mean(1, keepdims=True)) / groups.std(1, keepdims=True)
+    combined = groups @ WEIGHTS  # (2, 6)
+    order = combined.argsort(1)
+    kept = np.sort(np.concatenate([order[:, :2], order[:, -2:]], axis=1), axis=1)
+    chosen = np.take_along_axis(combined, kept, 1)
+    scope = chosen if args.advantage_scope == "kept" else combined
+    scale = {"group": scope.std(1, keepdims=True), "batch": scope.std(), "none": 1.0}[args.scale_rewards]
+    advantages = ((chosen - scope.mean(1, keepdims=True)) / scale).clip(-5, 5)
+    return (kept + np.array([[0], [6]])).flatten().tolist(), torch.tensor(advantages.flatten(), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_every_switch_gives_the_gradient_of_its_formula(make_trainer, make_pipeline, switches):
+    recorder, seen, buffers = Recorder(), [], []
+
+    def first(prompts, images):
+        seen.extend(prompts)
+        return REWARDS[:, 0]
+
+    def second(prompts, images):
+        return REWARDS[:, 1]
+
+    class Buffers(TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **kwargs):
+            buffers.append(trainer._buffer)
+
+    trainer = make_trainer(
+        [first, second],
+        callbacks=[recorder, Buffers()],
+        peft_config=LoraConfig(**ADAPTER),
+        reward_weights=WEIGHTS,
+        num_generations=6,
+        top_k=2,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+        num_iterations=2,
+        **{"beta": 0.3, "epsilon": 2e-4, "max_grad_norm": 0.0, "max_steps": 2, "learning_rate": 2e-3, **switches},
+    )
+    trainer.train()
+    pipeline = make_pipeline()
+    pipeline.transformer.add_adapter(LoraConfig(**ADAPTER))
+    sigmas, rollout = scheduler_sigmas(pipeline), buffers[0]
+
+    def gradients(args):
+        """Of both updates, with the weights that the trainer had."""
+        kept, advantages = written_out_advantages(args)
+        if [seen[index] for index in kept] != rollout.prompts:
+            return None
+        found, old = [], None
+        for weights in recorder.weights:
+            pipeline.transformer.load_state_dict(weights, strict=False)
+            pipeline.transformer.zero_grad()
+            loss, _, policy = paper_loss(pipeline, sigmas, rollout, rollout.prompts, advantages, args, old)
+            loss.backward()
+            names = dict(pipeline.transformer.named_parameters())
+            found.append({name: names[name].grad.clone() for name in recorder.gradients[0]})
+            old = old or policy
+        return found
+
+    def distance(found):
+        if found is None:
+            return math.inf
+        return max(
+            ((gradient - other[name]).norm() / gradient.norm()).item()
+            for gradients, other in zip(recorder.gradients, found, strict=True)
+            for name, gradient in gradients.items()
+        )
+
+    kept, _ = written_out_advantages(trainer.args)
+    assert [seen[index] for index in kept] == rollout.prompts
+    assert distance(gradients(trainer.args)) < 5e-3
+    for name in switches.keys() - {"noise_level"}:  # each of them matters, so that none can be left out
+        default = copy.copy(trainer.args)
+        setattr(default, name, DiffusionGRPOConfig.__dataclass_fields__[name].default)
+        assert distance(gradients(default)) > 2e-2, name
 
 
 def scheduler_sigmas(pipeline):
@@ -509,6 +594,27 @@ def test_rewards_that_are_none_are_counted_and_not_trained_on(make_trainer):
     assert "rewards/none/mean" not in log
     buffer = trainer._buffer
     assert (buffer.advantages.view(-1, 4)[:, 1::2] == 0).all() and (buffer.advantages.view(-1, 4)[:, ::2] != 0).all()
+
+
+@pytest.mark.parametrize("how", ["sum_then_normalize", "normalize_then_sum"])
+def test_the_logged_reward_is_of_the_images_that_are_trained_on(make_trainer, how):
+    first = [1.0, 2.0, 4.0, None, 5.0, 6.0, 8.0, 9.0]
+    second = [-70.0, -20.0, -30.0, -10.0, -50.0, None, -40.0, -60.0]
+
+    trainer = make_trainer(
+        [lambda prompts, images: first, lambda prompts, images: second],
+        reward_weights=[1.0, 0.1], multi_objective_aggregation=how, top_k=None, per_device_train_batch_size=4, max_steps=1,
+    )  # fmt: skip
+    buffers = []
+    generate = trainer._generate_and_score
+    trainer._generate_and_score = lambda index: buffers.append(generate(index)) or buffers[-1]
+    trainer.train()
+    known = [a + 0.1 * b for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+    (log,) = training_logs(trainer)
+    assert log["reward"] == pytest.approx(np.mean(known), abs=1e-5)
+    assert log["reward_std"] == pytest.approx(np.std(known, ddof=1), abs=1e-5)
+    advantages = buffers[0].advantages
+    assert (advantages == 0).nonzero().flatten().tolist() == [3, 5] and advantages.sum().abs() < 1e-5
 
 
 def test_equal_rewards_teach_nothing_and_are_warned_about(make_trainer, caplog):

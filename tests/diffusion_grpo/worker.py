@@ -42,7 +42,6 @@ TINY = dict(
     learning_rate=1e-2,
     lr_scheduler_type="linear",
     ema_steps=2,
-    num_logged_images=3,
     sde_window_size=1,
     sde_window_range=[0, 2],
     use_cpu=True,

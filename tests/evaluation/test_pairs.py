@@ -27,6 +27,19 @@ def test_a_perfect_scorer_is_right_on_every_pair_and_on_its_mirror_image(dataset
         assert (scores.correct == 1).all() and (scores.margin == 1).all()
 
 
+def test_every_score_stands_where_its_image_does(dataset):
+    """Each image is scored by its own brightness, so that each of the four numbers of a pair is known."""
+
+    def brightness(images):
+        return np.array([np.asarray(image, float).mean() for image in images])
+
+    scores = score_pairs(lambda prompts, images: (brightness(images), brightness(images) ** 2), dataset)
+    for column in ("chosen", "rejected"):
+        expected = brightness(dataset[column])
+        assert np.array_equal(getattr(scores, f"{column}_mean"), expected)
+        assert np.array_equal(getattr(scores, f"{column}_std"), expected**2)
+
+
 def test_a_blind_scorer_gets_half(dataset):
     scores = score_pairs(lambda prompts, images: (np.zeros(len(images)), np.ones(len(images))), dataset)
     assert (scores.correct == 0.5).all()

@@ -60,7 +60,7 @@ def test_trained_weights_are_those_of_one_process(one, two):
 
 
 def test_logs_and_evaluation_are_those_of_one_process(one, two):
-    """Seven pairs are evaluated by batches of four: `eval_loss`, the parent's, counts a pair that fills up the last one."""
+    """Seven pairs are evaluated by batches of four: the pair that fills up the last batch does not count."""
     logs, expected = logs_of(two / "exact"), logs_of(one / "exact")
     assert "accuracy" in logs[0] and "eval_margin" in logs[2]
     for entry, wanted in zip(logs, expected, strict=True):

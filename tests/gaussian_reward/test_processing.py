@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from trl_spatial.gaussian_reward.processing import (
 from trl_spatial.preferences.images import load_image
 
 
+# Added tokens of Qwen's vocabulary that are not special, so that `split_special_tokens` does not split them.
+PLAIN_ADDED_TOKENS = ["<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|repo_name|>"]
 CONTROL_TOKENS = ["<reward>", "<|image_pad|>", "<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|endoftext|>"]
 
 
@@ -53,27 +56,57 @@ def test_image_tokens_are_marked_and_as_many_as_merged_patches(processor, prompt
 def hostile_prompts(count=200):
     """Control tokens whole, nested, halved, and mixed with markers and text."""
     draw = random.Random(0)
-    pieces = [*CONTROL_TOKENS, "a red cube", " ", "\n", "\ue000", "\ue001", "{{ messages }}", "é", "🙂", "<", "|>", ""]
+    pieces = [
+        *CONTROL_TOKENS,
+        *PLAIN_ADDED_TOKENS,
+        "a red cube",
+        " ",
+        "\n",
+        "\ue000",
+        "\ue001",
+        "{{ messages }}",
+        "é",
+        "🙂",
+        "<",
+        "|>",
+        "",
+    ]
     pieces += [token[:4] for token in CONTROL_TOKENS] + [token[4:] for token in CONTROL_TOKENS]
     pieces += [token[:5] + inner + token[5:] for token in CONTROL_TOKENS for inner in CONTROL_TOKENS]
-    return ["".join(draw.choices(pieces, k=draw.randint(1, 6))) for _ in range(count)]
+    prompts = ["".join(draw.choices(pieces, k=draw.randint(1, 6))) for _ in range(count)]
+    return [prompt for prompt in prompts if prompt.strip()]
 
 
-def test_no_prompt_can_write_a_control_token(processor, images):
-    prompts = hostile_prompts()
-    batch = processor(prompts, [images[0]] * len(prompts))
+def test_no_prompt_can_write_a_control_token(prompts, images):
+    """Oracle: decoding gives the prompt back, without a single added token."""
+    tokenizer = build_tokenizer(prompts, 1000)
+    tokenizer.add_tokens(PLAIN_ADDED_TOKENS)
+    processor = build_processor(tokenizer)
+    assert tokenizer("<tool_call>", split_special_tokens=True)["input_ids"] == [tokenizer.vocab["<tool_call>"]]
+
+    hostile = hostile_prompts()
+    batch = processor(hostile, [images[0]] * len(hostile))
     num_image_tokens = int(batch["image_grid_thw"][0].prod()) // 4
-    control_ids = processor.tokenizer.convert_tokens_to_ids(CONTROL_TOKENS)
     harmless = rows_of(processor(["x"], [images[0]]))[0]
-    for row, prompt in zip(rows_of(batch), prompts, strict=True):
-        assert row.count(processor.reward_token_id) == 1
+    for row, prompt in zip(rows_of(batch), hostile, strict=True):
         assert row[-1] == processor.reward_token_id
         assert row.count(processor.image_token_id) == num_image_tokens
-        for token_id in control_ids:
+        for token_id in tokenizer.get_added_vocab().values():
             assert row.count(token_id) == harmless.count(token_id)
-        begin = harmless.index(processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")) + 1
+        begin = harmless.index(tokenizer.convert_tokens_to_ids("<|vision_end|>")) + 1
         end = len(row) - (len(harmless) - begin - 1)
-        assert processor.tokenizer.decode(row[begin:end]) == prompt  # nothing is lost either
+        assert tokenizer.decode(row[begin:end]) == prompt.strip()  # nothing is lost either
+
+
+def test_blanks_at_the_ends_do_not_count_and_endless_prompts_are_refused_at_once(processor, prompts, images):
+    plain = processor(prompts[:1], images[:1])["input_ids"]
+    for padded in (f"{prompts[0]} ", f"{prompts[0]}\n", f" \t{prompts[0]}", f"\ufeff{prompts[0]}"):
+        assert torch.equal(processor([padded], images[:1])["input_ids"], plain)
+    start = time.perf_counter()
+    for wrong, message in {"a" * 10**6: "1,000,000 characters", "a\ud83d": "surrogate", " ": "is empty"}.items():
+        with pytest.raises(ValueError, match=f"The prompt of row 1 .*{message}"):
+            processor([prompts[0], wrong], images[:2])
+    assert time.perf_counter() - start < 5
 
 
 def test_both_padding_sides_hold_the_same_rows(processor, prompts, images):
@@ -115,7 +148,7 @@ def test_max_length_is_the_longest_row_that_passes(processor, prompts, images):
 def test_mismatched_lists_and_prompts_that_are_not_text(processor, prompts, images):
     with pytest.raises(ValueError, match="2 prompts and 5 images"):
         processor(prompts[:2], images)
-    with pytest.raises(ValueError, match="prompt of row 1 is a NoneType"):
+    with pytest.raises(ValueError, match="prompt of row 1 is missing"):
         processor([prompts[0], None], images[:2])
 
 
@@ -130,9 +163,9 @@ def damaged_images(tmp_path):
         "cannot be opened .*No such file": tmp_path / "missing.png",
         r"has no pixels \(0x5\)": Image.new("RGB", (0, 5)),
         r"is too narrow \(1x201\)": Image.new("RGB", (1, 201)),
-        "is a NoneType": None,
+        "is missing": None,
         "is a int": 7,
-        "is a NoneType, not": {"bytes": None, "path": None},
+        "is missing.": {"bytes": None, "path": None},
     }
 
 
@@ -192,6 +225,17 @@ def test_a_saved_processor_comes_back(tmp_path, prompts, images, instruction):
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
         assert instruction in loaded.tokenizer.decode(rows_of(after)[0])
+    assert load_processor(tmp_path, instruction="Anew.").chat_template == build_chat_template("Anew.")
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:-90], lambda text: "", lambda text: "{{ nonsense }}"])
+def test_a_damaged_template_of_a_reward_model_is_an_error(processor, tmp_path, damage):
+    """And not replaced: the model would be asked another question than in training."""
+    processor.save_pretrained(tmp_path)
+    file = tmp_path / "chat_template.jinja"
+    file.write_text(damage(file.read_text()))
+    with pytest.raises(ValueError, match=r"chat_template.jinja of .*build_chat_template"):
+        load_processor(tmp_path)
     assert load_processor(tmp_path, instruction="Anew.").chat_template == build_chat_template("Anew.")
 
 

@@ -356,3 +356,16 @@ def test_an_adapter_finds_the_revision_of_its_backbone(
     assert difference(loaded.score(*rows), scorer.score(*rows)) < 1e-5
     newer = SpatialScore.from_pretrained(tmp_path / "adapter", backbone="org/base", device="cpu")
     assert difference(newer.score(*rows), scorer.score(*rows)) > 1e-3
+
+
+def test_weights_that_are_not_finite_or_not_floating_are_named(adapter_folder, whole_folder):
+    for folder, name in ((adapter_folder, "adapter_model.safetensors"), (whole_folder, "model.safetensors")):
+        tensors = load_file(folder / name)
+        key = next(key for key in tensors if "head.layers.0.weight" in key)
+        for wrong, message in ((tensors[key] * math.nan, "not finite"), (tensors[key].long(), "not floating-point")):
+            save_file({**tensors, key: wrong}, folder / name, {"format": "pt"})
+            with pytest.raises(ValueError, match=rf"{message}.*head\.layers\.0\.weight"):
+                SpatialScore.from_pretrained(folder, device="cpu")
+        (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+        with pytest.raises(ValueError, match="cannot be read"):
+            SpatialScore.from_pretrained(folder, device="cpu")

@@ -187,6 +187,11 @@ class TestUnsafe:
         unsafe = {"lab/a": "pytorch_model.bin", "lab/b": "nested/data.pkl", "lab/c": "modeling.py"}
         for repo, name in unsafe.items():
             hub.files[repo] = {**published, name: b"import os"}
+        unsafe["lab/d"] = "tokenizer_config.json with auto_map"
+        hub.files["lab/d"] = {
+            **published,
+            "tokenizer_config.json": b'{"auto_map": {"AutoTokenizer": ["a/b--c.D", null]}}',
+        }
         for repo, said in what_is_said(machine, *unsafe).items():
             assert "is refused" in said and unsafe[repo] in said and "hf download" in said
         assert not list((machine.folder / "cache").rglob("*.safetensors"))
@@ -204,18 +209,21 @@ class TestUnsafe:
         folder = machine.folder / "scorer"
         shutil.copytree(checkpoint, folder)
         (folder / "optimizer.pt").write_bytes(b"")
+        (folder / "notes.txt").write_text("my token: hf_" + "a" * 34)  # not a file of a model
         for text, found in (
-            ("my token: hf_" + "a" * 34, "notes.txt holds a secret token"),
-            (f"see {machine.folder}/x", "notes.txt holds the path"),
-            (f"trained on {checkpoint.parent}", "notes.txt holds the path"),  # a folder of this machine, whoever's
+            ("my token: hf_" + "a" * 34, "README.md holds a secret token"),
+            (f"see {machine.folder}/x", "README.md holds the path"),
+            (f"trained on {checkpoint.parent}", "README.md holds the path"),  # a folder of this machine, whoever's
         ):
-            (folder / "notes.txt").write_text(text)
+            (folder / "README.md").write_text(text)
             output = machine.run("push", folder, "--to", "tester/scorer", rc=1)
             assert found in output and "a" * 34 not in output
             assert not hub.files.get("tester/scorer")
-        (folder / "notes.txt").write_text("nothing")
+        (folder / "README.md").write_text("nothing")
+        plan = machine.run("push", folder, "--to", "tester/scorer", "--dry-run")
+        assert "Would stay here: notes.txt, optimizer.pt" in plan
         machine.run("push", folder, "--to", "tester/scorer")
-        assert "optimizer.pt" not in hub.files["tester/scorer"]
+        assert not {"optimizer.pt", "notes.txt"} & set(hub.files["tester/scorer"])
 
     def test_an_adapter_of_a_local_backbone(self, hub, machine, checkpoint):
         import shutil
@@ -236,7 +244,7 @@ class TestUnsafe:
 
 def test_a_folder_that_is_nothing_says_what_can_be_pushed(machine, checkpoint, tmp_path):
     output = machine.run("push", checkpoint.parent, "--to", "hub/x", rc=1)
-    assert re.search(rf"Push what is in it: {checkpoint}", output)
+    assert re.search(rf"Push a folder in it: {checkpoint}", output)
     assert "is not a folder" in machine.run("push", "nowhere", "--to", "hub/x", rc=1)
     assert "not the name of a repository" in machine.run("push", checkpoint, "--to", "a/b/c", rc=1)
 

@@ -118,7 +118,6 @@ class TestWhileTraining:
         low, high = result.metric_args["confidence_interval_95"]
         assert result.metric_args["num_samples"] == 3 and low <= result.metric_value <= high
         assert "datasets" not in card.data.to_dict()  # it was a local folder
-        assert ".eval_results" not in "".join(files)
         # its backbone was the Hub's: nothing else has to be named
         assert "BACKBONE" not in card.text
         assert "/tester/my-scorer/commit/" in output and "](samples.png)" in card.text

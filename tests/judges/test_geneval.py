@@ -455,10 +455,10 @@ def test_rows_without_a_specification_have_no_reward_and_cost_no_detection():
     dog, cat = [{"class": "dog", "count": 1}], [{"class": "cat", "count": 1}]
     images = [Image.new("L", (8, 8))] * 6
     assert reward(["x"] * 6, images, include=[dog, None, cat, [], dog, dog], seed=[1] * 6) == [1, None, 0, None, 1, 1]
-    assert sizes == [1, 2, 2]  # the self-test, two batches
+    assert sizes == [1, 1, 2, 2]  # the two pictures of the self-test, two batches
     rows = [json.dumps({"include": dog}), None, {"include": cat}, "", None, None]
     assert reward(["x"] * 6, images, metadata=rows) == [1, None, 0, None, None, None]
-    with pytest.warns(UserWarning, match="no opinion on any of these images"):
+    with pytest.warns(UserWarning, match="gives none of these images a reward"):
         assert reward(["x"], images[:1]) == [None]
 
 
@@ -516,6 +516,27 @@ def test_a_detector_that_finds_nothing_is_found_out():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         GenEvalReward(sees(), **options)
+
+
+def test_the_counting_threshold_is_the_detectors_own():
+    """Three unsure dogs are three dogs, unless a threshold says otherwise; the self-test says when it does not count."""
+    detector = sees(*[found("person", score=0.5)], *[found("dog", score=0.5)] * 3)
+    row = [{"class": "dog", "count": 3}]
+    image = [Image.new("RGB", (8, 8))]
+    for options, threshold in (
+        ({}, 0.3),
+        ({"kind": "strict"}, 0.9),
+        ({"kind": "strict", "counting_threshold": 0.4}, 0.4),
+    ):
+        if threshold > 0.5:
+            with pytest.warns(UserWarning, match=r"does not count: of two persons .* finds 0 above .*0.9"):
+                reward = GenEvalReward(detector, **options)
+        else:
+            reward = GenEvalReward(detector, **options)
+        assert reward.counting_threshold == threshold
+        assert reward(["x"], image, include=[row], tag=["counting"]) == [float(threshold < 0.5)]
+    detector.counting_threshold = 0.2
+    assert GenEvalReward(detector, kind="strict").counting_threshold == 0.2
 
 
 def test_a_detector_must_return_what_the_threshold_asks_for():

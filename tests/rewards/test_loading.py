@@ -1,14 +1,19 @@
 """A reward by its name: a checkpoint, the rules, or a function of a module; mistakes are named."""
 
+import re
 import shutil
 import sys
+import textwrap
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
+from PIL import Image
 
 from trl_spatial import SpatialScore
-from trl_spatial.rewards import SceneRules, load_reward
+from trl_spatial.rewards import GenEvalReward, SceneRules, load_reward
 
 
 MODULE = """
@@ -127,3 +132,57 @@ def test_mistakes_in_a_modules_name_are_named(name, message, module_folder):
 def test_what_a_module_itself_lacks_is_not_hidden(module_folder):
     with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
         load_reward("broken_rewards:redness")
+
+
+def test_geneval_with_a_detector_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "my_detector.py").write_text(
+        "from trl_spatial.rewards import Detection\n"
+        "def detect(images):\n"
+        "    return [[Detection('person', 0.8, (0, 0, 9, 9)), Detection('person', 0.8, (9, 0, 9, 9))] for _ in images]\n"
+        "class Colors:\n"
+        "    def __call__(self, crop, name):\n"
+        "        return 'red'\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    reward = load_reward("geneval:my_detector:detect,my_detector:Colors")
+    row = [{"class": "person", "count": 2, "color": "red"}]
+    assert reward(["x"], [Image.new("RGB", (16, 16))], include=[row], tag=["counting"]) == [1.0]
+    with pytest.raises(ValueError, match="no module 'nowhere'"):
+        load_reward("geneval:nowhere:detect")
+
+
+def test_the_documented_detector_of_another_library_works(tmp_path, monkeypatch):
+    code = re.search(r"```python\n(    import torch\n.*?)```", GenEvalReward.__doc__, re.DOTALL)[1]
+    assert len(code.splitlines()) <= 25
+    (tmp_path / "documented_detector.py").write_text(textwrap.dedent(code))
+
+    class FasterRCNN(torch.nn.Module):
+        """Answers in torchvision's form, which is not installed here: two people beside each other and a doubtful third."""
+
+        def forward(self, images):
+            assert all(image.shape[0] == 3 and image.min() >= 0 and image.max() <= 1 for image in images)
+            boxes = torch.tensor([[0.0, 0, 9, 9], [20, 0, 29, 9], [40, 0, 49, 9]])
+            return [
+                {"labels": torch.ones(3, dtype=torch.long), "scores": torch.tensor([0.8, 0.6, 0.4]), "boxes": boxes}
+                for _ in images
+            ]
+
+    weights = SimpleNamespace(DEFAULT=SimpleNamespace(meta={"categories": ["__background__", "person"]}))
+    detection = ModuleType("torchvision.models.detection")
+    detection.FasterRCNN_ResNet50_FPN_V2_Weights = weights
+    detection.fasterrcnn_resnet50_fpn_v2 = lambda weights: FasterRCNN()
+    models, functional = ModuleType("torchvision.models"), ModuleType("torchvision.transforms.functional")
+    models.detection = detection
+    functional.to_tensor = lambda image: torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255
+    for module in (models, functional, ModuleType("torchvision"), ModuleType("torchvision.transforms")):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.chdir(tmp_path)
+
+    reward = load_reward("geneval:documented_detector:Detector")
+    assert reward.counting_threshold == 0.5  # the detector's own, of which GenEval's 0.9 would find none
+    images = [Image.new("RGB", (64, 64), "white")] * 2
+    rows = [[{"class": "person", "count": count}] for count in (2, 3)]
+    two, three = reward(["two people", "three people"], images, include=rows, tag=["counting"] * 2)
+    assert two == 1.0 and three < 1.0
+    with pytest.raises(ValueError, match="does not know the class 'zebra'"):
+        reward(["a zebra"], images[:1], include=[[{"class": "zebra", "count": 1}]])

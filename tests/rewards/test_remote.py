@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tests.diffusion_grpo.conftest import make_flux_pipeline, make_pipeline, mak
 from tests.serving.conftest import TOKEN, scorer, serve, slow, url  # noqa: F401
 from trl_spatial.rewards import RemoteReward, load_reward
 from trl_spatial.scripts.grpo import make_parser
-from trl_spatial.serving.app import Limits
+from trl_spatial.serving.limits import Limits
 
 
 @pytest.fixture
@@ -74,9 +75,14 @@ def test_modes_and_orientation_are_scored_as_here(url, scorer):  # noqa: F811
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 24, 3), dtype=np.uint8))
     turned = noise.copy()
     turned.getexif()[0x0112] = 6
-    images = [turned, noise.convert("CMYK"), noise.convert("RGBA"), noise.convert("L"), noise.convert("P")]
-    rewards = RemoteReward(url, TOKEN)(["a blue cube"] * 5, images)
-    np.testing.assert_allclose(rewards, scorer(prompts=["a blue cube"] * 5, images=images), atol=1e-6)
+    glass, deep = noise.convert("RGBA"), Image.fromarray(np.arange(40 * 24, dtype=np.uint16).reshape(40, 24) * 64)
+    glass.putalpha(100)
+    file = BytesIO()
+    glass.save(file, "PNG")
+    images = [turned, noise.convert("CMYK"), glass, noise.convert("L"), noise.convert("P"), deep]
+    images += [file.getvalue(), {"bytes": file.getvalue(), "path": None}]
+    rewards = RemoteReward(url, TOKEN)(["a blue cube"] * 8, images)
+    np.testing.assert_allclose(rewards, scorer(prompts=["a blue cube"] * 8, images=images), atol=1e-6)
 
 
 def test_named_on_the_command_line(url, monkeypatch):  # noqa: F811
@@ -89,19 +95,25 @@ def test_named_on_the_command_line(url, monkeypatch):  # noqa: F811
     assert (args.rewards, args.reward_device) == ([url], "cuda:1")
 
 
-def test_one_reward_of_an_image_that_the_server_cannot_read(scorer, prompts, images, caplog):  # noqa: F811
-    images = [images[0], Image.new("RGB", (1000, 2)), images[2]]
-    with serve(scorer) as (url, _):  # noqa: F811
+def test_what_the_server_refuses_is_none_in_its_words(scorer, prompts, images, caplog):  # noqa: F811
+    limits = Limits(max_pixels=5000, max_prompt_length=100)
+    with serve(scorer, limits=limits) as (url, _):  # noqa: F811
         reward = RemoteReward(url)
-        first, none, last = reward(prompts[:3], images)
-    assert none is None and reward.num_failed == 1 and None not in (first, last)
-    assert f"{url} gave no reward to 1 of 3 images (1 so far): images[1] is too narrow" in caplog.text
+        first, large, last = reward(prompts[:3], [images[0], Image.new("RGB", (100, 100)), images[2]])
+        assert large is None and reward.num_failed == 1 and None not in (first, last)
+        assert f"{url} gave no reward to 1 of 3 images (1 so far): images[1] has more than 5000 pixels" in caplog.text
+        assert reward(["a" * 101], [IMAGE]) == [None]
+        assert "prompts[0] has 101 characters" in caplog.text
 
 
-def test_what_is_refused_is_none_in_the_server_s_words(scorer, caplog):  # noqa: F811
-    with serve(scorer, limits=Limits(max_prompt_length=5)) as (url, _):  # noqa: F811
-        assert RemoteReward(url)(["a red cube"], [IMAGE]) == [None]
-    assert "answers 422, prompts[0] has 10 characters" in caplog.text
+def test_an_image_that_nobody_can_read_is_an_error_as_here(url, scorer, prompts, images):  # noqa: F811
+    images = [images[0], images[1], Image.new("RGB", (1000, 2))]
+    messages = []
+    for reward in (scorer, RemoteReward(url, TOKEN, batch_size=2)):
+        with pytest.raises(ValueError, match=r"^images\[2\] is too narrow") as error:
+            reward(prompts[:3], images)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
 
 
 def test_it_waits_while_the_queue_is_full(slow, prompts, images):  # noqa: F811

@@ -7,11 +7,11 @@ from io import BytesIO
 import pytest
 import requests
 import torch
-import uvicorn
 
 from trl_spatial import SpatialScore
 from trl_spatial.gaussian_reward.modeling import GaussianRewardModel
 from trl_spatial.serving.app import create_app
+from trl_spatial.serving.server import make_server
 
 
 TOKEN = "correct-horse-battery"
@@ -55,15 +55,14 @@ def slow(scorer):
 @contextmanager
 def serve(scorer, **kwargs):
     """A server in a thread of this process: its URL and itself."""
-    app = create_app(scorer, model_name="tiny", **kwargs)
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="info"))
+    server = make_server(create_app(scorer, model_name="tiny", **kwargs), host="127.0.0.1", port=0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.01)
-        server.app = app
+        server.endpoint = server.config.app.state.endpoint
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", server
     finally:
         server.should_exit = True

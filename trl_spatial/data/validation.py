@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from ..preferences.columns import IMAGE_COLUMNS, PROMPT_COLUMNS, check_columns
 from ..preferences.faults import Finding, Place, shorten
-from ..preferences.images import ImageFacts, read_image
-from .counts import SplitStatistics, kinds_of
+from ..preferences.images import image_digest, load_image, open_image
+from .counts import ImageFacts, SplitStatistics, kinds_of
 
 
 _BATCH_SIZE = 16  # rows whose image files are in memory at a time
@@ -214,9 +214,11 @@ class _SplitCheck:
 
 def _try_to_read(value: Any) -> ImageFacts | ValueError:
     try:
-        return read_image(value)
+        mode = open_image(value).mode
+        image = load_image(value)
     except ValueError as error:
         return error
+    return ImageFacts(image_digest(image), image.width, image.height, mode)
 
 
 def _find_shared(checks: Sequence[_SplitCheck]) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""What the demo measured, in the cards of the models it trained."""
+"""Writes the results of the demo into the cards of the models that it trained."""
 
 from pathlib import Path
 from typing import Any
@@ -49,19 +49,19 @@ def update_reward_card(folder: Path, measured: dict[str, Any], pairs: Dataset, s
         for name, row in measured["accuracy"][group].items()
         if name in titles[group]
     ]
-    # the first pairs: not chosen by how they came out
+    # the first pairs, whatever their scores
     first = [scored_pair(pairs[index], scores, index) for index in range(min(NUM_SAMPLES, len(pairs)))]
     draw_pairs(first, title="The first held-out pairs").save(folder / SAMPLES_FILE)
     notes = (
         f"Expected calibration error of P(chosen): {measured['expected_calibration_error']:.3f}. The model was trained and measured "
-        "in the small world of rendered shapes of `trl_spatial demo`, and knows no other images."
+        "on the rendered shapes of `trl_spatial demo` and knows no other images."
     )
     card.with_results(results, notes=notes).save(folder)
 
 
 def update_generator_card(folder: Path, before: dict[str, Any], after: dict[str, Any], num_images: int) -> None:
     """
-    Writes what the rules of the scenes say of the images, and the mean reward, into the card of the LoRA weights.
+    Writes the verdicts of the scenes' rules and the mean reward into the card of the LoRA weights.
 
     Args:
         folder (`Path`):
@@ -89,6 +89,6 @@ def update_generator_card(folder: Path, before: dict[str, Any], after: dict[str,
         results,
         before=earlier | {"mean SpatialScore (trained on)": before["reward"]},
         metrics_step=None,
-        notes="The same noise before and after; intervals draw whole prompts. Trained and measured in the small world of rendered "
-        "shapes of `trl_spatial demo`; the base model is the tiny FLUX that ships with the package.",
+        notes="The noise is the same before and after; the intervals resample whole prompts. Trained and measured on the "
+        "rendered shapes of `trl_spatial demo`; the base model is the tiny FLUX that ships with the package.",
     ).save(folder)

@@ -1,4 +1,4 @@
-"""The figures of the report, as SVG that takes its colors from the page around it."""
+"""The charts of the report, as SVG that uses the colors of the page."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -89,8 +89,8 @@ def reward_curve(training: Mapping[str, Any]) -> str:
 @_styled
 def truth_curve(training: Mapping[str, Any]) -> str:
     """
-    Draw what the rule says of the images of held-out prompts over the updates. The horizontal axis is that of
-    [`reward_curve`], so that the two can be read one below the other.
+    Draw the verdicts of the rules on images of held-out prompts over the updates. The horizontal axis is that of
+    [`reward_curve`], so that one chart can be read below the other.
 
     Args:
         training (`Mapping[str, Any]`):
@@ -159,7 +159,7 @@ def relation_dots(before: Mapping[str, Mapping[str, float]], after: Mapping[str,
 @_styled
 def pair_accuracy_dots(groups: Mapping[str, Mapping[str, float]]) -> str:
     """
-    Draw how often a reward model ranks the two images of a pair rightly, with a line where guessing would be.
+    Draw how often a reward model ranks the two images of a pair correctly, with a line at chance.
 
     Args:
         groups (`Mapping[str, Mapping[str, float]]`):
@@ -193,8 +193,7 @@ def pair_accuracy_dots(groups: Mapping[str, Mapping[str, float]]) -> str:
 @_styled
 def reliability_diagram(bins: Sequence[Mapping[str, float]]) -> str:
     """
-    Draw how often a reward model is right among the pairs it is equally sure of. The larger a dot,
-    the more pairs.
+    Draw the accuracy of a reward model by its confidence. A larger dot stands for more pairs.
 
     Args:
         bins (`Sequence[Mapping[str, float]]`):

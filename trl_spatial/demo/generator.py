@@ -15,13 +15,13 @@ from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..diffusion_grpo.config import DiffusionGRPOConfig
-from ..diffusion_grpo.policies import SamplingOptions, make_policy
 from ..diffusion_grpo.policies.lora import attention_lora_config
+from ..diffusion_grpo.reward_functions import RewardFunction, RewardFunctions
 from ..diffusion_grpo.runtime.callbacks import RolloutProgressCallback
-from ..diffusion_grpo.runtime.evaluation import evaluate_policy
-from ..diffusion_grpo.runtime.prompt_cache import PromptCache
-from ..diffusion_grpo.runtime.reward_functions import RewardFunction, RewardFunctions
+from ..diffusion_grpo.runtime.evaluation import reward_images
 from ..diffusion_grpo.trainer import DiffusionGRPOTrainer
+from ..generation.drawing import draw_rows
+from ..generation.generators import PipelineGenerator
 from ..judges.scenes import check_images, has_objects, pairwise_distance, summarize_checks
 from ..scenes import SceneCheck, SceneGraph, check_scene, make_prompt_dataset, parse_description
 
@@ -141,21 +141,23 @@ def draw_images(
     Returns:
         `Dataset` with the columns `prompt`, `scene`, `image` and `score`, the images of a prompt next to each other.
     """
-    policy = make_policy(pipeline, max_sequence_length=MAX_SEQUENCE_LENGTH)
-    num_images = len(prompts) * images_per_prompt
-    output = evaluate_policy(
-        policy,
-        policy.transformer,
-        PromptCache(policy, "cpu"),
+    generator = PipelineGenerator(
+        pipeline,
+        height=IMAGE_SIZE,
+        width=IMAGE_SIZE,
+        num_inference_steps=NUM_INFERENCE_STEPS,
+        guidance_scale=1.0,
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
+    )
+    batches = draw_rows(
+        generator,
         prompts,
-        RewardFunctions(scorer),
-        SamplingOptions(IMAGE_SIZE, IMAGE_SIZE, NUM_INFERENCE_STEPS, guidance_scale=1.0),
         batch_size=192,
         seed=seed,
         num_images=images_per_prompt,
-        num_kept_images=num_images,
-        show_progress=show_progress,
+        progress="Drawing" if show_progress else None,
     )
+    output = reward_images(batches, RewardFunctions(scorer), num_kept_images=len(prompts) * images_per_prompt)
     scenes = [scene for scene in prompts["scene"] for _ in range(images_per_prompt)]
     return Dataset.from_dict(
         {"prompt": output.prompts, "scene": scenes, "image": output.images, "score": output.rewards[:, 0].tolist()},
@@ -306,7 +308,7 @@ class _ProgressCallback(RolloutProgressCallback):
 
 def train_generator(trainer: DiffusionGRPOTrainer) -> dict[str, Any]:
     """
-    Train the tiny FLUX, or go on with an interrupted training, and save its weights.
+    Train the tiny FLUX, or continue an interrupted training, and save its weights.
 
     Args:
         trainer ([`DiffusionGRPOTrainer`]):
@@ -338,7 +340,7 @@ _STEP_NAMES = {
     "step": "step",
     "reward": "reward",
     "reward_std": "reward_std",
-    "num_policy_evaluations": "num_policy_evaluations",
+    "num_policy_passes": "num_policy_passes",
 }
 _EVALUATION_NAMES = {
     "step": "step",
@@ -369,10 +371,10 @@ def _pick(log: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
 
 def _cost(args: DiffusionGRPOConfig, history: list[dict[str, Any]]) -> dict[str, float]:
     last = [log for log in history if "num_images" in log][-1]
-    counts = {name: last[name] for name in ("num_images", "num_policy_evaluations", "num_reference_evaluations")}
+    counts = {name: last[name] for name in ("num_images", "num_policy_passes", "num_reference_passes")}
     num_trained = args.num_inference_steps - 1 if args.sde_window_size is None else args.sde_window_size
     return counts | {
-        "evaluations_per_image": last["num_policy_evaluations"] / last["num_images"],
+        "evaluations_per_image": last["num_policy_passes"] / last["num_images"],
         # a forward and a backward pass of every trained step of every image
         "evaluations_per_image_unfiltered": float(args.num_inference_steps + 2 * num_trained),
         "seconds": sum(log["time/step"] for log in history if "time/step" in log),

@@ -1,15 +1,18 @@
-"""The page on which the demo shows what it measured."""
+"""The HTML page with the results of the demo."""
 
 import base64
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL.Image import Image
 
+from ..store import ContentStore, write_atomically
 from .charts import (
     format_share,
     pair_accuracy_dots,
@@ -42,22 +45,22 @@ class EmbeddedImage:
 
 def write_report(results: Mapping[str, Any], output_dir: Path) -> Path:
     """
-    Write the page of a demo run: one HTML file that needs no other file, no network and no script.
+    Write the page of a demo run: a single HTML file without scripts that needs no other file and no network.
 
-    Every number on the page is one of `results` or computed from them. `"generator"`, `"training"`, `"examples"` and
-    the reward model's `"examples"` may be absent; the page then leaves out what shows them.
+    `"generator"`, `"training"`, `"examples"` and the reward model's `"examples"` may be absent, and the page then has no
+    section for them.
 
     Args:
         results (`Mapping[str, Any]`):
-            What the demo measured, as in its `results.json`. Paths of images are relative to `output_dir`.
+            Results of the demo, as in its `results.json`. Paths of images are relative to `output_dir`.
         output_dir (`Path`):
             Folder of the images, and of the page.
 
     Returns:
-        `Path`: `output_dir / "report.html"`. It is replaced as a whole: an interrupted call leaves the previous one.
+        `Path`: `output_dir / "report.html"`. It is replaced atomically.
 
     Raises:
-        `FileNotFoundError`: If an image is not there.
+        `FileNotFoundError`: If an image is missing.
         `ValueError`: If an image is not a PNG file.
         `jinja2.UndefinedError`: If `results` lacks an entry that the page needs.
     """
@@ -81,30 +84,27 @@ def write_report(results: Mapping[str, Any], output_dir: Path) -> Path:
     page = environment.get_template("report.html.jinja").render(
         results=results, charts=draw_charts(results), change=describe_change(results)
     )
-    partial = output_dir / "report.html.partial"
-    partial.write_text(page, encoding="utf-8")
-    return partial.replace(output_dir / "report.html")
+    write_atomically(output_dir / "report.html", page)
+    return output_dir / "report.html"
 
 
 def draw_charts(results: Mapping[str, Any]) -> dict[str, str]:
-    """Draw the figures for which there are numbers: name of the figure → its `<svg>` element."""
-    return dict(_draw_charts(results))
-
-
-def _draw_charts(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Draw the charts that there are results for: name of the chart → its `<svg>` element."""
+    charts = {}
     reward_model = results["reward_model"]
     accuracy = reward_model["accuracy"]
     levels = {f"{level} change" + "s" * (level != "1"): row for level, row in accuracy["level"].items()}
-    yield "pairs", pair_accuracy_dots({"all pairs": accuracy["all"]["all"], **levels})
+    charts["pairs"] = pair_accuracy_dots({"all pairs": accuracy["all"]["all"], **levels})
     if reward_model["reliability"]:
-        yield "calibration", reliability_diagram(reward_model["reliability"])
+        charts["calibration"] = reliability_diagram(reward_model["reliability"])
     if training := results.get("training"):
         if training["steps"] or training["evaluations"]:
-            yield "reward", reward_curve(training)
+            charts["reward"] = reward_curve(training)
         if training["evaluations"]:
-            yield "truth", truth_curve(training)
+            charts["truth"] = truth_curve(training)
     if generator := results.get("generator"):
-        yield "relations", relation_dots(generator["before"]["relations"], generator["after"]["relations"])
+        charts["relations"] = relation_dots(generator["before"]["relations"], generator["after"]["relations"])
+    return charts
 
 
 def describe_change(results: Mapping[str, Any]) -> str | None:
@@ -127,6 +127,13 @@ def describe_change(results: Mapping[str, Any]) -> str | None:
     return "fell" if after["high"] < before["low"] else "stayed"
 
 
+def save_image(image: Image, output_dir: Path) -> str:
+    """Save a picture for the page: its file, relative to the output folder."""
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return f"images/{ContentStore(output_dir / 'images').put(buffer.getvalue(), '.png')}"
+
+
 def embed_image(path: Path) -> EmbeddedImage:
     """
     Read a PNG file into the page.
@@ -139,7 +146,7 @@ def embed_image(path: Path) -> EmbeddedImage:
         [`EmbeddedImage`]: the file and its size.
 
     Raises:
-        `FileNotFoundError`: If it is not there.
+        `FileNotFoundError`: If it is missing.
         `ValueError`: If it is not a PNG file.
     """
     data = path.read_bytes()

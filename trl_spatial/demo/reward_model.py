@@ -1,4 +1,4 @@
-"""SpatialScore in the demo: trained on pairs of rendered scenes, and measured on held-out ones."""
+"""SpatialScore in the demo: training on pairs of rendered scenes, evaluation on held-out pairs."""
 
 import shutil
 from dataclasses import asdict
@@ -16,7 +16,7 @@ from ..gaussian_reward import spatial_score_lora_config
 from ..gaussian_reward.losses import preference_probability
 from ..scenes import make_preference_dataset
 from ..statistics import accuracy_interval, expected_calibration_error, reliability_bins
-from ..store import is_complete
+from .report import save_image
 
 
 # The tiny Qwen2.5-VL that is shipped with the package: see its card beside it.
@@ -25,11 +25,11 @@ TINY_BACKBONE = Path(__file__).parents[1] / "tiny_models" / "qwen2_5_vl"
 
 def load_pairs(folder: Path, num_pairs: int, *, split: str, seed: int) -> Dataset:
     """
-    Preference pairs of rendered scenes from a folder, made first if they are not there.
+    Load preference pairs of rendered scenes from a folder, after making them if the folder does not exist.
 
     Args:
         folder (`Path`):
-            Where they are kept.
+            Folder of the pairs.
         num_pairs (`int`):
             Number of pairs.
         split (`str`):
@@ -40,10 +40,11 @@ def load_pairs(folder: Path, num_pairs: int, *, split: str, seed: int) -> Datase
     Returns:
         `Dataset`: as [`~scenes.make_preference_dataset`] makes it.
     """
-    if not folder.exists():
+    if not (folder / "dataset_info.json").exists():
         dataset = make_preference_dataset(num_pairs, split=split, seed=seed, num_proc=2)
         partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in (partial, folder):
+            shutil.rmtree(left, ignore_errors=True)
         dataset.save_to_disk(partial)
         partial.rename(folder)
     return Dataset.load_from_disk(folder)
@@ -53,7 +54,7 @@ def train_reward_model(
     dataset: Dataset, output_dir: Path, *, max_steps: int, seed: int, objective: str | None = None
 ) -> SpatialScore:
     """
-    Train a reward model from the tiny backbone, or go on with an interrupted training.
+    Train a reward model from the tiny backbone, or continue an interrupted training.
 
     Args:
         dataset (`Dataset`):
@@ -70,37 +71,36 @@ def train_reward_model(
     Returns:
         [`SpatialScore`]: the trained model.
     """
-    if not is_complete(output_dir):
-        training_args = GaussianRewardConfig(
-            output_dir=str(output_dir),
-            max_steps=max_steps,
-            seed=seed,
-            # a tiny model learns with rates that would ruin a large one
-            learning_rate=2e-3,
-            lr_scheduler_type="cosine",
-            per_device_train_batch_size=32,
-            gradient_accumulation_steps=1,
-            gradient_checkpointing=False,
-            logging_steps=10,
-            save_steps=100,
-            save_total_limit=1,
-            report_to="none",
-            **({} if objective is None else {"objective": objective}),
-        )
-        trainer = GaussianRewardTrainer(
-            model=str(TINY_BACKBONE),
-            args=training_args,
-            train_dataset=dataset,
-            peft_config=spatial_score_lora_config(rank=16, alpha=32),
-        )
-        trainer.train(resume_from_checkpoint=True)
-        trainer.save_model()
+    training_args = GaussianRewardConfig(
+        output_dir=str(output_dir),
+        max_steps=max_steps,
+        seed=seed,
+        # a tiny model learns with rates that would ruin a large one
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        per_device_train_batch_size=32,
+        gradient_accumulation_steps=1,
+        gradient_checkpointing=False,
+        logging_steps=10,
+        save_steps=100,
+        save_total_limit=1,
+        report_to="none",
+        **({} if objective is None else {"objective": objective}),
+    )
+    trainer = GaussianRewardTrainer(
+        model=str(TINY_BACKBONE),
+        args=training_args,
+        train_dataset=dataset,
+        peft_config=spatial_score_lora_config(rank=16, alpha=32),
+    )
+    trainer.train(resume_from_checkpoint=True)
+    trainer.save_model()
     return SpatialScore.from_pretrained(output_dir)
 
 
 def measure(scorer: SpatialScore, dataset: Dataset) -> tuple[dict[str, Any], PairScores]:
     """
-    Measure a reward model on held-out pairs.
+    Evaluate a reward model on held-out pairs.
 
     Args:
         scorer ([`SpatialScore`]):
@@ -109,8 +109,7 @@ def measure(scorer: SpatialScore, dataset: Dataset) -> tuple[dict[str, Any], Pai
             Pairs from [`~scenes.make_preference_dataset`].
 
     Returns:
-        `tuple[dict, PairScores]`: accuracies with intervals, calibration and the flip test, as JSON holds them; and the
-        scores.
+        `tuple[dict, PairScores]`: accuracies with intervals, calibration and the flip test, as JSON; and the scores.
     """
 
     def score(prompts, images):
@@ -147,40 +146,36 @@ def preference(scores: PairScores) -> np.ndarray:
 
 def save_examples(dataset: Dataset, scores: PairScores, output_dir: Path, num_pairs: int = 8) -> list[dict[str, Any]]:
     """
-    Save pictures of the pairs with the largest and the smallest margins: half of them are those that the model finds
-    easiest, the other half those it finds hardest, the ones that it gets wrong included.
+    Save pictures of the pairs with the largest margins and of those with the smallest, which include the model's errors.
+    Each makes up half of the pairs.
 
     Args:
         dataset (`Dataset`):
             The pairs.
         scores ([`~evaluation.pairs.PairScores`]):
-            Their scores.
+            Scores of the pairs.
         output_dir (`Path`):
-            The pictures go into its folder `pair_images`, and a sheet of each half beside it.
+            The pictures are saved in its folder `images`, and a sheet of each half beside it.
         num_pairs (`int`, *optional*, defaults to `8`):
             Number of pairs.
 
     Returns:
         `list[dict]`: prompt, files of the images, relative to `output_dir`, scores and change of each pair.
     """
-    folder = output_dir / "pair_images"
-    folder.mkdir(exist_ok=True)
     order, half = np.argsort(-scores.margin, kind="stable"), -(-num_pairs // 2)
     examples = []
     for name, indices in (("best", order[:half]), ("worst", order[::-1][:half])):
         pairs = [scored_pair(dataset[index], scores, index) for index in indices.tolist()]
         draw_pairs(pairs, title=f"Held-out pairs, {name} margins").save(output_dir / f"{name}_pairs.png")
-        for number, pair in enumerate(pairs):
-            files = {role: f"pair_images/{name}_{number}_{role}.png" for role in ("chosen", "rejected")}
-            for role, file in files.items():
-                getattr(pair, role).save(output_dir / file)
+        for pair in pairs:
+            files = {role: save_image(getattr(pair, role), output_dir) for role in ("chosen", "rejected")}
             scored = {"chosen_score": pair.chosen_score, "rejected_score": pair.rejected_score}
             examples.append({"prompt": pair.prompt, **files, **scored, "change": pair.caption})
     return examples
 
 
 def scored_pair(row: dict[str, Any], scores: PairScores, index: int) -> ScoredPair:
-    """A pair as it is drawn: with its scores, and what was changed."""
+    """Returns a pair for drawing, with its scores and its changes."""
     return ScoredPair(
         prompt=row["prompt"],
         chosen=row["chosen"],

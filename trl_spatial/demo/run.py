@@ -1,6 +1,5 @@
-"""The demo from its first pair to its report."""
+"""The stages of the demo, from the preference pairs to the report."""
 
-import json
 import os
 import platform
 import shutil
@@ -15,13 +14,12 @@ import torch
 from datasets import Dataset
 
 from .. import SpatialScore
-from ..diffusion_grpo.runtime.reward_functions import RewardFunction
+from ..diffusion_grpo.reward_functions import RewardFunction
 from ..judges.scenes import check_images
-from ..scenes import SceneCheck
-from ..store import Stages
+from ..store import Stages, write_record
 from . import generator, reward_model
 from .cards import update_generator_card, update_reward_card
-from .report import write_report
+from .report import save_image, write_report
 from .settings import DemoSettings
 
 
@@ -39,32 +37,33 @@ _SHOWN_VERSIONS = ("torch", "transformers", "trl", "diffusers", "peft", "dataset
 
 def run_demo(settings: DemoSettings) -> dict[str, Any]:
     """
-    Run the demo, or go on with an interrupted run: preference pairs → SpatialScore → base images → reinforcement
+    Run the demo, or continue an interrupted run: preference pairs → SpatialScore → base images → reinforcement
     learning with SpatialScore as the only reward → evaluation by the rules of the scenes → report.
 
     Args:
         settings ([`DemoSettings`]):
-            How large it is and where it is kept.
+            Sizes and output folder.
 
     Returns:
-        `dict`: everything that was measured; also in `results.json` in the output folder, beside `report.html`.
+        `dict`: all results, which are also in `results.json` in the output folder, beside `report.html`.
 
     Raises:
-        `ValueError`: If the output folder holds a run with other settings.
+        `ValueError`: If the output folder holds a run with other settings, or something else, or is in use.
     """
     output_dir = Path(settings.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    _check_same_run(settings, output_dir)
-    stages = Stages(output_dir / "stages", TITLES)
-    results: dict[str, Any] = {"arguments": asdict(settings) | {"output_dir": None}, "environment": describe_machine()}
+    arguments = asdict(settings) | {"output_dir": None}
+    stages = Stages(output_dir, TITLES, arguments)
+    results: dict[str, Any] = {"arguments": arguments, "environment": describe_machine()}
 
-    stages.run("pairs", partial(_make_pairs, settings, output_dir))
-    stages.run("reward", partial(_train_reward_model, settings, output_dir))
-    results["reward_model"] = stages.run("measure", partial(_measure_reward_model, settings, output_dir))
-    draw = partial(_draw_and_judge, settings, output_dir)
-    before = stages.run("before", partial(draw, "base_images", None))
-    results["training"] = stages.run("grpo", partial(_train_generator, settings, output_dir))
-    after = stages.run("after", partial(draw, "tuned_images", output_dir / "grpo"))
+    run = partial(_run_stage, stages, settings, output_dir)
+    run("pairs", _make_pairs, "pairs/train/dataset_info.json", "pairs/test/dataset_info.json")
+    run("reward", _train_reward_model, "reward/config.json", "reward/adapter_model.safetensors")
+    results["reward_model"] = run("measure", _measure_reward_model, "images")
+    draw_base = partial(_draw_and_judge, name="base_images", adapter=None)
+    before = run("before", draw_base, "base_images/dataset_info.json")
+    results["training"] = run("grpo", _train_generator, "grpo/pytorch_lora_weights.safetensors")
+    draw_tuned = partial(_draw_and_judge, name="tuned_images", adapter=output_dir / "grpo")
+    after = run("after", draw_tuned, "tuned_images/dataset_info.json")
     num_images = settings.num_prompts * generator.IMAGES_PER_PROMPT
     update_generator_card(output_dir / "grpo", before, after, num_images)
     results["generator"] = {
@@ -77,26 +76,19 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     results["examples"] = _save_examples(output_dir)
     results["stages"] = stages.times()
     results["seconds"] = round(sum(stage["seconds"] for stage in results["stages"]), 1)
-    (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_record(output_dir / "results.json", results)
     write_report(results, output_dir)
     return results
 
 
-def _check_same_run(settings: DemoSettings, output_dir: Path) -> None:
-    """An interrupted run goes on with its own settings; other settings belong into another folder."""
-    file = output_dir / "arguments.json"
-    arguments = asdict(settings) | {"output_dir": None}
-    if file.exists() and (found := json.loads(file.read_text())) != arguments:
-        changed = {key: (found.get(key), value) for key, value in arguments.items() if found.get(key) != value}
-        raise ValueError(
-            f"{output_dir} holds a run with other arguments (there, here): {changed}. Choose another --output_dir or "
-            "remove that folder."
-        )
-    file.write_text(json.dumps(arguments, indent=1) + "\n")
+def _run_stage(
+    stages: Stages, settings: DemoSettings, output_dir: Path, name: str, function: Callable[..., Any], *outputs: str
+) -> Any:
+    return stages.run(name, partial(function, settings, output_dir), outputs=[output_dir / file for file in outputs])
 
 
 def describe_machine() -> dict[str, Any]:
-    """What a run ran on: kind of processor, threads, versions."""
+    """Device, threads and versions of this machine."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
     return {
         "device": device,
@@ -114,8 +106,8 @@ def _load_pairs(settings: DemoSettings, output_dir: Path, split: str) -> Dataset
 
 def _make_pairs(settings: DemoSettings, output_dir: Path) -> dict[str, int]:
     numbers = {split: len(_load_pairs(settings, output_dir, split)) for split in ("train", "test")}
-    # so that the two folders are one dataset for `datasets`, and for `trl_spatial push`
-    (output_dir / "pairs" / "dataset_dict.json").write_text(json.dumps({"splits": list(numbers)}), encoding="utf-8")
+    # makes the two folders one dataset for `datasets` and for `trl_spatial push`
+    write_record(output_dir / "pairs" / "dataset_dict.json", {"splits": list(numbers)})
     return numbers
 
 
@@ -142,41 +134,32 @@ def _draw_and_judge(settings: DemoSettings, output_dir: Path, name: str, adapter
         make_reward(output_dir / "reward"),
         seed=settings.seed,
     )
-    _replace_folder(output_dir / name, drawn.save_to_disk)
+    shutil.rmtree(output_dir / name, ignore_errors=True)
+    drawn.save_to_disk(output_dir / name)
     return generator.judge(drawn)
 
 
 def make_reward(folder: Path) -> RewardFunction:
-    """The trained reward model of a folder as a reward function that scores the images of a rollout in one batch."""
+    """Returns the reward model in a folder as a reward function that scores the images of a rollout in one batch."""
     scorer = SpatialScore.from_pretrained(folder)
 
     def spatial_score(prompts: list[str], images: list[Any], **columns: Any) -> list[float]:
         return scorer.score(prompts, images, batch_size=192, show_progress=False).mean.tolist()
 
-    spatial_score.__name__ = "SpatialScore"  # under which it is logged
+    spatial_score.__name__ = "SpatialScore"  # its name in the logs
     return spatial_score
-
-
-def _replace_folder(folder: Path, save: Callable[[Path], Any]) -> None:
-    partial_folder = folder.with_suffix(".partial")
-    for path in (partial_folder, folder):
-        shutil.rmtree(path, ignore_errors=True)
-    save(partial_folder)
-    partial_folder.rename(folder)
 
 
 def _train_generator(settings: DemoSettings, output_dir: Path) -> dict[str, Any]:
     args = generator.grpo_config(output_dir / "grpo", max_steps=settings.grpo_steps, seed=settings.seed)
-    # no more images on the way than at the end
+    # at most as many images as in the final evaluation
     num_prompts = min(generator.NUM_MONITORED_PROMPTS, settings.num_prompts * generator.IMAGES_PER_PROMPT)
     reward = make_reward(output_dir / "reward")
     return generator.train_generator(generator.make_trainer(args, reward, num_monitored_prompts=num_prompts))
 
 
 def _save_examples(output_dir: Path) -> list[dict[str, Any]]:
-    """Pictures and verdicts of the first prompts, before and after."""
-    folder = output_dir / "example_images"
-    folder.mkdir(exist_ok=True)
+    """Saves the pictures of the first prompts, before and after training, with their verdicts."""
     size = generator.IMAGES_PER_PROMPT
     drawn = {
         when: Dataset.load_from_disk(output_dir / name)
@@ -184,24 +167,21 @@ def _save_examples(output_dir: Path) -> list[dict[str, Any]]:
     }
     examples = []
     for number in range(min(NUM_SHOWN_PROMPTS, len(drawn["before"]) // size)):
-        rows = range(number * size, (number + 1) * size)
-        example: dict[str, Any] = {"prompt": drawn["before"][rows[0]]["prompt"]}
-        for when, dataset in drawn.items():
-            part = dataset.select(rows)
-            example[when] = [
-                _save_example(image, score, check, output_dir, f"example_images/{when}_{row:03d}.png")
-                for image, score, check, row in zip(
-                    part["image"],
-                    part["score"],
-                    check_images(list(part["image"]), generator.read_graphs(part["scene"])),
-                    rows,
-                    strict=True,
-                )
-            ]
-        examples.append(example)
+        parts = {when: dataset.select(range(number * size, (number + 1) * size)) for when, dataset in drawn.items()}
+        verdicts = {when: _describe_images(part, output_dir) for when, part in parts.items()}
+        examples.append({"prompt": parts["before"][0]["prompt"], **verdicts})
     return examples
 
 
-def _save_example(image: Any, score: float, check: SceneCheck, output_dir: Path, file: str) -> dict[str, Any]:
-    image.save(output_dir / file)
-    return {"image": file, "is_correct": check.is_correct, "score": score, "reasons": check.reasons}
+def _describe_images(drawn: Dataset, output_dir: Path) -> list[dict[str, Any]]:
+    images = list(drawn["image"])
+    checks = check_images(images, generator.read_graphs(drawn["scene"]))
+    return [
+        {
+            "image": save_image(image, output_dir),
+            "is_correct": check.is_correct,
+            "score": score,
+            "reasons": check.reasons,
+        }
+        for image, score, check in zip(images, drawn["score"], checks, strict=True)
+    ]

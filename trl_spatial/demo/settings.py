@@ -1,9 +1,9 @@
-"""How large the demo is."""
+"""Settings of the demo."""
 
 from dataclasses import dataclass, field
 
 
-# What an option that is not given means: the whole demo, and a glance at it
+# Defaults of the full demo and of `--quick`
 _FULL = {
     "num_train_pairs": 8000,
     "num_test_pairs": 3000,
@@ -27,9 +27,9 @@ class DemoSettings:
 
     Args:
         output_dir (`str`, *optional*, defaults to `"runs/demo"`):
-            Folder of the models, the numbers and the report. An interrupted run in it goes on.
+            Folder of the models, the results and the report. An interrupted run in it is continued.
         quick (`bool`, *optional*, defaults to `False`):
-            Whether to take smaller numbers where none is given: a glance, whose results say less.
+            Whether to use smaller defaults: faster, with less reliable results.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the pairs, the prompts, and both trainings.
         num_train_pairs (`int`, *optional*, defaults to `8000`, quick `1600`):
@@ -45,10 +45,11 @@ class DemoSettings:
     """
 
     output_dir: str = field(
-        default="runs/demo", metadata={"help": "Folder of the models, the numbers and the report."}
+        default="runs/demo",
+        metadata={"help": "Folder of the models, the results and the report. An interrupted run in it is continued."},
     )
     quick: bool = field(
-        default=False, metadata={"help": "A glance in three minutes: smaller numbers where none is given."}
+        default=False, metadata={"help": "Use smaller defaults: three minutes, with less reliable results."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the pairs, the prompts, and both trainings."})
     num_train_pairs: int = field(  # type: ignore[assignment]

@@ -11,51 +11,74 @@ def combine_rewards(
     multi_objective_aggregation: str = "sum_then_normalize",
 ) -> torch.Tensor:
     """
-    Rewards of several reward functions as one per image, by which images are selected and advantages computed.
+    Weighted sum of the rewards of several reward functions: one per image, by which images are selected and advantages
+    computed.
+
+    A reward may be missing (NaN). It is never counted as 0, which would rank an image by the scale of what it lacks:
+
+    - An image that lacks a reward which others of its group have cannot be compared with them: it has no sum, and is not
+      learnt from.
+    - A function that gave no reward to a whole group cannot rank it. It counts there as its mean over the other groups,
+      so that the sums of all groups have one scale.
+
+    Adding a constant to all rewards of one function therefore changes no advantage.
 
     Args:
         rewards (`torch.Tensor` of shape `(num_prompts * num_generations, num_funcs)`):
-            Rewards, group-contiguous: the images of a prompt follow each other. NaN stands for no opinion and is left
-            out of the sum.
+            Rewards, group-contiguous: the images of a prompt follow each other. NaN where there is none.
         num_generations (`int`):
             Number of images per prompt.
         weights (sequence of `num_funcs` `float` or `torch.Tensor`, *optional*):
-            Weight of each reward function. 1 if not given.
+            Weight of each reward function; one of weight 0 may be missing. 1 if not given.
         multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
             TRL's word for when rewards are brought to one scale.
 
             - `"sum_then_normalize"`: Weighted sum of the rewards.
-            - `"normalize_then_sum"`: Weighted sum of the advantages of each reward function over the whole group, so
-              that each function counts by its weight whatever its scale
+            - `"normalize_then_sum"`: Weighted sum of the advantages of each reward function over the images of the group
+              that have a sum, so that each function counts by its weight whatever its scale
               ([GDPO](https://huggingface.co/papers/2601.05242)). A function that gives nearly equal rewards to a group
               adds 0.
 
     Returns:
         `torch.Tensor` of shape `(num_prompts * num_generations,)`:
-            Reward per image, in float32. NaN where no function has an opinion.
+            Reward per image, in float32. NaN for images that are not learnt from.
 
     Raises:
         `ValueError`: If the number of rewards is no multiple of `num_generations`, there is not one weight per
-            function, or `multi_objective_aggregation` is not one of the above.
+            function, `multi_objective_aggregation` is not one of the above, or a sum is beyond float32.
     """
     rewards = rewards.float()
-    weights = torch.ones(rewards.shape[1]) if weights is None else torch.as_tensor(weights)
-    if weights.shape != rewards.shape[1:]:
+    num_funcs = rewards.shape[1]
+    weights = torch.ones(num_funcs) if weights is None else torch.as_tensor(weights)
+    if weights.shape != (num_funcs,):
         raise ValueError(
-            f"There are {weights.numel()} reward weights for {rewards.shape[1]} reward functions: pass one each."
+            f"There are {weights.numel()} reward weights for {num_funcs} reward functions: pass one each."
         )
-    is_opinion = ~rewards.isnan()  # (num_prompts * num_generations, num_funcs)
+    weights = weights.to(rewards)
+    _by_group(rewards[:, 0], num_generations)  # whole groups
+    is_missing = (rewards.isnan() | (weights == 0)).unflatten(0, (-1, num_generations))
+    is_absent = is_missing.all(1, keepdim=True)  # (num_prompts, 1, num_funcs)
+    is_unknown = ((is_missing & ~is_absent & (weights != 0)).any(2) | is_absent.all(2)).flatten()  # of each image
+    rewards = rewards.masked_fill(is_unknown[:, None], math.nan)
     if multi_objective_aggregation == "normalize_then_sum":
         rewards = torch.stack(
             [group_advantages(of_one, num_generations, clip=math.inf) for of_one in rewards.unbind(1)], dim=1
         )
-    elif multi_objective_aggregation != "sum_then_normalize":
+    elif multi_objective_aggregation == "sum_then_normalize":
+        rewards = torch.where(rewards.isnan(), rewards.nanmean(0), rewards)
+    else:
         raise ValueError(
             f"Unknown multi_objective_aggregation {multi_objective_aggregation!r}: use 'sum_then_normalize' or "
             "'normalize_then_sum'."
         )
-    combined = (rewards.nan_to_num(0) * weights.to(rewards)).sum(1)
-    return combined.masked_fill(~is_opinion.any(1), math.nan)
+    # Also a function that is missing everywhere adds nothing.
+    combined = (rewards.nan_to_num(0) * weights).sum(1)
+    if not combined.isfinite().all():
+        raise ValueError(
+            f"The weighted sum of rewards up to {rewards.nan_to_num(0).abs().max().item():g} with the weights "
+            f"{weights.tolist()} is beyond float32. Use smaller `reward_weights`, or scale the rewards."
+        )
+    return combined.masked_fill(is_unknown, math.nan)
 
 
 def select_top_k(rewards: torch.Tensor, num_generations: int, top_k: int | None) -> torch.Tensor:
@@ -102,9 +125,9 @@ def select_top_k(rewards: torch.Tensor, num_generations: int, top_k: int | None)
         )
     ranking = grouped.argsort(dim=1, stable=True)  # NaN last
     rank = torch.arange(num_generations, device=rewards.device)
-    num_opinions = (~grouped.isnan()).sum(1, keepdim=True)
-    # lower half of the opinions, those without one, upper half
-    third = torch.where(rank >= num_opinions, 1, torch.where(rank < num_opinions // 2, 0, 2))
+    num_known = (~grouped.isnan()).sum(1, keepdim=True)
+    # lower half of those with a reward, those without, upper half
+    third = torch.where(rank >= num_known, 1, torch.where(rank < num_known // 2, 0, 2))
     ranking = ranking.gather(1, third.argsort(dim=1, stable=True))
     kept = torch.cat([ranking[:, :top_k], ranking[:, -top_k:]], dim=1).sort(dim=1).values
     first = num_generations * torch.arange(len(grouped), device=rewards.device)
@@ -130,7 +153,7 @@ def group_advantages(
 
     Args:
         rewards (`torch.Tensor` of shape `(num_prompts * num_generations,)`):
-            Rewards, group-contiguous: the images of a prompt follow each other. NaN stands for no opinion: it does not
+            Rewards, group-contiguous: the images of a prompt follow each other. NaN means unknown: it does not
             enter mean and standard deviation, and its advantage is 0.
         num_generations (`int`):
             Number of images per prompt.

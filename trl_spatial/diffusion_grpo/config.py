@@ -1,11 +1,13 @@
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
-from diffusers.models.attention_dispatch import AttentionBackendName
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..training.run_folder import check_arguments
+from .sde import DYNAMICS, sde_window
 
 
 # Fields with a fixed set of values
@@ -13,10 +15,33 @@ _CHOICES = {
     "scale_rewards": ("group", "batch", "none"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "advantage_scope": ("kept", "group"),
-    "dynamics": ("flow_sde", "dance_sde", "cps"),
+    "dynamics": DYNAMICS,
     "kl_estimator": ("exact", "velocity"),
-    "old_log_probs": ("training", "rollout"),
 }
+# Smallest and largest value of a field; what an error advises, if not "at least" the smallest
+_BELOW_1 = math.nextafter(1, 0)
+_RANGES: dict[str, tuple[float, float, str | None]] = {
+    **dict.fromkeys(("num_generations", "num_inference_steps"), (2, math.inf, None)),  # the last step is not trained
+    **dict.fromkeys(("num_iterations", "steps_per_generation", "rollout_batch_size"), (1, math.inf, None)),
+    **dict.fromkeys(("height", "width", "eval_height", "eval_width"), (1, math.inf, None)),
+    **dict.fromkeys(("eval_num_inference_steps", "max_sequence_length", "ema_steps"), (1, math.inf, None)),
+    **dict.fromkeys(
+        ("epsilon", "epsilon_high", "kl_mask"), (1e-12, 1e6, "a positive number; common values are 1e-5 and 1e-4")
+    ),
+    "ema_decay": (0, _BELOW_1, "0 (no average) or a number between 0 and 1"),
+    "guidance_scale": (0, 1e3, "a number from 0 to 1000"),
+    "beta": (0, 1e6, "a number from 0 (no reference policy) to 1e6"),
+    # of the optimizer: beyond these, weights become infinite or move the wrong way
+    "learning_rate": (0, 1, "a number from 0 to 1; 3e-4 for LoRA and 1e-5 for all weights are common"),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, _BELOW_1, "a number from 0 up to, not including, 1")),
+    "adam_epsilon": (1e-30, 1, "a positive number up to 1, such as 1e-8"),
+    "weight_decay": (0, 1, "a number from 0 to 1"),
+    "max_grad_norm": (0, 1e6, "a number from 0 (no clipping) to 1e6"),
+}
+
+
+def _option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
+    return field(default=default, metadata={"help": text} | ({} if choices is None else {"choices": list(choices)}))
 
 
 @dataclass
@@ -44,17 +69,15 @@ class DiffusionGRPOConfig(TrainingArguments):
             multiple of `gradient_accumulation_steps`. If `None`, it defaults to `gradient_accumulation_steps`: one
             update per rollout.
         rollout_batch_size (`int`, *optional*):
-            Number of images that a device samples at once. If `None`, it defaults to `per_device_train_batch_size`.
+            Number of images that a device samples at once. If `None`, `per_device_train_batch_size`.
         num_inference_steps (`int`, *optional*, defaults to `6`):
             Number of denoising steps in training.
         guidance_scale (`float`, *optional*, defaults to `3.5`):
             Guidance, the same in rollout, training and evaluation, of the kind that the model family has. FLUX.1-dev
             takes it as an input. For Stable Diffusion 3 and Qwen-Image, whose pipeline calls it `true_cfg_scale`, it is
-            the scale of classifier-free guidance: above 1 every velocity takes two evaluations of the transformer, and
-            `1.0` means no guidance. So it is for Z-Image, but as its pipeline counts: `0.0` means no guidance.
-        negative_prompt (`str`, *optional*):
-            What classifier-free guidance leads away from. If `None`, the empty prompt. A family whose guidance is an
-            input refuses it.
+            the scale of classifier-free guidance: above 1 every velocity takes two passes through the transformer, and
+            `1.0` means no guidance. So it is for Z-Image, but as its pipeline counts: `0.0` means no guidance. It leads away
+            from the family's `default_negative_prompt`: a blank for Qwen-Image, else the empty prompt.
         height (`int`, *optional*, defaults to `512`):
             Height of the images in training, in pixels.
         width (`int`, *optional*, defaults to `512`):
@@ -85,33 +108,27 @@ class DiffusionGRPOConfig(TrainingArguments):
             or the whole `"group"`, as in DanceGRPO.
         reward_weights (`list[float]`, *optional*):
             Weights for each reward function. Must match the number of reward functions. If `None`, all rewards are
-            weighted equally with weight `1.0`.
+            weighted equally with weight `1.0`. Images that lack a reward which others of their group have are not learnt
+            from, see [`~advantages.combine_rewards`].
         scale_rewards (`str`, *optional*, defaults to `"group"`):
-            By what the centred rewards are divided: the std of their `"group"`, of the whole `"batch"`, or `"none"`.
+            By what the centred rewards are divided: the std of their `"group"`, of the `"batch"`, or nothing, `"none"`.
         multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
             What to do with several rewards: `"sum_then_normalize"` makes one reward of them first;
             `"normalize_then_sum"` makes advantages of each, so that a hard reward is not stalled by an easy one.
         overlap_rewards (`bool`, *optional*, defaults to `False`):
             Whether the images of a batch are rewarded, in a thread, while the next batch of the rollout is drawn. It
-            helps if rewards wait for something else than what draws: a server, another device, the CPU. Rewards are
-            the same as long as an image's reward does not depend on the images beside it: a function is called once
-            per `rollout_batch_size` images then, and otherwise once per rollout. `time/reward` is the time that the
-            rollout waits for its rewards.
+            helps if rewards are computed elsewhere: by a server, on another device or on the CPU. A function is then
+            called once per `rollout_batch_size` images instead of once per rollout, so an image's reward must not depend
+            on the images beside it. `time/reward` is the time that the rollout waits for its rewards.
 
         > Parameters that control the loss
 
         num_iterations (`int`, *optional*, defaults to `1`):
             Number of times that every kept image is trained on (denoted as μ in the algorithm).
-        old_log_probs (`str`, *optional*, defaults to `"training"`):
-            Where the log-probs of the old policy come from if there are several updates per rollout: `"training"`
-            evaluates them in the batches of training, so that the first ratio of every image is exactly 1;
-            `"rollout"` takes those of the sampler, which costs nothing, but other batch sizes round differently. The
-            deviation is then logged as `ratio/first_deviation`. With one update per rollout it makes no difference.
         epsilon (`float`, *optional*, defaults to `1e-4`):
-            Epsilon value for clipping. Log-probs are means over the latent elements, so it is far smaller than for
-            language models.
+            Epsilon value for clipping; far smaller than for language models, as log-probs are means over latent elements.
         epsilon_high (`float`, *optional*):
-            Upper-bound epsilon value for clipping. If not specified, it defaults to the same value as `epsilon`.
+            Upper-bound epsilon value for clipping. If `None`, it defaults to `epsilon`.
         ratio_norm (`bool`, *optional*, defaults to `False`):
             Whether the negative bias of the log ratio is added back, and the denoising steps get equal weight
             ([GRPO-Guard](https://huggingface.co/papers/2510.22319)). Without it the upper clip almost never fires
@@ -121,8 +138,7 @@ class DiffusionGRPOConfig(TrainingArguments):
             old one, and would move further still ([Flow-DPPO](https://huggingface.co/papers/2606.11025); 1e-5 there).
             If `None`, ratios are clipped.
         beta (`float`, *optional*, defaults to `0.01`):
-            KL coefficient. The reference policy is the transformer with its adapters disabled. If `0.0`, it is not
-            evaluated.
+            KL coefficient. The reference policy is the transformer without its adapters. If `0.0`, it is not scored.
         kl_estimator (`str`, *optional*, defaults to `"exact"`):
             `"exact"`: KL divergence of the Gaussians of a step; `"velocity"`: mean squared difference of the
             velocities, which does not depend on the sampler.
@@ -135,7 +151,7 @@ class DiffusionGRPOConfig(TrainingArguments):
         ema_steps (`int`, *optional*, defaults to `8`):
             Number of updates between two updates of the average.
 
-        > Parameters that control the evaluation and logging
+        > Parameters that control the evaluation
 
         eval_num_inference_steps (`int`, *optional*, defaults to `28`):
             Number of denoising steps in evaluation, which samples without noise.
@@ -143,23 +159,6 @@ class DiffusionGRPOConfig(TrainingArguments):
             Height of the images in evaluation. If `None`, it defaults to `height`; the paper evaluates at 1024.
         eval_width (`int`, *optional*):
             Width of the images in evaluation. If `None`, it defaults to `width`.
-        num_logged_images (`int`, *optional*, defaults to `8`):
-            Number of images in the grids that are saved in `output_dir/images` and sent to the trackers: of every tenth
-            rollout and of every evaluation. `0` means no grids.
-
-        > Parameters that control memory and speed
-
-        offload_vae (`bool`, *optional*, defaults to `False`):
-            Whether the VAE is on the accelerator only while it decodes. The text encoders always are there only while they
-            encode prompts that were not seen before.
-        vae_slicing (`bool`, *optional*, defaults to `False`):
-            Whether the VAE decodes one image at a time.
-        vae_tiling (`bool`, *optional*, defaults to `False`):
-            Whether the VAE decodes an image in tiles that overlap. Where they meet, pixels differ a little.
-        attention_backend (`str`, *optional*):
-            Attention kernel of the transformer, one of diffusers' `AttentionBackendName` such as `"_native_cudnn"` or
-            `"flash"`, for rollout, training and evaluation alike. If `None`, PyTorch chooses. Kernels without a backward
-            pass, as those of SageAttention, cannot train.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -174,269 +173,138 @@ class DiffusionGRPOConfig(TrainingArguments):
     > - `metric_for_best_model`: Defaults to `"reward"`. The best checkpoint is saved and kept even if `save_steps` and
     >   `save_total_limit` would not.
     > - `gradient_checkpointing`: Defaults to `True` instead of `False`. It costs a forward pass for every trained step
-    >   (3 evaluations instead of 2), but FLUX.1 does not fit in 80 GB with several images otherwise.
+    >   (3 passes instead of 2), but FLUX.1 does not fit in 80 GB with several images otherwise.
     > - `bf16`: Defaults to `True` if the GPU supports it, else to `False`, so that training also starts on a CPU.
     > - `ddp_find_unused_parameters`: Defaults to `False`.
     >
-    > `torch_compile` compiles the transformer's repeated blocks, each kind once, and not the whole model;
-    > `torch_compile_backend` and `torch_compile_mode` apply to them. Rollout and training run the same compiled blocks, but
-    > with and without gradient those round differently: keep `old_log_probs="training"`.
+    > `torch_compile`, with its backend and mode, compiles the transformer's repeated blocks, each kind once.
+    >
+    > How the pipeline's models run is set on the pipeline that the trainer gets: `pipeline.vae.enable_slicing()`,
+    > `pipeline.vae.enable_tiling()`, `pipeline.transformer.set_attention_backend(...)`; `trl_spatial grpo` has options for
+    > these. Grids of images are saved in `output_dir/images`, of every tenth rollout and of every evaluation, unless
+    > `logging_strategy` is `"no"`.
     """
 
     # Parameters whose default values are overridden from TrainingArguments
-    learning_rate: float = field(
-        default=3e-4,
-        metadata={"help": "The initial learning rate for AdamW."},
+    learning_rate: float = _option(3e-4, "The initial learning rate for AdamW.")
+    lr_scheduler_type: str = _option("constant", "The scheduler type to use.")
+    weight_decay: float = _option(1e-4, "Weight decay for AdamW.")
+    per_device_train_batch_size: int = _option(4, "Number of kept images per device and forward pass in training.")
+    gradient_accumulation_steps: int = _option(24, "Number of forward passes per trained denoising step and update.")
+    logging_steps: float = _option(1, "Log every X updates steps. If smaller than 1, the share of all steps.")
+    logging_nan_inf_filter: bool = _option(False, "Whether to leave losses that are not a number out of the logs.")
+    remove_unused_columns: bool = _option(
+        False,
+        "Whether to keep only the column 'prompt'. Reward functions get the columns.",
     )
-    lr_scheduler_type: str = field(
-        default="constant",
-        metadata={"help": "The scheduler type to use."},
+    metric_for_best_model: str | None = _option(
+        "reward",
+        "The metric of evaluation by which the best checkpoint is chosen.",
     )
-    weight_decay: float = field(
-        default=1e-4,
-        metadata={"help": "Weight decay for AdamW."},
+    gradient_checkpointing: bool | None = _option(
+        True,
+        "Whether to recompute activations in the backward pass instead of storing them.",
     )
-    per_device_train_batch_size: int = field(
-        default=4,
-        metadata={"help": "Number of kept images per device and forward pass in training."},
-    )
-    gradient_accumulation_steps: int = field(
-        default=24,
-        metadata={"help": "Number of forward passes per trained denoising step and update."},
-    )
-    logging_steps: float = field(
-        default=1,
-        metadata={"help": "Log every X updates steps. If smaller than 1, the share of all steps."},
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={"help": "Whether to leave losses that are not a number out of the logs."},
-    )
-    remove_unused_columns: bool = field(
-        default=False,
-        metadata={"help": "Whether to keep only the column 'prompt'. Reward functions get the columns."},
-    )
-    metric_for_best_model: str | None = field(
-        default="reward",
-        metadata={"help": "The metric of evaluation by which the best checkpoint is chosen."},
-    )
-    gradient_checkpointing: bool | None = field(
-        default=True,
-        metadata={"help": "Whether to recompute activations in the backward pass instead of storing them."},
-    )
-    bf16: bool | None = field(
-        default=None,
-        metadata={"help": "Whether to use bf16 mixed precision. If not set, when the GPU supports it."},
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False,
-        metadata={"help": "Whether DistributedDataParallel looks for parameters without gradient."},
+    bf16: bool | None = _option(None, "Whether to use bf16 mixed precision. If not set, when the GPU supports it.")
+    ddp_find_unused_parameters: bool | None = _option(
+        False,
+        "Whether DistributedDataParallel looks for parameters without gradient.",
     )
 
     # Parameters that control the rollout
-    num_generations: int = field(
-        default=24,
-        metadata={"help": "Number of images per prompt, the size of a group."},
+    num_generations: int = _option(24, "Number of images per prompt, the size of a group.")
+    steps_per_generation: int | None = _option(
+        None,
+        "Number of forward passes per trained denoising step over which the kept images of a rollout are spread. If "
+        "`None`, it defaults to `gradient_accumulation_steps`.",
     )
-    steps_per_generation: int = field(  # type: ignore[assignment]
-        default=None,
-        metadata={
-            "help": "Number of forward passes per trained denoising step over which the kept images of a rollout are "
-            "spread. If `None`, it defaults to `gradient_accumulation_steps`."
-        },
+    rollout_batch_size: int | None = _option(
+        None,
+        "Number of images that a device samples at once. If `None`, it defaults to `per_device_train_batch_size`.",
     )
-    rollout_batch_size: int = field(  # type: ignore[assignment]
-        default=None,
-        metadata={
-            "help": "Number of images that a device samples at once. If `None`, it defaults to "
-            "`per_device_train_batch_size`."
-        },
+    num_inference_steps: int = _option(6, "Number of denoising steps in training.")
+    guidance_scale: float = _option(
+        3.5,
+        "Guidance, the same in rollout, training and evaluation: an input of FLUX.1-dev, the scale of classifier-free "
+        "guidance of the other families (`1.0`, for Z-Image `0.0`, means none; above, twice the passes through the "
+        "transformer).",
     )
-    num_inference_steps: int = field(
-        default=6,
-        metadata={"help": "Number of denoising steps in training."},
+    height: int = _option(512, "Height of the images in training, in pixels.")
+    width: int = _option(512, "Width of the images in training, in pixels.")
+    max_sequence_length: int = _option(
+        512,
+        "The most tokens a prompt may have, and what some families pad to. A longer one is an error.",
     )
-    guidance_scale: float = field(
-        default=3.5,
-        metadata={
-            "help": "Guidance, the same in rollout, training and evaluation: an input of FLUX.1-dev, the scale of "
-            "classifier-free guidance of the other families (`1.0`, for Z-Image `0.0`, means none; above, twice the "
-            "evaluations)."
-        },
-    )
-    negative_prompt: str | None = field(
-        default=None,
-        metadata={"help": "What classifier-free guidance leads away from. If `None`, the empty prompt."},
-    )
-    height: int = field(
-        default=512,
-        metadata={"help": "Height of the images in training, in pixels."},
-    )
-    width: int = field(
-        default=512,
-        metadata={"help": "Width of the images in training, in pixels."},
-    )
-    max_sequence_length: int = field(
-        default=512,
-        metadata={
-            "help": "The most tokens a prompt may have, and what some families pad to. A longer one is an error."
-        },
-    )
-    dynamics: str = field(
-        default="flow_sde",
-        metadata={
-            "help": "How noise is added to a denoising step.",
-            "choices": list(_CHOICES["dynamics"]),
-        },
-    )
-    noise_level: float = field(
-        default=0.9,
-        metadata={"help": "How much noise a denoising step gets."},
-    )
-    sde_window_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of consecutive steps that are stochastic and trained. If `None`, all but the last step."
-        },
+    dynamics: str = _option("flow_sde", "How noise is added to a denoising step.", _CHOICES["dynamics"])
+    noise_level: float = _option(0.9, "How much noise a denoising step gets.")
+    sde_window_size: int | None = _option(
+        None,
+        "Number of consecutive steps that are stochastic and trained. If `None`, all but the last step.",
     )
     sde_window_range: list[int] | None = field(
         default=None,
         metadata={
-            "help": "The steps `first last_exclusive` within which the window lies. If `None`, the first half of the "
-            "steps."
+            "help": "The steps `first last_exclusive` within which the window lies. If `None`, the first half of the steps."
         },
     )
 
     # Parameters that control the rewards and advantages
-    top_k: int | None = field(
-        default=6,
-        metadata={
-            "help": "Only the `top_k` best and the `top_k` worst images of a group are trained on. If `None`, all are."
-        },
+    top_k: int | None = _option(
+        6,
+        "Only the `top_k` best and the `top_k` worst images of a group are trained on. If `None`, all are.",
     )
-    advantage_scope: str = field(
-        default="kept",
-        metadata={
-            "help": "Over which images of a group mean and std of the rewards are computed.",
-            "choices": list(_CHOICES["advantage_scope"]),
-        },
+    advantage_scope: str = _option(
+        "kept",
+        "Over which images of a group mean and std of the rewards are computed.",
+        _CHOICES["advantage_scope"],
     )
     reward_weights: list[float] | None = field(
         default=None,
         metadata={"help": "Weights for each reward function. If `None`, all rewards are weighted equally."},
     )
-    scale_rewards: str = field(
-        default="group",
-        metadata={
-            "help": "By what the centred rewards are divided: the std of their group, of the batch, or nothing.",
-            "choices": list(_CHOICES["scale_rewards"]),
-        },
+    scale_rewards: str = _option(
+        "group",
+        "By what the centred rewards are divided: the std of their group, of the batch, or nothing.",
+        _CHOICES["scale_rewards"],
     )
-    multi_objective_aggregation: str = field(
-        default="sum_then_normalize",
-        metadata={
-            "help": "Whether several rewards are summed before or after they are normalised.",
-            "choices": list(_CHOICES["multi_objective_aggregation"]),
-        },
+    multi_objective_aggregation: str = _option(
+        "sum_then_normalize",
+        "Whether several rewards are summed before or after they are normalised.",
+        _CHOICES["multi_objective_aggregation"],
     )
-    overlap_rewards: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether images are rewarded while the next batch of the rollout is drawn: for rewards of a server, "
-            "of another device or of the CPU."
-        },
+    overlap_rewards: bool = _option(
+        False,
+        "Whether images are rewarded while the next batch of the rollout is drawn: for rewards of a server, of another"
+        " device or of the CPU.",
     )
 
     # Parameters that control the loss
-    num_iterations: int = field(
-        default=1,
-        metadata={"help": "Number of times that every kept image is trained on (denoted as μ in the algorithm)."},
+    num_iterations: int = _option(1, "Number of times that every kept image is trained on (μ in the algorithm).")
+    epsilon: float = _option(1e-4, "Epsilon value for clipping.")
+    epsilon_high: float | None = _option(
+        None,
+        "Upper-bound epsilon value for clipping. If not specified, it defaults to `epsilon`.",
     )
-    old_log_probs: str = field(
-        default="training",
-        metadata={
-            "help": "Where the log-probs of the old policy come from if there are several updates per rollout.",
-            "choices": list(_CHOICES["old_log_probs"]),
-        },
+    ratio_norm: bool = _option(False, "Whether the negative bias of the log ratio is added back (GRPO-Guard).")
+    kl_mask: float | None = _option(
+        None,
+        "Instead of clipping, drop terms that moved further than this KL divergence and move further away (Flow-DPPO).",
     )
-    epsilon: float = field(
-        default=1e-4,
-        metadata={"help": "Epsilon value for clipping."},
-    )
-    epsilon_high: float | None = field(
-        default=None,
-        metadata={"help": "Upper-bound epsilon value for clipping. If not specified, it defaults to `epsilon`."},
-    )
-    ratio_norm: bool = field(
-        default=False,
-        metadata={"help": "Whether the negative bias of the log ratio is added back (GRPO-Guard)."},
-    )
-    kl_mask: float | None = field(
-        default=None,
-        metadata={
-            "help": "Instead of clipping, drop terms that moved further than this KL divergence and move further away "
-            "(Flow-DPPO)."
-        },
-    )
-    beta: float = field(
-        default=0.01,
-        metadata={"help": "KL coefficient. If `0.0`, the reference policy is not evaluated."},
-    )
-    kl_estimator: str = field(
-        default="exact",
-        metadata={
-            "help": "KL divergence of the Gaussians of a step, or mean squared difference of the velocities.",
-            "choices": list(_CHOICES["kl_estimator"]),
-        },
+    beta: float = _option(0.01, "KL coefficient. If `0.0`, the reference policy is not scored.")
+    kl_estimator: str = _option(
+        "exact",
+        "KL divergence of the Gaussians of a step, or mean squared difference of the velocities.",
+        _CHOICES["kl_estimator"],
     )
 
     # Parameters that control the weights that are evaluated and exported
-    ema_decay: float = field(
-        default=0.9,
-        metadata={"help": "Decay of the moving average of the trained weights. `0.0` means no average."},
-    )
-    ema_steps: int = field(
-        default=8,
-        metadata={"help": "Number of updates between two updates of the average."},
-    )
+    ema_decay: float = _option(0.9, "Decay of the moving average of the trained weights. `0.0` means no average.")
+    ema_steps: int = _option(8, "Number of updates between two updates of the average.")
 
-    # Parameters that control the evaluation and logging
-    eval_num_inference_steps: int = field(
-        default=28,
-        metadata={"help": "Number of denoising steps in evaluation."},
-    )
-    eval_height: int = field(  # type: ignore[assignment]
-        default=None,
-        metadata={"help": "Height of the images in evaluation. If `None`, it defaults to `height`."},
-    )
-    eval_width: int = field(  # type: ignore[assignment]
-        default=None,
-        metadata={"help": "Width of the images in evaluation. If `None`, it defaults to `width`."},
-    )
-    num_logged_images: int = field(
-        default=8,
-        metadata={"help": "Number of images in the grids that are saved and sent to the trackers. 0 means no grids."},
-    )
-
-    # Parameters that control memory and speed
-    offload_vae: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether the VAE is on the accelerator only while it decodes, as the text encoders always are."
-        },
-    )
-    vae_slicing: bool = field(
-        default=False,
-        metadata={"help": "Whether the VAE decodes one image at a time."},
-    )
-    vae_tiling: bool = field(
-        default=False,
-        metadata={"help": "Whether the VAE decodes an image in tiles. Where they meet, pixels differ a little."},
-    )
-    attention_backend: str | None = field(
-        default=None,
-        metadata={"help": "Attention kernel of the transformer, a name of diffusers. If `None`, PyTorch chooses."},
-    )
+    # Parameters that control the evaluation
+    eval_num_inference_steps: int = _option(28, "Number of denoising steps in evaluation.")
+    eval_height: int | None = _option(None, "Height of the images in evaluation. If `None`, it defaults to `height`.")
+    eval_width: int | None = _option(None, "Width of the images in evaluation. If `None`, it defaults to `width`.")
 
     def __post_init__(self):
         if self.bf16 is None:
@@ -455,19 +323,23 @@ class DiffusionGRPOConfig(TrainingArguments):
         self.torch_compile_backend, self.torch_compile_mode = compile_options
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # PyTorch warns: there is nothing to pin for
-        if self.steps_per_generation is None:
-            self.steps_per_generation = self.gradient_accumulation_steps
-        if self.rollout_batch_size is None:
-            self.rollout_batch_size = self.per_device_train_batch_size
-        if self.eval_height is None:
-            self.eval_height = self.height
-        if self.eval_width is None:
-            self.eval_width = self.width
         self._check_numbers()
         self._check_batch_sizes()
         self._check_sampling_fields()
         self._check_choices()
         self._check_unsupported_fields()
+
+    @property
+    def num_batches_per_rollout(self) -> int:
+        """Number of training batches of a rollout: `steps_per_generation`, or what it defaults to."""
+        if self.steps_per_generation is None:
+            return self.gradient_accumulation_steps
+        return self.steps_per_generation
+
+    @property
+    def sampling_batch_size(self) -> int:
+        """Number of images that a device samples at once: `rollout_batch_size`, or what it defaults to."""
+        return self.per_device_train_batch_size if self.rollout_batch_size is None else self.rollout_batch_size
 
     @property
     def num_kept(self) -> int:
@@ -477,64 +349,38 @@ class DiffusionGRPOConfig(TrainingArguments):
     @property
     def num_prompts_per_device(self) -> int:
         """Number of prompts that a device samples in a rollout."""
-        return self.per_device_train_batch_size * self.steps_per_generation // self.num_kept
+        return self.per_device_train_batch_size * self.num_batches_per_rollout // self.num_kept
 
     @property
     def num_updates_per_rollout(self) -> int:
         """Number of updates of the policy between two rollouts."""
-        return self.steps_per_generation // self.gradient_accumulation_steps * self.num_iterations
+        return self.num_batches_per_rollout // self.gradient_accumulation_steps * self.num_iterations
+
+    @property
+    def needs_old_means(self) -> bool:
+        """Whether the loss needs the means of the old policy beside its log-probs."""
+        return self.ratio_norm or self.kl_mask is not None
 
     def _check_choices(self):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}. Use one of {', '.join(map(repr, choices))}.")
-        backends = [backend.value for backend in AttentionBackendName]
-        if self.attention_backend is not None and self.attention_backend not in backends:
-            raise ValueError(
-                f"`attention_backend` is {self.attention_backend!r}. Use one of diffusers': "
-                f"{', '.join(map(repr, backends))}, or `None`."
-            )
         if self.ratio_norm and self.kl_mask is not None:
             raise ValueError(
                 f"`ratio_norm` is {self.ratio_norm} and `kl_mask` is {self.kl_mask}. One corrects the ratio for the "
                 "clip, the other replaces the clip: use one of them."
             )
-        needs_means = self.ratio_norm or self.kl_mask is not None
-        if needs_means and self.old_log_probs == "rollout" and self.num_updates_per_rollout > 1:
-            raise ValueError(
-                f"`old_log_probs` is {self.old_log_probs!r} with `ratio_norm` {self.ratio_norm}, `kl_mask` "
-                f"{self.kl_mask}, `num_iterations` {self.num_iterations} and {self.num_updates_per_rollout} updates per "
-                "rollout: the correction needs the means of the old policy, which a rollout does not keep. Set "
-                "`old_log_probs='training'`."
-            )
 
     def _check_numbers(self):
-        minima = {
-            "num_generations": 2,
-            "num_iterations": 1,
-            "steps_per_generation": 1,
-            "rollout_batch_size": 1,
-            "num_inference_steps": 2,  # the last step has no noise and is not trained
-            "eval_num_inference_steps": 1,
-            "height": 1,
-            "width": 1,
-            "eval_height": 1,
-            "eval_width": 1,
-            "max_sequence_length": 1,
-            "guidance_scale": 0,
-            "ema_steps": 1,
-            "beta": 0,
-            "num_logged_images": 0,
-        }
-        for name, minimum in minima.items():
-            if not getattr(self, name) >= minimum:
-                raise ValueError(f"`{name}` is {getattr(self, name)}. Use at least {minimum}.")
-        for name in ("epsilon", "epsilon_high", "kl_mask"):
+        for name, (low, high, advice) in _RANGES.items():
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"`{name}` is {value}. Use a positive number; common values are 1e-5 and 1e-4.")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"`ema_decay` is {self.ema_decay}. Use 0 (no average) or a number between 0 and 1.")
+            if value is not None and not low <= value <= high:  # also true of NaN
+                raise ValueError(f"`{name}` is {value}. Use {advice or f'at least {low}'}.")
+        weights = self.reward_weights or []
+        if not all(math.isfinite(weight) for weight in weights) or (weights and not any(weights)):
+            raise ValueError(
+                f"`reward_weights` is {weights}. Use one finite number for each reward function, not all of them 0."
+            )
         if self.top_k is not None and not 1 <= self.top_k <= self.num_generations // 2:
             raise ValueError(
                 f"`top_k` is {self.top_k} and `num_generations` is {self.num_generations}. Use `top_k` between 1 and "
@@ -542,11 +388,11 @@ class DiffusionGRPOConfig(TrainingArguments):
             )
 
     def _check_sampling_fields(self):
-        if not self.noise_level > 0 or (self.dynamics == "cps" and self.noise_level > 1):
-            allowed = "between 0 (excluded) and 1" if self.dynamics == "cps" else "above 0"
+        highest = 1 if self.dynamics == "cps" else 10
+        if not 0 < self.noise_level <= highest:
             raise ValueError(
-                f"`noise_level` is {self.noise_level} with `dynamics` {self.dynamics!r}. Use a number {allowed}: "
-                "without noise there is no policy gradient."
+                f"`noise_level` is {self.noise_level} with `dynamics` {self.dynamics!r}. Use a number above 0, without "
+                f"which there is no policy gradient, and at most {highest}."
             )
         if self.sde_window_size is None:
             if self.sde_window_range is not None:
@@ -555,37 +401,34 @@ class DiffusionGRPOConfig(TrainingArguments):
                     "the window, such as 2, or leave both `None` to train all steps but the last."
                 )
             return
-        # The last step is never stochastic.
-        first, last = self.sde_window_range = self.sde_window_range or [
-            0,
-            max(self.num_inference_steps // 2, min(self.sde_window_size, self.num_inference_steps - 1)),
-        ]
-        if not 1 <= self.sde_window_size <= last - first or not 0 <= first < last < self.num_inference_steps:
+        try:
+            sde_window(
+                self.num_inference_steps, self.sde_window_size, self.sde_window_range, seed=self.seed, rollout_index=0
+            )
+        except ValueError as error:
             raise ValueError(
                 f"`sde_window_size` is {self.sde_window_size} and `sde_window_range` is {self.sde_window_range} with "
-                f"`num_inference_steps` {self.num_inference_steps}. The window must fit into the range, and the range "
-                f"into [0, {self.num_inference_steps - 1}], as the last step is never stochastic."
-            )
+                f"`num_inference_steps` {self.num_inference_steps}. {error}"
+            ) from None
 
     def _check_batch_sizes(self):
         # Smallest step by which `gradient_accumulation_steps` can change for whole groups to come out
         whole = self.num_kept // math.gcd(self.num_kept, self.per_device_train_batch_size)
-        name = "gradient_accumulation_steps"
-        if self.steps_per_generation != self.gradient_accumulation_steps:
+        num_batches, name = self.num_batches_per_rollout, "gradient_accumulation_steps"
+        if num_batches != self.gradient_accumulation_steps:
             name, whole = "steps_per_generation", math.lcm(whole, self.gradient_accumulation_steps)
-            if self.steps_per_generation % self.gradient_accumulation_steps:
+            if num_batches % self.gradient_accumulation_steps:
                 raise ValueError(
-                    f"`steps_per_generation` is {self.steps_per_generation} and `gradient_accumulation_steps` is "
+                    f"`steps_per_generation` is {num_batches} and `gradient_accumulation_steps` is "
                     f"{self.gradient_accumulation_steps}. Use a multiple of it, so that a rollout is a whole number "
-                    f"of updates: {_nearest_multiples(self.steps_per_generation, whole)}."
+                    f"of updates: {_nearest_multiples(num_batches, whole)}."
                 )
-        if self.per_device_train_batch_size * self.steps_per_generation % self.num_kept:
+        if self.per_device_train_batch_size * num_batches % self.num_kept:
             raise ValueError(
-                f"`{name}` is {getattr(self, name)} and `per_device_train_batch_size` is "
-                f"{self.per_device_train_batch_size}: a rollout would be "
-                f"{self.per_device_train_batch_size * self.steps_per_generation} kept images per device, which is not "
+                f"`{name}` is {num_batches} and `per_device_train_batch_size` is {self.per_device_train_batch_size}: a "
+                f"rollout would be {self.per_device_train_batch_size * num_batches} kept images per device, which is not "
                 f"a whole number of groups of {self.num_kept} kept images. Use `{name}` "
-                f"{_nearest_multiples(getattr(self, name), whole)}, or change `per_device_train_batch_size`, "
+                f"{_nearest_multiples(num_batches, whole)}, or change `per_device_train_batch_size`, "
                 "`num_generations` or `top_k`."
             )
 

@@ -11,11 +11,11 @@ from .losses import PolicyLossOutput, clipped_policy_loss, gaussian_kl, kl_mask,
 @dataclass
 class ScoredStep:
     """
-    What a policy says about a denoising step of `n` images.
+    A denoising step of `n` images as one set of weights scores it: the policy's, or the reference's.
 
     Args:
         velocity (`torch.Tensor` of shape `(n, image_seq_len, num_channels)`):
-            Velocity it predicts.
+            Predicted velocity.
         mean (`torch.Tensor` of shape `(n, image_seq_len, num_channels)`):
             Mean of the step.
         std (`torch.Tensor` of shape `(n,)`):
@@ -29,13 +29,9 @@ class ScoredStep:
     std: torch.Tensor
     log_probs: torch.Tensor
 
-    def detach(self) -> "ScoredStep":
-        """The same without gradient."""
-        return ScoredStep(*(tensor.detach() for tensor in vars(self).values()))
-
 
 def policy_objective(
-    policy: ScoredStep,
+    scored: ScoredStep,
     old_log_probs: torch.Tensor,
     old_mean: torch.Tensor | None,
     advantages: torch.Tensor,
@@ -50,7 +46,7 @@ def policy_objective(
     Policy loss of every image: clipped, clipped after ratio normalisation, or masked.
 
     Args:
-        policy ([`ScoredStep`]):
+        scored ([`ScoredStep`]):
             The step under the policy.
         old_log_probs (`torch.Tensor` of shape `(n,)`):
             Log-probs under the old policy.
@@ -71,24 +67,24 @@ def policy_objective(
         [`PolicyLossOutput`]: A term that the mask drops counts as clipped.
     """
     if not ratio_norm and mask_threshold is None:
-        return clipped_policy_loss(policy.log_probs, old_log_probs, advantages, epsilon, epsilon_high)
+        return clipped_policy_loss(scored.log_probs, old_log_probs, advantages, epsilon, epsilon_high)
     if old_mean is None:
         raise ValueError("`old_mean` is None. Pass the means of the old policy: `ratio_norm` and the mask need them.")
     if mask_threshold is None:
-        log_ratio = normalized_log_ratio(policy.log_probs - old_log_probs, policy.mean, old_mean, policy.std)
+        log_ratio = normalized_log_ratio(scored.log_probs - old_log_probs, scored.mean, old_mean, scored.std)
         output = clipped_policy_loss(log_ratio, torch.zeros_like(log_ratio), advantages, epsilon, epsilon_high)
         output.loss = output.loss * step_weight
         return output
-    output = clipped_policy_loss(policy.log_probs, old_log_probs, advantages, math.inf)
-    log_ratio = (policy.log_probs - old_log_probs).detach()
-    is_kept = kl_mask(log_ratio, advantages, policy.mean.detach(), old_mean, policy.std, mask_threshold)
+    output = clipped_policy_loss(scored.log_probs, old_log_probs, advantages, math.inf)
+    log_ratio = (scored.log_probs - old_log_probs).detach()
+    is_kept = kl_mask(log_ratio, advantages, scored.mean.detach(), old_mean, scored.std, mask_threshold)
     output.loss = output.loss * is_kept
     output.is_clipped_low, output.is_clipped_high = ~is_kept & (advantages < 0), ~is_kept & (advantages > 0)
     return output
 
 
-def reference_kl(policy: ScoredStep, reference: ScoredStep, estimator: str) -> torch.Tensor:
+def reference_kl(scored: ScoredStep, reference: ScoredStep, estimator: str) -> torch.Tensor:
     """KL divergence of the policy from the reference, of shape `(n,)`; `estimator` is `"exact"` or `"velocity"`."""
     if estimator == "velocity":
-        return velocity_kl(policy.velocity, reference.velocity)
-    return gaussian_kl(policy.mean, reference.mean, policy.std)
+        return velocity_kl(scored.velocity, reference.velocity)
+    return gaussian_kl(scored.mean, reference.mean, scored.std)

@@ -86,33 +86,38 @@ def sample_rollout(
     Raises:
         `ValueError`: If rows and generators differ in number, or `trained_steps` is not as above.
     """
-    num_steps = len(sigmas) - 1
+    num_steps, num_images = len(sigmas) - 1, len(generators)
     if list(trained_steps) != sorted(set(trained_steps) & set(range(num_steps - 1))):
         raise ValueError(
             f"`trained_steps={trained_steps}` must be ascending indices from 0 to {num_steps - 2}: the last of "
             f"{num_steps} steps is never stochastic."
         )
     num_rows = {len(rows) for rows in embeds.values()}
-    if num_rows != {len(generators)}:
-        raise ValueError(
-            f"Got {len(generators)} generators and embeddings of {sorted(num_rows)} rows; one each per image."
-        )
+    if num_rows != {num_images}:
+        raise ValueError(f"Got {num_images} generators and embeddings of {sorted(num_rows)} rows; one each per image.")
     batches = []
-    for start in range(0, len(generators), batch_size):
-        stop = start + batch_size
-        batches.append(
-            _sample_batch(
-                policy,
-                transformer,
-                {name: rows[start:stop] for name, rows in embeds.items()},
-                generators[start:stop],
-                options,
-                sigmas=sigmas,
-                trained_steps=trained_steps,
-                noise_level=noise_level,
+    for start in range(0, num_images, batch_size):
+        rows = slice(start, start + batch_size)
+        batch_embeds = {name: tensor[rows] for name, tensor in embeds.items()}
+        latents = policy.prepare_latents(generators[rows], options)  # (n, image_seq_len, num_channels)
+        before = latents.new_empty(len(latents), len(trained_steps), *latents.shape[1:])
+        after, log_probs = torch.empty_like(before), before.new_empty(before.shape[:2])
+        for step in range(num_steps):
+            output = sde_step(
+                policy.predict_velocity(transformer, latents, sigmas[step], batch_embeds, options),
+                latents,
+                sigmas[step],
+                sigmas[step + 1],
+                noise_level if step in trained_steps else 0.0,
                 dynamics=dynamics,
+                sigma_max=sigmas[1] if step == 0 else None,
+                generator=generators[rows],
             )
-        )
+            if step in trained_steps:
+                k = trained_steps.index(step)
+                before[:, k], after[:, k], log_probs[:, k] = latents, output.next_latents, output.log_probs
+            latents = output.next_latents
+        batches.append(Rollout(policy.decode_latents(latents, options), before, after, log_probs, latents))
         if on_batch is not None:
             on_batch(start, batches[-1].images)
     return Rollout(
@@ -122,37 +127,3 @@ def sample_rollout(
         log_probs=torch.cat([batch.log_probs for batch in batches]),
         final_latents=torch.cat([batch.final_latents for batch in batches]),
     )
-
-
-def _sample_batch(
-    policy: DiffusionPolicy,
-    transformer: nn.Module,
-    embeds: dict[str, torch.Tensor],
-    generators: list[torch.Generator],
-    options: SamplingOptions,
-    *,
-    sigmas: torch.Tensor,
-    trained_steps: tuple[int, ...],
-    noise_level: float,
-    dynamics: str,
-) -> Rollout:
-    latents = policy.prepare_latents(generators, options)  # (n, image_seq_len, num_channels)
-    before = latents.new_empty(len(latents), len(trained_steps), *latents.shape[1:])
-    after, log_probs = torch.empty_like(before), before.new_empty(before.shape[:2])
-    for step in range(len(sigmas) - 1):
-        velocity = policy.predict_velocity(transformer, latents, sigmas[step], embeds, options)
-        output = sde_step(
-            velocity,
-            latents,
-            sigmas[step],
-            sigmas[step + 1],
-            noise_level if step in trained_steps else 0.0,
-            dynamics=dynamics,
-            sigma_max=sigmas[1] if step == 0 else None,
-            generator=generators,
-        )
-        if step in trained_steps:
-            k = trained_steps.index(step)
-            before[:, k], after[:, k], log_probs[:, k] = latents, output.next_latents, output.log_probs
-        latents = output.next_latents
-    return Rollout(policy.decode_latents(latents, options), before, after, log_probs, latents)

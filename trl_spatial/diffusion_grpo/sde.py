@@ -138,10 +138,10 @@ def sde_step(
 def sde_window(
     num_inference_steps: int,
     window_size: int | None,
-    window_range: tuple[int, int] | None,
+    window_range: Sequence[int] | None,
     *,
     seed: int,
-    step: int,
+    rollout_index: int,
 ) -> tuple[int, ...]:
     """
     Denoising steps that are stochastic, and trained; all others are deterministic.
@@ -154,13 +154,13 @@ def sde_window(
             Number of denoising steps.
         window_size (`int` or `None`):
             Number of consecutive steps. If `None`, all steps but the last.
-        window_range (`tuple[int, int]` or `None`):
+        window_range (sequence of two `int`, or `None`):
             First step of the range in which the window lies, and the step that follows its last. If `None`, the first
             half of the steps, or as many of the first as the window needs. Not used without a `window_size`.
         seed (`int`):
             Seed of the run.
-        step (`int`):
-            Global index of the rollout. Each rollout has its own window.
+        rollout_index (`int`):
+            Number of the rollout since the start of training. Each rollout has its own window.
 
     Returns:
         `tuple[int, ...]`:
@@ -175,9 +175,9 @@ def sde_window(
     ```python
     >>> from trl_spatial.diffusion_grpo.sde import sde_window
 
-    >>> sde_window(6, None, None, seed=0, step=0)
+    >>> sde_window(6, None, None, seed=0, rollout_index=0)
     (0, 1, 2, 3, 4)
-    >>> [sde_window(10, 2, None, seed=0, step=step) for step in range(4)]
+    >>> [sde_window(10, 2, None, seed=0, rollout_index=index) for index in range(4)]
     [(2, 3), (0, 1), (3, 4), (3, 4)]
     ```
     """
@@ -195,8 +195,8 @@ def sde_window(
             f"0 <= first, first + {window_size} <= stop and stop <= {last}, as the last of {num_inference_steps} steps "
             "is not stochastic."
         )
-    # SeedSequence is stable across numpy versions and mixes neighbouring seeds and steps
-    draw = int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+    # SeedSequence is stable across numpy versions and mixes neighbouring seeds and indices
+    draw = int(np.random.SeedSequence([seed, rollout_index]).generate_state(1)[0])
     start += draw % (stop - window_size - start + 1)
     return tuple(range(start, start + window_size))
 

@@ -1,5 +1,5 @@
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -7,7 +7,6 @@ import torch
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
-from PIL.Image import Image
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
@@ -15,18 +14,16 @@ from transformers.trainer_utils import TrainOutput
 from ..generation.seeds import image_generator
 from .advantages import combine_rewards, group_advantages, select_top_k
 from .config import DiffusionGRPOConfig
-from .losses import PolicyLossOutput
 from .objective import ScoredStep, policy_objective, reference_kl
+from .reward_functions import RewardFunction
 from .rollout import Rollout, sample_rollout
 from .runtime.base_trainer import DiffusionTrainer, Rows
 from .runtime.buffer import RolloutBuffer, TrainingStep
 from .runtime.checks import warn_about_settings
-from .runtime.metrics import frac_zero_std
 from .runtime.model_setup import freeze_idle_modules
-from .runtime.monitoring import MissingRewardsMonitor, equal_rewards_warning
+from .runtime.monitoring import RewardsMonitor
 from .runtime.overlap import OverlappedRewards
 from .runtime.processes import fail_together
-from .runtime.reward_functions import RewardFunction, reward_metrics
 from .runtime.sampler import num_rollouts_per_epoch, rollout_prompts
 from .sde import sde_step, sde_window
 
@@ -80,8 +77,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
             If its transformer already has adapters, they are trained further.
         reward_funcs (`Callable` or `list[Callable]`):
             Reward functions, called as `reward_func(prompts=..., images=..., **columns)` with lists of one entry per
-            image; `columns` are the other columns of the dataset. Each returns a list of one number per image, or
-            `None` where it has no opinion.
+            image; `columns` are the other columns of the dataset. Each returns a list of one number, or `None`, per image.
         args ([`DiffusionGRPOConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
         train_dataset ([`~datasets.Dataset`] or `list[dict]`):
@@ -89,8 +85,8 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
         eval_dataset ([`~datasets.Dataset`], `list[dict]` or a `dict` of them, *optional*):
             Dataset to use for evaluation. It must meet the same requirements as `train_dataset`.
         eval_reward_funcs (`Callable` or `list[Callable]`, *optional*):
-            Further reward functions that only judge the evaluation and are not trained on. `eval_reward` is the
-            weighted sum of the trained ones; a warning tells if it rises while one of these falls.
+            Further reward functions that only score the images of evaluation and are not trained on. `eval_reward` is the
+            weighted sum of the trained ones; a warning is issued if it rises while one of these falls.
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
             List of callbacks to customize the training loop.
         optimizers (`tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]`, *optional*, defaults to `(None, None)`):
@@ -130,16 +126,16 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
         )
         self._sigmas = self.policy.prepare_sigmas(self._options)  # (num_inference_steps + 1,), on the CPU
         self._buffer: RolloutBuffer | None = None
-        self._missing_rewards = MissingRewardsMonitor()
+        self._rewards_monitor = RewardsMonitor()
         warn_about_settings(args, self.policy, self._options)
 
-    # The prompts of a rollout are a function of its index (see `rollout_prompts`), so that a resumed run goes on with
+    # The prompts of a rollout are a function of its index (see `rollout_prompts`), so that a resumed run continues with
     # the right ones whatever was skipped. The loader only counts the batches of an epoch.
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
             raise ValueError("`train_dataset` is `None`. Training needs prompts: pass a dataset.")
         num_rollouts = num_rollouts_per_epoch(len(self.train_dataset), self._num_prompts)
-        num_batches = num_rollouts * self.args.steps_per_generation * self.args.num_iterations
+        num_batches = num_rollouts * self.args.num_batches_per_rollout * self.args.num_iterations
         return DataLoader(range(num_batches), collate_fn=list)  # type: ignore[arg-type]
 
     @property
@@ -173,53 +169,58 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
         """The next batch of the rollout, one entry per trained denoising step; a new rollout if it is used up."""
         if self._buffer is None or self._buffer.is_used_up:
             self._buffer = self._generate_and_score(self.state.global_step // self.args.num_updates_per_rollout)
-        steps = self._batch_steps(self._buffer, self._buffer.position)
+        steps = self._buffer.batch_steps(self._buffer.position, self.prompt_cache)
         self._buffer.position += 1
         return steps
 
     def _generate_and_score(self, rollout_index: int) -> RolloutBuffer:
         """Samples images, rewards them, and keeps those to train on, with their advantages."""
-        args = self.args
+        args, functions = self.args, self.reward_functions
         rows = self._rollout_rows(rollout_index)
         prompts = [row["prompt"] for row in rows]  # n of them
         trained_steps = sde_window(
-            args.num_inference_steps, args.sde_window_size, args.sde_window_range, seed=args.seed, step=rollout_index
+            args.num_inference_steps,
+            args.sde_window_size,
+            args.sde_window_range,
+            seed=args.seed,
+            rollout_index=rollout_index,
         )
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-        rollout, rewards = self._sample_and_reward(prompts, columns, trained_steps, rollout_index)
+        rollout, rewards = self._sample_and_reward(rows, prompts, trained_steps, rollout_index)
         if rollout_index % ROLLOUTS_PER_GRID == 0:
             self._log_images("rollout", rollout_index, rollout.images, prompts, rewards)
 
         # Selected and normalised over all processes, of which each takes its part
         rewards = self.accelerator.gather(rewards.to(args.device)).cpu()  # (num_processes * n, num_funcs)
         combined = combine_rewards(
-            rewards, args.num_generations, self.reward_functions.weights, args.multi_objective_aggregation
+            rewards, args.num_generations, functions.weights, args.multi_objective_aggregation
         )  # (num_processes * n,)
         kept = self._select_kept(combined, rollout_index)  # (num_processes * num_kept,)
         advantages = group_advantages(
             combined, args.num_generations, args.scale_rewards, kept=kept, advantage_scope=args.advantage_scope
         )  # (num_processes * num_kept,)
-        self._record_rollout(rewards, combined)
+        self._metrics.add_rollout(rewards, combined, functions, args.num_generations)
+        for warning in self._rewards_monitor.update(functions.names, rewards, combined):
+            logger.warning(warning)
         kept = kept.view(args.world_size, -1)[args.process_index] - args.process_index * len(prompts)  # (num_kept,)
         advantages = advantages.view(args.world_size, -1)[args.process_index]  # (num_kept,)
-        return self._fill_buffer(rollout, prompts, trained_steps, kept, advantages)
 
-    def _sample_and_reward(
-        self, prompts: list[str], columns: dict[str, list], trained_steps: tuple[int, ...], rollout_index: int
-    ) -> tuple[Rollout, torch.Tensor]:
-        """A rollout of this process, and its rewards, `(n, num_funcs)`."""
-        if not self.args.overlap_rewards:
-            rollout = self._sample(prompts, trained_steps, rollout_index)
-            with fail_together(self.accelerator, "Rewarding images"), self._timer.phase("reward"):
-                return rollout, self.reward_functions(prompts, rollout.images, **columns)
-        with OverlappedRewards(self.reward_functions, prompts, columns, self.args.device) as overlapped:
-            rollout = self._sample(prompts, trained_steps, rollout_index, on_batch=overlapped.add)
-            with fail_together(self.accelerator, "Rewarding images"), self._timer.phase("reward"):
-                return rollout, overlapped.collect()
-
-    def _select_kept(self, rewards: torch.Tensor, rollout_index: int) -> torch.Tensor:
-        """Which images of a rollout are trained on, of all processes: `(num_prompts * num_kept,)` indices."""
-        return select_top_k(rewards, self.args.num_generations, self.args.top_k)
+        latents = rollout.latents[kept.to(rollout.latents.device)]  # (num_kept, K, image_seq_len, num_channels)
+        has_old_policy = args.num_updates_per_rollout > 1
+        buffer = RolloutBuffer(
+            prompts=[prompts[index] for index in kept.tolist()],
+            trained_steps=trained_steps,
+            latents=latents,
+            next_latents=rollout.next_latents[kept.to(latents.device)],
+            advantages=advantages.to(latents.device),
+            old_log_probs=latents.new_full(latents.shape[:2], torch.nan) if has_old_policy else None,
+            old_means=torch.full_like(latents, torch.nan) if has_old_policy and args.needs_old_means else None,
+            batch_size=args.per_device_train_batch_size,
+            num_iterations=args.num_iterations,
+            num_batches_on_policy=args.gradient_accumulation_steps,
+        )
+        if has_old_policy:
+            self._score_old_policy(buffer)
+        return buffer
 
     def _rollout_rows(self, rollout_index: int) -> list[dict[str, Any]]:
         """Rows of this process's prompts, each once per image: group-contiguous."""
@@ -229,104 +230,77 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
         rows = [self.train_dataset[index] for index in indices[start : start + self.args.num_prompts_per_device]]
         return [row for row in rows for _ in range(self.args.num_generations)]
 
-    def _sample(
-        self,
-        prompts: list[str],
-        trained_steps: tuple[int, ...],
-        rollout_index: int,
-        on_batch: Callable[[int, list[Image]], None] | None = None,
-    ) -> Rollout:
+    def _sample_and_reward(
+        self, rows: list[dict[str, Any]], prompts: list[str], trained_steps: tuple[int, ...], rollout_index: int
+    ) -> tuple[Rollout, torch.Tensor]:
+        """A rollout of this process, and its rewards, `(n, num_funcs)`."""
         args = self.args
-        first = args.process_index * len(prompts)
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        first = args.process_index * len(rows)
         generators = [
             image_generator(args.seed, rollout_index, *divmod(index, args.num_generations))  # its group, its image
-            for index in range(first, first + len(prompts))
+            for index in range(first, first + len(rows))
         ]
-        with fail_together(self.accelerator, "Sampling images", is_collective=self.is_fsdp_enabled):
-            with self._timer.phase("encode"):
-                embeds = self.prompt_cache.get(prompts)
-            with self._timer.phase("sample"), self.accelerator.autocast():
-                rollout = sample_rollout(
-                    self.policy,
-                    self.model,
-                    embeds,
-                    generators,
-                    self._options,
-                    sigmas=self._sigmas,
-                    trained_steps=trained_steps,
-                    noise_level=args.noise_level,
-                    dynamics=args.dynamics,
-                    batch_size=args.rollout_batch_size,
-                    on_batch=on_batch,
-                )
-        self._metrics.totals["num_images"] += len(prompts)
-        self._count_evaluations("policy", len(prompts) * args.num_inference_steps)
-        return rollout
-
-    def _fill_buffer(
-        self,
-        rollout: Rollout,
-        prompts: list[str],
-        trained_steps: tuple[int, ...],
-        kept: torch.Tensor,
-        advantages: torch.Tensor,
-    ) -> RolloutBuffer:
-        args = self.args
-        rows = kept.to(rollout.latents.device)
-        has_several_updates = args.num_updates_per_rollout > 1
-        needs_means = has_several_updates and (args.ratio_norm or args.kl_mask is not None)
-        old_log_probs = rollout.log_probs[rows] if has_several_updates else None
-        if old_log_probs is not None and not self._uses_rollout_log_probs:
-            old_log_probs.fill_(torch.nan)  # not known yet
-        buffer = RolloutBuffer(
-            prompts=[prompts[index] for index in kept.tolist()],
-            trained_steps=trained_steps,
-            latents=rollout.latents[rows],
-            next_latents=rollout.next_latents[rows],
-            advantages=advantages.to(rollout.latents.device),
-            old_log_probs=old_log_probs,
-            old_means=torch.full_like(rollout.latents[rows], torch.nan) if needs_means else None,
-            batch_size=args.per_device_train_batch_size,
-            num_iterations=args.num_iterations,
-            num_batches_on_policy=args.gradient_accumulation_steps,
+        overlapped = (
+            OverlappedRewards(self.reward_functions, prompts, columns, args.device) if args.overlap_rewards else None
         )
-        if has_several_updates and not self._uses_rollout_log_probs:
-            self._evaluate_old_policy(buffer)
-        return buffer
+        with nullcontext() if overlapped is None else overlapped:
+            with fail_together(self.accelerator, "Sampling images", is_collective=self.is_fsdp_enabled):
+                with self._timer.phase("encode"):
+                    embeds = self.prompt_cache.get(prompts)
+                with self._timer.phase("sample"), self.accelerator.autocast():
+                    rollout = sample_rollout(
+                        self.policy,
+                        self.model,
+                        embeds,
+                        generators,
+                        self._options,
+                        sigmas=self._sigmas,
+                        trained_steps=trained_steps,
+                        noise_level=args.noise_level,
+                        dynamics=args.dynamics,
+                        batch_size=args.sampling_batch_size,
+                        on_batch=None if overlapped is None else overlapped.add,
+                    )
+            with fail_together(self.accelerator, "Rewarding images"), self._timer.phase("reward"):
+                if overlapped is None:
+                    rewards = self.reward_functions(prompts, rollout.images, **columns)
+                else:
+                    rewards = overlapped.collect()
+        self._metrics.totals["num_images"] += len(rows)
+        self._count_passes("policy", len(rows) * args.num_inference_steps)
+        return rollout, rewards
 
-    def _evaluate_old_policy(self, buffer: RolloutBuffer) -> None:
+    def _select_kept(self, rewards: torch.Tensor, rollout_index: int) -> torch.Tensor:
+        """Which images of a rollout are trained on, of all processes: `(num_prompts * num_kept,)` indices."""
+        return select_top_k(rewards, self.args.num_generations, self.args.top_k)
+
+    def _score_old_policy(self, buffer: RolloutBuffer) -> None:
         """Scores, in the batches of training, what will be trained on when the policy has changed."""
         # Without gradient, compiled blocks are another graph than in training, and in bfloat16 round by more than `epsilon`.
         with self._timer.phase("train"), torch.set_grad_enabled(self.args.torch_compile):
             for position in range(buffer.num_batches_on_policy, buffer.num_batches):
-                for step in self._batch_steps(buffer, position):
+                for step in buffer.batch_steps(position, self.prompt_cache):
                     old = self._score(self.model, step)
                     step.store_old_policy(old.log_probs.detach(), old.mean.detach())
-                    self._count_evaluations("old_log_prob", len(step.latents))
-
-    @property
-    def _uses_rollout_log_probs(self) -> bool:
-        return self.args.old_log_probs == "rollout" and self.args.num_updates_per_rollout > 1
-
-    def _batch_steps(self, buffer: RolloutBuffer, position: int) -> list[TrainingStep]:
-        return buffer.batch_steps(position, self.prompt_cache.get(buffer.batch_prompts(position)))
+                    self._count_passes("old_log_prob", len(step.latents))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Loss of one trained denoising step of a batch: a [`TrainingStep`]."""
         args = self.args
         # The reference comes first: no adapter may be switched between the policy's forward and its backward.
         reference = self._score_reference(inputs) if args.beta > 0 else None
-        policy = self._score(model, inputs)
-        num_evaluations = 3 if args.gradient_checkpointing else 2  # forward, again with checkpointing, backward
-        self._count_evaluations("policy", num_evaluations * len(inputs.latents))
+        scored = self._score(model, inputs)
+        # forward, again with checkpointing, backward
+        self._count_passes("policy", (3 if args.gradient_checkpointing else 2) * len(inputs.latents))
 
         old_log_probs, old_mean = inputs.old_log_probs, inputs.old_mean
-        if inputs.is_on_policy and not self._uses_rollout_log_probs:
+        if inputs.is_on_policy:
             # The policy is the old policy: the ratio is exactly 1
-            old_log_probs, old_mean = policy.log_probs.detach(), policy.mean.detach()
+            old_log_probs, old_mean = scored.log_probs.detach(), scored.mean.detach()
             inputs.store_old_policy(old_log_probs, old_mean)
         output = policy_objective(
-            policy,
+            scored,
             old_log_probs,
             old_mean,
             inputs.advantages,
@@ -337,12 +311,16 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
             step_weight=self._step_weight(inputs.step),
         )
         loss = output.loss  # (batch_size,)
+        metrics = {
+            "ratio": output.ratio,
+            "clip_ratio/low": output.is_clipped_low,
+            "clip_ratio/high": output.is_clipped_high,
+        }
         if reference is not None:
-            kl = reference_kl(policy, reference, args.kl_estimator)  # (batch_size,)
-            loss = loss + args.beta * kl
-            self._metrics.add_per_image({"kl": kl})
-        self._record_step(inputs, output)
-        return (loss.mean(), policy) if return_outputs else loss.mean()
+            metrics["kl"] = reference_kl(scored, reference, args.kl_estimator)  # (batch_size,)
+            loss = loss + args.beta * metrics["kl"]
+        self._metrics.add_per_image(metrics)
+        return (loss.mean(), scored) if return_outputs else loss.mean()
 
     def _score(self, model: torch.nn.Module, inputs: TrainingStep) -> ScoredStep:
         sigma, sigma_next = self._sigmas[inputs.step], self._sigmas[inputs.step + 1]
@@ -362,7 +340,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
 
     @torch.no_grad()
     def _score_reference(self, inputs: TrainingStep) -> ScoredStep:
-        self._count_evaluations("reference", len(inputs.latents))
+        self._count_passes("reference", len(inputs.latents))
         self.model.disable_adapters()
         try:
             return self._score(self.model, inputs)
@@ -370,38 +348,14 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
             self.model.enable_adapters()
             freeze_idle_modules(self.policy)
 
-    def _count_evaluations(self, kind: str, num_velocities: int) -> None:
-        """Counts evaluations of the transformer for one image, of which guidance may take two for a velocity."""
-        num_evaluations = num_velocities * self.policy.num_evaluations(self._options)
-        self._metrics.totals[f"num_{kind}_evaluations"] += num_evaluations
-
     def _step_weight(self, step: int) -> float:
         # GRPO-Guard divides the loss by the size of the step. Relative to the mean size, it stays comparable to `beta`.
         step_sizes = self._sigmas[:-2] - self._sigmas[1:-1]  # of all but the last step
         return (step_sizes.mean() / step_sizes[step]).item()
 
-    def _record_rollout(self, rewards: torch.Tensor, combined: torch.Tensor) -> None:
-        """Takes note of the rewards of all processes, `(num_images, num_funcs)` and `(num_images,)`."""
-        self._metrics.add_rollout(
-            {
-                **reward_metrics(rewards, self.reward_functions),
-                "frac_reward_zero_std": frac_zero_std(combined, self.args.num_generations),
-            }
-        )
-        for warning in self._missing_rewards.update(self.reward_functions.names, rewards):
-            logger.warning(warning)
-        if (equal := equal_rewards_warning(combined)) is not None:
-            logger.warning(equal)
-
-    def _record_step(self, inputs: TrainingStep, output: PolicyLossOutput) -> None:
-        metrics = {
-            "ratio": output.ratio,
-            "clip_ratio/low": output.is_clipped_low,
-            "clip_ratio/high": output.is_clipped_high,
-        }
-        if self._uses_rollout_log_probs and inputs.is_on_policy:
-            metrics["ratio/first_deviation"] = (output.ratio - 1).abs()
-        self._metrics.add_per_image(metrics)
+    def _count_passes(self, kind: str, num_velocities: int) -> None:
+        """Counts passes of one image through the transformer, of which guidance may take two for a velocity."""
+        self._metrics.totals[f"num_{kind}_passes"] += num_velocities * self.policy.num_passes(self._options)
 
     def _training_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         buffer = self._buffer
@@ -428,9 +382,8 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
         args = self.args
         buffer = RolloutBuffer.from_state(tensors, extra["buffer"], args.device)
         sizes = (len(buffer.prompts), buffer.batch_size, buffer.num_iterations, buffer.num_batches_on_policy)
-        num_images = args.num_prompts_per_device * args.num_kept
         expected = (
-            num_images,
+            args.num_prompts_per_device * args.num_kept,
             args.per_device_train_batch_size,
             args.num_iterations,
             args.gradient_accumulation_steps,

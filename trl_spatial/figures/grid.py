@@ -1,18 +1,16 @@
-"""Sheets of generated images with their prompts and rewards."""
+"""Grids of generated images with their prompts and rewards."""
 
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
+
+from .sheets import QUIET, Cell, Text, draw_sheet
 
 
 MAX_IMAGE_SIZE = 320  # pixels; a sheet of full-size images would be too large for a logger
 MIN_IMAGE_SIZE = 200  # pixels; below there is no room for the text
 MAX_PROMPT_LINES = 4
-_MARGIN, _LINE, _FONT_SIZE = 12, 17, 13
-_ASCII_SIGNS = str.maketrans("−–—‘’“”", "---''\"\"")
-_BACKGROUND, _INK, _QUIET = (255, 255, 255), (20, 20, 24), (90, 90, 100)
 
 
 def make_image_grid(
@@ -48,25 +46,11 @@ def make_image_grid(
             f"A grid needs as many prompts and captions as images, and at least one: got {len(images)} images, "
             f"{len(prompts)} prompts and {len(captions)} captions."
         )
-    num_columns = min(num_columns or 4, len(images))
-    pictures = [_fit(image) for image in images]
-    width, height = (max(picture.size[side] for picture in pictures) for side in (0, 1))
-    texts = [
-        (_wrap(caption, width), _wrap_prompt(prompt, width)) for caption, prompt in zip(captions, prompts, strict=True)
+    cells = [
+        Cell([_fit(image)], [Text(caption)], below=Text(prompt, QUIET, MAX_PROMPT_LINES))
+        for image, prompt, caption in zip(images, prompts, captions, strict=True)
     ]
-    num_caption_lines, num_prompt_lines = (max(len(text[part]) for text in texts) for part in (0, 1))
-    caption_height = _LINE * num_caption_lines + 4
-    cell = (width + _MARGIN, height + caption_height + _LINE * num_prompt_lines + _MARGIN)
-    num_rows = -(-len(images) // num_columns)
-    sheet = Image.new("RGB", (_MARGIN + num_columns * cell[0], _MARGIN + num_rows * cell[1]), _BACKGROUND)
-    draw = ImageDraw.Draw(sheet)
-    for index, (picture, (caption_lines, prompt_lines)) in enumerate(zip(pictures, texts, strict=True)):
-        left = _MARGIN + index % num_columns * cell[0]
-        top = _MARGIN + index // num_columns * cell[1]
-        sheet.paste(picture, (left, top))
-        _draw_lines(draw, caption_lines, left, top + height + 4, _INK)
-        _draw_lines(draw, prompt_lines, left, top + height + caption_height, _QUIET)
-    return sheet
+    return draw_sheet(cells, num_columns=min(num_columns or 4, len(cells)))
 
 
 def save_image_grid(
@@ -102,49 +86,3 @@ def _fit(image: Image.Image) -> Image.Image:
     resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.convert("RGB").resize(size, resample)
-
-
-def _drawable(text: str) -> str:
-    """Text in the letters of Pillow's own font, which draws a box for any other."""
-    text = unicodedata.normalize("NFKD", text.translate(_ASCII_SIGNS))
-    letters = "".join(letter for letter in text if not unicodedata.combining(letter))
-    return letters.encode("ascii", "replace").decode()
-
-
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(_FONT_SIZE)
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    """Lines of at most `width` pixels. Words are kept whole unless one alone is too wide."""
-    font, lines = _font(), []
-    for paragraph in _drawable(text).splitlines():
-        line = ""
-        for word in paragraph.split():
-            if line and font.getlength(f"{line} {word}") > width:
-                lines.append(line)
-                line = ""
-            line = f"{line} {word}".lstrip()
-            while font.getlength(line) > width:
-                end = next(
-                    end for end in range(len(line) - 1, 0, -1) if end == 1 or font.getlength(line[:end]) <= width
-                )
-                lines.append(line[:end])
-                line = line[end:]
-        lines.append(line)
-    return lines
-
-
-def _wrap_prompt(prompt: str, width: int) -> list[str]:
-    lines = _wrap(prompt, width)
-    if len(lines) <= MAX_PROMPT_LINES:
-        return lines
-    last = lines[MAX_PROMPT_LINES - 1]
-    while _font().getlength(f"{last}...") > width:
-        last = last[:-1]
-    return [*lines[: MAX_PROMPT_LINES - 1], f"{last}..."]
-
-
-def _draw_lines(draw: ImageDraw.ImageDraw, lines: list[str], left: int, top: int, color: tuple[int, int, int]) -> None:
-    for number, line in enumerate(lines):
-        draw.text((left, top + _LINE * number), line, fill=color, font=_font())

@@ -22,7 +22,6 @@ from ..preferences.rows import (
     WAY_OUT,
     BadRow,
     RowChecker,
-    as_image_source,
     check_types,
     is_same_image,
     pick_columns,
@@ -143,7 +142,7 @@ class DataCollatorForSpatialPreference(DataCollatorMixin):
 
     def _load_image(self, example: dict[str, Any], column: str) -> PILImage.Image:
         try:
-            return load_image(as_image_source(example[column]))
+            return load_image(example[column])
         except ValueError as error:
             value = shorten(example[column])
             if example.get(IS_REVERSE_COLUMN):

@@ -8,11 +8,9 @@ from transformers import SchedulerType
 from ..hub.cards import Card, Result, training_values
 from ..statistics import accuracy_interval
 from .config import GaussianRewardConfig
+from .kinds import TEMPLATE
 from .modeling import GaussianRewardModel
 from .processing import SpatialScoreProcessor
-
-
-TEMPLATE = "spatial_score.md"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the trainer does with a model before it trains it."""
+"""What the trainer does to a model before training it."""
 
 from pathlib import Path
 from typing import Any
@@ -9,86 +9,101 @@ from transformers import AutoConfig, BitsAndBytesConfig
 
 from ..hub.references import find_reference
 from ..hub.safety import check_repository
+from .config import GaussianRewardConfig
 from .modeling import GaussianRewardModel, GaussianRewardModelConfig
-from .processing import SpatialScoreProcessor
+from .processing import SpatialScoreProcessor, load_processor
 
 
-def find_model(name: str, model_init_kwargs: dict[str, Any]) -> tuple[str, str | None]:
+def resolve_model(
+    model: str | GaussianRewardModel | PeftModel,
+    args: GaussianRewardConfig,
+    processor: SpatialScoreProcessor | None,
+    *,
+    is_adapted: bool,
+    quantization_config: BitsAndBytesConfig | None = None,
+) -> tuple[GaussianRewardModel | PeftModel, SpatialScoreProcessor]:
     """
-    Says which folder or repository a model's name means, see [`~hub.references.find_reference`].
+    Loads the model if it was given by name, and its processor if none was given.
+
+    Args:
+        model (`str` or [`GaussianRewardModel`] or [`~peft.PeftModel`]):
+            A backbone or a whole reward model by its folder or Hub id, or a reward model.
+        args ([`GaussianRewardConfig`]):
+            Limits of the image size, seed of the head, and the keyword arguments of [`GaussianRewardModel.from_backbone`].
+        processor ([`SpatialScoreProcessor`], *optional*):
+            Processor of the model.
+        is_adapted (`bool`):
+            Whether the model will get adapters, so that its own weights are not trained and may keep their type.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantizes the language model of a model given by name.
 
     Returns:
-        `tuple[str, str | None]`: folder or Hub id, and revision.
+        `tuple[GaussianRewardModel | PeftModel, SpatialScoreProcessor]`
 
     Raises:
-        `ValueError`: If the name says nothing, or the repository holds pickles or code.
+        `TypeError`: If the model or the processor is of another class.
+        `ValueError`: If there is no such model, it holds pickles or code, it is an adapter, it does not fit the processor, or
+        a setting is given twice.
     """
-    revision = model_init_kwargs.get("revision")
-    # the default of `--model_revision` is not an opinion
+    name, revision = (model.config._name_or_path, None) if not isinstance(model, str) else _find_model(model, args)
+    if processor is None:
+        if not name:
+            raise ValueError(
+                "The model has no name or path to load its processor from. Pass `processing_class`, the processor it was "
+                "built with."
+            )
+        processor = load_processor(name, revision=revision, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+    elif not isinstance(processor, SpatialScoreProcessor):
+        raise TypeError(
+            f"`processing_class` must be a `SpatialScoreProcessor`, got `{type(processor).__name__}`. Load one with "
+            "`load_processor(model_name)`, or leave it `None`."
+        )
+    elif args.min_pixels is not None or args.max_pixels is not None:
+        raise ValueError(
+            f"`min_pixels` is {args.min_pixels} and `max_pixels` is {args.max_pixels}, but the processor you passed has "
+            "limits of its own. Set them where you load it: `load_processor(..., min_pixels=, max_pixels=)`."
+        )
+    if isinstance(model, str):
+        kwargs = {**(args.model_init_kwargs or {}), "revision": revision}
+        if kwargs.get("dtype") is None:
+            # Full training in bfloat16 would lose the small updates.
+            kwargs["dtype"] = "auto" if is_adapted else "float32"
+        if quantization_config is not None:
+            if kwargs.get("quantization_config") is not None:
+                raise ValueError(
+                    "You set `quantization_config` both as a trainer argument and in `args.model_init_kwargs`. "
+                    "Please set it in only one place, preferably as a trainer argument."
+                )
+            kwargs["quantization_config"] = quantization_config
+        model = _load_model(name, kwargs, reward_token_id=processor.reward_token_id, seed=args.seed)
+    _check_model(model, processor)
+    return model, processor
+
+
+def _find_model(name: str, args: GaussianRewardConfig) -> tuple[str, str | None]:
+    """Folder or Hub id, and revision, of the model that a name means."""
+    revision = (args.model_init_kwargs or {}).get("revision")
+    # `--model_revision` defaults to "main", which must not contradict ORG/NAME@REVISION
     reference = find_reference(name, kind="model", revision=None if revision == "main" else revision)
     check_repository(reference, kind="model")
     return reference.name, reference.revision or revision
 
 
-def load_trainable_model(
-    name: str,
-    model_init_kwargs: dict[str, Any],
-    *,
-    reward_token_id: int,
-    seed: int,
-    is_adapted: bool,
-    quantization_config: BitsAndBytesConfig | None = None,
-) -> GaussianRewardModel:
-    """
-    Builds a reward model on a backbone, or loads a whole reward model.
-
-    Args:
-        name (`str`):
-            Folder or Hub id.
-        model_init_kwargs (`dict[str, Any]`):
-            Keyword arguments of [`GaussianRewardModel.from_backbone`].
-        reward_token_id (`int`):
-            Id of the reward token.
-        seed (`int`):
-            Seed of the head's initial weights.
-        is_adapted (`bool`):
-            Whether the model will get adapters, so that its own weights are not trained and may keep their type.
-        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            Quantizes the language model.
-
-    Raises:
-        `ValueError`: If there are two quantization configurations, or the folder holds an adapter.
-    """
-    kwargs = dict(model_init_kwargs)
-    if kwargs.get("dtype") is None:
-        # Full training in bfloat16 would lose the small updates.
-        kwargs["dtype"] = "auto" if is_adapted else "float32"
-    if quantization_config is not None:
-        if kwargs.get("quantization_config") is not None:
-            raise ValueError(
-                "You set `quantization_config` both as a trainer argument and in `args.model_init_kwargs`. "
-                "Please set it in only one place, preferably as a trainer argument."
-            )
-        kwargs["quantization_config"] = quantization_config
+def _load_model(name: str, kwargs: dict[str, Any], *, reward_token_id: int, seed: int) -> GaussianRewardModel:
+    """Builds a reward model on a backbone, or loads a whole reward model."""
     if (Path(name) / "adapter_config.json").is_file():
         raise ValueError(
             f"{name} holds an adapter. To train it further, pass the model with the adapter on it: "
             "`PeftModel.from_pretrained(GaussianRewardModel.from_backbone(...), adapter_folder, is_trainable=True)`."
         )
-    config = AutoConfig.from_pretrained(name, revision=kwargs.get("revision"))
+    config = AutoConfig.from_pretrained(name, revision=kwargs["revision"], trust_remote_code=False)
     if isinstance(config, GaussianRewardModelConfig):
         return GaussianRewardModel.from_pretrained(name, **kwargs)
     return GaussianRewardModel.from_backbone(name, reward_token_id=reward_token_id, seed=seed, **kwargs)
 
 
-def check_model(model: Any, processor: SpatialScoreProcessor) -> None:
-    """
-    Checks that the model is a reward model and fits the processor.
-
-    Raises:
-        `TypeError`: If it is another model.
-        `ValueError`: If the two disagree about the reward token.
-    """
+def _check_model(model: Any, processor: SpatialScoreProcessor) -> None:
+    """Checks that the model is a reward model and reads its score where the processor writes the reward token."""
     base_model = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(base_model, GaussianRewardModel):
         raise TypeError(
@@ -112,8 +127,8 @@ def copy_trained_parameters(model: GaussianRewardModel | PeftModel) -> dict[str,
 @torch.no_grad()
 def restore_fp32(model: GaussianRewardModel | PeftModel, trained: dict[str, torch.Tensor]) -> None:
     """
-    Undoes the cast of a quantized model's trainable parameters to bfloat16, as TRL does it. An update at a learning
-    rate of 2e-6 is smaller than what bfloat16 can add to a weight of 1e-3: training would stand still.
+    Undoes TRL's cast of a quantized model's trainable parameters to bfloat16. An update at a learning rate of 2e-6 is
+    smaller than bfloat16 can add to a weight of 1e-3, so nothing would be learned.
 
     Args:
         model ([`GaussianRewardModel`] or [`~peft.PeftModel`]):

@@ -6,7 +6,6 @@ deviation of a one-dimensional Gaussian score, as in SpatialScore
 """
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,7 +23,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, cached_file
+
+from ..hub.references import Reference, find_reference
+from ..hub.safety import check_repository
+from .weights import DAMAGED, check_finite, check_no_missing_keys, check_types
 
 
 class GaussianRewardModelConfig(PreTrainedConfig):
@@ -259,24 +263,36 @@ class GaussianRewardModel(PreTrainedModel):
             [`GaussianRewardModel`]: In evaluation mode, as `from_pretrained` does.
 
         Raises:
-            `ValueError`: If the checkpoint lacks a weight of the backbone; the message names the weights.
+            `ValueError`: If the checkpoint lacks a weight of the backbone, or a weight is not a finite floating-point number;
+            the message names it.
+            [`~hub.safety.UnsafeRepositoryError`]: If the folder or repository holds pickles or code.
         """
+        reference = find_reference(name_or_path, kind="model", revision=revision)
+        check_repository(reference, kind="model")
         if quantization_config is not None:
-            quantization_config = _quantize_language_model_only(name_or_path, revision, quantization_config)
+            quantization_config = _quantize_language_model_only(reference, quantization_config)
         # The whole image-text model is loaded, not its base: only so does transformers translate the names of the
         # weights in official checkpoints.
-        image_text_model, loading_info = AutoModelForImageTextToText.from_pretrained(
-            name_or_path,
-            revision=revision,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            quantization_config=quantization_config,
-            device_map=device_map,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        try:
+            image_text_model, loading_info = AutoModelForImageTextToText.from_pretrained(
+                reference.name,
+                revision=reference.revision,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                quantization_config=quantization_config,
+                device_map=device_map,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except SafetensorError as error:
+            raise ValueError(f"The weights of {reference} cannot be read ({error}). {DAMAGED}") from error
         prefix = image_text_model.base_model_prefix + "."
-        _check_no_missing_keys(name_or_path, [key for key in loading_info["missing_keys"] if key.startswith(prefix)])
+        check_no_missing_keys(reference.name, [key for key in loading_info["missing_keys"] if key.startswith(prefix)])
+        if not hasattr(image_text_model.config, "quantization_config") or quantization_config is not None:
+            folder = Path(cached_file(reference.name, "config.json", revision=reference.revision)).parent
+            check_types(folder.glob("*.safetensors"))
+        check_finite(reference.name, image_text_model.named_parameters())
         config = GaussianRewardModelConfig(
             backbone_config=image_text_model.config,
             reward_token_id=reward_token_id,
@@ -284,8 +300,8 @@ class GaussianRewardModel(PreTrainedModel):
             head_dropout=head_dropout,
             log_std_min=log_std_min,
             log_std_max=log_std_max,
-            backbone_revision=revision,
-            name_or_path=str(name_or_path),
+            backbone_revision=reference.revision,
+            name_or_path=reference.name,
             attn_implementation=image_text_model.config._attn_implementation,
         )
         with torch.random.fork_rng(devices=[]):
@@ -302,12 +318,13 @@ class GaussianRewardModel(PreTrainedModel):
         takes.
 
         Raises:
-            `ValueError`: If a weight is missing; the message names it.
+            `ValueError`: If a weight is missing or not finite; the message names it.
         """
         model, loading_info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            pretrained_model_name_or_path, *args, output_loading_info=True, use_safetensors=True, **kwargs
         )
-        _check_no_missing_keys(pretrained_model_name_or_path, loading_info["missing_keys"])
+        check_no_missing_keys(pretrained_model_name_or_path, loading_info["missing_keys"])
+        check_finite(pretrained_model_name_or_path, model.named_parameters())
         model.backbone.get_input_embeddings().base.requires_grad_(False)  # loading makes new, trainable parameters
         return (model, loading_info) if output_loading_info else model
 
@@ -390,12 +407,12 @@ def spatial_score_lora_config(rank: int = 64, alpha: int = 128, dropout: float =
     )
 
 
-def _quantize_language_model_only(
-    name_or_path: str | Path, revision: str | None, quantization_config: BitsAndBytesConfig
-) -> BitsAndBytesConfig:
+def _quantize_language_model_only(reference: Reference, quantization_config: BitsAndBytesConfig) -> BitsAndBytesConfig:
     """A copy of the configuration that skips every part of the model but its language model."""
     with torch.device("meta"):
-        skeleton = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name_or_path, revision=revision))
+        skeleton = AutoModelForImageTextToText.from_config(
+            AutoConfig.from_pretrained(reference.name, revision=reference.revision, trust_remote_code=False)
+        )
     language_model = skeleton.base_model.get_decoder()
     inside = [name for name, module in skeleton.base_model.named_children() if module is not language_model]
     outside = [name for name, module in skeleton.named_children() if module is not skeleton.base_model]
@@ -405,18 +422,8 @@ def _quantize_language_model_only(
     return quantization_config
 
 
-def _check_no_missing_keys(name_or_path: str | Path, missing_keys: Iterable[str]) -> None:
-    missing_keys = sorted(missing_keys)
-    if missing_keys:
-        shown = ", ".join(missing_keys[:10]) + (", ..." if len(missing_keys) > 10 else "")
-        raise ValueError(
-            f"The checkpoint {name_or_path} lacks {len(missing_keys)} weights, which would stay random: {shown}. It is "
-            "incomplete, or its weights have names that this version of transformers does not translate."
-        )
-
-
 def _copy_loading_state(source: PreTrainedModel, model: GaussianRewardModel) -> None:
-    """Tells `model` what transformers noted on the model it loaded, so that trainers and PEFT see it too."""
+    """Copies what transformers noted on the model it loaded, so that trainers and PEFT see it too."""
     device_map = getattr(source, "hf_device_map", None)
     if device_map is not None:
         model.hf_device_map = device_map

@@ -8,12 +8,17 @@ through the template: it is tokenized apart, as plain text, so that it cannot wr
 import json
 from pathlib import Path
 
+import jinja2
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from ..hub.references import Reference, find_reference
+from ..hub.safety import check_repository
 from ..preferences.images import load_image
+from ..preferences.prompts import clean_prompt
 
 
 REWARD_TOKEN = "<reward>"
@@ -113,7 +118,8 @@ class SpatialScoreProcessor(ProcessorMixin):
 
         Args:
             prompts (`list[str]`):
-                One caption per row. Control tokens in it, the reward token included, are read as plain text.
+                One caption per row. Blanks at its ends do not count. Added tokens of the tokenizer in it, such as
+                `<tool_call>` or the reward token, are read as plain text.
             images (`list`):
                 One image per row, in any form [`load_image`] takes.
             max_length (`int`, *optional*):
@@ -133,8 +139,8 @@ class SpatialScoreProcessor(ProcessorMixin):
             - `image_grid_thw` of shape `(batch_size, 3)`: frames, rows and columns of patches.
 
         Raises:
-            `ValueError`: If the numbers of prompts and images differ, a prompt is not a string, an image cannot be
-            read, or a row is longer than `max_length`. The message names the row.
+            `ValueError`: If the numbers of prompts and images differ, [`~preferences.prompts.clean_prompt`] refuses a
+            prompt, an image cannot be read, or a row is longer than `max_length`. The message names the row.
         """
         image_features = self._encode_images(images)
         merge_length = self.image_processor.merge_size**2
@@ -187,20 +193,33 @@ class SpatialScoreProcessor(ProcessorMixin):
     def _encode_prompts(self, prompts: list[str], num_image_tokens: list[int]) -> list[list[int]]:
         if len(prompts) != len(num_image_tokens):
             raise ValueError(f"Got {len(prompts)} prompts and {len(num_image_tokens)} images; one image per prompt.")
+        cleaned = []
         for row, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                raise ValueError(f"The prompt of row {row} is a {type(prompt).__name__}, not a string.")
+            try:
+                cleaned.append(clean_prompt(prompt))
+            except ValueError as error:
+                raise ValueError(f"The prompt of row {row} {error}.") from error
         before_image, after_image, suffix = self._encode_template()
-        plain = self.tokenizer(list(prompts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        plain = [encoding.ids for encoding in self._plain_tokenizer().encode_batch(cleaned, add_special_tokens=False)]
         return [
             before_image + [self.image_token_id] * num_tokens + after_image + prompt_ids + suffix
             for prompt_ids, num_tokens in zip(plain, num_image_tokens, strict=True)
         ]
 
+    def _plain_tokenizer(self) -> Tokenizer:
+        """The tokenizer without its added tokens: `split_special_tokens` would still find those that are not special."""
+        backend = self.tokenizer.backend_tokenizer
+        plain = Tokenizer(backend.model)  # shares the vocabulary: this takes a microsecond
+        plain.normalizer, plain.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+        return plain
+
     def _encode_template(self) -> tuple[list[int], list[int], list[int]]:
         """Token ids before the image, between image and prompt, and from the prompt to the reward token."""
         messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _PROMPT_SLOT}]}]
-        text = self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, tokenize=False)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, tokenize=False)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"The chat template is damaged: {error}. Write it with `build_chat_template`.") from error
         if text.count(_PROMPT_SLOT) != 1 or text.count(IMAGE_TOKEN) != 1 or text.count(REWARD_TOKEN) != 1:
             raise ValueError(
                 f"The chat template must write the prompt, {IMAGE_TOKEN} and {REWARD_TOKEN} once each; it gives {text!r}. "
@@ -226,7 +245,8 @@ def load_processor(
 
     Args:
         name_or_path (`str` or `Path`):
-            A local folder or a Hub id: an image-text model of a Qwen-VL family, or a checkpoint of a reward model.
+            A local folder, or `org/name` or `hub/NAME` on the Hub: an image-text model of a Qwen-VL family, or a checkpoint
+            of a reward model.
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub.
         instruction (`str`, *optional*):
@@ -240,12 +260,26 @@ def load_processor(
         [`SpatialScoreProcessor`]: The processor, with the reward token in its tokenizer.
 
     Raises:
-        `ValueError`: If the model is not of a Qwen-VL family, or the limits of the image size contradict each other.
+        `ValueError`: If the model is not of a Qwen-VL family, the limits of the image size contradict each other, or the
+        chat template or the tokenizer of a reward model is damaged.
+        [`~hub.safety.UnsafeRepositoryError`]: If the folder or repository holds pickles or code.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
-    _check_family(name_or_path, revision, tokenizer)
+    reference = find_reference(name_or_path, kind="model", revision=revision)
+    check_repository(reference, kind="model")
+    source = {
+        "pretrained_model_name_or_path": reference.name,
+        "revision": reference.revision,
+        "trust_remote_code": False,
+    }
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # tokenizers raises bare exceptions for a damaged tokenizer.json
+        raise ValueError(f"The tokenizer of {reference} cannot be loaded: {error}") from error
+    _check_family(reference, tokenizer)
     # PIL's backend everywhere: torchvision resizes a little differently, and a score must not depend on what is installed.
-    image_processor = Qwen2VLImageProcessorPil.from_pretrained(name_or_path, revision=revision)
+    image_processor = Qwen2VLImageProcessorPil.from_pretrained(**source)
     size = {
         "shortest_edge": image_processor.size["shortest_edge"] if min_pixels is None else min_pixels,
         "longest_edge": image_processor.size["longest_edge"] if max_pixels is None else max_pixels,
@@ -256,21 +290,25 @@ def load_processor(
             f"max_pixels={size['longest_edge']}."
         )
     image_processor.size = size
-    if instruction is None and REWARD_TOKEN in (tokenizer.chat_template or ""):
-        chat_template = tokenizer.chat_template
-    else:
-        chat_template = build_chat_template(DEFAULT_INSTRUCTION if instruction is None else instruction)
-    return SpatialScoreProcessor(image_processor, tokenizer, chat_template=chat_template)
+    chat_template = build_chat_template(DEFAULT_INSTRUCTION if instruction is None else instruction)
+    if instruction is None and REWARD_TOKEN in tokenizer.get_vocab():  # a reward model: it brings its own
+        chat_template = tokenizer.chat_template or ""
+    processor = SpatialScoreProcessor(image_processor, tokenizer, chat_template=chat_template)
+    try:
+        processor.num_tokens(["a"], [(28, 28)])
+    except ValueError as error:
+        raise ValueError(f"chat_template.jinja of {reference}: {error}") from error
+    return processor
 
 
-def _check_family(name_or_path: str | Path, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
-    image_settings, _ = Qwen2VLImageProcessorPil.get_image_processor_dict(name_or_path, revision=revision)
+def _check_family(reference: Reference, tokenizer: PreTrainedTokenizerBase) -> None:
+    image_settings, _ = Qwen2VLImageProcessorPil.get_image_processor_dict(reference.name, revision=reference.revision)
     image_processor = image_settings.get("image_processor_type", "unknown")
     needed = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", IMAGE_TOKEN]
     missing = [token for token in needed if token not in tokenizer.get_vocab()]
     if missing or not image_processor.startswith("Qwen2VLImageProcessor"):
         raise ValueError(
-            f"{name_or_path} is not of a Qwen-VL family: its image processor is {image_processor} and its tokenizer lacks "
+            f"{reference} is not of a Qwen-VL family: its image processor is {image_processor} and its tokenizer lacks "
             f'{", ".join(missing) or "nothing"}. Use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model, or see "Add a backbone" '
             "in CONTRIBUTING.md."
         )

@@ -1,36 +1,21 @@
 """Scores images with a trained reward model: loading, batching, saving, merging."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from huggingface_hub import constants, snapshot_download
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig
 
 from ..hub.cards import Card
-from ..hub.errors import call_with_retries, explain_errors
-from ..hub.references import Reference, UnknownReferenceError, find_reference
-from ..hub.safety import PICKLE_SUFFIXES, check_repository
 from ..preferences.images import load_image, open_image
+from .checkpoints import find_checkpoint, load_adapter, save_checkpoint
 from .modeling import GaussianRewardModel, GaussianRewardModelConfig
 from .processing import SpatialScoreProcessor, load_processor
 
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
-SMALL_FILES = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "processor_config.json",
-    "chat_template.jinja",
-)
 # A list of this length takes long enough for a progress bar to be welcome.
 PROGRESS_FROM = 200
 
@@ -43,7 +28,8 @@ class SpatialScores(NamedTuple):
         mean (`np.ndarray` of shape `(n,)`):
             Mean of each score, float32. Higher is better; a difference of two means is a logit of preference.
         std (`np.ndarray` of shape `(n,)`):
-            Standard deviation of each score, float32, positive.
+            Standard deviation of each score, float32, positive. It is a learned spread within the pairs of the training
+            data, not a measure of how sure the model is: on images unlike them it may be as small.
     """
 
     mean: np.ndarray
@@ -128,7 +114,7 @@ class SpatialScore:
                 holds pickles or code.
             `HubError`: If a repository is not there, may not be read, or cannot be reached.
         """
-        folder = _find_checkpoint(name_or_path, revision)
+        folder = find_checkpoint(name_or_path, revision)
         if device is None:
             device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         processor = load_processor(folder)
@@ -139,15 +125,14 @@ class SpatialScore:
                 f"its config.json {config.reward_token_id}."
             )
         if (folder / "adapter_config.json").is_file():
-            model: Any = _load_adapter(
+            model: Any = load_adapter(
                 folder,
                 config,
-                reward_token_id=processor.reward_token_id,
-                backbone=backbone,
+                backbone,
                 dtype=dtype,
-                device=device,
                 attn_implementation=attn_implementation,
                 quantization_config=quantization_config,
+                device_map=None if quantization_config is None else {"": device},
             )
         elif quantization_config is not None or backbone is not None:
             raise ValueError(
@@ -195,6 +180,11 @@ class SpatialScore:
                 f"Got {1 if isinstance(prompts, str) else len(prompts)} prompts and {len(images)} images. Pass two lists "
                 "of one length; repeat a prompt that goes with several images."
             )
+        for row, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise ValueError(
+                    f"prompts[{row}] is a {type(prompt).__name__}, not a string. The order is prompts, images."
+                )
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         num_rows = len(prompts)
@@ -214,6 +204,11 @@ class SpatialScore:
                 rows = order[start : start + batch_size]
                 output = self._forward([prompts[row] for row in rows], [_decode(row, images[row]) for row in rows])
                 mean[rows], log_std[rows] = output.mean.cpu(), output.log_std.cpu()
+                for row in rows:
+                    if not (mean[row].isfinite() and log_std[row].isfinite()):
+                        raise ValueError(
+                            f"images[{row}] has a score that is not finite, {mean[row]}: score it in float32, or check the model."
+                        )
                 progress.update(len(rows))
         return SpatialScores(mean.numpy(), log_std.exp().numpy())
 
@@ -281,42 +276,6 @@ class SpatialScore:
         self.save_pretrained(folder)
 
 
-def save_checkpoint(
-    model: GaussianRewardModel | PeftModel,
-    processor: SpatialScoreProcessor,
-    folder: str | Path,
-    *,
-    state_dict: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """
-    Writes the folder that [`SpatialScore.from_pretrained`] loads: config, weights as safetensors, processor.
-
-    Args:
-        model ([`GaussianRewardModel`] or [`~peft.PeftModel`]):
-            The model. Of a PEFT model only the adapter, the head and the reward token are written.
-        processor ([`SpatialScoreProcessor`]):
-            Its processor.
-        folder (`str` or `Path`):
-            Where to; created if missing.
-        state_dict (`dict[str, torch.Tensor]`, *optional*):
-            Weights gathered from several processes. If `None`, the model's own.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, PeftModel):
-        model.get_base_model().config.save_pretrained(folder)
-        readme = folder / "README.md"
-        text = readme.read_bytes() if readme.is_file() else None
-        model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
-        # PEFT writes an empty form as the card, with the backbone's local path in it
-        readme.unlink(missing_ok=True)
-        if text is not None:
-            readme.write_bytes(text)
-    else:
-        model.save_pretrained(folder, state_dict=state_dict)
-    processor.save_pretrained(folder)
-
-
 def _image_size(row: int, image: Any) -> tuple[int, int]:
     try:
         opened = open_image(image)
@@ -333,118 +292,3 @@ def _decode(row: int, image: Any) -> Any:
         return load_image(image)
     except ValueError as error:
         raise ValueError(f"images[{row}] {error}.") from error
-
-
-def _load_adapter(
-    folder: Path,
-    config: GaussianRewardModelConfig,
-    *,
-    reward_token_id: int,
-    backbone: str | Path | None,
-    dtype: str | torch.dtype,
-    device: str | torch.device,
-    attn_implementation: str | None,
-    quantization_config: BitsAndBytesConfig | None,
-) -> PeftModel:
-    peft_config = PeftConfig.from_pretrained(folder, inference_mode=True)
-    recorded = peft_config.base_model_name_or_path
-    if backbone is None and recorded is None:
-        raise ValueError(
-            "The adapter does not say which model it was trained on. Pass `backbone=` with the folder or Hub id of that model."
-        )
-    try:
-        if backbone is None:
-            reference = find_reference(recorded, kind="model", revision=config.backbone_revision)
-        else:
-            reference = find_reference(backbone, kind="model")
-        check_repository(reference, kind="model")
-        peft_config.base_model_name_or_path = reference.name
-        model = GaussianRewardModel.from_backbone(
-            reference.name,
-            reward_token_id=reward_token_id,
-            revision=reference.revision,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            quantization_config=quantization_config,
-            device_map=None if quantization_config is None else {"": device},
-            head_hidden_sizes=config.head_hidden_sizes,
-            head_dropout=config.head_dropout,
-            log_std_min=config.log_std_min,
-            log_std_max=config.log_std_max,
-        )
-    except (OSError, UnknownReferenceError) as error:
-        if backbone is not None:
-            raise
-        raise ValueError(
-            f"The adapter was trained on {recorded}, which cannot be loaded from here ({error}) Pass `backbone=` with the "
-            "folder or Hub id of that model."
-        ) from error
-    model = get_peft_model(model, peft_config)
-    tensors = load_file(folder / ADAPTER_WEIGHTS)
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"{folder / ADAPTER_WEIGHTS} lacks {len(missing)} weights ({', '.join(missing[:5])}) and holds "
-            f"{len(unexpected)} that do not belong ({', '.join(unexpected[:5])}): it is damaged or of another model."
-        )
-    set_peft_model_state_dict(model, tensors)
-    return model
-
-
-def _find_checkpoint(name_or_path: str | Path, revision: str | None) -> Path:
-    """The local folder of a checkpoint, which is downloaded if need be, once its small files have been checked."""
-    reference = find_reference(name_or_path, kind="model", revision=revision)
-    if reference.is_local:
-        folder = Path(reference.name)
-        if not folder.is_dir():
-            raise ValueError(f"{name_or_path} is a file. Name the folder of a checkpoint.")
-        _check_small_files(name_or_path, folder)
-    else:
-        check_repository(reference, kind="model")
-        folder = _download(reference, ["*.json", "*.jinja"])
-        _check_small_files(reference.name, folder)
-        folder = _download(reference, ["*.json", "*.jinja", "*.safetensors"])
-    _check_weights(name_or_path, folder)
-    return folder
-
-
-def _download(reference: Reference, patterns: list[str]) -> Path:
-    with explain_errors(f"Downloading {reference}"):
-        folder = call_with_retries(
-            snapshot_download,
-            reference.name,
-            revision=reference.revision,
-            allow_patterns=patterns,
-            local_files_only=constants.is_offline_mode(),
-            has_fallback=True,  # what is in the cache
-        )
-    return Path(folder)
-
-
-def _check_small_files(name_or_path: str | Path, folder: Path) -> None:
-    config_file = folder / "config.json"
-    if config_file.is_file():
-        model_type = json.loads(config_file.read_text()).get("model_type")
-        if model_type != GaussianRewardModelConfig.model_type:
-            raise ValueError(
-                f"{name_or_path} is a {model_type} model, not a reward model. Train one on it with `trl_spatial reward`."
-            )
-    missing = [name for name in SMALL_FILES if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(f"{name_or_path} is not the folder of a reward model: it lacks {', '.join(missing)}.")
-
-
-def _check_weights(name_or_path: str | Path, folder: Path) -> None:
-    index_file = folder / WEIGHTS_INDEX
-    if (folder / "adapter_config.json").is_file():
-        needed = [ADAPTER_WEIGHTS]
-    elif index_file.is_file():
-        needed = sorted(set(json.loads(index_file.read_text())["weight_map"].values()))
-    else:
-        needed = [WEIGHTS]
-    missing = [name for name in needed if not (folder / name).is_file()]
-    if missing:
-        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
-        found = f" It holds {', '.join(pickles)}, but pickle files can run code and are never read." if pickles else ""
-        raise ValueError(f"{name_or_path} lacks {', '.join(missing)}.{found} Save the model again as safetensors.")

@@ -1,3 +1,4 @@
+import copy
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -21,17 +22,17 @@ from ..figures.pairs import ScoredPair, draw_pairs
 from ..hub.cards import SAMPLES_FILE, Card
 from ..hub.checkpoints import is_local_name
 from ..preferences.images import load_image
-from ..preferences.rows import as_image_source
 from ..training.base import BaseTrainer
 from ..training.hub import dataset_split
+from .checkpoints import save_checkpoint
 from .config import GaussianRewardConfig
 from .data import IS_REVERSE_COLUMN, ROW_COLUMN, DataCollatorForSpatialPreference, PreferencePairs, prepare_pairs
+from .kinds import SPATIAL_SCORE
 from .losses import gaussian_bradley_terry_loss
 from .model_card import EvaluatedDataset, build_card, training_settings
-from .model_setup import check_model, copy_trained_parameters, find_model, load_trainable_model, restore_fp32
+from .model_setup import copy_trained_parameters, resolve_model, restore_fp32
 from .modeling import GaussianRewardModel
-from .processing import SpatialScoreProcessor, load_processor
-from .scoring import save_checkpoint
+from .processing import SpatialScoreProcessor
 
 
 logger = get_logger(__name__)
@@ -113,6 +114,8 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
 
     _tag_names = ["trl", "reward-trainer", "spatial-score"]
     _name = "Gaussian Reward"
+    _kinds = (SPATIAL_SCORE,)
+    loss_is_scaled_for_ga = True  # `compute_loss` divides by the number of pairs of the whole update
 
     def __init__(
         self,
@@ -135,61 +138,28 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
     ):
-        name = model if isinstance(model, str) else model.config._name_or_path
-        revision = None
-        if isinstance(model, str):
-            model, revision = find_model(name, {} if args is None else args.model_init_kwargs or {})
-            name = model
-        if args is None:  # a model that was built in Python has no name
-            args = GaussianRewardConfig(f"{Path(name).name}-GaussianReward".removeprefix("-"))
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path  # "" of a model built in Python
+            args = GaussianRewardConfig(f"{Path(name).name.partition('@')[0]}-GaussianReward".removeprefix("-"))
         elif not isinstance(args, GaussianRewardConfig):
             raise TypeError(f"`args` must be a `GaussianRewardConfig`, got `{type(args).__name__}`.")
-        if processing_class is None and not name:
-            raise ValueError(
-                "The model has no name or path to load its processor from. Pass `processing_class`, the processor it was "
-                "built with."
-            )
-        if processing_class is None:
-            processing_class = load_processor(
-                name, revision=revision, min_pixels=args.min_pixels, max_pixels=args.max_pixels
-            )
-        elif not isinstance(processing_class, SpatialScoreProcessor):
-            raise TypeError(
-                f"`processing_class` must be a `SpatialScoreProcessor`, got `{type(processing_class).__name__}`. Load "
-                "one with `load_processor(model_name)`, or leave it `None`."
-            )
-        elif args.min_pixels is not None or args.max_pixels is not None:
-            raise ValueError(
-                f"`min_pixels` is {args.min_pixels} and `max_pixels` is {args.max_pixels}, but the processor you passed "
-                "has limits of its own. Set them where you load it: `load_processor(..., min_pixels=, max_pixels=)`."
-            )
-        model_init_kwargs = args.model_init_kwargs
-        if isinstance(model, str):
-            model = load_trainable_model(
-                model,
-                {**(args.model_init_kwargs or {}), "revision": revision},
-                reward_token_id=processing_class.reward_token_id,
-                seed=args.seed,
-                is_adapted=peft_config is not None,
-                quantization_config=quantization_config,
-            )
-            # Both are used up; the parent would warn that it ignores them.
-            args.model_init_kwargs, quantization_config = None, None
-        check_model(model, processing_class)
-        if data_collator is None:
-            data_collator = DataCollatorForSpatialPreference(processing_class)
-        if args.skip_bad_rows and args.should_save:
-            _bad_rows_file(args).unlink(missing_ok=True)  # it is about this run
+        model, processing_class = resolve_model(
+            model,
+            args,
+            processing_class,
+            is_adapted=peft_config is not None,
+            quantization_config=quantization_config,
+        )
         trained = copy_trained_parameters(model)
         splits = {name: dataset_split(part) for name, part in _named(eval_dataset).items()}
+        self._processor = processing_class
         self._samples: list[list[float]] = []  # scores of the first pairs of the last evaluation
         self._takes_samples = False
 
-        self._processor = processing_class
         super().__init__(
             model=model,
-            args=args,
-            data_collator=data_collator,
+            args=_copy_for_parent(args),
+            data_collator=data_collator or DataCollatorForSpatialPreference(processing_class),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class.tokenizer,  # the parent asks it for its pad token
@@ -198,16 +168,14 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        args.model_init_kwargs = model_init_kwargs
+        self.args.model_init_kwargs = args.model_init_kwargs
+        self.processing_class = self.callback_handler.processing_class = processing_class
         self._evaluated = {
             name: EvaluatedDataset(len(part.rows) if isinstance(part, PreferencePairs) else None, splits[name])
             for name, part in _named(self.eval_dataset).items()
         }
-        self.processing_class = self.callback_handler.processing_class = processing_class
-
         restore_fp32(self.model, trained)
         if not all(any(p.requires_grad for p in module.parameters()) for module in self._new_modules()):
             raise ValueError(
@@ -229,6 +197,9 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
         args: GaussianRewardConfig,
         dataset_name: str,
     ) -> PreferencePairs | IterableDataset:
+        if args.skip_bad_rows and args.should_save and dataset_name == "train":
+            _bad_rows_file(args).parent.mkdir(parents=True, exist_ok=True)
+            _bad_rows_file(args).write_text("")  # it lists the rows of this run
         return prepare_pairs(
             dataset,
             self._processor,
@@ -256,7 +227,6 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
             is_training=True,
         )
 
-    # Two learning rates
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
@@ -269,6 +239,11 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
                     optimizer.add_param_group({**group, "params": params, "lr": self.args.head_learning_rate})
         return optimizer
 
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
+        """Number of pairs of an update, or of a batch that is evaluated, over all processes."""
+        num_pairs = sum(len(batch["input_ids"]) // 2 for batch in batch_samples)
+        return self.accelerator.gather(torch.tensor(num_pairs, device=device)).sum()
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
         margin = inputs.pop("margin", None)
@@ -279,7 +254,7 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
         chosen_log_std, rejected_log_std = torch.chunk(outputs.log_std, chunks=2)  # each (num_pairs,)
 
         # Calculate loss. Evaluation needs no samples: it uses the exact value of what they estimate.
-        loss = gaussian_bradley_terry_loss(
+        losses = gaussian_bradley_terry_loss(
             chosen_mean,
             chosen_log_std,
             rejected_mean,
@@ -288,13 +263,17 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
             estimator=self.args.estimator if mode == "train" else "closed_form",
             num_samples=self.args.num_samples,
             margin=margin,
-        ).mean()
+        )  # (num_pairs,)
         if self.args.center_rewards_coefficient is not None:
-            loss += self.args.center_rewards_coefficient * torch.mean((chosen_mean + rejected_mean) ** 2)
+            losses = losses + self.args.center_rewards_coefficient * (chosen_mean + rejected_mean) ** 2
+        if num_items_in_batch is None:
+            loss = losses.mean()
+        else:  # batches differ in size, and every pair counts alike; gradients are averaged over the processes
+            loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
 
         with torch.no_grad():
             mean_std = (chosen_log_std.exp() + rejected_log_std.exp()) / 2
-            self._record_metrics(mode, chosen_mean, rejected_mean, mean_std, inputs["attention_mask"])
+            self._record_metrics(mode, losses, chosen_mean, rejected_mean, mean_std, inputs["attention_mask"])
             if mode == "eval" and self._takes_samples:
                 # the first batch of the first process are the first pairs
                 scores = (chosen_mean, chosen_log_std.exp(), rejected_mean, rejected_log_std.exp())
@@ -310,7 +289,7 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
             "rejected_log_std": rejected_log_std,
         }
 
-    def _record_metrics(self, mode, chosen_mean, rejected_mean, mean_std, attention_mask):
+    def _record_metrics(self, mode, losses, chosen_mean, rejected_mean, mean_std, attention_mask):
         if mode == "train":
             num_tokens_in_batch = self.accelerator.gather_for_metrics(attention_mask.sum()).sum().item()
             self._total_train_tokens += num_tokens_in_batch // self._tp_size
@@ -319,7 +298,8 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
 
         # Only evaluation drops the rows that fill up the last batch: training trains on them.
         gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
-        chosen, rejected, std = gather(torch.stack([chosen_mean, rejected_mean, mean_std], dim=1)).unbind(1)
+        table = gather(torch.stack([losses.float(), chosen_mean, rejected_mean, mean_std], dim=1))  # (num_pairs, 4)
+        loss, chosen, rejected, std = table.unbind(1)
         metrics["min_reward"].append(torch.minimum(chosen, rejected).min().item())
         metrics["max_reward"].append(torch.maximum(chosen, rejected).max().item())
         # One entry per pair, so that the average over batches of different sizes is the average over pairs
@@ -327,6 +307,8 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
         metrics["mean_std"] += std.tolist()
         metrics["accuracy"] += (chosen > rejected).float().tolist()
         metrics["margin"] += (chosen - rejected).tolist()
+        if mode == "eval":  # replaces the parent's, which also counts the rows that fill up the last batch
+            metrics["loss"] += loss.tolist()
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -376,8 +358,8 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
         pairs = [
             ScoredPair(
                 prompt=row["prompt"],
-                chosen=load_image(as_image_source(row["chosen"])),
-                rejected=load_image(as_image_source(row["rejected"])),
+                chosen=load_image(row["chosen"]),
+                rejected=load_image(row["rejected"]),
                 chosen_score=(chosen_mean, chosen_std),
                 rejected_score=(rejected_mean, rejected_std),
                 caption="",
@@ -403,6 +385,15 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
             base_model=None if is_local_name(name) else name,
             dataset=self.dataset_name,
         )
+
+
+def _copy_for_parent(args: GaussianRewardConfig) -> GaussianRewardConfig:
+    """A copy, as the parent writes to its arguments. It has no `model_init_kwargs`, about which the parent would warn."""
+    own = copy.copy(args)
+    own.accelerator_config = copy.copy(args.accelerator_config)
+    own.gradient_checkpointing_kwargs = copy.copy(args.gradient_checkpointing_kwargs)
+    own.model_init_kwargs = None
+    return own
 
 
 def _named(eval_dataset: Any) -> dict[str, Any]:

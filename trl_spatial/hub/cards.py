@@ -1,4 +1,4 @@
-"""Cards of repositories: a template of `hub_cards/`, filled with what a run has recorded of itself."""
+"""Model and dataset cards: a template from `hub_cards/`, filled in with the record of a run."""
 
 import hashlib
 import json
@@ -7,14 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import (
-    EvalResult,
-    EvalResultEntry,
-    ModelCard,
-    ModelCardData,
-    eval_result_entries_to_yaml,
-)
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 
 CARD_FILE = "card.json"
@@ -35,8 +28,8 @@ PAPER = {
 
 def card_template(name: str) -> Path:
     """
-    Returns the path of a card template of `hub_cards/`, which lies in the package when it is installed from a wheel and
-    beside it in a checkout.
+    Returns the path of a card template. `hub_cards/` is in the package if it was installed from a wheel, and beside it in
+    a checkout.
 
     Args:
         name (`str`):
@@ -55,25 +48,25 @@ def card_template(name: str) -> Path:
 @dataclass(frozen=True)
 class Result:
     """
-    One measured number.
+    A measured number.
 
     Args:
         metric (`str`):
-            What was measured, such as `"accuracy"`.
+            Name of the metric, such as `"accuracy"`.
         value (`float`):
             The number.
         num_samples (`int`, *optional*):
-            On how many independent samples.
+            Number of independent samples.
         unit (`str`, *optional*):
-            What a sample is: `"pairs"`, `"prompts"`.
+            Name of the samples: `"pairs"`, `"prompts"`.
         interval (`tuple[float, float]`, *optional*):
             95 % confidence interval.
         dataset (`str`, *optional*):
-            What it was measured on, in words.
+            Description of the dataset.
         dataset_id (`str`, *optional*):
-            Id of that dataset on the Hub.
+            Hub id of the dataset.
         split (`str`, *optional*):
-            Split of it.
+            Split of the dataset.
     """
 
     metric: str
@@ -87,31 +80,31 @@ class Result:
 
     @property
     def where(self) -> str:
-        """The dataset and its split in words."""
+        """The dataset and its split."""
         return " ".join(part for part in (self.dataset_id or self.dataset or "held-out data", self.split) if part)
 
 
 @dataclass(frozen=True)
 class Card:
     """
-    What is known about a model or a dataset, and the template that tells it. Saved as `card.json` beside what it describes,
-    it is filled again for every place that goes to.
+    The record of a model and the template that presents it. The record is saved as `card.json` beside the model, and the
+    template is filled in again for each repository that the model is uploaded to.
 
     Args:
         template (`str`):
             File name of the template in `hub_cards/`.
         front_matter (`dict[str, Any]`):
-            Metadata of the repository but for what follows: `library_name`, `pipeline_tag`, `license`, `tags`.
+            Metadata of the repository other than the fields below: `library_name`, `pipeline_tag`, `license`, `tags`.
         values (`dict[str, Any]`, *optional*):
-            What the template shows: anything that JSON holds.
+            Further values for the template, as JSON.
         results (`list[Result]`, *optional*):
-            What was measured.
+            Measured numbers.
         base_model (`str`, *optional*):
             Hub id of the model that was trained.
         dataset (`str`, *optional*):
-            Hub id of the dataset it was trained on.
+            Hub id of the training dataset.
         readme_digest (`str`, *optional*):
-            SHA-256 of the `README.md` that was made of it, by which one that somebody has edited is told from it.
+            SHA-256 of the `README.md` that was rendered from the record. A file with another digest has been edited.
     """
 
     template: str
@@ -128,7 +121,7 @@ class Card:
         Reads the card of a folder, or returns `None` if it has none.
 
         Raises:
-            `ValueError`: If `card.json` is not one of ours.
+            `ValueError`: If `card.json` is damaged or was not written by [`~Card.save`].
         """
         file = Path(folder) / CARD_FILE
         if not file.is_file():
@@ -140,10 +133,8 @@ class Card:
                 for item in content.pop("results", [])
             ]
             return cls(**content, results=results)
-        except (json.JSONDecodeError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{file} is not the card of a run ({error}). Remove it, and write a README.md."
-            ) from error
+        except (ValueError, RecursionError, TypeError, AttributeError) as error:  # no JSON object with these fields
+            raise ValueError(f"{file} is not the card of a run ({error}). Remove it and write a README.md.") from error
 
     def save(self, folder: str | Path, *, model_id: str | None = None) -> None:
         """
@@ -151,14 +142,16 @@ class Card:
 
         Args:
             folder (`str` or `Path`):
-                Where to; it must be there.
+                An existing folder.
             model_id (`str`, *optional*):
-                What users load. Defaults to the folder's name.
+                Name that users load. Defaults to the folder's name.
         """
         folder = Path(folder)
         has_samples = (folder / SAMPLES_FILE).is_file()
         for name, content in self.files(model_id or folder.absolute().name, has_samples=has_samples).items():
-            (folder / name).write_bytes(content)
+            partial = folder / f".{name}.partial"  # an interruption leaves the file as it was
+            partial.write_bytes(content)
+            partial.replace(folder / name)
 
     def files(self, model_id: str, *, has_samples: bool = False) -> dict[str, bytes]:
         """`README.md` and `card.json`, by their names; arguments as for [`~Card.render`]."""
@@ -168,22 +161,22 @@ class Card:
         return {"README.md": readme, CARD_FILE: content.encode()}
 
     def has_made(self, readme: Path) -> bool:
-        """Whether a `README.md` is as the card was filled, and not edited since."""
+        """Whether a `README.md` is the rendered one, not edited since."""
         return hashlib.sha256(readme.read_bytes()).hexdigest() == self.readme_digest
 
     def with_results(self, results: list[Result], **values: Any) -> "Card":
-        """The same card with other results, and with more values."""
+        """Returns the card with other results and with additional values."""
         return replace(self, results=results, values=self.values | values)
 
     def render(self, model_id: str, *, has_samples: bool = False) -> str:
         """
-        Fills the template.
+        Fills in the template.
 
         Args:
             model_id (`str`):
-                What users load: the id of the repository, or a folder.
+                Name that users load: the id of the repository, or a folder.
             has_samples (`bool`, *optional*, defaults to `False`):
-                Whether the picture `samples.png` lies beside the card.
+                Whether the picture `samples.png` is beside the card.
 
         Returns:
             `str`: the text of `README.md`, front matter included.
@@ -194,7 +187,7 @@ class Card:
             base_model=self.base_model,
             datasets=self.dataset,
             model_name=model_name if self.results else None,
-            eval_results=[_legacy_result(self, result) for result in self.results] or None,
+            eval_results=[self._model_index_entry(result) for result in self.results] or None,
         )
         card = ModelCard.from_template(
             data,
@@ -210,42 +203,38 @@ class Card:
         )
         return str(card)
 
-    def result_files(self) -> dict[str, bytes]:
-        """The results of datasets on the Hub, in the Hub's new format: name in the repository → content."""
-        files = {}
-        for result in self.results:
-            if result.dataset_id is None:
-                continue
-            notes = [f"{result.num_samples} {result.unit or 'samples'}"] if result.num_samples else []
-            if result.interval:
-                notes.append("95 % interval {:.4g} to {:.4g}".format(*result.interval))
-            entry = EvalResultEntry(
-                dataset_id=result.dataset_id,
-                task_id=_slug(" ".join(part for part in (result.split, result.metric) if part)),
-                value=_rounded(result.value),
-                notes=", ".join(notes) or None,
-            )
-            content = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
-            name = _slug(f"{result.dataset_id} {result.split or ''} {result.metric}")
-            files[f".eval_results/{name}.yaml"] = content.encode()
-        return files
+    def _model_index_entry(self, result: Result) -> EvalResult:
+        args = {
+            "num_samples": result.num_samples,
+            "confidence_interval_95": [_rounded(end) for end in result.interval] if result.interval else None,
+        }
+        return EvalResult(
+            task_type=self.front_matter.get("pipeline_tag") or "other",
+            dataset_type=result.dataset_id or _slug(result.dataset or "held-out data"),
+            dataset_name=result.dataset_id or result.dataset or "held-out data",
+            dataset_split=result.split,
+            metric_type=_slug(result.metric),
+            metric_name=result.metric,
+            metric_value=_rounded(result.value),
+            metric_args={name: value for name, value in args.items() if value is not None} or None,
+        )
 
 
 def training_values(
     settings: dict[str, Any], *, trainer_name: str, hardware: str, training_time: str | None, packages: tuple[str, ...]
 ) -> dict[str, Any]:
     """
-    What the cards of all trainings show.
+    Returns the values that the cards of all trainings show.
 
     Args:
         settings (`dict[str, Any]`):
-            What the training was set to; entries that are `None` are left out.
+            Settings of the training; entries that are `None` are left out.
         trainer_name (`str`):
             Name of the trainer.
         hardware (`str`):
-            What it ran on.
+            Description of the hardware.
         training_time (`str`, *optional*):
-            How long it took.
+            Duration.
         packages (`tuple[str, ...]`):
             Packages whose versions are shown.
     """
@@ -256,24 +245,6 @@ def training_values(
         "training_time": training_time,
         "versions": {name: version(name) for name in packages},
     }
-
-
-def _legacy_result(card: Card, result: Result) -> EvalResult:
-    task = card.front_matter.get("pipeline_tag") or "other"
-    args = {
-        "num_samples": result.num_samples,
-        "confidence_interval_95": [_rounded(end) for end in result.interval] if result.interval else None,
-    }
-    return EvalResult(
-        task_type=task,
-        dataset_type=result.dataset_id or _slug(result.dataset or "held-out data"),
-        dataset_name=result.dataset_id or result.dataset or "held-out data",
-        dataset_split=result.split,
-        metric_type=_slug(result.metric),
-        metric_name=result.metric,
-        metric_value=_rounded(result.value),
-        metric_args={name: value for name, value in args.items() if value is not None} or None,
-    )
 
 
 def _row(result: Result) -> dict[str, str]:

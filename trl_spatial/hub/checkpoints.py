@@ -1,154 +1,110 @@
-"""What of a local folder goes to the Hub: the files of a model, never its training's, and a card for where it goes."""
+"""Selects the files of a local folder that are uploaded to the Hub, and fills in the card for the repository."""
 
+import fnmatch
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .cards import CARD_FILE, SAMPLES_FILE, Card
+from .cards import SAMPLES_FILE, Card
+from .safety import read_settings
 
 
-_WEIGHTS = (".safetensors",)
-_SETTINGS = (".json", ".jinja", ".txt", ".model")  # .model: the vocabulary of a SentencePiece tokenizer
-# What a training writes for itself.
-_PRIVATE = (
-    "trainer_state.json",
-    "checkpoint.json",
-    "run.json",
-    "arguments.json",
-    "results.json",
-    "dataset_info.json",
-    "state.json",
-)
-_PRIVATE_WEIGHTS = ("trained_weights.safetensors", "ema.safetensors")
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name
 _MODEL_NAMES = ("base_model_name_or_path", "_name_or_path", "name_or_path")
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
-REWARD_MODEL_TYPE = "gaussian_reward"
+# What transformers writes for a tokenizer or a processor.
+PROCESSOR_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 
 
 @dataclass(frozen=True)
 class Kind:
     """
-    A kind of folder that can be pushed.
+    A kind of folder that can be uploaded. The room that writes such folders defines it.
 
     Args:
         name (`str`):
-            What it is called in messages.
+            Name in messages, such as `"a SpatialScore reward model"`.
         repo_type (`str`):
             `"model"`, `"dataset"` or `"space"`.
-        is_one (`Callable`):
+        is_one (`Callable[[Path], bool]`):
             Whether a folder is of this kind.
-        folders (`tuple[str, ...]`, *optional*):
-            Folders within it that belong to it; `"*"` for all.
+        files (`tuple[str, ...]`, *optional*):
+            Files that are uploaded: names or shell patterns, relative to the folder, where `*` does not match a `/`.
+            Everything else stays here. The card and its picture are added for a model.
+        weights (`tuple[str, ...]`, *optional*):
+            Forms that its weights have, as patterns that also belong to `files`. A folder must hold exactly one of them.
         card (`Card`, *optional*):
-            What is said of one that has recorded nothing of itself.
+            Card of a folder that has none. Without it such a folder needs a `README.md`.
     """
 
     name: str
     repo_type: str
     is_one: Callable[[Path], bool]
-    folders: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
     card: Card | None = None
 
 
-def _model_type(folder: Path) -> str | None:
-    file = folder / "config.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else None
-
-
-_SPATIAL_SCORE_CARD = Card(
-    "spatial_score.md",
-    {"library_name": "trl_spatial", "pipeline_tag": "image-text-to-text", "tags": ["reward-model", "spatial-score"]},
-)
-_LORA_CARD = Card(
-    "diffusion_lora.md",
-    {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["lora", "diffusers", "spatial-rl"]},
-)
-# The first one that fits.
-KINDS = (
-    Kind(
-        "a SpatialScore reward model",
-        "model",
-        lambda folder: _model_type(folder) == REWARD_MODEL_TYPE,
-        card=_SPATIAL_SCORE_CARD,
-    ),
-    Kind(
-        "LoRA weights of a diffusion model",
-        "model",
-        lambda folder: (folder / LORA_WEIGHTS).is_file(),
-        card=_LORA_CARD,
-    ),
-    Kind("a diffusion pipeline", "model", lambda folder: (folder / "model_index.json").is_file(), folders=("*",)),
-    Kind(
-        "a fully trained transformer of a diffusion model",
-        "model",
-        lambda folder: (folder / "transformer" / "config.json").is_file(),
-        folders=("transformer",),
-        card=replace(_LORA_CARD, template="diffusion_transformer.md"),
-    ),
-    Kind("a Space", "space", lambda folder: (folder / "app.py").is_file() and (folder / "README.md").is_file()),
-    Kind(
-        "a dataset",
-        "dataset",
-        lambda folder: (
-            any((folder / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
-            or any(folder.glob("*.parquet"))
-            or any(folder.glob("data/*.parquet"))
-        ),
-    ),
-    Kind("a model", "model", lambda folder: any(folder.glob("*.safetensors")) and _model_type(folder) is not None),
-)
-
-
-def find_kind(folder: str | Path) -> Kind:
+def find_kind(folder: str | Path, kinds: Sequence[Kind]) -> Kind:
     """
-    Says what a folder holds.
+    Returns the first kind that fits a folder.
 
     Args:
         folder (`str` or `Path`):
             Output of a training, a merged model, a dataset, a built Space.
+        kinds (`Sequence[Kind]`):
+            The kinds that may be uploaded.
 
     Raises:
-        `ValueError`: If it is none of these; the message lists what can be pushed in it.
+        `ValueError`: If none fits. The message names folders in it that fit.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder. Name the folder of a model, a dataset or a Space.")
-    kind = _kind_of(folder)
-    if kind is not None:
-        return kind
-    inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and _kind_of(path) is not None]
-    hint = f" Push what is in it: {', '.join(map(str, inside))}." if inside else ""
-    raise ValueError(
-        f"{folder} holds no model, dataset or Space: no config.json with weights as safetensors, {LORA_WEIGHTS}, "
-        f"model_index.json, dataset or app.py.{hint}"
-    )
-
-
-def _kind_of(folder: Path) -> Kind | None:
-    return next((kind for kind in KINDS if kind.is_one(folder)), None)
+    for kind in kinds:
+        if kind.is_one(folder):
+            return kind
+    inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and any(kind.is_one(path) for kind in kinds)]
+    hint = f" Push a folder in it: {', '.join(map(str, inside))}." if inside else ""
+    raise ValueError(f"{folder} is none of: {', '.join(kind.name for kind in kinds)}.{hint}")
 
 
 def collect_files(
     folder: str | Path,
     repo_id: str,
     *,
+    kind: Kind,
     base_model: str | None = None,
     license: str | None = None,
 ) -> dict[str, Path | bytes]:
     """
-    Collects what of a model's or a Space's folder goes to the Hub: weights, settings, the card filled for `repo_id` with its
-    picture, and results. A README.md that somebody has edited stays as it is.
+    Collects what is uploaded from the folder of a model or a Space: the files that its kind allows, and for a model the
+    card, filled in for `repo_id`, with its picture. A `README.md` that somebody has edited is kept.
 
     Args:
         folder (`str` or `Path`):
             The folder.
         repo_id (`str`):
-            Where it goes, `"org/name"`.
+            Repository, `"org/name"`.
+        kind ([`Kind`]):
+            Kind of the folder.
         base_model (`str`, *optional*):
-            Hub id of the model it was trained on, if it was trained on a local copy.
+            Hub id of the model that was trained, if a local copy of it was.
         license (`str`, *optional*):
             License for the card, as the Hub abbreviates it.
 
@@ -156,37 +112,59 @@ def collect_files(
         `dict[str, Path | bytes]`: name in the repository → local file, or its content where that differs from the file's.
 
     Raises:
-        `ValueError`: If there is nothing to push in the folder.
+        `ValueError`: If the folder has no weights, or those of two models, or a damaged file.
     """
     folder = Path(folder)
-    kind = find_kind(folder)
+    files: dict[str, Path | bytes] = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if _is_own_file(path, folder) and _matches(path.relative_to(folder), kind.files)
+    }
+    forms = [form for form in kind.weights if any(_matches(Path(name), (form,)) for name in files)]
+    if kind.weights and len(forms) != 1:
+        found = f"the weights of two models, {' and '.join(forms)}" if forms else f"no {' or '.join(kind.weights)}"
+        raise ValueError(
+            f"{folder} is {kind.name}, but holds {found}. Finish the training, or save into a new folder."
+        )
     if kind.repo_type == "space":
-        names = ("app.py", "requirements.txt", "README.md")
-        return {name: folder / name for name in names if (folder / name).is_file()}
-    files: dict[str, Path | bytes] = {path.relative_to(folder).as_posix(): path for path in _model_files(folder, kind)}
+        return files
     settings = [name for name in files if name.endswith("config.json") or name == "model_index.json"]
     files |= {name: _without_local_names(folder / name, base_model) for name in settings}
     return files | _card_files(folder, kind, repo_id, base_model, license)
 
 
-def _model_files(folder: Path, kind: Kind) -> Iterator[Path]:
-    is_lora = (folder / LORA_WEIGHTS).is_file() and kind.card is _LORA_CARD
+def list_kept(folder: str | Path, files: Iterable[str]) -> list[str]:
+    """Names of what is in a folder and not among `files`: files, and with a `/` at the end folders that are kept whole."""
+    folder, files = Path(folder), set(files)
+    kept = []
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.name.startswith((".", "_", "checkpoint-")):
-            if "*" in kind.folders or path.name in kind.folders:
-                yield from (file for file in sorted(path.rglob("*")) if _is_public(file))
-        elif _is_public(path) and (not is_lora or path.name == LORA_WEIGHTS):
-            yield path
+        if path.is_dir() and not any(name.startswith(f"{path.name}/") for name in files):
+            kept.append(f"{path.name}/")
+        elif path.is_dir():
+            inside = (file.relative_to(folder).as_posix() for file in sorted(path.rglob("*")) if not file.is_dir())
+            kept += [name for name in inside if name not in files]
+        elif path.name not in files:
+            kept.append(path.name)
+    return kept
 
 
-def _is_public(path: Path) -> bool:
-    is_private = path.name in _PRIVATE + _PRIVATE_WEIGHTS or path.name.startswith((".", "_", "buffer_"))
-    return path.is_file() and path.suffix in _WEIGHTS + _SETTINGS and path.name != CARD_FILE and not is_private
+def _is_own_file(path: Path, folder: Path) -> bool:
+    """Whether a path is a file that lies in the folder, is not hidden, and is no link to somewhere else."""
+    is_hidden = any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
+    return not is_hidden and path.is_file() and path.resolve().is_relative_to(folder.resolve())
+
+
+def _matches(path: Path, patterns: Iterable[str]) -> bool:
+    parts = path.parts
+    return any(
+        len(parts) == len(pattern.split("/")) and all(map(fnmatch.fnmatchcase, parts, pattern.split("/")))
+        for pattern in patterns
+    )
 
 
 def _without_local_names(file: Path, base_model: str | None) -> Path | bytes:
-    """A file of settings in which the local path of the model that was trained gives way to its Hub id, or to nothing."""
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    """A file of settings, in which the Hub id of the base model, or nothing, replaces its local path."""
+    settings = read_settings(file)
     is_changed = _replace_local_names(settings, base_model)
     return (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode() if is_changed else file
 
@@ -213,7 +191,7 @@ def is_local_name(name: str) -> bool:
 
 
 def lacks_base_model(files: dict[str, Path | bytes]) -> bool:
-    """Whether the files are an adapter that does not say on the Hub which model it belongs to."""
+    """Whether the files are an adapter that does not name its base model on the Hub."""
     config = files.get(ADAPTER_CONFIG)
     if config is None:
         return False
@@ -227,22 +205,16 @@ def _card_files(
     recorded = Card.load(folder)
     card = recorded or kind.card
     samples, readme = folder / SAMPLES_FILE, folder / "README.md"
-    pictures: dict[str, Path | bytes] = {SAMPLES_FILE: samples} if samples.is_file() else {}
+    pictures: dict[str, Path | bytes] = {SAMPLES_FILE: samples} if _is_own_file(samples, folder) else {}
     if card is None or (readme.is_file() and not (recorded and recorded.has_made(readme))):
         if not readme.is_file():
-            raise ValueError(f"{folder} has no README.md. Write one: people trust what tells what it is.")
+            raise ValueError(f"{folder} has no README.md. Write one that says what the model is and how it was made.")
         return {"README.md": readme, **pictures}
     if base_model is not None:
         card = replace(card, base_model=base_model)
-    elif card.base_model is None:
-        card = replace(card, base_model=_recorded_base_model(folder))
+    elif card.base_model is None and (folder / ADAPTER_CONFIG).is_file():
+        name = read_settings(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        card = replace(card, base_model=None if name is None or is_local_name(name) else name)
     if license is not None:
         card = replace(card, front_matter=card.front_matter | {"license": license})
-    return {**card.files(repo_id, has_samples=samples.is_file()), **pictures, **card.result_files()}
-
-
-def _recorded_base_model(folder: Path) -> str | None:
-    """The Hub id of the model that an adapter says it was trained on."""
-    file = folder / ADAPTER_CONFIG
-    name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") if file.is_file() else None
-    return None if name is None or is_local_name(name) else name
+    return {**card.files(repo_id, has_samples=bool(pictures)), **pictures}

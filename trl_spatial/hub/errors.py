@@ -1,4 +1,4 @@
-"""What went wrong with the Hub, in words."""
+"""Errors of the Hub as messages that say what to do, and retries."""
 
 import errno
 import time
@@ -30,7 +30,7 @@ _MAX_TRIES, _LONGEST_WAIT = 6, 300.0
 
 
 class HubError(OSError):
-    """Something about the Hub failed; the message says what, where, and what to do."""
+    """A call to the Hub failed. The message says which one, why, and what to do."""
 
 
 def status_of(error: BaseException) -> int | None:
@@ -52,7 +52,7 @@ def explain_errors(action: str) -> Iterator[None]:
 
     Args:
         action (`str`):
-            What is being done, for the message: `"Uploading to org/name"`.
+            Current action, for the message, such as `"Uploading to org/name"`.
     """
     try:
         yield
@@ -67,25 +67,25 @@ def explain_errors(action: str) -> Iterator[None]:
             raise
         raise HubError(
             f"{action} failed: there is no room left on the disk ({error}). Free some, or let HF_HOME name a folder on a "
-            "larger one. What was finished is kept: the same command goes on from there."
+            "larger one. Finished files are kept, and the same command continues from there."
         ) from error
 
 
 def call_with_retries(function: Callable[..., T], *args: Any, has_fallback: bool = False, **kwargs: Any) -> T:
     """
-    Calls a function that talks to the Hub, again if the Hub is busy or the connection breaks: after the time the Hub asks for
-    (`Retry-After`), or after 1, 2, 4, … seconds.
+    Calls a function that talks to the Hub. If the Hub is busy or the connection breaks, calls it again after the time that
+    the Hub asks for (`Retry-After`), or after 1, 2, 4, … seconds.
 
     Args:
         function (`Callable`):
-            A function that may be called again after it failed.
+            A function that may be called again after a failure.
         has_fallback (`bool`, *optional*, defaults to `False`):
-            Whether the caller can do without an answer, so that a Hub that cannot be reached is not waited for.
+            Whether the caller can do without an answer. A Hub that cannot be reached is then not tried again.
         *args, **kwargs:
             Arguments of the function.
 
     Raises:
-        What the function raised the last time.
+        The function's last error.
     """
     for number in range(1, _MAX_TRIES + 1):
         try:
@@ -102,7 +102,9 @@ def call_with_retries(function: Callable[..., T], *args: Any, has_fallback: bool
             wait = 2.0 ** (number - 1) if wait is None else wait
             if wait > _LONGEST_WAIT:
                 raise
-            logger.warning(f"The Hub did not take it ({status_of(error) or error}); trying again in {wait:g} s.")
+            logger.warning(
+                f"The Hub did not accept the request ({status_of(error) or error}). Next try in {wait:g} s."
+            )
             time.sleep(wait)
     raise AssertionError("unreachable")
 
@@ -128,7 +130,7 @@ def _advice(error: BaseException) -> str:
     if isinstance(error, LocalTokenNotFoundError):
         return f"you are not logged in. {LOG_IN}"
     if isinstance(error, GatedRepoError):
-        return "access to it has to be asked for on its page, with the account whose token you use."
+        return "it is gated. Request access on its page with the account that your token belongs to."
     if isinstance(error, RevisionNotFoundError):
         return "it has no such revision. After the @ comes a branch, a tag or a commit."
     if isinstance(error, RepositoryNotFoundError):
@@ -137,11 +139,11 @@ def _advice(error: BaseException) -> str:
         return f"the Hub does not know your token. {LOG_IN}"
     if status == 403:
         return (
-            "your token may not do this. It needs the right to write, and you the right to write in that namespace: "
-            "choose another one with --namespace, or make a token with the role `write`."
+            "your token may not do this. Use a token with the role `write`, and a namespace that you may write to "
+            "(--namespace)."
         )
     if status == 429:
-        return f"the Hub limits how often you may ask{_seconds(error)}. The same command goes on where it was."
+        return f"the Hub limits how often you may ask{_seconds(error)}. The same command continues from there."
     if isinstance(error, HfHubHTTPError) and status is not None:
         return str(error).splitlines()[0]
     if isinstance(error, LocalEntryNotFoundError):
@@ -149,7 +151,7 @@ def _advice(error: BaseException) -> str:
             "it is not in the cache, and the Hub cannot be reached (HF_HUB_OFFLINE is set, or there is no network). Load "
             "it once while you are online."
         )
-    return f"the Hub cannot be reached ({error}). The same command goes on where it was."
+    return f"the Hub cannot be reached ({error}). The same command continues from there."
 
 
 def _seconds(error: BaseException) -> str:

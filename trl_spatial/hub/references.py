@@ -1,4 +1,4 @@
-"""What a dataset or a model is called: a local path, or a repository on the Hub."""
+"""Names of datasets and models: local paths and repositories on the Hub."""
 
 import os
 import re
@@ -21,19 +21,19 @@ FORMS = "a local path, ORG/NAME or ORG/NAME@REVISION on the Hub, or hub/NAME for
 _PART = r"[A-Za-z0-9_-][\w.-]*"
 _REFERENCE = re.compile(rf"(?P<namespace>{_PART})/(?P<name>{_PART})(?:@(?P<revision>\S+))?")
 _NAMESPACE_HELP = (
-    f"`hub/NAME` stands for NAME under your namespace on the Hub. Say which that is: --namespace ORG, or "
-    f"{NAMESPACE_VARIABLE}=ORG in the environment, or log in with `hf auth login`; or write ORG/NAME."
+    f"`hub/NAME` stands for NAME under your namespace on the Hub. Set it with --namespace ORG or "
+    f"{NAMESPACE_VARIABLE}=ORG in the environment, log in with `hf auth login`, or write ORG/NAME."
 )
 
 
 class UnknownReferenceError(ValueError, FileNotFoundError):
-    """A name is neither a local path nor like one of the Hub."""
+    """A name is neither an existing path nor a valid name on the Hub."""
 
 
 @dataclass(frozen=True)
 class Reference:
     """
-    Where a dataset or a model is.
+    The place of a dataset or a model.
 
     Args:
         name (`str`):
@@ -54,7 +54,8 @@ class Reference:
 
 def find_reference(name: str | Path, *, kind: str, revision: str | None = None) -> Reference:
     """
-    Says where the dataset or model is that a user has named. What is there as a file or folder is local.
+    Resolves the name of a dataset or a model. An existing file or folder takes precedence over a repository of that name,
+    and needs no network.
 
     Args:
         name (`str` or `Path`):
@@ -85,7 +86,7 @@ def find_reference(name: str | Path, *, kind: str, revision: str | None = None) 
 
 def find_repository(name: str, *, kind: str, token: str | None = None) -> str:
     """
-    Id of the repository that something is to be uploaded to.
+    Returns the id of the repository to upload to.
 
     Args:
         name (`str`):
@@ -93,7 +94,7 @@ def find_repository(name: str, *, kind: str, token: str | None = None) -> str:
         kind (`str`):
             `"model"`, `"dataset"` or `"space"`.
         token (`str`, *optional*):
-            Token of the user whose namespace `hub/` is. Defaults to the one of the logged-in user.
+            Token of the user that `hub/` stands for. Defaults to the one of the logged-in user.
 
     Raises:
         `ValueError`: If the name has none of these forms.
@@ -103,7 +104,7 @@ def find_repository(name: str, *, kind: str, token: str | None = None) -> str:
     if match is None or match["revision"] is not None:
         raise ValueError(
             f"{name!r} is not the name of a repository. Write ORG/NAME, or hub/NAME for NAME under your own namespace; names "
-            "have letters, digits, `-`, `_` and `.`."
+            "consist of letters, digits, `-`, `_` and `.`."
         )
     namespace = match["namespace"]
     if namespace == OWN_NAMESPACE:
@@ -113,8 +114,8 @@ def find_repository(name: str, *, kind: str, token: str | None = None) -> str:
 
 def find_namespace(name: str, *, kind: str, token: str | None = None) -> str:
     """
-    The namespace that `hub/` stands for: `TRL_SPATIAL_NAMESPACE`, which `--namespace` sets, or the logged-in user. Without a
-    connection, where nobody can be asked who is logged in, it is the namespace under which `name` is in the cache.
+    Returns the namespace that `hub/` stands for: `TRL_SPATIAL_NAMESPACE`, which `--namespace` sets, or the logged-in user.
+    Without a connection it is the namespace under which `name` is in the cache.
 
     Args:
         name (`str`):
@@ -140,7 +141,7 @@ def find_namespace(name: str, *, kind: str, token: str | None = None) -> str:
             return _cached_namespace(name, kind, error)
         if status_of(error) in (401, 403):
             raise HubError(f"The Hub does not know your token, and no namespace is set. {_NAMESPACE_HELP}") from error
-        raise HubError(f"The Hub was asked who is logged in, and answered {error}. {_NAMESPACE_HELP}") from error
+        raise HubError(f"Asking the Hub for the logged-in user failed: {error}. {_NAMESPACE_HELP}") from error
 
 
 @lru_cache
@@ -158,9 +159,9 @@ def _cached_namespace(name: str, kind: str, error: Exception) -> str:
         if any((folder / "snapshots").glob("*"))
     )
     if len(found) != 1:
-        state = f"the cache has it of {', '.join(found)}" if found else "the cache has nothing of that name"
+        state = f"the cache has it from {', '.join(found)}" if found else "the cache has nothing of that name"
         raise HubError(
-            f"The Hub cannot be asked who is logged in ({error}), and {state}. {_NAMESPACE_HELP}"
+            f"The Hub cannot be reached for the name of the logged-in user ({error}), and {state}. {_NAMESPACE_HELP}"
         ) from error
-    logger.warning(f"The Hub cannot be reached: hub/{name} is taken to be {found[0]}/{name}, which is in the cache.")
+    logger.warning(f"The Hub cannot be reached. hub/{name} is read as {found[0]}/{name}, which is in the cache.")
     return found[0]

@@ -1,4 +1,4 @@
-"""What is never loaded, and what is never uploaded."""
+"""Files that are never loaded, and files that are never uploaded."""
 
 import getpass
 import json
@@ -6,9 +6,11 @@ import os
 import re
 import struct
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import DatasetInfo, HfApi, ModelInfo, constants, get_token
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download
 from huggingface_hub.errors import HTTPError
 
 from .errors import call_with_retries, explain_errors, is_connection_error
@@ -16,18 +18,22 @@ from .references import Reference
 
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill")
+# Pickles that trainers write beside a model, and that are not read to load it.
+_TRAINING_STATE = ("training_args.bin", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
+_SETTINGS = ("config.json", "model_index.json")  # ends of their names
 CODE_SUFFIXES = (".py", ".so", ".dll", ".pyd", ".pyc")
 _TEXT_SUFFIXES = (".json", ".jsonl", ".md", ".txt", ".yaml", ".yml", ".jinja", ".py", ".toml", ".csv")
-# Their words are not the user's: a vocabulary may well have the token "/root".
+# Not searched for paths: a vocabulary may have the token "/root".
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt")
 _TOKENS = re.compile(
     r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}"
-    r"|xox[abp]-[\w-]{10,})"
+    r"|xox[abp]-[\w-]{10,})|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
 _PATHS = re.compile(r"(?<![\w./:])/[\w.@+-]+(?:/[\w.@+-]+)+")
 _SYSTEM_FOLDERS = ("/bin/", "/dev/", "/etc/", "/proc/", "/sys/", "/usr/")
 _TOKEN_VARIABLES = re.compile(r"(TOKEN|API_?KEY|SECRET|PASSWORD)$")
 _SHORTEST_SECRET = 8
+_LARGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 
 
 class UnsafeRepositoryError(ValueError):
@@ -36,54 +42,108 @@ class UnsafeRepositoryError(ValueError):
 
 def check_repository(reference: Reference, *, kind: str) -> None:
     """
-    Refuses a repository on the Hub that carries pickles or code. Nothing of it has been downloaded then.
+    Refuses a repository on the Hub or a model's local folder that could run code when it is loaded: one with pickles, code,
+    or settings with `auto_map`, which name classes to load from code. Only settings are downloaded for that.
 
     Args:
         reference ([`Reference`]):
-            The repository. A local folder is the user's own and not looked at.
+            The repository or folder. Local datasets are not checked: only data is read from them.
         kind (`str`):
             `"model"` or `"dataset"`.
 
     Raises:
-        [`UnsafeRepositoryError`]: If it does; the message names the files and the way out.
+        [`UnsafeRepositoryError`]: If it is refused; the message names the files and the way out.
+        `ValueError`: If a file of settings is damaged.
         `HubError`: If there is no such repository, or it may not be read.
     """
-    # Offline only what was loaded before can be loaded, and it was looked at then.
-    if reference.is_local or constants.is_offline_mode():
+    if reference.is_local:
+        if kind == "model":
+            files = _files_beside_weights(Path(reference.name))
+            _refuse_code(reference, kind, list(files), files)
+        return
+    # Offline only repositories in the cache can be loaded, which were checked when they were downloaded.
+    if constants.is_offline_mode():
         return
     with explain_errors(f"Loading {reference}"):
         try:
-            files = call_with_retries(_list_files, reference, kind, has_fallback=True)
+            # `list_repo_files` waits long for a Hub that cannot be reached
+            info: Any = call_with_retries(
+                HfApi().repo_info, reference.name, repo_type=kind, revision=reference.revision, has_fallback=True
+            )
+            names = [file.rfilename for file in info.siblings or []]
+            _refuse_code(reference, kind, names, {})
+            if kind == "model":
+                where: dict[str, Any] = {"repo_id": reference.name, "revision": reference.revision}
+                settings = [name for name in names if name.endswith(_SETTINGS)]
+                files = {name: Path(call_with_retries(hf_hub_download, filename=name, **where)) for name in settings}
+                _refuse_code(reference, kind, [], files)
         except HTTPError as error:
-            if is_connection_error(error):
-                return
-            raise
-    unsafe = [name for name in files if name.lower().endswith(PICKLE_SUFFIXES + CODE_SUFFIXES)]
-    if unsafe:
-        shown = ", ".join(unsafe[:5]) + (f" and {len(unsafe) - 5} more" if len(unsafe) > 5 else "")
-        what = "datasets" if kind == "dataset" else "models"
-        raise UnsafeRepositoryError(
-            f"{reference} is refused: it holds {shown}. Pickles and scripts can run code when they are loaded, so {what} are "
-            "taken from safetensors, Parquet and JSON only. If you trust the other files, download them without those ("
-            f"`hf download {reference.name}{' --repo-type dataset' if kind == 'dataset' else ''} --include ... --local-dir "
-            "FOLDER`) and name FOLDER."
+            if not is_connection_error(error):
+                raise
+
+
+def _files_beside_weights(folder: Path) -> dict[str, Path]:
+    """Files of a model's folder and of the parts of a pipeline in it, without the state of a training, which is not loaded."""
+    files = {}
+    for part in [folder, *(path for path in folder.glob("*") if path.name[0] != "." and path.is_dir())]:
+        if any(part.glob("*.safetensors")) or any(part.glob("*config.json")) or (part / "model_index.json").is_file():
+            for path in part.iterdir():
+                is_of_training = path.name.startswith(_TRAINING_STATE) and path.suffix in PICKLE_SUFFIXES
+                if path.is_file() and not is_of_training:
+                    files[path.relative_to(folder).as_posix()] = path
+    return files
+
+
+def _refuse_code(reference: Reference, kind: str, names: list[str], files: Mapping[str, Path]) -> None:
+    unsafe = [name for name in names if name.lower().endswith(PICKLE_SUFFIXES + CODE_SUFFIXES)]
+    settings = {name: read_settings(file) for name, file in files.items() if name.endswith(_SETTINGS)}
+    unsafe += [f"{name} with auto_map" for name, content in settings.items() if _names_code(content)]
+    if not unsafe:
+        return
+    shown = ", ".join(sorted(unsafe)[:5]) + (f" and {len(unsafe) - 5} more" if len(unsafe) > 5 else "")
+    if reference.is_local:
+        way_out = (
+            "If you trust the other files, move these out of the folder, and remove `auto_map` from the settings."
         )
-
-
-def _list_files(reference: Reference, kind: str) -> list[str]:
-    # not `list_repo_files`, which waits long for a Hub that cannot be reached
-    api = HfApi()
-    info: ModelInfo | DatasetInfo
-    if kind == "dataset":
-        info = api.dataset_info(reference.name, revision=reference.revision)
     else:
-        info = api.model_info(reference.name, revision=reference.revision)
-    return [file.rfilename for file in info.siblings or []]
+        repo_type = " --repo-type dataset" if kind == "dataset" else ""
+        way_out = (
+            f"If you trust the other files, download them without those (`hf download {reference.name}{repo_type} --include "
+            "... --local-dir FOLDER`), remove `auto_map` from the settings, and name FOLDER."
+        )
+    what = "datasets" if kind == "dataset" else "models"
+    raise UnsafeRepositoryError(
+        f"{reference} is refused: it holds {shown}. Pickles and scripts can run code when they are loaded, so {what} are read "
+        f"from safetensors, Parquet and JSON only. {way_out}"
+    )
+
+
+def _names_code(settings: Any) -> bool:
+    """Whether settings, or settings in them, have an entry `auto_map`."""
+    if isinstance(settings, list):
+        return any(map(_names_code, settings))
+    return isinstance(settings, dict) and ("auto_map" in settings or any(map(_names_code, settings.values())))
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """
+    Reads a JSON file of settings.
+
+    Raises:
+        `ValueError`: If it is not a JSON object.
+    """
+    try:
+        settings = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
+        raise ValueError(f"{file} is damaged: {error}. Save or download the folder again.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} is damaged: it is not a JSON object. Save or download the folder again.")
+    return settings
 
 
 def check_public(files: Mapping[str, Path | bytes], *, private: tuple[Path, ...] = ()) -> None:
     """
-    Refuses to upload what should stay here: pickles, tokens, and paths of this machine.
+    Refuses to upload pickles, links to files elsewhere, tokens and keys, and paths of this machine.
 
     Args:
         files (`Mapping[str, Path | bytes]`):
@@ -92,13 +152,16 @@ def check_public(files: Mapping[str, Path | bytes], *, private: tuple[Path, ...]
             Further folders whose paths must not be found.
 
     Raises:
-        `ValueError`: If something is found; the message says in which file. A secret itself is not shown.
+        `ValueError`: If something is found; the message names the file. A secret itself is not shown.
     """
     findings = []
     secrets, paths = _own_secrets(), _own_paths(private)
     for name, source in files.items():
         if name.lower().endswith(PICKLE_SUFFIXES):
             findings.append(f"{name} is a pickle")
+            continue
+        if isinstance(source, Path) and not source.resolve().is_relative_to(source.parent.resolve()):
+            findings.append(f"{name} is a link to a file elsewhere")
             continue
         text = _readable_part(name, source)
         if _TOKENS.search(text) or any(secret in text for secret in secrets):
@@ -107,8 +170,8 @@ def check_public(files: Mapping[str, Path | bytes], *, private: tuple[Path, ...]
             findings.append(f"{name} holds the path {found} of this machine")
     if findings:
         raise ValueError(
-            f"Nothing was uploaded: {'; '.join(findings[:5])}. Take it out of the file, or say what stands in its place: "
-            "--base_model ORG/NAME for a model that was trained on a local one."
+            f"Nothing was uploaded: {'; '.join(findings[:5])}. Remove it from the file; for a model that was trained on a "
+            "local one, name that model on the Hub with --base_model ORG/NAME."
         )
 
 
@@ -127,7 +190,7 @@ def _own_paths(private: tuple[Path, ...]) -> list[str]:
 
 
 def _find_path(text: str, paths: list[str]) -> str | None:
-    """A folder of the user that the text names, or any other path in it that is there on this machine."""
+    """A folder of the user that the text names, or any other path in it that exists on this machine."""
     if found := next((path for path in paths if path in text), None):
         return found
     named = (match[0] for match in _PATHS.finditer(text))
@@ -135,21 +198,25 @@ def _find_path(text: str, paths: list[str]) -> str | None:
 
 
 def _readable_part(name: str, source: Path | bytes) -> str:
-    """The text of a file: all of a text file, and of safetensors the header, where names and metadata are."""
+    """The text of a file: all of a text file, and the metadata of a safetensors file."""
     if name.endswith(".safetensors"):
-        return _safetensors_metadata(source)
+        return _safetensors_metadata(name, source)
     if not name.endswith(_TEXT_SUFFIXES):
         return ""
     data = source if isinstance(source, bytes) else source.read_bytes()
     return data.decode("utf-8", errors="replace").replace("\\/", "/")
 
 
-def _safetensors_metadata(source: Path | bytes) -> str:
-    if isinstance(source, bytes):
-        head = source
-    else:
-        with source.open("rb") as file:
-            head = file.read(8)
-            head += file.read(struct.unpack("<Q", head)[0])
-    size = struct.unpack("<Q", head[:8])[0]
-    return json.dumps(json.loads(head[8 : 8 + size]).get("__metadata__", {})).replace("\\/", "/")
+def _safetensors_metadata(name: str, source: Path | bytes) -> str:
+    length = len(source) if isinstance(source, bytes) else source.stat().st_size
+    try:
+        with BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+            size = struct.unpack("<Q", file.read(8))[0]
+            header = json.loads(file.read(min(size, _LARGEST_HEADER)))
+        metadata = header.pop("__metadata__", {})
+        expected = 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if expected != length:
+            raise ValueError(f"{length} bytes, where its header names {expected}")
+    except (ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
+        raise ValueError(f"{name} is damaged: it is not a whole safetensors file ({error}). Save it again.") from error
+    return json.dumps(metadata).replace("\\/", "/")

@@ -1,7 +1,8 @@
-"""Uploads that can be interrupted, and leave a repository either as it was or complete."""
+"""Uploads in a single commit: an interruption leaves the repository as it was."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -10,7 +11,7 @@ from .errors import call_with_retries, explain_errors, status_of
 from .safety import check_public
 
 
-# What the Hub itself puts into a repository, or replaces in one go.
+# Created by the Hub itself, or replaced by every upload.
 _HUB_FILES = (".gitattributes", "README.md")
 
 
@@ -18,7 +19,7 @@ def create_repository(
     repo_id: str, *, repo_type: str = "model", private: bool | None = None, token: str | None = None
 ) -> str:
     """
-    Makes a repository, if it is not there.
+    Creates a repository, unless it exists.
 
     Args:
         repo_id (`str`):
@@ -26,14 +27,14 @@ def create_repository(
         repo_type (`str`, *optional*, defaults to `"model"`):
             `"model"`, `"dataset"` or `"space"`.
         private (`bool`, *optional*):
-            Whether only its owners see it. One that is there stays as it is.
+            Whether a new repository is visible to its owners only. An existing one is not changed.
         token (`str`, *optional*):
             Token of the Hub. Defaults to the one of the logged-in user.
 
     Returns:
-        `str`: its address.
+        `str`: address of the repository.
     """
-    with explain_errors(f"Making the {repo_type} repository {repo_id}"):
+    with explain_errors(f"Creating the {repo_type} repository {repo_id}"):
         return str(
             call_with_retries(
                 HfApi(token=token).create_repo,
@@ -59,25 +60,24 @@ def push_files(
     revision: str | None = None,
 ) -> str:
     """
-    Uploads files to a repository in one commit: it has all of them afterwards, or none. What an interrupted upload had
-    finished is not sent again.
+    Uploads files to a repository in a single commit. Files that an interrupted upload had finished are not sent again.
 
     Args:
         files (`Mapping[str, Path | bytes]`):
             Name in the repository → local file, or its content.
         repo_id (`str`):
-            `"org/name"`; it must be there, see [`create_repository`].
+            `"org/name"`, an existing repository, see [`create_repository`].
         repo_type (`str`, *optional*, defaults to `"model"`):
             `"model"`, `"dataset"` or `"space"`.
         message (`str`):
             Title of the commit.
         path_in_repo (`str`, *optional*):
-            Folder of the repository that they go to.
+            Folder in the repository.
         private (`tuple[Path, ...]`, *optional*):
             Folders whose paths must not be in the files, see [`~hub.safety.check_public`].
         replace (`bool`, *optional*):
-            What to do if the repository has other files: `True` deletes them, `False` is an error, so that two models do not
-            mix. `None` leaves them there.
+            What to do with other files in the repository: `True` deletes them, `False` raises an error, so that two models
+            are not mixed, and `None` keeps them.
         token (`str`, *optional*):
             Token of the Hub. Defaults to the one of the logged-in user.
         revision (`str`, *optional*):
@@ -87,7 +87,7 @@ def push_files(
         `str`: address of the commit.
 
     Raises:
-        `ValueError`: If something in the files is not for the public, or the repository has other files.
+        `ValueError`: If a file holds something private, or the repository has other files.
         `HubError`: If the Hub cannot be reached or refuses; the message says why.
     """
     check_public(files, private=private)
@@ -97,36 +97,24 @@ def push_files(
         others = [] if replace is None else _other_files(api, repo_id, repo_type, revision, set(names))
         if others and not replace:
             raise ValueError(
-                f"{repo_id} has files that this upload does not: {', '.join(others[:5])}"
+                f"{repo_id} has files that this upload does not have: {', '.join(others[:5])}"
                 f"{f' and {len(others) - 5} more' if len(others) > 5 else ''}. Choose another name, or delete them in the "
                 "same commit with --replace (the repository's history keeps them)."
             )
-        return call_with_retries(_commit, api, names, others, repo_id, repo_type, message, revision)
 
+        def commit() -> str:
+            # new operations for every try: the client refuses those that it has used before
+            operations: list[Any] = [
+                CommitOperationAdd(name, source if isinstance(source, bytes) else str(source))
+                for name, source in names.items()
+            ]
+            operations += [CommitOperationDelete(name) for name in others]
+            info = api.create_commit(
+                repo_id, operations, commit_message=message, repo_type=repo_type, revision=revision
+            )
+            return str(info.commit_url)
 
-def _commit(
-    api: HfApi,
-    files: Mapping[str, Path | bytes],
-    deleted: list[str],
-    repo_id: str,
-    repo_type: str,
-    message: str,
-    revision: str | None,
-) -> str:
-    # made anew for every try: the client refuses operations that it has seen
-    additions = [
-        CommitOperationAdd(path_in_repo=name, path_or_fileobj=source if isinstance(source, bytes) else str(source))
-        for name, source in files.items()
-    ]
-    deletions = [CommitOperationDelete(path_in_repo=name) for name in deleted]
-    commit = api.create_commit(
-        repo_id=repo_id,
-        repo_type=repo_type,
-        operations=[*additions, *deletions],
-        commit_message=message,
-        revision=revision,
-    )
-    return str(commit.commit_url)
+        return call_with_retries(commit)
 
 
 def _other_files(api: HfApi, repo_id: str, repo_type: str, revision: str | None, names: set[str]) -> list[str]:

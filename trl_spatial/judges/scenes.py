@@ -1,11 +1,11 @@
-"""What a generator of images knows about space, judged on rendered scenes by their rules."""
+"""What images show of the scenes they were asked for, by the scenes' rules."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
-from ..scenes import SceneCheck, SceneGraph, check_scene
+from ..scenes import SceneCheck, SceneGraph, Verdict, check_scene
 from ..statistics import Interval, accuracy_interval, bootstrap_interval
 
 
@@ -25,6 +25,25 @@ def check_images(images: Sequence[Image.Image], graphs: Sequence[SceneGraph]) ->
     if len(images) != len(graphs):
         raise ValueError(f"There are {len(images)} `images` and {len(graphs)} `graphs`. Give one graph per image.")
     return [check_scene(image, graph) for image, graph in zip(images, graphs, strict=True)]
+
+
+def share_shown(check: SceneCheck, graph: SceneGraph) -> float:
+    """
+    How much of a scene an image shows.
+
+    Args:
+        check ([`SceneCheck`]):
+            From [`~scenes.check_scene`].
+        graph ([`SceneGraph`]):
+            What the image should show.
+
+    Returns:
+        `float`: Share of the relations that are satisfied, from 0 to 1; a relation of an object that is missing, or there
+        more than once, is not. Of a scene without relations, the share of the objects that are there once.
+    """
+    if graph.relations:
+        return sum(result.verdict == Verdict.SATISFIED for result in check.relations) / len(graph.relations)
+    return 1.0 - (len(check.missing) + len(check.duplicated)) / len(graph.entities)
 
 
 def has_objects(check: SceneCheck) -> bool:

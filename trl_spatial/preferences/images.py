@@ -1,48 +1,56 @@
-"""Reading an image to the last byte, without keeping it."""
+"""The one way in which images are read: training, scoring, validation and publishing see the same pixels."""
 
 import hashlib
-from dataclasses import dataclass
+import os
+import re
+import stat
+import warnings
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from datasets.utils.file_utils import is_local_path, xopen
-from PIL import Image, ImageOps, UnidentifiedImageError
+import numpy as np
+import pyarrow as pa
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 
+# Formats that hold pixels and nothing else. Pillow would also start Ghostscript for a PostScript file named .png.
+FORMATS: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+if find_spec("PIL.AvifImagePlugin") is not None:  # since Pillow 11.3
+    FORMATS += ("AVIF",)
+MAX_PIXELS = 48 * 2**20  # the photographs of most cameras; decoding takes up to 20 bytes a pixel, 1 GB
 MAX_ASPECT_RATIO = 200  # of the longer side of an image to the shorter: the limit of Qwen's image processor
+
+_PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # color space of an ICC profile → Pillow's mode
 
 
 def open_image(image: Any) -> Image.Image:
     """
-    Opens one image, in whatever form a dataset or a user hands it over, without decoding its pixels.
+    Opens an image, in whatever form a dataset or a user has it, without decoding its pixels.
 
     Args:
-        image (`PIL.Image.Image`, `str`, `Path`, `bytes`, `dict` or file object):
-            A PIL image, a local path, an image file or its bytes, or a row of an undecoded [`~datasets.Image`] column
-            (`{"bytes": ..., "path": ...}`).
+        image (`PIL.Image.Image`, `str`, `Path`, `bytes`, `pyarrow.Buffer`, `dict` or file object):
+            A PIL image; the path of a local file; the content of a file, as bytes or as a file opened in binary mode; or
+            a cell of an undecoded [`~datasets.Image`] column (`{"bytes": ..., "path": ...}`).
 
     Returns:
-        `PIL.Image.Image`: The image; a PIL image is returned as it is.
+        `PIL.Image.Image`: The image as it is stored. [`load_image`] makes it look as a viewer shows it.
 
     Raises:
-        `ValueError`: If the image is of another type, missing, not an image file, has no pixels, or is too narrow. The
-        message is a predicate ("has no pixels ..."), for the caller to name the row.
+        `ValueError`: If the image is missing, of another type, not a local file of one of `FORMATS`, has no pixels or
+        more than `MAX_PIXELS`, or is too narrow. The message is a predicate ("has no pixels ..."), for the caller to name
+        the row.
     """
-    if isinstance(image, dict):
-        image = image.get("path") if image.get("bytes") is None else image["bytes"]
-    if isinstance(image, bytes):
-        image = BytesIO(image)
-    if isinstance(image, (str, Path)) or hasattr(image, "read"):
-        try:
-            image = Image.open(image)
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot be opened ({error})") from error
     if not isinstance(image, Image.Image):
-        raise ValueError(f"is a {type(image).__name__}, not a PIL image, a path, bytes or a datasets Image row")
+        image = _open_file(_as_file(image))
+    elif image.format not in (None, "MPO", *FORMATS):
+        raise ValueError(f"is a {image.format} file; convert it to one of {', '.join(FORMATS)}")
     width, height = image.size
     if width == 0 or height == 0:
         raise ValueError(f"has no pixels ({width}x{height})")
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"is too large ({width}x{height}): shrink it to at most {MAX_PIXELS // 10**6} million pixels")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ValueError(f"is too narrow ({width}x{height}): its sides differ by more than {MAX_ASPECT_RATIO} times")
     return image
@@ -50,90 +58,145 @@ def open_image(image: Any) -> Image.Image:
 
 def load_image(image: Any) -> Image.Image:
     """
-    Opens and decodes one image.
+    Decodes an image to what a viewer shows: upright by its EXIF orientation, because left must be the viewer's left; on
+    white where it is transparent; in sRGB if it has a color profile; 16-bit grey scaled to 8 bits; the first frame of
+    several, with a warning.
 
     Args:
-        image (`PIL.Image.Image`, `str`, `Path`, `bytes`, `dict` or file object):
+        image (`PIL.Image.Image`, `str`, `Path`, `bytes`, `pyarrow.Buffer`, `dict` or file object):
             As in [`open_image`].
 
     Returns:
-        `PIL.Image.Image`: The image in RGB and upright: its EXIF orientation is applied, because left must be the
-        viewer's left.
+        `PIL.Image.Image`: A new image in RGB.
 
     Raises:
-        `ValueError`: As [`open_image`], or if the pixels cannot be decoded.
+        `ValueError`: As in [`open_image`], or if the pixels cannot be decoded, do not match the file's checksums, or are
+        floating-point numbers, for which white is undefined.
     """
-    image = open_image(image)
+    opened = open_image(image)
     try:
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot be decoded ({error})") from error
-
-
-@dataclass(frozen=True)
-class ImageFacts:
-    """
-    What is kept of an image.
-
-    Args:
-        digest (`bytes`):
-            Hash of its pixels as training sees them: upright and in RGB. Two files with the same picture share it.
-        width (`int`), height (`int`):
-            Its size, upright, in pixels.
-        mode (`str`):
-            Pillow's name of the pixels in the file, for example `"RGB"`.
-    """
-
-    digest: bytes
-    width: int
-    height: int
-    mode: str
-
-
-def read_image(value: Any) -> ImageFacts:
-    """
-    Decode an image fully and verify its file's checksums.
-
-    Args:
-        value (`dict`, `bytes` or `str`):
-            `{"bytes": ..., "path": ...}` as an undecoded [`~datasets.Image`] column has it, the bytes of a file, or its
-            path or address.
-
-    Returns:
-        [`ImageFacts`]: what is kept of it.
-
-    Raises:
-        `ValueError`: If there is no image, or it is damaged. The message is a predicate without its subject.
-    """
-    data = _read_bytes(value)
-    try:
-        with Image.open(BytesIO(data)) as image:
-            image.verify()  # checksums, which decoding skips
-        with Image.open(BytesIO(data)) as image:  # verifying has used the first one up
-            mode = image.mode
-            picture = ImageOps.exif_transpose(image).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise ValueError("is not an image file that Pillow can read") from error
+        if opened.format == "PNG" and opened is not image:
+            opened.verify()  # the checksums, which decoding skips; it uses the image up
+            opened = open_image(image)
+        if opened.format != "MPO" and getattr(opened, "is_animated", False):  # MPO: a photograph and its previews
+            name = getattr(opened, "filename", "") or "An image"
+            warnings.warn(f"{name} has {getattr(opened, 'n_frames', 2)} frames; only one is used.", stacklevel=2)
+        opened.load()
+        pixels = _to_rgb(opened)
+        orientation = _orientation(opened)
     except Exception as error:  # each decoder has its own: OSError, SyntaxError, struct.error, zlib.error, ...
         raise ValueError(f"cannot be decoded ({error})") from error
-    digest = hashlib.blake2b(f"{picture.width}x{picture.height}".encode(), digest_size=16)
-    digest.update(picture.tobytes())
-    return ImageFacts(digest.digest(), picture.width, picture.height, mode)
+    if orientation != 1:
+        pixels.getexif()[ExifTags.Base.Orientation] = orientation
+        pixels = ImageOps.exif_transpose(pixels)
+    return pixels
 
 
-def _read_bytes(value: Any) -> bytes:
-    if isinstance(value, dict):
-        value = value.get("path") if value.get("bytes") is None else value["bytes"]
-    if value is None or value == "":
+def image_digest(image: Image.Image) -> bytes:
+    """Hash of the size and the pixels of an image from [`load_image`]: files that show the same picture share it."""
+    digest = hashlib.blake2b(f"{image.width}x{image.height}".encode(), digest_size=16)
+    digest.update(image.tobytes())
+    return digest.digest()
+
+
+def _as_file(image: Any) -> Any:
+    """The path or the binary file object that holds an image, which need not be trusted."""
+    if isinstance(image, dict):
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if image is None or (isinstance(image, str) and not image):
         raise ValueError("is missing")
-    if isinstance(value, (bytes, bytearray)):
-        return bytes(value)
-    if not isinstance(value, str):
-        raise ValueError(f"is a {type(value).__name__}, not an image")
+    if isinstance(image, (str, Path)):
+        if re.match(r"[A-Za-z][\w+.-]+:/", str(image)):
+            raise ValueError("is an address, and images are only read from local files; download it first")
+        try:
+            is_file = stat.S_ISREG(os.stat(image).st_mode)
+        except (OSError, ValueError) as error:  # ValueError: a null byte
+            hint = "" if os.path.isabs(image) else "; a relative path starts at the current folder"
+            raise ValueError(f"cannot be opened ({getattr(error, 'strerror', None) or error}{hint})") from error
+        if not is_file:
+            raise ValueError("is not a regular file")
+        return image
+    if isinstance(image, pa.Buffer):
+        return pa.BufferReader(image)
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return BytesIO(image)
+    if not hasattr(image, "read"):
+        raise ValueError(f"is a {type(image).__name__}, not a PIL image, a path, bytes or a datasets Image row")
     try:
-        with xopen(value, "rb") as file:
-            return file.read()
-    except Exception as error:  # a remote file system has its own
-        is_relative = is_local_path(value) and not Path(value).is_absolute()
-        hint = "; a relative path starts at the current folder" if is_relative else ""
-        raise ValueError(f"cannot be opened ({error}{hint})") from error
+        image.seek(0)
+        content = image.read()
+    except (OSError, ValueError) as error:  # a pipe; a closed file; a text file
+        raise ValueError(f"cannot be read from its start as bytes ({error})") from error
+    if not isinstance(content, bytes):
+        raise ValueError("is a file in text mode; open it with mode 'rb'")
+    return BytesIO(content)  # the caller's file object stays open
+
+
+def _open_file(file: Any) -> Image.Image:
+    try:
+        return Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"cannot be opened (no {', '.join(FORMATS)} file, or damaged at its start)") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"is too large: shrink it to at most {MAX_PIXELS // 10**6} million pixels") from error
+    except Exception as error:  # each format has its own: OSError, SyntaxError, struct.error, ...
+        raise ValueError(f"cannot be opened ({error})") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """The decoded pixels as 8 bits of sRGB, on white."""
+    profile = image.info.get("icc_profile")
+    is_grey = image.mode.startswith(("1", "I", "L")) and image.mode != "LAB"
+    alpha = None
+    if image.mode.startswith(("I", "F")):
+        image, alpha = _scale_to_8_bits(image)
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    if profile:
+        image = _to_srgb(image, profile, "L" if is_grey else "CMYK" if image.mode == "CMYK" else "RGB")
+    image = image.convert("RGB")
+    if alpha is None:
+        return image
+    canvas = Image.new("RGB", image.size, "white")
+    canvas.paste(image, mask=alpha)
+    return canvas
+
+
+def _scale_to_8_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Grey of 16 bits as 8 bits, and its opacity if one of its values stands for transparent."""
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if image.mode == "F":
+        raise ValueError(f"its values are floating-point numbers, {low:g} to {high:g}; convert them to 8 bits")
+    if low < 0 or high > 65535 or (image.mode == "I" and 0 < high < 256):
+        raise ValueError(f"its values, {low} to {high}, do not look like 16 bits; convert them to 8 bits")
+    tags = getattr(image, "tag_v2", {})
+    white = 2 ** tags.get(258, (16,))[0] - 1 if image.mode != "I" else 65535  # BitsPerSample: TIFF has 12 bits, too
+    grey = (values.astype(np.uint32) * 255 + white // 2) // white
+    if tags.get(262) == 0:  # PhotometricInterpretation: 0 is white
+        grey = 255 - grey
+    key = image.info.get("transparency")
+    alpha = None if key is None else Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
+    return Image.fromarray(grey.astype(np.uint8)), alpha
+
+
+def _to_srgb(image: Image.Image, profile: bytes, mode: str) -> Image.Image:
+    """Colors by an ICC profile; as they are, with a warning, if the profile is broken or of another color space."""
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        if _PROFILE_MODES.get(source.profile.xcolor_space) != mode:
+            raise OSError(f"it is of color space {source.profile.xcolor_space.strip()}")
+        srgb = ImageCms.createProfile("sRGB")
+        return ImageCms.buildTransform(source, srgb, mode, "RGB").apply(image.convert(mode))
+    except (OSError, ImageCms.PyCMSError) as error:
+        warnings.warn(f"An image has a color profile that cannot be applied and is ignored ({error}).", stacklevel=2)
+        return image
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception as error:  # whatever reading damaged EXIF data ends in
+        warnings.warn(f"An image has damaged EXIF data, which is ignored ({error}).", stacklevel=2)
+        return 1

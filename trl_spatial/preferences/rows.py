@@ -11,7 +11,6 @@ from typing import Any
 
 import pyarrow as pa
 from datasets import Features, Image, Value
-from datasets.utils.file_utils import is_local_path
 from PIL import Image as PILImage
 
 from .images import load_image, open_image
@@ -112,8 +111,7 @@ class RowChecker:
         sizes = []
         for column in IMAGE_COLUMNS:
             try:
-                source = as_image_source(row.get(column))
-                sizes.append((load_image if self.decode_images else open_image)(source).size)
+                sizes.append((load_image if self.decode_images else open_image)(row.get(column)).size)
             except ValueError as error:
                 raise _Fault(column, row.get(column), f"{error}.") from error
         if is_same_image(row["chosen"], row["rejected"]):
@@ -189,28 +187,11 @@ def check_types(features: Features, columns: list[str], dataset_name: str) -> No
             )
 
 
-def as_image_source(image: Any) -> Any:
-    """
-    Turns the two forms that only datasets have, Arrow buffers and remote files, into one that
-    [`~preferences.images.load_image`] takes.
-    """
-    image = _content(image)
-    if isinstance(image, pa.Buffer):
-        return pa.BufferReader(image)
-    if isinstance(image, str) and not is_local_path(image):
-        try:
-            return Image().decode_example({"path": image, "bytes": None})
-        except OSError as error:
-            raise ValueError(f"cannot be opened ({error})") from error
-    return image
-
-
 def is_same_image(image: Any, other: Any) -> bool:
     """Whether two images, given in the same form, are the same: equal bytes, files or pixels."""
     image, other = _content(image), _content(other)
     if isinstance(image, str) and isinstance(other, str):
-        is_local = is_local_path(image) and is_local_path(other)
-        return image == other or (is_local and filecmp.cmp(image, other, shallow=False))
+        return image == other or filecmp.cmp(image, other, shallow=False)
     if isinstance(image, PILImage.Image) and isinstance(other, PILImage.Image):
         is_same_shape = (image.size, image.mode) == (other.size, other.mode)
         return image is other or (is_same_shape and image.tobytes() == other.tobytes())

@@ -1,4 +1,4 @@
-"""A reward function by its name, as it stands on a command line or in a YAML file."""
+"""A reward function by its name, as a command line or a YAML file gives it."""
 
 import importlib
 import inspect
@@ -19,6 +19,7 @@ _FORMS = (
     "a SpatialScore checkpoint (a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, or hub/NAME for your own), "
     "`geneval:DETECTOR`, `rules`, `module:function`, or the address of a server, http://HOST:PORT"
 )
+_FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
 _GENEVAL_KINDS: dict[str, Literal["partial", "strict"]] = {"geneval": "partial", "geneval-strict": "strict"}
 
 
@@ -34,11 +35,11 @@ def load_reward(name: str, *, device: Any = None) -> Callable[..., Sequence[floa
             - `http://HOST:PORT` or `https://...`: the server that `trl_spatial serve` started, whose token is
               `TRL_SPATIAL_SERVER_TOKEN` of the environment;
             - `rules`: [`SceneRules`], for prompts that describe scenes;
-            - `geneval:DETECTOR`: [`GenEvalReward`] with a detector of transformers, named as a checkpoint is, for datasets
-              with the columns of GenEval's `evaluation_metadata.jsonl`; `geneval:DETECTOR,CLASSIFIER` if there are colors in
-              it, with a model of zero-shot image classification such as CLIP; `geneval-strict:` in place of `geneval:` for
-              the benchmark's verdict in place of shares. These words before the colon always mean this, also where
-              DETECTOR looks like a function: a module of your own needs another name;
+            - `geneval:DETECTOR`: [`GenEvalReward`] with a detector of transformers, named as a checkpoint is, or any other as
+              `module:function` or `module:Class` (see [`GenEvalReward`]), for datasets with the columns of GenEval's
+              `evaluation_metadata.jsonl`; `geneval:DETECTOR,CLASSIFIER` if there are colors in it, with a model of
+              zero-shot image classification such as CLIP or a function; `geneval-strict:` in place of `geneval:` for the
+              benchmark's verdict in place of shares. A module of your own cannot be called `geneval`;
             - `module:function`: a function `(prompts, images, **columns) -> list[float | None]` of a module that Python
               finds, the current folder included. In place of a function, a class: it is created without arguments, once,
               and its object is called.
@@ -59,7 +60,7 @@ def load_reward(name: str, *, device: Any = None) -> Callable[..., Sequence[floa
     prefix, _, models = name.partition(":")
     if prefix in _GENEVAL_KINDS:
         return _load_geneval(name, models, _GENEVAL_KINDS[prefix], device)
-    if re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", name):
+    if _FUNCTION.fullmatch(name):
         return _import_function(*name.split(":"))
     try:
         find_reference(name, kind="model")
@@ -75,23 +76,30 @@ def _load_geneval(
     name: str, models: str, kind: Literal["partial", "strict"], device: Any
 ) -> Callable[..., Sequence[float | None]]:
     # a folder whose name has a comma is that folder
-    detector_name, _, classifier_name = (models, "", "") if Path(models).exists() else models.partition(",")
-    for model in (detector_name, classifier_name) if models.endswith(",") or classifier_name else (detector_name,):
+    detector_name, comma, classifier_name = (models, "", "") if Path(models).exists() else models.partition(",")
+    for model in (detector_name, classifier_name) if comma else (detector_name,):
         try:
-            find_reference(model, kind="model")
+            if not _FUNCTION.fullmatch(model):
+                find_reference(model, kind="model")
         except UnknownReferenceError as error:
             raise ValueError(
                 f"There is no reward {name!r}: {model!r} is no model. Write geneval:DETECTOR or geneval:DETECTOR,CLASSIFIER, "
-                "each a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, or hub/NAME for your own. If a module of yours is "
-                "called geneval, rename it."
+                "each a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, hub/NAME for your own, or module:function. If a "
+                "module of yours is called geneval, rename it."
             ) from error
-    from ..judges.detection import TransformersDetector, ZeroShotColors
 
-    colors = ZeroShotColors(classifier_name, device=device) if classifier_name else None
-    return GenEvalReward(TransformersDetector(detector_name, device=device), colors, kind)
+    def load(model: str, class_name: str) -> Any:
+        if _FUNCTION.fullmatch(model):
+            return _import_function(*model.split(":"))
+        from ..judges import detection  # transformers takes seconds to import
+
+        return getattr(detection, class_name)(model, device=device)
+
+    colors = load(classifier_name, "ZeroShotColors") if comma else None
+    return GenEvalReward(load(detector_name, "TransformersDetector"), colors, kind)
 
 
-def _import_function(module_name: str, name: str) -> Callable[..., Sequence[float | None]]:
+def _import_function(module_name: str, name: str) -> Callable[..., Any]:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:

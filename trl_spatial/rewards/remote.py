@@ -10,10 +10,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import requests
-from PIL import Image, ImageOps
 from requests.adapters import HTTPAdapter
 from urllib3 import BaseHTTPResponse
 from urllib3.util.retry import Retry
+
+from ..preferences.images import load_image
 
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,6 @@ logger = logging.getLogger(__name__)
 TOKEN_VARIABLE = "TRL_SPATIAL_SERVER_TOKEN"
 _BUSY = (429, 502, 503, 504)
 _LONGEST_WAIT = 60.0  # seconds, whatever the server asks for
-_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 
 
 class RemoteReward:
@@ -91,25 +91,29 @@ class RemoteReward:
             self._session.mount(scheme, HTTPAdapter(pool_maxsize=num_connections, max_retries=retry))
         self._check_server(token)
 
-    def __call__(self, prompts: list[str], images: list[Image.Image], **columns: Any) -> list[float | None]:
+    def __call__(self, prompts: list[str], images: list[Any], **columns: Any) -> list[float | None]:
         """
         The reward function that trainers call.
 
         Args:
             prompts (`list[str]`):
                 One caption per image.
-            images (`list[Image.Image]`):
-                The images.
+            images (`list`):
+                The images, in any form that [`~preferences.images.load_image`] takes.
 
         Returns:
             `list[float | None]`: The mean of each score; `None` where the server gave none.
+
+        Raises:
+            `ValueError`: If an image cannot be read, as a scorer here would.
         """
-        starts = range(0, len(images), self.batch_size)
+        size = self.batch_size
         chunks = [
-            (prompts[start : start + self.batch_size], images[start : start + self.batch_size]) for start in starts
+            (start, prompts[start : start + size], images[start : start + size])
+            for start in range(0, len(images), size)
         ]
         with ThreadPoolExecutor(self.num_connections) as executor:
-            answers = list(executor.map(self._ask, chunks))
+            answers = list(executor.map(lambda chunk: self._ask(*chunk), chunks))
         rewards = [reward for answer, _ in answers for reward in answer]
         num_failed = sum(reward is None for reward in rewards)
         if num_failed:
@@ -120,15 +124,18 @@ class RemoteReward:
             )
         return rewards
 
-    def _ask(self, chunk: tuple[list[str], list[Image.Image]]) -> tuple[list[float | None], str]:
-        """Rewards of the images of one request, and why some are missing."""
-        prompts, images = chunk
+    def _ask(self, start: int, prompts: list[str], images: list[Any]) -> tuple[list[float | None], str]:
+        """Rewards of the images of one request, whose rows begin at `start`, and why some are missing."""
         failed: list[float | None] = [None] * len(images)
-        body = {"prompts": prompts, "images": [_encode(image) for image in images]}
+        encoded = []
+        for row, image in enumerate(images, start=start):
+            try:
+                encoded.append(_encode(image))
+            except ValueError as error:
+                raise ValueError(f"images[{row}] {error}.") from error
+        body = {"prompts": prompts, "images": encoded}
         try:
-            response = self._session.post(
-                f"{self.url}/score", json=body, timeout=self.timeout, allow_redirects=False
-            )  # fmt: skip
+            response = self._session.post(f"{self.url}/score", json=body, timeout=self.timeout, allow_redirects=False)
             if response.status_code != 200:
                 return failed, _describe(response)
             answer = response.json()
@@ -196,12 +203,10 @@ def _check_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def _encode(image: Image.Image) -> str:
-    image = ImageOps.exif_transpose(image)  # PNG would lose the orientation
-    if image.mode not in _PNG_MODES:
-        image = image.convert("RGB")
+def _encode(image: Any) -> str:
+    """Base64 of a PNG with exactly the pixels that a scorer here would see."""
     file = BytesIO()
-    image.save(file, "PNG", compress_level=1)  # lossless; the network is faster than a good compression
+    load_image(image).save(file, "PNG", compress_level=1)  # lossless; the network is faster than a good compression
     return base64.b64encode(file.getvalue()).decode()
 
 

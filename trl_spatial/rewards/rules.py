@@ -3,17 +3,16 @@
 from functools import lru_cache
 from typing import Any
 
-from PIL import Image
-
-from ..scenes import SceneGraph, Verdict, check_scene, parse_description
+from ..judges.scenes import share_shown
+from ..preferences.images import load_image
+from ..scenes import SceneGraph, check_scene, parse_description
 
 
 class SceneRules:
     """
     Rewards an image of a scene by what its pixels show of the prompt's relations.
 
-    The reward is the share of the relations that are satisfied, from 0.0 to 1.0. A relation of an object that is missing,
-    or there more than once, is not. Of a scene without relations it is the share of the objects that are there once.
+    The reward is [`~judges.scenes.share_shown`], the share of the relations that are satisfied.
 
     Example:
 
@@ -30,7 +29,7 @@ class SceneRules:
     def __call__(
         self,
         prompts: list[str],
-        images: list[Image.Image],
+        images: list[Any],
         scene: list[str | None] | None = None,
         **columns: Any,
     ) -> list[float | None]:
@@ -40,14 +39,14 @@ class SceneRules:
         Args:
             prompts (`list[str]`):
                 One prompt per image.
-            images (`list[Image.Image]`):
-                The images, of at least 24 pixels.
+            images (`list`):
+                The images, of at least 24 pixels, in any form that [`~preferences.images.load_image`] takes.
             scene (`list[str]`, *optional*):
                 Column of the dataset: the scene of each prompt in the words of [`~scenes.describe_scene`], or `None`
                 where there is none. Without the column the prompts themselves are read.
 
         Returns:
-            `list[float]`: One reward per image; `None`, no opinion, where the prompt has no scene or is not in these
+            `list[float]`: One reward per image; `None` where the prompt has no scene or is not in these
             words.
 
         Raises:
@@ -58,7 +57,8 @@ class SceneRules:
         else:
             graphs = [_read_scene(index, text) for index, text in enumerate(scene)]
         return [
-            None if graph is None else _share_shown(image, graph) for image, graph in zip(images, graphs, strict=True)
+            None if graph is None else _share(index, image, graph)
+            for index, (image, graph) in enumerate(zip(images, graphs, strict=True))
         ]
 
 
@@ -84,8 +84,9 @@ def _read_scene(index: int, text: str | None) -> SceneGraph | None:
     return graph
 
 
-def _share_shown(image: Image.Image, graph: SceneGraph) -> float:
-    check = check_scene(image, graph)
-    if graph.relations:
-        return sum(result.verdict == Verdict.SATISFIED for result in check.relations) / len(graph.relations)
-    return 1.0 - (len(check.missing) + len(check.duplicated)) / len(graph.entities)
+def _share(index: int, image: Any, graph: SceneGraph) -> float:
+    try:
+        picture = load_image(image)
+    except ValueError as error:
+        raise ValueError(f"images[{index}] {error}.") from error
+    return share_shown(check_scene(picture, graph), graph)

@@ -1,8 +1,13 @@
-"""The commands. What their dependencies say about themselves is kept from the terminal: who runs a command cannot help it."""
+"""The commands, a module each. Importing this package sets what their dependencies read from the environment (see
+[`~cli.prepare_environment`]) and silences notices of theirs that a user can do nothing about."""
 
 import logging
 import warnings
 
+from ..cli import prepare_environment
+
+
+prepare_environment()  # before torch is imported, by recipes too
 
 # PEFT asks transformers by the old name.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 
+from ..cli import run_command
 from ..store import new_folder
 from .datasets import load_dataset_dict, pick_split
 from .parser import SpatialParser
@@ -145,4 +146,4 @@ def _validate(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    raise SystemExit(run_command("trl_spatial data", lambda: main(*make_parser().parse_args_and_config())))

@@ -2,7 +2,18 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ..preferences.faults import shorten
+from ..preferences.prompts import clean_prompt
+
+
+# "NA" and "null" are words here; an empty cell has no value. The encoding drops the byte order mark of Windows.
+READER_OPTIONS: dict[str, dict[str, Any]] = {
+    "parquet": {},
+    "json": {"encoding": "utf-8-sig"},
+    "csv": {"encoding": "utf-8-sig", "keep_default_na": False, "na_values": [""]},
+}
 
 
 if TYPE_CHECKING:
@@ -50,7 +61,7 @@ def load_dataset_dict(
     if path.is_file():
         if builder not in ("parquet", "json", "csv"):
             raise ValueError(f"{path} is not a .parquet, .json, .jsonl or .csv file.")
-        return load_dataset(builder, data_files=str(path), streaming=streaming)
+        return load_dataset(builder, data_files=str(path), streaming=streaming, **READER_OPTIONS[builder])
     if path.is_dir():
         return load_dataset(str(path), streaming=streaming)
     if builder in ("parquet", "json", "csv"):  # a name on the Hub may have a point, but not these
@@ -117,8 +128,7 @@ def load_prompts(
     if source.endswith(".txt"):
         if not Path(source).is_file():
             raise FileNotFoundError(f"There is no file {source}. It should hold the prompts, one per line.")
-        lines = [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines()]
-        splits = DatasetDict({"train": Dataset.from_dict({"prompt": [line for line in lines if line]})})
+        splits = DatasetDict({"train": Dataset.from_dict({"prompt": _read_lines(Path(source))})})
     else:
         splits = load_dataset_dict(source, config_name=config_name)
     prompts = pick_split(splits, next(iter(splits)) if use_only_split and len(splits) == 1 else split, source)
@@ -128,4 +138,26 @@ def load_prompts(
             "column `prompt`, or lines of text in a .txt file."
         )
     # prompts of preference pairs come without their images, which would be decoded for every row
-    return prompts.remove_columns([name for name, kind in prompts.features.items() if isinstance(kind, Image)])
+    prompts = prompts.remove_columns([name for name, kind in prompts.features.items() if isinstance(kind, Image)])
+    texts = prompts["prompt"][:]
+    cleaned = [_clean(text, index, source) for index, text in enumerate(texts)]
+    if cleaned == texts:
+        return prompts
+    return prompts.add_column("cleaned", cleaned).remove_columns("prompt").rename_column("cleaned", "prompt")
+
+
+def _read_lines(file: Path) -> list[str]:
+    """The lines of a text file but the blank ones. Only line feeds and carriage returns end a line."""
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{file}, line {line}, is not UTF-8 ({error.reason}). Save the file as UTF-8.") from error
+    return [line for line in re.split("\r\n|\n|\r", text) if line.strip("\ufeff \t")]
+
+
+def _clean(prompt: Any, index: int, source: str) -> str:
+    try:
+        return clean_prompt(prompt)
+    except ValueError as error:
+        raise ValueError(f"{source}, row {index}, `prompt`: {shorten(prompt)} {error}.") from error

@@ -1,4 +1,4 @@
-"""`trl_spatial demo`: the whole paper on a laptop, from preference pairs to a better generator, with an exact judge."""
+"""`trl_spatial demo`: the whole method of the paper on a laptop, from preference pairs to a better generator."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,10 @@ from .parser import SpatialParser, quick_imports
 
 
 EXAMPLES = """\
-  # everything, about eight minutes on two cores
+  # the full demo, about eight minutes on two cores
   trl_spatial demo
 
-  # a glance in three minutes, into another folder
+  # a smaller one in three minutes, into another folder
   trl_spatial demo --quick --output_dir runs/glance
 
   # other pairs and prompts, and more updates of the generator
@@ -23,8 +23,8 @@ def make_parser(prog: str = "trl_spatial demo") -> SpatialParser:
     return SpatialParser(
         DemoSettings,
         prog=prog,
-        description="The whole method in a small exact world: train a spatial reward model on rendered scenes, fine-tune a "
-        "tiny FLUX by reinforcement learning with it, and let the rules of the scenes judge what it draws.",
+        description="Run the whole method on rendered scenes: train a spatial reward model, fine-tune a tiny FLUX by reinforcement "
+        "learning with it, and judge the images by exact rules. After an interruption the same command continues.",
         examples=EXAMPLES,
     )
 
@@ -33,13 +33,14 @@ def main(settings: DemoSettings) -> None:
     try:
         with quick_imports():
             from ..demo.run import run_demo
+            from ..store import write_atomically
     except ModuleNotFoundError as error:
         raise ValueError(f"The demo needs {error.name}: pip install 'trl-spatial[demo]'") from error
 
     results = run_demo(settings)
     text = format_results(results)
     output_dir = Path(settings.output_dir)
-    (output_dir / "results.md").write_text(text, encoding="utf-8")
+    write_atomically(output_dir / "results.md", text)
     print(f"\n{text}\nWritten to {output_dir}: report.html, results.json, results.md, reward/, grpo/", flush=True)
 
 

@@ -1,11 +1,11 @@
 """`trl_spatial grpo`: fine-tune a text-to-image model with rewards for its images."""
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ..cli import run_command
 from .datasets import hub_dataset_name, load_prompts
 from .parser import SpatialParser, quick_imports
 
@@ -19,20 +19,20 @@ EXAMPLES = """\
   # the paper's recipe: LoRA on FLUX.1-dev, a SpatialScore model as the reward
   trl_spatial grpo --dataset prompts.txt --rewards SpatialScore-7B --output_dir FLUX.1-dev-SpatialScore
 
-  # the same from a file, on eight GPUs; what the script does not know goes to `accelerate launch`
+  # the same from a file, on eight GPUs; what the script does not know is passed to `accelerate launch`
   trl_spatial grpo --config recipes/grpo_flux.yaml --dataset ORG/SpatialPrompts --num_processes 8
 
   # another family: Qwen-Image with classifier-free guidance; its recipe says what else differs
   trl_spatial grpo --config recipes/grpo_qwen_image.yaml --dataset ORG/SpatialPrompts --num_processes 8
 
-  # will it fit? a table of what each option needs; nothing is loaded
+  # will it fit? a table of the memory that each option needs; nothing is loaded
   trl_spatial grpo --dataset prompts.txt --rewards SpatialScore-7B --output_dir out --estimate
 
   # on a GPU of 24 or 40 GB: frozen weights in 4 bits
   trl_spatial grpo --dataset prompts.txt --rewards my_rewards:sharpness --output_dir out --load_in_4bit \\
       --offload_vae true --vae_slicing true
 
-  # two rewards, the second one weighted half; a third one judges the evaluation and is not trained on
+  # two rewards, the second one weighted half; a third one scores the evaluation and is not trained on
   trl_spatial grpo --dataset prompts.jsonl --rewards SpatialScore-7B my_rewards:sharpness --reward_weights 1 0.5 \\
       --eval_dataset heldout.txt --eval_strategy steps --eval_steps 50 --eval_rewards my_rewards:aesthetics \\
       --output_dir out
@@ -40,11 +40,11 @@ EXAMPLES = """\
   # the reward in a process of its own, `trl_spatial serve`; images are rewarded while the next ones are drawn
   trl_spatial grpo --dataset prompts.txt --rewards http://127.0.0.1:8000 --overlap_rewards true --output_dir out
 
-  # prompts and rules of the small world of shapes; going on where an interrupted run stopped
+  # prompts and rules of the small world of shapes; then the same run continued where it was interrupted
   trl_spatial grpo --dataset scenes:1000 --rewards rules --output_dir out
   trl_spatial grpo --dataset scenes:1000 --rewards rules --output_dir out --resume_from_checkpoint true
 
-  # the paper's baseline: GenEval's rules over what a detector sees; the second model tells colors
+  # the paper's baseline: GenEval's rules over what a detector sees; the second model names colors
   trl_spatial grpo --dataset objects.jsonl --rewards geneval:PekingU/rtdetr_v2_r50vd,google/siglip-base-patch16-224 \\
       --output_dir out
 """
@@ -64,7 +64,7 @@ class GRPOScriptArguments:
         rewards (`list[str]`):
             Reward functions, as for [`~trl_spatial.rewards.load_reward`]. Their weights are `reward_weights`.
         eval_rewards (`list[str]`, *optional*):
-            Further reward functions that judge the evaluation and are not trained on.
+            Further reward functions that score the images of evaluation and are not trained on.
         reward_device (`str`, *optional*):
             Where SpatialScore checkpoints of `rewards` and `eval_rewards` run, such as `cuda:1` or `cpu`. By default the
             device of the training, beside the generator. In a process of its own, a reward is a server: `trl_spatial serve`.
@@ -96,7 +96,8 @@ class GRPOScriptArguments:
         }
     )
     eval_rewards: list[str] | None = field(
-        default=None, metadata={"help": "Further reward functions that judge the evaluation and are not trained on."}
+        default=None,
+        metadata={"help": "Further reward functions that score the images of evaluation and are not trained on."},
     )
     reward_device: str | None = field(
         default=None,
@@ -148,6 +149,15 @@ class GRPOModelArguments:
         load_text_encoders_in_4bit (`bool`, *optional*, defaults to `False`):
             Whether to quantize the text encoders but CLIP's to NF4. Prompts are then read a little differently: evaluate and use
             the trained model so, too. Needs the `quant` extra.
+        attention_backend (`str`, *optional*):
+            Attention kernel of the transformer, one of diffusers' `AttentionBackendName` such as `_native_cudnn` or `flash`.
+            By default PyTorch chooses.
+        offload_vae (`bool`, *optional*, defaults to `False`):
+            Whether the VAE is on the accelerator only while it decodes, as the text encoders always are but while they encode.
+        vae_slicing (`bool`, *optional*, defaults to `False`):
+            Whether the VAE decodes one image at a time.
+        vae_tiling (`bool`, *optional*, defaults to `False`):
+            Whether the VAE decodes an image in tiles that overlap. Where they meet, pixels differ a little.
     """
 
     model_name_or_path: str = field(
@@ -182,6 +192,18 @@ class GRPOModelArguments:
             "help": "Whether to quantize the text encoders but CLIP's to NF4, where encoding prompts is what needs most memory."
         },
     )
+    attention_backend: str | None = field(
+        default=None,
+        metadata={"help": "Attention kernel of the transformer, a name of diffusers. By default PyTorch chooses."},
+    )
+    offload_vae: bool = field(
+        default=False, metadata={"help": "Whether the VAE is on the accelerator only while it decodes."}
+    )
+    vae_slicing: bool = field(default=False, metadata={"help": "Whether the VAE decodes one image at a time."})
+    vae_tiling: bool = field(
+        default=False,
+        metadata={"help": "Whether the VAE decodes an image in tiles. Where they meet, pixels differ a little."},
+    )
 
     def __post_init__(self):
         if self.load_in_4bit and self.load_in_8bit:
@@ -197,6 +219,18 @@ class GRPOModelArguments:
     def quantization(self) -> str | None:
         """Method by which the frozen transformer is quantized: `"nf4"`, `"int8"` or none."""
         return "nf4" if self.load_in_4bit else "int8" if self.load_in_8bit else None
+
+    @property
+    def revision(self) -> str | None:
+        """The revision, or none for the default one, which a local folder also has."""
+        return None if self.model_revision == "main" else self.model_revision
+
+    def set_up_vae(self, vae: Any) -> None:
+        """Sets how an autoencoder of diffusers decodes."""
+        if self.vae_slicing:
+            vae.enable_slicing()
+        if self.vae_tiling:
+            vae.enable_tiling()
 
 
 def make_parser(prog: str = "trl_spatial grpo") -> SpatialParser:
@@ -222,23 +256,16 @@ def build_trainer(
         import torch
 
         from ..diffusion_grpo.policies.lora import attention_lora_config
+        from ..diffusion_grpo.reward_functions import RewardFunction
         from ..diffusion_grpo.runtime.model_setup import large_text_encoders, load_pipeline, quantization_config
-        from ..diffusion_grpo.runtime.reward_functions import RewardFunction
         from ..diffusion_grpo.trainer import DiffusionGRPOTrainer
         from ..rewards import load_reward
 
     dtype = getattr(torch, model_args.dtype or ("bfloat16" if training_args.bf16 else "float32"))
-    # the quick things first: what is misspelt should be told before a model of 24 GB is loaded
-    revision = None if model_args.model_revision == "main" else model_args.model_revision
-    quantization = quantization_config(
-        model_args.quantization,
-        dtype,
-        text_encoders=(
-            large_text_encoders(model_args.model_name_or_path, revision=revision)
-            if model_args.load_text_encoders_in_4bit
-            else ()
-        ),
-    )
+    # the quick things first: what is misspelt should be reported before a model of 24 GB is loaded
+    name, revision = model_args.model_name_or_path, model_args.revision
+    encoders = large_text_encoders(name, revision=revision) if model_args.load_text_encoders_in_4bit else ()
+    quantization = quantization_config(model_args.quantization, dtype, text_encoders=encoders)
     train_dataset = load_prompts(
         script_args.dataset, script_args.dataset_train_split, config_name=script_args.dataset_config
     )
@@ -251,12 +278,20 @@ def build_trainer(
             use_only_split=script_args.eval_dataset is not None,
         )
     device = script_args.reward_device or training_args.device
-    rewards: list[RewardFunction] = [load_reward(name, device=device) for name in script_args.rewards]
-    eval_rewards: list[RewardFunction] = [load_reward(name, device=device) for name in script_args.eval_rewards or []]
+    rewards: list[RewardFunction] = [load_reward(reward, device=device) for reward in script_args.rewards]
+    eval_rewards: list[RewardFunction] = [
+        load_reward(reward, device=device) for reward in script_args.eval_rewards or []
+    ]
+    pipeline = load_pipeline(
+        name,
+        dtype,
+        revision=revision,
+        quantization_config=quantization,
+        attention_backend=model_args.attention_backend,
+    )
+    model_args.set_up_vae(pipeline.vae)
     trainer = DiffusionGRPOTrainer(
-        pipeline=load_pipeline(
-            model_args.model_name_or_path, dtype, revision=revision, quantization_config=quantization
-        ),
+        pipeline=pipeline,
         reward_funcs=rewards,
         args=training_args,
         train_dataset=train_dataset,
@@ -266,6 +301,8 @@ def build_trainer(
             attention_lora_config(rank=model_args.lora_r, alpha=model_args.lora_alpha) if model_args.use_peft else None
         ),
     )
+    if model_args.offload_vae:
+        trainer.policy.offload_vae(training_args.device)
     trainer.dataset_name = hub_dataset_name(script_args.dataset)
     trainer.eval_dataset_name = hub_dataset_name(script_args.eval_dataset or script_args.dataset)
     return trainer
@@ -278,30 +315,21 @@ def describe_memory(
     import torch
 
     from ..diffusion_grpo.policies.lora import attention_lora_config
-    from ..diffusion_grpo.runtime.memory import MemoryModel, describe_options, load_architecture, spatial_score_bytes
+    from ..diffusion_grpo.runtime.architectures import load_architecture
+    from ..diffusion_grpo.runtime.memory import MemoryModel, describe_options, reward_model_bytes
 
-    names = [*script_args.rewards, *(script_args.eval_rewards or [])]
-    num_models = sum(name != "rules" and not re.fullmatch(r"[\w.]+:\w+", name) for name in names)
     model = MemoryModel(
-        load_architecture(
-            model_args.model_name_or_path,
-            revision=None if model_args.model_revision == "main" else model_args.model_revision,
-        ),
+        load_architecture(model_args.model_name_or_path, revision=model_args.revision),
         training_args,
         attention_lora_config(rank=model_args.lora_r, alpha=model_args.lora_alpha) if model_args.use_peft else None,
         # on a machine without a GPU `bf16` is off, but the run is for one
         dtype=getattr(torch, model_args.dtype or "bfloat16"),
-        reward_bytes=num_models * spatial_score_bytes() if num_models else 0,
+        reward_bytes=reward_model_bytes([*script_args.rewards, *(script_args.eval_rewards or [])]),
         text_encoders_in_4bit=model_args.load_text_encoders_in_4bit,
     )
-    args = training_args
-    return (
-        f"{model_args.model_name_or_path}, {args.width} × {args.height} pixels, {args.per_device_train_batch_size} images at "
-        f"once in training, {args.rollout_batch_size} in sampling, {model.num_trained:,} trained parameters\n\n"
-        f"{describe_options(model)}\n\n"
-        f"Reward models: {num_models} counted, as SpatialScore on Qwen2.5-VL-7B in bfloat16. Of functions from modules the size "
-        "is not known.\nThe cards' sizes are what is left after 2 GB for CUDA and gaps between allocations."
-    )
+    model_args.set_up_vae(model.policy.vae)
+    table = describe_options(model, offload_vae=model_args.offload_vae)
+    return f"{model_args.model_name_or_path}, {table}"
 
 
 def train(trainer: "DiffusionGRPOTrainer") -> None:
@@ -352,4 +380,6 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config(is_launched=True))
+    raise SystemExit(
+        run_command("trl_spatial grpo", lambda: main(*make_parser().parse_args_and_config(is_launched=True)))
+    )

@@ -2,6 +2,7 @@
 
 import argparse
 
+from ..cli import run_command
 from ..store import new_folder
 from .parser import SpatialParser, quick_imports
 
@@ -47,4 +48,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    raise SystemExit(run_command("trl_spatial merge", lambda: main(*make_parser().parse_args_and_config())))

@@ -1,14 +1,15 @@
 """The argument parser of the commands."""
 
 import argparse
+import datetime
 import gc
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import UnionType
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from trl.scripts.utils import TrlParser
@@ -17,11 +18,14 @@ from ..cli import nearest
 from ..hub.references import NAMESPACE_VARIABLE
 
 
+MAX_CONFIG_BYTES = 2**20
+
+
 @contextmanager
 def quick_imports() -> Iterator[None]:
     """
-    A context for imports of torch and what stands on it, which take a third less: the garbage collector does not search the
-    many objects that they make and keep, neither meanwhile nor afterwards.
+    A context that makes importing torch and transformers a third faster: the garbage collector skips the many objects that
+    they create and keep, both during the import and afterwards.
     """
     num_modules, was_enabled = len(sys.modules), gc.isenabled()
     gc.disable()
@@ -40,11 +44,10 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 class SpatialParser(TrlParser):
     """
-    [`~trl.TrlParser`] that says what is wrong.
+    [`~trl.TrlParser`] with strict checks and short errors.
 
-    It differs from its parent in that a flag cannot be abbreviated, `--config=FILE` works like `--config FILE`, an unknown
-    flag or YAML key is an error that names the nearest ones, and a YAML value passes the same checks as a value on the
-    command line (type and choices).
+    Flags cannot be abbreviated, `--config=FILE` works like `--config FILE`, an unknown flag or YAML key is an error that names
+    the nearest ones, and a YAML value passes the same checks as a value on the command line (type and choices).
 
     Args:
         dataclass_types (dataclass or iterable of dataclasses, *optional*):
@@ -56,6 +59,8 @@ class SpatialParser(TrlParser):
     """
 
     def __init__(self, dataclass_types: type | Iterable[type] = (), *, examples: str, **kwargs):
+        self.arguments: list[argparse.Action] = []
+        self.actions: argparse.Action | None = None  # its choices are the parsers of subcommands such as `data make`
         super().__init__(
             [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types),
             allow_abbrev=False,
@@ -78,73 +83,56 @@ class SpatialParser(TrlParser):
             "environment, else the logged-in user.",
         )
 
+    def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
+        self.arguments.append(super().add_argument(*args, **kwargs))
+        return self.arguments[-1]
+
+    def add_subparsers(self, **kwargs: Any) -> Any:
+        self.actions = super().add_subparsers(**kwargs)
+        return self.actions
+
     def parse_args_and_config(self, args: list[str] | None = None, *, is_launched: bool = False) -> tuple[Any, ...]:
         """
         Parse command-line arguments and the YAML file they name.
 
-        Args:
-            args (`list[str]`, *optional*):
-                Arguments; default: `sys.argv[1:]`.
-            is_launched (`bool`, *optional*, defaults to `False`):
-                Whether the script runs under `accelerate launch`, so that its YAML file may also hold options of the
-                launcher (which has read them already).
-
-        Returns:
-            One instance per dataclass, then a namespace of the other arguments if there are any. A mistake ends the
-            program with exit code 2.
+        Under `accelerate launch` (`is_launched`) the file may also hold options of the launcher, which has read them already.
+        Returns one instance per dataclass, then a namespace of the other arguments if there are any. A mistake ends the
+        program with exit code 2.
         """
-        args, config, config_path = self._read_config(list(sys.argv[1:] if args is None else args))
-        self._fail_on_unknown_flag(args, self._flags())
-        unknown_keys = self._set_config_defaults(config, config_path)
-        try:
-            *values, unknown = self.parse_args_into_dataclasses(args=args, return_remaining_strings=True)
-        except ValueError as error:  # a dataclass refuses its values
-            self.error(str(error))
-        if unknown_keys and is_launched:
+        args, config, path = self._read_config(list(sys.argv[1:] if args is None else args))
+        launcher_keys: set[str] = set()
+        if is_launched and config:
             from accelerate.commands.launch import launch_command_parser
 
-            launcher_flags = _launcher_flags(launch_command_parser())
-        else:
-            launcher_flags = set()
-        self._fail_on_unknown_keys(unknown_keys, launcher_flags, config_path)
+            launcher_keys = _launcher_keys(launch_command_parser())
+        self._chosen_parser(args)._check(args, config, path, launcher_keys)
+        try:
+            *values, unknown = self.parse_args_into_dataclasses(
+                args, return_remaining_strings=True, look_for_args_file=False
+            )
+        except ValueError as error:  # a dataclass refuses its values
+            self.error(str(error))
         if unknown:
             self.error(f"unexpected argument {unknown[0]!r}")
         return tuple(values)
 
     def split_launch_args(self, args: list[str], launcher: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
         """
-        Separate the launcher's arguments from the script's.
-
-        Args:
-            args (`list[str]`):
-                Arguments of both, in any order. Keys of the YAML file that are options of the launcher go to it too.
-            launcher ([`argparse.ArgumentParser`]):
-                Parser of `accelerate launch`.
-
-        Returns:
-            `tuple[list[str], list[str]]`: the launcher's and the script's arguments.
+        Separate the arguments of `accelerate launch`, whose parser is `launcher`, from the script's: returns the launcher's and
+        the script's arguments. Launcher options in the YAML file count as the launcher's.
         """
         from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-        launcher_flags = _launcher_flags(launcher)
-        own_args, config, config_path = self._read_config(args)
-        self._fail_on_unknown_flag(own_args, self._flags() | launcher_flags)
-        unknown_keys = self._set_config_defaults(config, config_path)
+        own_args, config, path = self._read_config(args)
+        launcher_keys = _launcher_keys(launcher)
+        launch_args: list[str] = []
+        for key in self._check(own_args, config, path, launcher_keys):
+            if config[key] is not False:
+                launch_args += [f"--{key}"] if config[key] is True else [f"--{key}", str(config[key])]
         _, left_over = self.parse_known_args(own_args)
-
-        self._fail_on_unknown_keys(unknown_keys, launcher_flags, config_path)
-        from_config: list[str] = []
-        for key in unknown_keys:
-            if config[key] is True:
-                from_config += [f"--{key}"]
-            elif config[key] is not False:
-                from_config += [f"--{key}", str(config[key])]
-
-        launch_args = [
-            part
-            for token in from_config + left_over
-            for part in (token.split("=", 1) if token.startswith("--accelerate_config=") else [token])
-        ]
+        for token in left_over:
+            launch_args += token.split("=", 1) if token.startswith("--accelerate_config=") else [token]
+        launcher.error = self.error  # type: ignore[method-assign]  # argparse's own prints a hundred options first
         try:
             launch_args = resolve_accelerate_config_argument(launch_args)
         except ValueError as error:
@@ -153,14 +141,8 @@ class SpatialParser(TrlParser):
         if stray != "SCRIPT":
             self.error(f"unexpected argument {stray!r}")
 
-        remaining = iter(left_over)
-        expected = next(remaining, None)
-        script_args = []
-        for token in args:  # left_over is an ordered subsequence of args
-            if token == expected:
-                expected = next(remaining, None)
-            else:
-                script_args.append(token)
+        remaining = [*reversed(left_over)]  # an ordered subsequence of args
+        script_args = [token for token in args if not (remaining and token == remaining[-1] and remaining.pop())]
         return launch_args, script_args
 
     def error(self, message: str) -> NoReturn:
@@ -168,131 +150,115 @@ class SpatialParser(TrlParser):
         print(f"{self.prog}: error: {message}\n{self.prog} --help lists the options", file=sys.stderr)
         raise SystemExit(2)
 
-    def _fail_on_unknown_flag(self, args: list[str], flags: set[str]) -> None:
-        for token in args:
-            flag = token.split("=")[0]
-            if flag.startswith("--") and " " not in flag and flag not in flags:
-                self.error(f"unknown option {flag}{nearest(flag, flags)}")
+    def _chosen_parser(self, args: list[str]) -> "SpatialParser":
+        """The parser of the subcommand that `args` begin with; this one if there are no subcommands."""
+        word = next((token for token in args if not token.startswith("-")), None)
+        if self.actions is None or word is None:
+            return self
+        parsers: Any = self.actions.choices
+        if word not in parsers:
+            self.error(f"unknown action {word!r}{nearest(word, parsers)}; choose from {', '.join(parsers)}")
+        return parsers[word]
 
-    def _fail_on_unknown_keys(self, keys: list[str], launcher_flags: set[str], config_path: str | None) -> None:
-        for key in keys:
-            if f"--{key}" not in launcher_flags:
-                candidates = self._keys() | {flag.removeprefix("--") for flag in launcher_flags}
-                self.error(f"{config_path}: unknown key {key!r}{nearest(str(key), candidates)}")
-
-    def _all_actions(self) -> Iterator[tuple["SpatialParser", argparse.Action]]:
-        for action in self._actions:
-            yield self, action
-            if isinstance(action, argparse._SubParsersAction):
-                for subparser in action.choices.values():
-                    yield from subparser._all_actions()
-
-    def _keys(self) -> set[str]:
-        return {action.dest for _, action in self._all_actions()} - {"help", "config"}
-
-    def _flags(self) -> set[str]:
-        return {flag for _, action in self._all_actions() for flag in action.option_strings}
-
-    def _read_config(self, args: list[str]) -> tuple[list[str], dict[str, Any], str | None]:
+    def _read_config(self, args: list[str]) -> tuple[list[str], dict[str, Any], str]:
         """
         Take `--config FILE` and `--namespace ORG` out of `args` and read the file: the other arguments, the file's mapping and
-        its path. The namespace goes to the environment, where the Hub's part of the package looks for it.
+        its path. The namespace goes to the environment, where `trl_spatial.hub` looks for it.
         """
-        others, namespaces = _take_option(args, "--namespace")
-        others, paths = _take_option(others, "--config")
-        if not paths:
-            self._set_namespace(namespaces)
-            return others, {}, None
-        if len(paths) > 1 or not paths[0]:
-            self.error("--config takes one YAML file")
-        try:
-            config = yaml.safe_load(Path(paths[0]).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            self.error(f"{paths[0]} cannot be read: {error}")
-        if not isinstance(config, dict):
-            self.error(f"{paths[0]}: expected a mapping from options to values")
+        first = argparse.ArgumentParser(prog=self.prog, add_help=False, allow_abbrev=False)
+        first.error = self.error  # type: ignore[method-assign]
+        for option in ("--config", "--namespace"):
+            first.add_argument(option, action="append", default=[])
+        given, others = first.parse_known_args(args)
+        if len(given.config) > 1 or len(given.namespace) > 1 or "" in given.config + given.namespace:
+            self.error("--config takes one YAML file, --namespace one user or organization on the Hub")
+        path, config = (given.config[0], self._load_yaml(given.config[0])) if given.config else ("", {})
+        namespace = config.pop("namespace", None)
         variables = config.pop("env", {})
-        if not isinstance(variables, dict):
-            self.error(f"{paths[0]}: `env` must be a mapping from environment variables to values")
-        os.environ.update({name: str(value) for name, value in variables.items()})
-        self._set_namespace(namespaces or ([str(config["namespace"])] if "namespace" in config else []))
-        config.pop("namespace", None)
-        return others, config, paths[0]
-
-    def _set_namespace(self, namespaces: list[str]) -> None:
-        if len(namespaces) > 1 or "" in namespaces:
-            self.error("--namespace takes one user or organization on the Hub")
-        for namespace in namespaces:
-            os.environ[NAMESPACE_VARIABLE] = namespace
-
-    def _set_config_defaults(self, config: dict[str, Any], config_path: str | None) -> list[str]:
-        """Make the YAML file's values the parser's defaults; returns the keys that are not options of the parser."""
-        actions: dict[str, tuple[SpatialParser, argparse.Action]] = {}
-        for owner, action in self._all_actions():
-            actions.setdefault(action.dest, (owner, action))
-        values = {
-            key: self._check_config_value(*actions[key], value, f"{config_path}: {key}")
-            for key, value in config.items()
-            if key in self._keys()
-        }
-        self.set_defaults_with_config(**values)
-        return [key for key in config if key not in values]
-
-    def _check_config_value(self, owner: "SpatialParser", action: argparse.Action, value: Any, where: str) -> Any:
-        """`value` as it would come from the command line."""
-        if isinstance(value, (dict, list)) and type(value) in self._containers(action.dest):
-            return value
-        if value is None:
-            takes_none = action.default is None or (callable(action.type) and _is_none(action.type))
-            return value if takes_none else self.error(f"{where}: a value is missing")
-        if action.nargs == 0:
-            return value if isinstance(value, bool) else self.error(f"{where}: expected true or false, got {value!r}")
-        takes_many = action.nargs in ("+", "*") or isinstance(action.nargs, int)
-        values = value if isinstance(value, list) and takes_many else [value]
-        if any(isinstance(item, (dict, list)) for item in values):
-            self.error(f"{where}: expected {'values' if takes_many else 'one value'}, got {value!r}")
-        if isinstance(action.nargs, int) and len(values) != action.nargs:
-            self.error(f"{where}: expected {action.nargs} values, got {value!r}")
+        if not isinstance(variables, dict) or not all(
+            isinstance(value, (str, int, float)) for value in variables.values()
+        ):
+            self.error(f"{path}: `env` must be a mapping from environment variables to values")
+        if not isinstance(namespace, (str, NoneType)):
+            self.error(f"{path}: namespace: expected one value, got {namespace!r}")
+        if given.namespace or namespace is not None:
+            variables |= {NAMESPACE_VARIABLE: given.namespace[0] if given.namespace else namespace}
         try:
-            return owner._get_values(action, [str(item) for item in values])
+            os.environ.update({str(name): str(value) for name, value in variables.items()})
+        except (OSError, ValueError) as error:
+            self.error(f"{path}: env: {error}")
+        return others, config, path
+
+    def _load_yaml(self, path: str) -> dict[str, Any]:
+        try:
+            if Path(path).exists() and not Path(path).is_file():  # reading a pipe or a device may never end
+                self.error(f"{path} is not a file")
+            if Path(path).stat().st_size > MAX_CONFIG_BYTES:
+                self.error(f"{path} is larger than {MAX_CONFIG_BYTES:,} bytes: it is not a file of options")
+            config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            self.error(f"{path} cannot be read: {error}")
+        if not isinstance(config, dict):
+            self.error(f"{path}: expected a mapping from options to values")
+        return config
+
+    def _check(self, args: list[str], config: dict[str, Any], path: str, launcher_keys: set[str]) -> list[str]:
+        """Refuse unknown flags and YAML keys, and make the YAML file's values the defaults; returns the launcher's keys."""
+        flags = {flag for argument in self.arguments for flag in argument.option_strings}
+        flags |= {flag for key in launcher_keys for flag in (f"--{key}", f"--{key.replace('_', '-')}")}
+        for token in args:
+            flag = token.split("=")[0]
+            if flag.startswith("--") and flag != "--" and " " not in flag and flag not in flags:
+                self.error(f"unknown option {flag}{nearest(flag, flags)}")
+        # `--use_peft` and `--no_use_peft` share a name: the first is meant
+        arguments = {argument.dest: argument for argument in reversed(self.arguments)}
+        own_keys = arguments.keys() - {"help", "config", "namespace"}
+        for key in config:
+            if key not in own_keys | launcher_keys:
+                self.error(f"{path}: unknown key {key!r}{nearest(str(key), own_keys | launcher_keys)}")
+        own = {key: value for key, value in config.items() if key in own_keys}
+        self.set_defaults_with_config(
+            **{key: self._as_given(arguments[key], value, f"{path}: {key}") for key, value in own.items()}
+        )
+        return [key for key in config if key not in own]
+
+    def _as_given(self, argument: argparse.Action, value: Any, where: str) -> Any:
+        """A value of the YAML file, checked and converted as if it had been given on the command line."""
+        number = argument.nargs
+        if isinstance(value, dict | list) and type(value) in self._containers(argument.dest):
+            return value
+        if number == 0:
+            return value if isinstance(value, bool) else self.error(f"{where}: expected true or false, got {value!r}")
+        if value is None and argument.default is None:
+            return None
+        takes_many = number in ("+", "*") or isinstance(number, int)
+        values = value if isinstance(value, list) and takes_many else [value]
+        if not all(isinstance(item, str | int | float | datetime.date | None) for item in values):
+            self.error(f"{where}: expected {'values' if takes_many else 'one value'}, got {value!r}")
+        if len(values) != number if isinstance(number, int) else number == "+" and not values:
+            self.error(f"{where}: expected {number if values else 'some'} values, got {value!r}")
+        probe = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+        probe.add_argument("--value", type=argument.type or str, choices=argument.choices)
+        try:
+            given = [probe.parse_args([f"--value={'null' if item is None else item}"]).value for item in values]
         except argparse.ArgumentError as error:
             hint = (
                 " (YAML reads a bare yes, no, on or off as true or false: quote it)" if isinstance(value, bool) else ""
             )
-            self.error(f"{where}: {error.message}{hint}")
+            self.error(f"{where}: {'a value is missing' if None in values else error.message}{hint}")
+        # an option that takes `null` reads the word as None; for another one, `null` is no text
+        if None in values and given != [None]:
+            self.error(f"{where}: a value is missing")
+        return given if takes_many else given[0]
 
     def _containers(self, name: str) -> set[type]:
-        """Which of `dict` and `list` a dataclass field takes as it stands (options with several values aside)."""
-        for dataclass_type in self.dataclass_types:
-            hint = get_type_hints(dataclass_type).get(name)
-            members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-            kinds = {get_origin(member) or member for member in members}
-            if dict in kinds or (list in kinds and str in kinds):
-                return kinds & {dict, list}
-        return set()
+        """Which of `dict` and `list` a dataclass field takes unchanged (options with several values aside)."""
+        hints = [get_type_hints(dataclass_type).get(name) for dataclass_type in self.dataclass_types]
+        # `list[str]` alone is an option with several values
+        kinds = {get_origin(member) or member for hint in hints for member in (hint, *get_args(hint))}
+        return kinds & {dict, list} if dict in kinds or (str in kinds and list[str] not in hints) else set()
 
 
-def _take_option(args: list[str], option: str) -> tuple[list[str], list[str]]:
-    """The other arguments, and the values that the option has been given: `""` for none."""
-    others: list[str] = []
-    values: list[str] = []
-    tokens = iter(args)
-    for token in tokens:
-        if token == option:
-            values.append(next(tokens, ""))
-        elif token.startswith(f"{option}="):
-            values.append(token.removeprefix(f"{option}="))
-        else:
-            others.append(token)
-    return others, values
-
-
-def _launcher_flags(launcher: argparse.ArgumentParser) -> set[str]:
-    return {"--accelerate_config", *(flag for flag in launcher._option_string_actions if flag.startswith("--"))}
-
-
-def _is_none(convert: Any) -> bool:
-    try:
-        return convert("none") is None
-    except (TypeError, ValueError, argparse.ArgumentTypeError):
-        return False
+def _launcher_keys(launcher: argparse.ArgumentParser) -> set[str]:
+    options = vars(launcher.parse_args(["SCRIPT"])).keys() - {"training_script", "training_script_args"}
+    return options | {"accelerate_config"}

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..cli import run_command
 from .datasets import load_dataset_dict
 from .parser import SpatialParser
 
@@ -20,7 +21,7 @@ EXAMPLES = """\
   # a dataset: Parquet with the images in it, and a card
   trl_spatial push pairs --to hub/SpatialReward --license apache-2.0
 
-  # what would be uploaded
+  # list what would be uploaded and what would stay
   trl_spatial push SpatialScore-7B --to ORG/SpatialScore-7B --dry-run
 """
 
@@ -30,8 +31,9 @@ def make_parser(prog: str = "trl_spatial push") -> SpatialParser:
         prog=prog,
         usage=f"{prog} RUN --to NAME [OPTIONS]",
         description="Upload a folder to the Hub with a card that says how it was made and measured: a SpatialScore checkpoint, LoRA "
-        "weights or a pipeline, a dataset, a Space. What a training keeps for itself stays here, and so do paths and tokens. An "
-        "interrupted upload goes on where it was when it is started again.",
+        "weights or a pipeline, a dataset, a Space. Only the files that belong to such a folder are uploaded; training states "
+        "and other files stay here, and a file with a token or a local path is refused. After an interruption the same "
+        "command continues the upload.",
         examples=EXAMPLES,
     )
     parser.add_argument(
@@ -45,7 +47,10 @@ def make_parser(prog: str = "trl_spatial push") -> SpatialParser:
     )
     parser.add_argument("--private", action="store_true", help="Make the repository private, if it is new.")
     parser.add_argument(
-        "--dry-run", "--dry_run", action="store_true", help="Show what would be uploaded, and upload nothing."
+        "--dry-run",
+        "--dry_run",
+        action="store_true",
+        help="Show what would be uploaded and what would stay, and upload nothing.",
     )
     parser.add_argument(
         "--replace",
@@ -54,21 +59,25 @@ def make_parser(prog: str = "trl_spatial push") -> SpatialParser:
     )
     parser.add_argument(
         "--base_model",
-        help="Hub id of the model that RUN was trained on, if it was trained on a local copy: ORG/NAME or hub/NAME.",
+        help="Hub id of the base model, if RUN was trained on a local copy of it: ORG/NAME or hub/NAME.",
     )
     parser.add_argument("--license", help="License for the card, as the Hub abbreviates it, for example apache-2.0.")
     parser.add_argument(
-        "--config_name", default="default", help="Of a dataset: name of the configuration in the repository."
+        "--config_name", default="default", help="For a dataset: name of its configuration in the repository."
     )
-    parser.add_argument("--max_shard_size", default="500MB", help="Of a dataset: largest size of a Parquet shard.")
+    parser.add_argument("--max_shard_size", default="500MB", help="For a dataset: largest size of a Parquet shard.")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
+    from ..data.kinds import DATASET
+    from ..diffusion_grpo.kinds import LORA, PIPELINE, TRANSFORMER
+    from ..gaussian_reward.kinds import BACKBONE, SPATIAL_SCORE
     from ..hub.checkpoints import find_kind
     from ..hub.references import find_repository
+    from ..space.build import SPACE
 
-    kind = find_kind(args.run)
+    kind = find_kind(args.run, (SPATIAL_SCORE, LORA, PIPELINE, TRANSFORMER, SPACE, DATASET, BACKBONE))
     repo_id = find_repository(args.to, kind=kind.repo_type)
     if kind.repo_type == "dataset":
         push_dataset(args, repo_id)
@@ -78,23 +87,23 @@ def main(args: argparse.Namespace) -> None:
 
 def push_folder(args: argparse.Namespace, repo_id: str, kind: "Kind") -> None:
     """Upload a model or a Space, or show what would be uploaded."""
-    from ..hub.checkpoints import collect_files, lacks_base_model
+    from ..hub.checkpoints import collect_files, lacks_base_model, list_kept
     from ..hub.references import find_repository
     from ..hub.safety import check_public
     from ..hub.upload import create_repository, push_files
 
     base_model = None if args.base_model is None else find_repository(args.base_model, kind="model")
-    files = collect_files(args.run, repo_id, base_model=base_model, license=args.license)
+    files = collect_files(args.run, repo_id, kind=kind, base_model=base_model, license=args.license)
     if lacks_base_model(files):
         raise ValueError(
-            f"{args.run} is an adapter of a local copy of its base model, and would load nowhere else. Name the base model on "
+            f"{args.run} is an adapter of a local copy of its base model, so nobody else could load it. Name the base model on "
             "the Hub with --base_model ORG/NAME, or push a whole model: `trl_spatial merge --model "
             f"{args.run} --output MERGED`."
         )
     private = (Path(args.run),)
     if args.dry_run:
         check_public(files, private=private)
-        show_plan(repo_id, kind, files)
+        show_plan(repo_id, kind, files, list_kept(args.run, files))
         return
     address = create_repository(repo_id, repo_type=kind.repo_type, private=args.private or None)
     push_files(
@@ -133,12 +142,13 @@ def push_dataset(args: argparse.Namespace, repo_id: str) -> None:
     print(f"Pushed {rows} to {address}")
 
 
-def show_plan(repo_id: str, kind: "Kind", files: dict[str, Path | bytes]) -> None:
-    """Print the files and their sizes."""
+def show_plan(repo_id: str, kind: "Kind", files: dict[str, Path | bytes], kept: list[str]) -> None:
+    """Print the files that would be uploaded, with their sizes, and what would stay."""
     print(f"Would push {kind.name} to {repo_id}:")
     for name, source in sorted(files.items()):
         print(f"  {format_size(size_of(source)):>9}  {name}")
     print(f"  {format_size(sum(map(size_of, files.values()))):>9}  in {len(files)} files")
+    print(f"Would stay here: {', '.join(kept) or 'nothing'}")
 
 
 def size_of(source: Path | bytes) -> int:
@@ -156,4 +166,4 @@ def format_size(size: float) -> str:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    raise SystemExit(run_command("trl_spatial push", lambda: main(*make_parser().parse_args_and_config())))

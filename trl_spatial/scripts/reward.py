@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ..cli import run_command
 from .datasets import hub_dataset_name, load_dataset_dict, pick_split
 from .parser import SpatialParser, quick_imports
 
@@ -144,10 +145,9 @@ def build_trainer(
 ) -> "GaussianRewardTrainer":
     """The trainer that the arguments describe, with its datasets and model loaded."""
     with quick_imports():
-        from transformers import BitsAndBytesConfig
-
         from ..gaussian_reward.modeling import spatial_score_lora_config
         from ..gaussian_reward.trainer import GaussianRewardTrainer
+        from ..training.quantization import nf4_config
 
     splits = load_dataset_dict(
         script_args.dataset, config_name=script_args.dataset_config, streaming=script_args.dataset_streaming
@@ -168,14 +168,7 @@ def build_trainer(
             else None
         ),
         quantization_config=(
-            BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype="bfloat16" if training_args.bf16 else "float32",
-            )
-            if model_args.load_in_4bit
-            else None
+            nf4_config("bfloat16" if training_args.bf16 else "float32") if model_args.load_in_4bit else None
         ),
         peft_config=(
             spatial_score_lora_config(
@@ -206,4 +199,6 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config(is_launched=True))
+    raise SystemExit(
+        run_command("trl_spatial reward", lambda: main(*make_parser().parse_args_and_config(is_launched=True)))
+    )

@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..cli import run_command
 from .datasets import load_dataset_dict, pick_split
 from .parser import SpatialParser, quick_imports
 
@@ -31,7 +33,7 @@ def make_parser(prog: str = "trl_spatial score") -> SpatialParser:
         prog=prog,
         usage=f"{prog} --model MODEL (--prompt PROMPT IMAGE [IMAGE ...] | --input INPUT) [OPTIONS]",
         description="Score images for prompts: the mean of the score says how well the image shows the objects and their "
-        "places, its standard deviation how sure the model is.",
+        "places. Its standard deviation is the spread the model gives the score, not a measure of how sure it is.",
         examples=EXAMPLES,
     )
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="Image files, scored for --prompt and ranked.")
@@ -76,24 +78,73 @@ def main(args: argparse.Namespace) -> None:
             args.input, args.split, args.prompt_column, args.image_column, config_name=args.input_config
         )
 
+    if args.output is not None:  # before the work, not after it
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        with open(args.output, "a", encoding="utf-8"):
+            pass
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that shows ASCII only must not end the run
+            stream.reconfigure(errors="backslashreplace")
+
     with quick_imports():
         from .. import SpatialScore
 
     scorer = SpatialScore.from_pretrained(
         args.model, revision=args.revision, backbone=args.backbone, dtype=args.dtype, device=args.device
     )
-    records = score_records(scorer, prompts, images, names, batch_size=args.batch_size)
+    rows = list(zip(prompts, images, names, strict=True))
+    records, numbers = [], list(range(len(rows)))
+    if args.input is not None and args.output is not None:
+        records = read_scored(args, rows)
+        done = {record["row"] for record in records}
+        numbers = [number for number in numbers if number not in done]
+    chunk_size = max(64, args.batch_size)
+    for start in range(0, len(numbers), chunk_size):
+        chunk = numbers[start : start + chunk_size]
+        new = score_records(scorer, [(number, *rows[number]) for number in chunk], batch_size=args.batch_size)
+        if args.input is not None and args.output is not None:
+            with open(args.output, "a", encoding="utf-8") as file:
+                file.write("".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in new))
+        records += new
+    bad = [record for record in records if "error" in record]
     if args.prompt is not None:
-        records.sort(key=lambda record: -record["mean"])
+        records.sort(key=lambda record: -record.get("mean", -math.inf))
         records = [{"rank": rank, **record} for rank, record in enumerate(records, start=1)]
-    lines = [json.dumps(record, ensure_ascii=False) for record in records]
-    if args.output is not None:
-        Path(args.output).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        print(f"{len(lines)} scores saved to {args.output}", file=sys.stderr)
-    if args.json:
-        print("\n".join(lines))
+        if args.output is not None:
+            lines = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
+            Path(args.output).write_text(lines, encoding="utf-8")
     else:
-        print_table(records)
+        records.sort(key=lambda record: record["row"])
+    if args.output is not None:
+        print(f"{len(records) - len(bad)} scores saved to {args.output}", file=sys.stderr)
+    if args.json:
+        print("\n".join(json.dumps(record, ensure_ascii=False) for record in records))
+    else:
+        print_table([record for record in records if "error" not in record])
+    if bad:
+        shown = "; ".join(f"row {record['row']}: {record['error']}" for record in bad[:5])
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise ValueError(f"{len(bad)} of {len(records)} rows have no score: {shown}{more}")
+
+
+def read_scored(args: argparse.Namespace, rows: list[tuple[Any, Any, str]]) -> list[dict[str, Any]]:
+    """Scores that an interrupted run has left in --output, without its bad rows and a line that was cut off."""
+    output, records = Path(args.output), []
+    for line in output.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            break
+        try:
+            record = json.loads(line)
+            prompt, _, name = rows[record["row"]]
+            is_same = (record["prompt"], record["image"]) == (prompt, name)
+        except (ValueError, KeyError, TypeError, IndexError):
+            is_same = False
+        if not is_same:
+            raise ValueError(f"{output} holds other rows than {args.input}. Delete it, or name another file.")
+        if "error" not in record:
+            records.append(record)
+    output.write_text("".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records), encoding="utf-8")
+    return records
 
 
 def read_input(
@@ -111,28 +162,49 @@ def read_input(
     if isinstance(rows.features[image_column], Image):
         rows = rows.cast_column(image_column, Image(decode=False))
         images = list(rows[image_column])
-        names = [image["path"] or f"row {index}" for index, image in enumerate(images)]
+        names = [(image or {}).get("path") or f"row {index}" for index, image in enumerate(images)]
     else:
         folder = Path(name_or_path).parent
-        images = [str(folder / path) for path in rows[image_column]]
-        names = list(rows[image_column])
+        images = [
+            str(folder / cell) if isinstance(cell, str) and "://" not in cell else cell for cell in rows[image_column]
+        ]
+        names = [cell if isinstance(cell, str) else f"row {index}" for index, cell in enumerate(rows[image_column])]
     return list(rows[prompt_column]), images, names
 
 
 def score_records(
-    scorer: "SpatialScore", prompts: list[str], images: list[Any], names: list[str], *, batch_size: int
+    scorer: "SpatialScore", rows: list[tuple[int, Any, Any, str]], *, batch_size: int
 ) -> list[dict[str, Any]]:
-    """One record per image, in input order: prompt, image (its name), mean and std of the score."""
-    scores = scorer.score(prompts, images, batch_size=batch_size)
+    """A record of each row (number, prompt, image, name): mean and std of the score, or the error of a bad row."""
+    numbers, prompts, images, names = (list(column) for column in zip(*rows, strict=True))
+    known = [
+        {"row": number, "prompt": prompt, "image": name}
+        for number, prompt, name in zip(numbers, prompts, names, strict=True)
+    ]
+    try:
+        scores = scorer.score(prompts, images, batch_size=batch_size)
+    except ValueError as error:
+        if len(rows) == 1:
+            return [{**known[0], "error": str(error).replace("images[0]", str(names[0]), 1)}]
+        half = len(rows) // 2
+        return [
+            record
+            for part in (rows[:half], rows[half:])
+            for record in score_records(scorer, part, batch_size=batch_size)
+        ]
     return [
-        {"prompt": prompt, "image": name, "mean": float(mean), "std": float(std)}
-        for prompt, name, mean, std in zip(prompts, names, scores.mean, scores.std, strict=True)
+        {**record, "mean": float(mean), "std": float(std)}
+        for record, mean, std in zip(known, scores.mean, scores.std, strict=True)
     ]
 
 
 def print_table(records: list[dict[str, Any]]) -> None:
     # one prompt for all rows is in the command line already
-    columns = [name for name in records[0] if name != "prompt" or "rank" not in records[0]] if records else []
+    columns = (
+        [name for name in records[0] if name != "row" and (name != "prompt" or "rank" not in records[0])]
+        if records
+        else []
+    )
     cells = [[f"{record[name]:.3f}" if isinstance(record[name], float) else str(record[name]) for name in columns]
              for record in records]  # fmt: skip
     cells = [[cell if len(cell) <= 60 else f"{cell[:57]}..." for cell in row] for row in cells]
@@ -146,4 +218,4 @@ def print_table(records: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    raise SystemExit(run_command("trl_spatial score", lambda: main(*make_parser().parse_args_and_config())))

@@ -2,10 +2,13 @@
 
 import argparse
 import os
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..cli import run_command
 from ..rewards.remote import TOKEN_VARIABLE
+from ..serving.limits import Limits
 from .parser import SpatialParser, quick_imports
 from .space import check_port
 
@@ -49,10 +52,15 @@ def make_parser(prog: str = "trl_spatial serve") -> SpatialParser:
     )
     parser.add_argument("--max_batch_size", type=int, default=16, help="Images per forward pass.")
     parser.add_argument("--max_queue", type=int, default=256, help="Images that may wait.")
-    parser.add_argument("--max_images", type=int, default=64, help="Images of a request.")
-    parser.add_argument("--max_bytes", type=int, default=128 * 2**20, help="Bytes of a request.")
-    parser.add_argument("--max_image_bytes", type=int, default=8 * 2**20, help="Bytes of an image file.")
-    parser.add_argument("--max_pixels", type=int, default=2048 * 2048, help="Pixels of an image.")
+    for name, what in (
+        ("max_images", "Images of a request."),
+        ("max_bytes", "Bytes of a request."),
+        ("max_image_bytes", "Bytes of an image file."),
+        ("max_pixels", "Pixels of an image."),
+        ("max_prompt_length", "Characters of a prompt."),
+        ("max_held_bytes", "Bytes of all requests together: bodies and decoded images."),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Limits, name), help=what)
     return parser
 
 
@@ -63,17 +71,11 @@ def main(args: argparse.Namespace) -> None:
     check_port(args.host, args.port)  # loading the model may take minutes
 
     with quick_imports():
-        import uvicorn
-
         from .. import SpatialScore
-        from ..serving.app import Limits, create_app
+        from ..serving.app import create_app
+        from ..serving.server import make_server
 
-    limits = Limits(
-        max_images=args.max_images,
-        max_bytes=args.max_bytes,
-        max_image_bytes=args.max_image_bytes,
-        max_pixels=args.max_pixels,
-    )
+    limits = Limits(**{field.name: getattr(args, field.name) for field in fields(Limits)})
     scorer = SpatialScore.from_pretrained(
         args.model, revision=args.revision, backbone=args.backbone, dtype=args.dtype, device=args.device
     )
@@ -87,8 +89,7 @@ def main(args: argparse.Namespace) -> None:
     )
     if token is None and args.host not in ("127.0.0.1", "localhost", "::1"):
         print(f"Anybody who reaches {args.host} may ask: set a token with --token-file or {TOKEN_VARIABLE}.")
-    # on SIGTERM uvicorn takes no more connections, and ends when those that it has are answered
-    uvicorn.run(app, host=args.host, port=args.port, log_level="info", limit_concurrency=512)
+    make_server(app, host=args.host, port=args.port).run()
 
 
 def read_token(path: str | None) -> str | None:
@@ -107,4 +108,4 @@ def public_name(model: str) -> str:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    raise SystemExit(run_command("trl_spatial serve", lambda: main(*make_parser().parse_args_and_config())))

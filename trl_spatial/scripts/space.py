@@ -8,6 +8,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..cli import run_command
 from ..store import new_folder
 from .parser import SpatialParser
 
@@ -106,4 +107,4 @@ def check_port(host: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    raise SystemExit(run_command("trl_spatial space", lambda: main(*make_parser().parse_args_and_config())))

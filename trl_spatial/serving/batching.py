@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -120,12 +120,19 @@ class Batcher:
             self._changed.notify()
         return futures
 
-    def close(self) -> None:
-        """Takes no more images, and returns when those that wait are scored."""
+    def cancel(self, futures: Iterable[Future[tuple[float, float]]]) -> None:
+        """Takes images out of the queue that nobody asks for any longer. A batch that is being scored is not stopped."""
+        with self._changed:
+            for future in futures:
+                future.cancel()
+            self._waiting = deque(row for row in self._waiting if not row[2].cancelled())
+
+    def close(self, timeout: float | None = None) -> None:
+        """Takes no more images, and returns when those that wait are scored, or after `timeout` seconds."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(timeout)
 
     def _work(self) -> None:
         while True:

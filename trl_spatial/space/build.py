@@ -5,9 +5,16 @@ from pathlib import Path
 from huggingface_hub import SpaceCard, SpaceCardData
 
 from ..hub import Reference, card_template, find_reference
+from ..hub.checkpoints import Kind
 
 
 APP = Path(__file__).with_name("app.py")
+SPACE = Kind(
+    "a Space",
+    "space",
+    lambda folder: (folder / "app.py").is_file() and (folder / "README.md").is_file(),
+    files=("app.py", "requirements.txt", "README.md"),
+)
 GRADIO_VERSION = "6.30.0"
 REQUIREMENTS = f"""\
 trl-spatial>={version("trl-spatial")},<1

@@ -13,7 +13,7 @@ from transformers.utils import PushInProgress
 from transformers.utils.hub import hf_api
 
 from ..hub.cards import Card
-from ..hub.checkpoints import collect_files, lacks_base_model
+from ..hub.checkpoints import Kind, collect_files, find_kind, lacks_base_model
 from ..hub.errors import HubError
 from ..hub.references import find_repository
 from ..hub.upload import create_repository, push_files
@@ -31,7 +31,7 @@ class HubTrainer(Trainer):
     the local checkpoint. With `save_total_limit`, saving waits until the checkpoint before is uploaded, as its folder may be
     deleted.
 
-    A subclass gives `_build_card`.
+    A subclass gives `_build_card` and `_kinds`, the kinds of folder that it saves.
 
     Attributes:
         dataset_name (`str`, *optional*):
@@ -43,6 +43,7 @@ class HubTrainer(Trainer):
     dataset_name: str | None = None
     eval_dataset_name: str | None = None
     _is_resumed = False
+    _kinds: tuple[Kind, ...]
 
     def _build_card(self) -> Card:
         """What is known of the model so far."""
@@ -144,7 +145,7 @@ class HubTrainer(Trainer):
         token: str | None = None,
         revision: str | None = None,
     ) -> Future:
-        files = collect_files(folder, self.hub_model_id)
+        files = collect_files(folder, self.hub_model_id, kind=find_kind(folder, self._kinds))
         if lacks_base_model(files):
             logger.warning_once(
                 "The model was trained on a local copy of its base model, whose path is not uploaded: who loads it has to "

@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..hub.cards import CARD_FILE, SAMPLES_FILE, Card
-from ..store import MARKER, begin_folder, is_complete, marked_files, write_atomically
+from ..store import MARKER, begin_folder, is_complete, marked_files, read_record, write_record
 
 
 logger = logging.getLogger(__name__)
@@ -193,13 +193,12 @@ def _check_resumable(folder: Path, checkpoint: Path) -> None:
 
 def read_run(folder: str | Path) -> dict[str, Any]:
     """What `run.json` of a run's folder or checkpoint says; empty without that file."""
-    file = Path(folder) / RUN_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_record(Path(folder) / RUN_FILE)
 
 
 def write_run(folder: str | Path, run: dict[str, Any]) -> None:
     """Writes `run.json`."""
-    write_atomically(Path(folder) / RUN_FILE, json.dumps(run, indent=1) + "\n")
+    write_record(Path(folder) / RUN_FILE, run)
 
 
 def new_run(folder: str | Path, kind: str) -> dict[str, Any]:

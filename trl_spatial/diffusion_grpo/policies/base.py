@@ -30,7 +30,7 @@ class SamplingOptions:
             Strength of the guidance, of the kind that the family has: an input of the transformer, or the scale of
             classifier-free guidance, where the family's `unguided_scale` means none.
         negative_prompt (`str`, *optional*):
-            What classifier-free guidance leads away from. If `None`, the empty prompt.
+            What classifier-free guidance leads away from. If `None`, the family's `default_negative_prompt`.
     """
 
     height: int
@@ -64,6 +64,7 @@ class DiffusionPolicy(ABC):
     has_classifier_free_guidance: ClassVar[bool]  # or else the guidance scale is an input of the transformer
     guidance_argument: ClassVar[str] = "guidance_scale"  # what the pipeline's own call calls the scale
     unguided_scale: ClassVar[float] = 1.0  # the scale at which classifier-free guidance is none
+    default_negative_prompt: ClassVar[str] = ""  # what classifier-free guidance leads away from
 
     def __init__(self, pipeline: Any, *, max_sequence_length: int = 512):
         scheduler = type(pipeline.scheduler).__name__
@@ -80,9 +81,7 @@ class DiffusionPolicy(ABC):
             )
         self.pipeline = pipeline
         self.max_sequence_length = max_sequence_length
-        self.vae_device: torch.device | None = (
-            None  # where the VAE goes to decode, and comes back from; `None`: it stays
-        )
+        self._vae_device: torch.device | None = None  # where the VAE goes to decode; `None`: it stays
 
     @property
     def transformer(self) -> Any:
@@ -93,6 +92,17 @@ class DiffusionPolicy(ABC):
     def vae(self) -> Any:
         """The autoencoder between latents and images, a diffusers model."""
         return self.pipeline.vae
+
+    def offload_vae(self, device: torch.device) -> None:
+        """
+        Keeps the VAE on the CPU but while it decodes, as the text encoders always are but while they encode.
+
+        Args:
+            device (`torch.device`):
+                Where it decodes.
+        """
+        self.vae.to("cpu")
+        self._vae_device = device
 
     @property
     def encoders(self) -> list[nn.Module]:
@@ -126,10 +136,10 @@ class DiffusionPolicy(ABC):
         """
         if not self.has_classifier_free_guidance or options.guidance_scale <= self.unguided_scale:
             return None
-        return options.negative_prompt or ""
+        return self.default_negative_prompt if options.negative_prompt is None else options.negative_prompt
 
-    def num_evaluations(self, options: SamplingOptions) -> int:
-        """Evaluations of the transformer for one velocity: two with classifier-free guidance, else one."""
+    def num_passes(self, options: SamplingOptions) -> int:
+        """Passes through the transformer for one velocity: two with classifier-free guidance, else one."""
         return 1 if self.negative_prompt(options) is None else 2
 
     def pipeline_guidance(self, options: SamplingOptions) -> dict[str, Any]:
@@ -250,7 +260,7 @@ class DiffusionPolicy(ABC):
     def _decoder(self) -> Iterator[Any]:
         """The VAE, where it decodes, and without a caller's autocast, which is for the transformer."""
         home = self.vae.device
-        device = home if self.vae_device is None else self.vae_device
+        device = home if self._vae_device is None else self._vae_device
         # the meta device, on which memory is estimated, has no autocast
         autocast = nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
         self.vae.to(device)

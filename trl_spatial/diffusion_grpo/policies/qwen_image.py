@@ -13,13 +13,14 @@ class QwenImagePolicy(DiffusionPolicy):
     Qwen-Image: `QwenImagePipeline` ([Qwen-Image Technical Report](https://huggingface.co/papers/2508.02324)).
 
     Its guidance is classifier-free: our `guidance_scale` is what the pipeline calls `true_cfg_scale`. Prompts are as long
-    as they are, and a mask tells them from padding.
+    as they are, and a mask sets them apart from padding.
     """
 
     pipeline_class = "QwenImagePipeline"
     prompt_tokenizer = "tokenizer"
     max_prompt_tokens = 1024
     has_classifier_free_guidance = True
+    default_negative_prompt = " "  # as its authors do
     guidance_argument = "true_cfg_scale"  # its `guidance_scale` is for distilled models, of which none was released
 
     @property

@@ -19,28 +19,34 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PredictionOutput, SaveStrategy, TrainOutput, speed_metrics
 
 from ...figures.grid import save_image_grid
+from ...generation.drawing import draw_rows
 from ...hub.cards import SAMPLES_FILE, Card
 from ...hub.checkpoints import is_local_name
 from ...training.base import BaseTrainer
 from ...training.hub import dataset_split
+from ..advantages import combine_rewards
 from ..config import DiffusionGRPOConfig
+from ..kinds import LORA, TRANSFORMER
 from ..policies import make_policy
+from ..reward_functions import RewardFunction, RewardFunctions, reward_metrics
 from . import checkpointing
 from .callbacks import RolloutProgressCallback, UpdateCallback
-from .checks import check_inputs, warn_about_deviation, with_held_out
+from .checks import check_inputs, with_held_out
 from .ema import EMA
-from .evaluation import EvaluationOutput, evaluate_policy
+from .evaluation import EvaluationOutput, PolicyGenerator, reward_images
 from .integrations import adapt_callbacks, log_image
 from .metrics import TrainingMetrics, gather_evaluation
 from .model_card import build_card
-from .model_setup import load_pipeline, prepare_transformer, prepare_vae, sampling_options, shard_transformer
+from .model_setup import load_pipeline, prepare_transformer, sampling_options, shard_transformer
 from .monitoring import HackingMonitor, StepTimer
 from .processes import check_launch, fail_together
 from .prompt_cache import PromptCache
-from .reward_functions import RewardFunction, RewardFunctions, reward_metrics
 
 
 logger = get_logger(__name__)
+
+# Images of a grid
+NUM_LOGGED_IMAGES = 8
 
 Rows: TypeAlias = Dataset | list[dict[str, Any]]
 
@@ -61,6 +67,7 @@ class DiffusionTrainer(BaseTrainer):
     """
 
     _tag_names = ["diffusion-grpo", "spatial-rl", "trl"]
+    _kinds = (LORA, TRANSFORMER)
 
     def __init__(
         self,
@@ -110,7 +117,7 @@ class DiffusionTrainer(BaseTrainer):
             self.add_callback(RolloutProgressCallback)
         adapt_callbacks(self)
 
-        prepare_vae(self.policy, args)
+        self.policy.vae.to(args.device)
         if self.is_fsdp_enabled:
             shard_transformer(self.model, self.accelerator)
         # The same guidance in training and in evaluation, hence the same negative prompt
@@ -148,7 +155,6 @@ class DiffusionTrainer(BaseTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # of updates, and not of an evaluation or the end
             metrics = self._metrics.collect(self.accelerator, self._timer.collect())
-            warn_about_deviation(metrics, self.args)
             logs = {**logs, **metrics}
         super().log(logs, start_time)
 
@@ -208,7 +214,7 @@ class DiffusionTrainer(BaseTrainer):
 
         Returns:
             [`~transformers.trainer_utils.PredictionOutput`]: `predictions` of shape `(n, num_funcs)` are the rewards of
-            `eval_reward_functions`, in the order of the rows; NaN where a function has no opinion.
+            `eval_reward_functions`, in the order of the rows; NaN where a function gave no reward.
         """
         with self._timer.phase("evaluate"):
             output = self._evaluate_policy(test_dataset)
@@ -221,33 +227,30 @@ class DiffusionTrainer(BaseTrainer):
         averaged = nullcontext() if self.ema is None else self.ema.applied()
         is_sharded = self.is_fsdp_enabled
         with fail_together(self.accelerator, "Evaluating", is_collective=is_sharded), averaged:
-            output = evaluate_policy(
-                self.policy,
-                self.model,
-                self.prompt_cache,
+            batches = draw_rows(
+                PolicyGenerator(
+                    self.policy, self.model, self.prompt_cache, self._eval_options, self.accelerator.autocast
+                ),
                 dataset,
-                self.eval_reward_functions,
-                self._eval_options,
                 batch_size=args.per_device_eval_batch_size,
                 seed=args.seed,
-                num_kept_images=args.num_logged_images,
                 rank=args.process_index,
                 world_size=args.world_size,
                 is_collective=is_sharded,
-                autocast=self.accelerator.autocast,
-                show_progress=self.is_world_process_zero() and not args.disable_tqdm,
+                progress="Evaluating" if self.is_world_process_zero() and not args.disable_tqdm else None,
             )
+            output = reward_images(batches, self.eval_reward_functions, num_kept_images=NUM_LOGGED_IMAGES)
         return gather_evaluation(output)
 
     def _evaluation_metrics(self, output: EvaluationOutput, prefix: str) -> dict[str, float]:
         num_trained = len(self.reward_functions.names)
-        trained = output.rewards[:, :num_trained]
-        metrics = reward_metrics(output.rewards, self.eval_reward_functions)
-        metrics |= reward_metrics(trained, self.reward_functions)  # `reward` is of the trained ones
+        # An image is a group of its own; held-out rewards have no weight
+        combined = combine_rewards(output.rewards, 1, self.eval_reward_functions.weights)
+        metrics = reward_metrics(output.rewards, combined, self.eval_reward_functions.names)
         held_out = self.eval_reward_functions.names[num_trained:]
         for warning in self._hacking_monitors[prefix].update(
             self.state.global_step,
-            self.reward_functions.combine(trained),
+            combined,
             dict(zip(held_out, output.rewards[:, num_trained:].unbind(1), strict=True)),
         ):
             logger.warning(warning)
@@ -257,9 +260,9 @@ class DiffusionTrainer(BaseTrainer):
         self, name: str, number: int, images: list[Image], prompts: list[str], rewards: torch.Tensor
     ) -> None:
         """Saves a grid of the first images and shows it to the trackers."""
-        num_images = min(self.args.num_logged_images, len(images))
-        if num_images == 0 or not self.is_world_process_zero():
+        if self.args.logging_strategy == "no" or not self.is_world_process_zero():
             return
+        num_images = min(NUM_LOGGED_IMAGES, len(images))
         names = self.eval_reward_functions.names  # those of the trained ones come first
         captions = [_caption(names, row) for row in rewards[:num_images].tolist()]
         path = Path(self.args.output_dir) / "images" / f"{name}_{number:06d}.png"

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .prompt_cache import PromptCache
+
 
 @dataclass
 class TrainingStep:
@@ -96,13 +98,11 @@ class RolloutBuffer:
         """Whether all batches of all iterations were handed out."""
         return self.position == self.num_batches * self.num_iterations
 
-    def batch_prompts(self, position: int) -> list[str]:
-        """Prompts of the batch at a position."""
-        return self.prompts[self._rows(position)]
-
-    def batch_steps(self, position: int, embeds: dict[str, torch.Tensor]) -> list[TrainingStep]:
-        """The trained steps of the batch at a position, as views of the buffer."""
-        rows = self._rows(position)
+    def batch_steps(self, position: int, prompt_cache: PromptCache) -> list[TrainingStep]:
+        """The trained steps of the batch at a position, as views of the buffer, with the embeddings of its prompts."""
+        start = position % self.num_batches * self.batch_size
+        rows = slice(start, start + self.batch_size)
+        embeds = prompt_cache.get(self.prompts[rows])
         return [
             TrainingStep(
                 embeds=embeds,
@@ -117,10 +117,6 @@ class RolloutBuffer:
             for k, step in enumerate(self.trained_steps)
         ]
 
-    def _rows(self, position: int) -> slice:
-        start = position % self.num_batches * self.batch_size
-        return slice(start, start + self.batch_size)
-
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """What a checkpoint keeps: tensors, and the rest as JSON holds it."""
         values = vars(self)
@@ -132,5 +128,6 @@ class RolloutBuffer:
         cls, tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any], device: torch.device
     ) -> "RolloutBuffer":
         """Undoes [`~RolloutBuffer.state`]."""
-        values = {**rest, **{name: tensor.to(device) for name, tensor in tensors.items()}}
+        # Copies: tensors in a mapped file may lie at other addresses than those of training, where kernels round differently
+        values = {**rest, **{name: tensor.to(device, copy=True) for name, tensor in tensors.items()}}
         return cls(**{**values, "trained_steps": tuple(rest["trained_steps"])})

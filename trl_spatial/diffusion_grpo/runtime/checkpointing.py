@@ -81,8 +81,9 @@ def export_weights(
         transformer ([`~diffusers.ModelMixin`]):
             The trained transformer, without the wrappers of distributed training.
         folder (`str` or `Path`):
-            Where to; created if missing. An adapter becomes `pytorch_lora_weights.safetensors`, with its configuration
-            (`alpha` above all) as metadata.
+            Where to; created if missing. An adapter becomes `pytorch_lora_weights.safetensors`. Its scale, `alpha / r` or
+            what else its configuration says, is multiplied into its second matrices: diffusers loads the file with scale
+            1, also as a state dict, which carries no metadata.
         ema ([`EMA`], *optional*):
             If given, its averaged weights are saved in place of the current ones.
         is_writer (`bool`, *optional*, defaults to `True`):
@@ -95,11 +96,11 @@ def export_weights(
         (adapter_name,) = transformer.active_adapters()
         layers = gather_tensors(get_peft_model_state_dict(transformer, adapter_name=adapter_name), is_writer=is_writer)
         if is_writer:
-            pipeline.save_lora_weights(
-                folder,
-                transformer_lora_layers=layers,
-                transformer_lora_adapter_metadata=transformer.peft_config[adapter_name].to_dict(),
-            )
+            for name, weight in layers.items():
+                layer, is_second, _ = name.partition(".lora_B.")
+                if is_second:
+                    weight *= transformer.get_submodule(layer).scaling[adapter_name]
+            pipeline.save_lora_weights(folder, transformer_lora_layers=layers)
 
 
 def _export_transformer(transformer: Any, folder: Path, is_writer: bool) -> None:

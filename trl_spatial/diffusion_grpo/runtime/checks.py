@@ -1,6 +1,6 @@
 """Bad input and doubtful settings that can be known before training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from accelerate.logging import get_logger
@@ -9,8 +9,8 @@ from datasets import Dataset
 from ...generation.seeds import image_generator
 from ..config import DiffusionGRPOConfig
 from ..policies import DiffusionPolicy, SamplingOptions
+from ..reward_functions import RewardFunction, RewardFunctions
 from .monitoring import setup_warnings
-from .reward_functions import RewardFunction, RewardFunctions
 
 
 logger = get_logger(__name__)
@@ -149,19 +149,8 @@ def warn_about_settings(args: DiffusionGRPOConfig, policy: DiffusionPolicy, opti
         epsilon=args.epsilon,
         num_latent_elements=policy.prepare_latents([image_generator(args.seed)], options).numel(),
         num_updates_per_rollout=args.num_updates_per_rollout,
-        is_ratio_corrected=args.ratio_norm or args.kl_mask is not None,
+        is_ratio_corrected=args.needs_old_means,
         num_groups_per_update=args.num_prompts_per_device * args.world_size / num_updates,
     )
     for warning in warnings:
         logger.warning(warning)
-
-
-def warn_about_deviation(metrics: Mapping[str, float], args: DiffusionGRPOConfig) -> None:
-    """Warns if the log-probs of rollout and training differ by more than the clip range bears."""
-    deviation = metrics.get("ratio/first_deviation", 0.0)
-    if deviation > args.epsilon / 10:
-        logger.warning(
-            f"The first ratios after a rollout deviate from 1 by up to {deviation:.1e}, more than a tenth of `epsilon` "
-            f"({args.epsilon:g}): rollout and training round differently. Set `old_log_probs='training'`, or "
-            "`rollout_batch_size` to `per_device_train_batch_size`."
-        )

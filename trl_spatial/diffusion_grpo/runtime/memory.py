@@ -1,16 +1,13 @@
 """How much memory of an accelerator a training run will need, from its configuration alone: no weights are loaded."""
 
-import json
+import re
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module, resources
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin
 from peft import LoraConfig
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,11 +17,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ...generation.seeds import image_generator
-from ...hub.errors import explain_errors
-from ...hub.references import find_reference
 from ..config import DiffusionGRPOConfig
-from ..policies import DiffusionPolicy, make_policy
 from ..policies.base import NEGATIVE_PREFIX
+from .architectures import Architecture, build_component, build_policy, component_class, load_architecture
 from .model_setup import is_large_text_encoder, prepare_transformer, sampling_options
 
 
@@ -35,8 +30,6 @@ WEIGHT_BITS = {"nf4": 4 + 8 / 64 + 32 / (64 * 256), "int8": 8.0}
 # workspaces and the gaps between allocations
 GPU_GIB = {24: 22.0, 40: 37.9, 80: 77.7}
 GIB = 2**30
-
-Architecture = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -63,93 +56,6 @@ class MemoryEstimate:
     def fits(self) -> list[int]:
         """Which of the usual cards have enough, by their size in GB."""
         return [size for size, usable in GPU_GIB.items() if self.total <= usable * GIB]
-
-
-def load_architecture(name: str, *, revision: str | None = None) -> Architecture:
-    """
-    Reads of which models a pipeline consists.
-
-    Args:
-        name (`str`):
-            A folder, or a pipeline on the Hub, of which only the small JSON files are downloaded. The architectures of
-            `black-forest-labs/FLUX.1-dev`, `Qwen/Qwen-Image`, `stabilityai/stable-diffusion-3.5-medium` and
-            `Tongyi-MAI/Z-Image` come with the package.
-        revision (`str`, *optional*):
-            Branch, tag or commit on the Hub.
-
-    Returns:
-        `dict`: the pipeline's `"_class_name"`, and for each component `[library, class, configuration]`.
-
-    Raises:
-        `ValueError`: If there is no such folder or repository.
-    """
-    shipped = json.loads((resources.files(__package__) / "architectures.json").read_text(encoding="utf-8"))
-    if name in shipped:
-        return shipped[name]
-    reference = find_reference(name, kind="model", revision=revision)
-
-    def read(path: str) -> dict[str, Any]:
-        if reference.is_local:
-            return json.loads((Path(reference.name) / path).read_text(encoding="utf-8"))
-        from huggingface_hub import hf_hub_download
-
-        with explain_errors(f"Reading {path} of {reference}"):
-            return json.loads(Path(hf_hub_download(reference.name, path, revision=reference.revision)).read_text())
-
-    architecture: Architecture = {}
-    for component, value in read("model_index.json").items():
-        if component == "_class_name":
-            architecture[component] = value
-        elif isinstance(value, list) and value[0] is not None:
-            library, class_name = value
-            is_model = component in ("transformer", "vae") or component.startswith("text_encoder")
-            file = "scheduler_config.json" if component == "scheduler" else "config.json"
-            config = read(f"{component}/{file}") if is_model or component == "scheduler" else {}
-            architecture[component] = [library, class_name, config]
-    return architecture
-
-
-def build_policy(architecture: Architecture, *, max_sequence_length: int) -> DiffusionPolicy:
-    """
-    Builds a policy whose models have no weights: all are on PyTorch's meta device.
-
-    Args:
-        architecture (`dict`):
-            From [`load_architecture`].
-        max_sequence_length (`int`):
-            As for [`~policies.make_policy`].
-    """
-    components = {}
-    for name, value in architecture.items():
-        if name != "_class_name":
-            components[name] = _build(*_component_class(value))
-    pipeline = getattr(import_module("diffusers"), architecture["_class_name"])(**components)
-    pipeline.image_processor = _NoImages()
-    return make_policy(pipeline, max_sequence_length=max_sequence_length)
-
-
-def _component_class(value: list) -> tuple[Any, dict[str, Any]]:
-    library, class_name, config = value
-    return getattr(import_module(library), class_name), config
-
-
-def _build(component_class: Any, config: dict[str, Any]) -> Any:
-    with torch.device("meta"):
-        if issubclass(component_class, ConfigMixin):
-            config = {key: value for key, value in config.items() if key != "quantization_config"}
-            # a scheduler computes with its numbers
-            with nullcontext() if issubclass(component_class, nn.Module) else torch.device("cpu"):
-                return component_class.from_config(config)
-        if issubclass(component_class, nn.Module):
-            return component_class(component_class.config_class.from_dict(config))
-        return component_class()  # a tokenizer, which is asked for nothing
-
-
-class _NoImages:
-    """Stands where a pipeline makes images of tensors: on the meta device there is nothing to see."""
-
-    def postprocess(self, images: torch.Tensor, **kwargs: Any) -> list:
-        return []
 
 
 class AllocationTracker(TorchDispatchMode):
@@ -264,14 +170,14 @@ class MemoryModel:
     Predicts the memory of a run on each device. A denoising step of sampling and of training, and the VAE, are run on the meta
     device, where tensors have sizes but no contents; what they allocate is counted.
 
-    What it does not know: autocast, which keeps some activations in float32 and casts the adapters' inputs to bfloat16 (here
+    `policy.vae.enable_slicing()` and `enable_tiling()` are taken into account. What it does not know: autocast, which keeps some activations in float32 and casts the adapters' inputs to bfloat16 (here
     they are float32), the kernels' workspaces, and the activations of reward models.
 
     Args:
         architecture (`dict`):
             From [`load_architecture`].
         args ([`DiffusionGRPOConfig`]):
-            Configuration of the training: sizes, batches, average of the weights, how the VAE decodes.
+            Configuration of the training: sizes, batches, average of the weights.
         peft_config ([`~peft.LoraConfig`], *optional*):
             Adapters. If `None`, all weights are trained.
         dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`):
@@ -377,7 +283,7 @@ class MemoryModel:
     @torch.no_grad()
     def _sample(self) -> int:
         self.transformer.eval()
-        return peak_of(self._predict(self.args.rollout_batch_size), self.transformer)
+        return peak_of(self._predict(self.args.sampling_batch_size), self.transformer)
 
     def _train(self, gradient_checkpointing: bool) -> int:
         self.transformer.train()
@@ -392,11 +298,7 @@ class MemoryModel:
         return peak - gradients  # they have a line of their own
 
     def _decode(self) -> int:
-        if self.args.vae_slicing:
-            self.policy.vae.enable_slicing()
-        if self.args.vae_tiling:
-            self.policy.vae.enable_tiling()
-        latents, (options, _) = self._latents(self.args.rollout_batch_size), sampling_options(self.args)
+        latents, (options, _) = self._latents(self.args.sampling_batch_size), sampling_options(self.args)
         return peak_of(lambda: self.policy.decode_latents(latents, options), self.policy.vae)
 
     def _encoder_bytes(self) -> int:
@@ -424,13 +326,15 @@ class MemoryModel:
         return self._num_images * sum(row.nbytes for name, row in rows if not name.startswith(NEGATIVE_PREFIX))
 
 
-def describe_options(model: MemoryModel) -> str:
+def describe_options(model: MemoryModel, *, offload_vae: bool = False) -> str:
     """
     Compares the options that save memory.
 
     Args:
         model ([`MemoryModel`]):
             The run.
+        offload_vae (`bool`, *optional*, defaults to `False`):
+            Whether the VAE of the run is on the device only while it decodes.
 
     Returns:
         `str`: two tables: the parts of each quantization, and the total of each option with the cards that have enough.
@@ -439,10 +343,15 @@ def describe_options(model: MemoryModel) -> str:
     if model.num_trained == sum(weight.numel() for weight in model.transformer.parameters()):
         quantizations = (None,)  # what is trained cannot be quantized
     args = model.args
-    settings = {"gradient_checkpointing": bool(args.gradient_checkpointing), "offload_vae": args.offload_vae}
+    settings = {"gradient_checkpointing": bool(args.gradient_checkpointing), "offload_vae": offload_vae}
     estimates = [model.estimate(quantization=quantization, **settings) for quantization in quantizations]
     names = [str(model.dtype).removeprefix("torch.") if name is None else name for name in quantizations]
-    lines = ["GiB on each device" + " " * 12 + "".join(f"{name:>10}" for name in names)]
+    lines = [
+        f"{args.width} × {args.height} pixels, {args.per_device_train_batch_size} images at once in training, "
+        f"{args.sampling_batch_size} in sampling, {model.num_trained:,} trained parameters",
+        "",
+        "GiB on each device" + " " * 12 + "".join(f"{name:>10}" for name in names),
+    ]
     for part in estimates[0].parts:
         lines.append(f"{part:<30}" + "".join(f"{estimate.parts[part] / GIB:10.2f}" for estimate in estimates))
     for phase in estimates[0].phases:
@@ -460,10 +369,26 @@ def describe_options(model: MemoryModel) -> str:
                     f"{name:<10}{'yes' if checkpointing else 'no':>14}{'yes' if offload else 'no':>15}"
                     f"{estimate.total / GIB:10.2f}{phase:>8}  {', '.join(map(str, estimate.fits)) or 'none'}"
                 )
+    lines += [
+        "",
+        f"Reward models: {model.reward_bytes / GIB:.2f} GiB, counted as SpatialScore on Qwen2.5-VL-7B in bfloat16. The size of "
+        "functions from modules is unknown.",
+        "The cards' sizes are what is left after 2 GB for CUDA and gaps between allocations.",
+    ]
     return "\n".join(lines)
 
 
-def spatial_score_bytes() -> int:
-    """Bytes of a SpatialScore model on Qwen2.5-VL-7B in bfloat16, without its small head: the text encoder of Qwen-Image."""
-    encoder = _build(*_component_class(load_architecture("Qwen/Qwen-Image")["text_encoder"]))
-    return weight_bytes(encoder.requires_grad_(False))
+def reward_model_bytes(names: Sequence[str]) -> int:
+    """
+    Bytes of the reward models on the device, each taken for a SpatialScore model on Qwen2.5-VL-7B in bfloat16 without its small
+    head, which is the text encoder of Qwen-Image. Rules, and functions from modules, whose size is unknown, count as 0.
+
+    Args:
+        names (sequence of `str`):
+            Names as for [`~trl_spatial.rewards.load_reward`].
+    """
+    num_models = sum(name != "rules" and not re.fullmatch(r"[\w.]+:\w+", name) for name in names)
+    if num_models == 0:
+        return 0
+    encoder = build_component(*component_class(load_architecture("Qwen/Qwen-Image")["text_encoder"]))
+    return num_models * weight_bytes(encoder.requires_grad_(False))

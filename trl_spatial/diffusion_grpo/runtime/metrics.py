@@ -7,12 +7,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ..advantages import group_advantages
+from ..advantages import combine_rewards, group_advantages
+from ..reward_functions import RewardFunctions, reward_metrics
 from .evaluation import EvaluationOutput
 
 
 # Counts since the start of training that every log holds
-_COUNTED = ("num_images", "num_policy_evaluations", "num_reference_evaluations", "num_old_log_prob_evaluations")
+_COUNTED = ("num_images", "num_policy_passes", "num_reference_passes", "num_old_log_prob_passes")
 # Phases that are no part of a step
 _OUTSIDE = ("time/evaluate", "time/save")
 
@@ -23,7 +24,7 @@ class TrainingMetrics:
 
     Attributes:
         totals (`Counter`):
-            Counts of this process since the start of training, such as `num_policy_evaluations`.
+            Counts of this process since the start of training, such as `num_policy_passes`.
         num_updates (`int`):
             Updates since the last log.
     """
@@ -36,8 +37,9 @@ class TrainingMetrics:
         self._per_rollout: dict[str, list[float]] = defaultdict(list)
 
     def load_totals(self, totals: Mapping[str, int]) -> None:
-        """Goes on counting from the `totals` of a checkpoint."""
-        self.totals.update(totals)
+        """Continues from the `totals` of a checkpoint."""
+        # Checkpoints of 0.1 count passes as "evaluations".
+        self.totals.update({name.replace("_evaluations", "_passes"): total for name, total in totals.items()})
         self._num_images_before = self.totals["num_images"]
 
     def add_per_image(self, metrics: Mapping[str, torch.Tensor]) -> None:
@@ -45,14 +47,34 @@ class TrainingMetrics:
         for name, values in metrics.items():
             self._per_image[name].append(values.detach().float())
 
-    def add_rollout(self, metrics: Mapping[str, float]) -> None:
-        """Adds metrics of a rollout, which are those of all processes already."""
+    def add_rollout(
+        self, rewards: torch.Tensor, combined: torch.Tensor, functions: RewardFunctions, num_generations: int
+    ) -> None:
+        """
+        Adds the rewards of a rollout, of all processes.
+
+        Args:
+            rewards (`torch.Tensor` of shape `(num_prompts * num_generations, num_funcs)`):
+                Rewards of each function, NaN where it gave none.
+            combined (`torch.Tensor` of shape `(num_prompts * num_generations,)`):
+                Combined as they are trained on.
+            functions ([`RewardFunctions`]):
+                The functions.
+            num_generations (`int`):
+                Images per prompt.
+        """
+        # In the functions' own units, and of the images that are trained on, whatever is normalised before training
+        summed = combine_rewards(rewards, num_generations, functions.weights)
+        metrics = reward_metrics(rewards, summed, functions.names)
+        # Groups whose rewards are equal or unknown
+        advantages = group_advantages(combined, num_generations).view(-1, num_generations)
+        metrics["frac_reward_zero_std"] = (advantages == 0).all(dim=1).float().mean().item()
         for name, value in metrics.items():
             self._per_rollout[name].append(value)
 
     def collect(self, accelerator: Accelerator, times: Mapping[str, float]) -> dict[str, float]:
         """
-        Gives the metrics of all processes since the last call. To be called by all processes.
+        Returns the metrics of all processes since the last call. To be called by all processes.
 
         Args:
             accelerator ([`~accelerate.Accelerator`]):
@@ -87,15 +109,7 @@ class TrainingMetrics:
 def _statistics(name: str, values: torch.Tensor) -> dict[str, float]:
     if name == "ratio":
         return {"ratio/mean": values.mean().item(), "ratio/std": values.std(correction=0).item()}
-    if name == "ratio/first_deviation":
-        return {name: values.max().item()}
     return {name: values.mean().item()}
-
-
-def frac_zero_std(rewards: torch.Tensor, num_generations: int) -> float:
-    """Share of the groups whose rewards, of shape `(num_prompts * num_generations,)`, are equal or unknown."""
-    advantages = group_advantages(rewards, num_generations).view(-1, num_generations)
-    return (advantages == 0).all(dim=1).float().mean().item()
 
 
 def gather_evaluation(output: EvaluationOutput) -> EvaluationOutput:

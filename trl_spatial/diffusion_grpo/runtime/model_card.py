@@ -130,8 +130,8 @@ def _reward_results(
 def _sampling(args: DiffusionGRPOConfig, guidance: dict[str, Any]) -> dict[str, Any]:
     """How the images of the evaluation were sampled: keyword arguments of the pipeline."""
     return {
-        "height": args.eval_height,
-        "width": args.eval_width,
+        "height": args.eval_height or args.height,
+        "width": args.eval_width or args.width,
         "num_inference_steps": args.eval_num_inference_steps,
         **guidance,
         "max_sequence_length": args.max_sequence_length,
@@ -142,7 +142,9 @@ def _settings(
     args: DiffusionGRPOConfig, lora_config: LoraConfig | None, num_updates: int, rewards: dict[str, float]
 ) -> dict[str, Any]:
     """What a reader of the card wants to know about a training run, under the names of the card."""
-    window = None if args.sde_window_size is None else f"{args.sde_window_size} of {args.sde_window_range}"
+    window = None
+    if args.sde_window_size is not None:
+        window = f"{args.sde_window_size} of {args.sde_window_range or 'the first half'}"
     return {
         "rewards": ", ".join(f"{name} ({weight:g})" for name, weight in rewards.items()),
         "adapters": None if lora_config is None else f"LoRA, rank {lora_config.r}, alpha {lora_config.lora_alpha}",

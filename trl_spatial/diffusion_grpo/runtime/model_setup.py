@@ -1,13 +1,14 @@
 """What happens to a pipeline before it is trained: which weights learn, in which dtype."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.utils import fsdp2_prepare_model
 from diffusers import BitsAndBytesConfig, DiffusionPipeline, PipelineQuantizationConfig
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import is_bitsandbytes_available
 from peft import LoraConfig
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from ...hub.errors import explain_errors
 from ...hub.references import find_reference
 from ...hub.safety import check_repository
+from ...training.quantization import nf4_config
 from ..config import DiffusionGRPOConfig
 from ..policies import DiffusionPolicy, SamplingOptions
 from .checkpointing import check_exportable, has_adapter
@@ -58,7 +60,7 @@ def quantization_config(
     if not is_bitsandbytes_available():
         raise ImportError(f"`{option}` needs bitsandbytes: `pip install 'trl-spatial[quant]'`.")
     # transformers and diffusers each take a class of their own, of the same fields
-    mapping: dict[str, Any] = {name: transformers.BitsAndBytesConfig(**_settings("nf4", dtype)) for name in encoders}
+    mapping: dict[str, Any] = {name: nf4_config(dtype) for name in encoders}
     if method is not None:
         if not torch.cuda.is_available():
             raise RuntimeError(
@@ -70,18 +72,7 @@ def quantization_config(
 
 def transformer_quantization(method: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     """The transformer's part of [`quantization_config`]."""
-    return BitsAndBytesConfig(**_settings(method, dtype))
-
-
-def _settings(method: str, dtype: torch.dtype) -> dict[str, Any]:
-    if method == "int8":
-        return {"load_in_8bit": True}
-    return {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": dtype,
-    }
+    return BitsAndBytesConfig(load_in_8bit=True) if method == "int8" else nf4_config(dtype, BitsAndBytesConfig)
 
 
 def is_large_text_encoder(component: str, class_name: str) -> bool:
@@ -133,6 +124,7 @@ def load_pipeline(
     *,
     revision: str | None = None,
     quantization_config: PipelineQuantizationConfig | None = None,
+    attention_backend: str | None = None,
 ) -> DiffusionPipeline:
     """
     Loads a pipeline.
@@ -146,31 +138,43 @@ def load_pipeline(
             Branch, tag or commit on the Hub.
         quantization_config ([`~diffusers.PipelineQuantizationConfig`], *optional*):
             How components are quantized, from [`quantization_config`].
+        attention_backend (`str`, *optional*):
+            Attention kernel of the transformer, one of diffusers' `AttentionBackendName` such as `"_native_cudnn"` or
+            `"flash"`. If `None`, PyTorch chooses. Kernels without a backward pass, as those of SageAttention, cannot train.
 
     Raises:
-        `ValueError`: If there is no such folder, or the repository holds pickles or code.
+        `ValueError`: If there is no such folder or kernel, or the repository holds pickles or code.
     """
+    backends = [backend.value for backend in AttentionBackendName]
+    if attention_backend is not None and attention_backend not in backends:
+        raise ValueError(
+            f"`attention_backend` is {attention_backend!r}. Use one of diffusers': {', '.join(map(repr, backends))}."
+        )
     reference = find_reference(name, kind="model", revision=revision)
     check_repository(reference, kind="model")
     with explain_errors(f"Loading the pipeline {reference}"):
-        return DiffusionPipeline.from_pretrained(
+        pipeline = DiffusionPipeline.from_pretrained(
             reference.name,
             revision=reference.revision,
             dtype=dtype,
             use_safetensors=True,
             quantization_config=quantization_config,
         )
+    if attention_backend is not None:
+        pipeline.transformer.set_attention_backend(attention_backend)
+    return pipeline
 
 
 def sampling_options(args: DiffusionGRPOConfig) -> tuple[SamplingOptions, SamplingOptions]:
     """How images are sampled in training, and in evaluation."""
-    guidance_scale, negative_prompt = args.guidance_scale, args.negative_prompt
-    return (
-        SamplingOptions(args.height, args.width, args.num_inference_steps, guidance_scale, negative_prompt),
-        SamplingOptions(
-            args.eval_height, args.eval_width, args.eval_num_inference_steps, guidance_scale, negative_prompt
-        ),
+    training = SamplingOptions(args.height, args.width, args.num_inference_steps, args.guidance_scale)
+    evaluation = replace(
+        training,
+        height=args.eval_height or args.height,
+        width=args.eval_width or args.width,
+        num_inference_steps=args.eval_num_inference_steps,
     )
+    return training, evaluation
 
 
 def prepare_transformer(
@@ -236,8 +240,6 @@ def prepare_transformer(
             "`beta=0.0`, or train LoRA with `peft_config`."
         )
     _redirect_gradient_checkpointing(transformer)
-    if args.attention_backend is not None:
-        transformer.set_attention_backend(args.attention_backend)
     if args.torch_compile:
         _compile_blocks(transformer, args)
     return transformer
@@ -274,24 +276,6 @@ def shard_transformer(transformer: torch.nn.Module, accelerator: Accelerator) ->
     # Also the outermost layers, and whatever the launch configuration says: what is saved and averaged are the parts, and after
     # a pass without gradient, as those of a rollout are, the parameters would be whole copies in their place.
     transformer.set_reshard_after_forward(True)
-
-
-def prepare_vae(policy: DiffusionPolicy, args: DiffusionGRPOConfig) -> None:
-    """
-    Puts the VAE where it decodes, for good or, with `offload_vae`, while it decodes, and sets how it does.
-
-    Args:
-        policy ([`DiffusionPolicy`]):
-            The policy. Its VAE is changed in place.
-        args ([`DiffusionGRPOConfig`]):
-            Configuration of the training.
-    """
-    if args.vae_slicing:
-        policy.vae.enable_slicing()
-    if args.vae_tiling:
-        policy.vae.enable_tiling()
-    policy.vae.to("cpu" if args.offload_vae else args.device)
-    policy.vae_device = args.device if args.offload_vae else None
 
 
 def freeze_idle_modules(policy: DiffusionPolicy) -> None:

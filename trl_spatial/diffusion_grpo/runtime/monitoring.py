@@ -1,4 +1,4 @@
-"""Warnings where runs go wrong, each naming the fix, and the clock of a step."""
+"""Warnings where runs go wrong, each naming the fix, and the clock of an update."""
 
 import logging
 import math
@@ -81,48 +81,23 @@ def setup_warnings(
     return warnings
 
 
-def equal_rewards_warning(rewards: torch.Tensor) -> str | None:
+class RewardsMonitor:
     """
-    Notices a rollout from which nothing can be learnt because a reward function gives every image the same.
-
-    Args:
-        rewards (`torch.Tensor` of shape `(n,)`):
-            Combined rewards of all images of a rollout, of all processes; NaN where there is none.
-
-    Returns:
-        `str`, *optional*: The warning, or `None` if the rewards differ.
-    """
-    known = rewards[~rewards.isnan()]
-    if len(known) == 0:
-        return (
-            f"No reward function has an opinion on any of the {len(rewards)} images of this rollout: there is nothing to "
-            "learn. Check that the prompts are of the kind the reward functions know."
-        )
-    if known.min() == known.max() and len(known) > 1:
-        return (
-            f"All {len(known)} images of this rollout have the reward {known[0].item():g}: there is nothing to learn. If it "
-            "persists, use a finer reward, easier or harder prompts, or a higher `noise_level` for more different images."
-        )
-    return None
-
-
-class MissingRewardsMonitor:
-    """
-    Notices that a reward function begins to leave out images: it fails, or has no opinion. It warns when the share of a
-    rollout's images passes a tenth, and again only after it has been below.
+    Warns about a rollout from which nothing can be learnt, and once a reward function begins to leave out images: when the
+    share of a rollout's images without its reward passes a tenth, and again only after it has been below.
 
     Example:
 
     ```python
-    >>> monitor = MissingRewardsMonitor()
-    >>> warnings = monitor.update(["aesthetics"], rewards)
+    >>> monitor = RewardsMonitor()
+    >>> warnings = monitor.update(["aesthetics"], rewards, combine_rewards(rewards, num_generations))
     ```
     """
 
     def __init__(self) -> None:
         self._missing: set[str] = set()
 
-    def update(self, names: list[str], rewards: torch.Tensor) -> list[str]:
+    def update(self, names: list[str], rewards: torch.Tensor, combined: torch.Tensor) -> list[str]:
         """
         Adds a rollout.
 
@@ -131,9 +106,11 @@ class MissingRewardsMonitor:
                 Names of the reward functions.
             rewards (`torch.Tensor` of shape `(n, num_funcs)`):
                 Rewards of all images of a rollout, of all processes; NaN where there is none.
+            combined (`torch.Tensor` of shape `(n,)`):
+                Their weighted sums, from [`~advantages.combine_rewards`].
 
         Returns:
-            `list[str]`: A warning for each function that passed the limit with this rollout.
+            `list[str]`: The warnings.
         """
         warnings = []
         for name, column in zip(names, rewards.unbind(dim=1), strict=True):
@@ -144,9 +121,21 @@ class MissingRewardsMonitor:
                 self._missing.add(name)
                 warnings.append(
                     f"The reward function `{name}` gave no reward to {num_none} of the {len(column)} images of this rollout, "
-                    f"more than {MAX_FRAC_NONE:.0%}. Images without any reward are not learnt from. Look for errors of the "
-                    f"function above; `rewards/{name}/frac_none` shows whether it persists."
+                    f"more than {MAX_FRAC_NONE:.0%}. Images without a reward that others of their group have are not learnt "
+                    f"from. Look for errors of the function above; `rewards/{name}/frac_none` shows whether it persists."
                 )
+        known = combined[~combined.isnan()]
+        if len(known) == 0:
+            warnings.append(
+                f"None of the {len(combined)} images of this rollout has all the rewards that others of its group have: there "
+                "is nothing to learn. Check that the prompts are of the kind that the reward functions can score."
+            )
+        elif known.min() == known.max() and len(known) > 1:
+            warnings.append(
+                f"All {len(known)} images of this rollout have the reward {known[0].item():g}: there is nothing to learn. If "
+                "it persists, use a finer reward, easier or harder prompts, or a higher `noise_level` for more different "
+                "images."
+            )
         return warnings
 
 

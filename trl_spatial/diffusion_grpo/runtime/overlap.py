@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .reward_functions import RewardFunctions
+from ..reward_functions import RewardFunctions
 
 
 class OverlappedRewards:

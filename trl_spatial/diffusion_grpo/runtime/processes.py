@@ -1,4 +1,4 @@
-"""What the processes of a training tell each other when something goes wrong."""
+"""Errors of one process of a training, raised in all of them."""
 
 import os
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ from accelerate.utils import gather_object
 
 def check_launch() -> None:
     """
-    Refuses ways to share out the transformer that the trainer does not go with.
+    Refuses ways to share out the transformer that the trainer does not support.
 
     Raises:
-        `ValueError`: If `accelerate launch` was told to use DeepSpeed, or FSDP of version 1.
+        `ValueError`: If `accelerate launch` is configured for DeepSpeed, or FSDP of version 1.
     """
     if _is_set("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
@@ -69,6 +69,6 @@ def fail_together(accelerator: Accelerator, doing: str, *, is_collective: bool =
             reasons = gather_object([None if error is None else f"{type(error).__name__}: {error}"])
             if error is None:
                 failures = [f"process {rank} ({reason})" for rank, reason in enumerate(reasons) if reason is not None]
-                raise RuntimeError(f"{doing} failed on {', '.join(failures)}. Its traceback tells where.")
+                raise RuntimeError(f"{doing} failed on {', '.join(failures)}. See its traceback for the place.")
     if error is not None:
         raise error

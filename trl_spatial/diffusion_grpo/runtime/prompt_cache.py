@@ -16,7 +16,7 @@ class PromptCache:
     while they encode.
 
     Prompts are encoded one by one: in a batch the last bits of an embedding, and for some families its length, would
-    depend on the prompts beside it, and a resumed run would not go on as the first one.
+    depend on the prompts beside it, and a resumed run would not continue as the first one.
 
     Args:
         policy ([`~policies.DiffusionPolicy`]):

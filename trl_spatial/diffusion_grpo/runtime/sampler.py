@@ -5,7 +5,7 @@ import numpy as np
 
 def rollout_prompts(num_rows: int, num_prompts: int, rollout_index: int, *, seed: int) -> list[int]:
     """
-    Chooses the prompts of a rollout: a function of its arguments alone, so that a resumed run goes on where it was.
+    Chooses the prompts of a rollout: a function of its arguments alone, so that a resumed run continues where it was.
 
     In an epoch every row comes once, in an order of its own. Its last rollout is filled up from further permutations,
     so that all rollouts have the same size and no row is left out.

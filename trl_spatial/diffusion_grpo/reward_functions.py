@@ -1,5 +1,6 @@
 """Reward functions of a trainer: called by TRL's contract, checked, and put side by side in one tensor."""
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -20,12 +21,13 @@ class RewardFunctions:
     One or several reward functions with their weights.
 
     A reward function is called as `reward_func(prompts=..., images=..., **columns)` and returns one number per image: a
-    list, a NumPy array or a tensor on the CPU. `None` in a list means that the function has no opinion on that image.
+    list, a NumPy array or a tensor on the CPU. `None` in a list means that the function gives that image no reward. Every call gets
+    copies of its own, which the function may change.
 
     Args:
         reward_funcs (`Callable` or `list[Callable]`):
             The functions. Each is logged under its `__name__`, or the name of its class if it has none; functions of
-            one name are told apart by a number.
+            one name get a number.
         weights (`list[float]`, *optional*):
             Weight of each function in the sum. If `None`, each counts `1.0`.
 
@@ -107,7 +109,7 @@ class RewardFunctions:
                 Other columns of the dataset, each a list with one value per image.
 
         Returns:
-            `torch.Tensor` of shape `(n, num_funcs)`: float32, on the CPU; NaN where a function has no opinion.
+            `torch.Tensor` of shape `(n, num_funcs)`: float32, on the CPU; NaN where a function gave no reward.
 
         Raises:
             `ValueError`: If a function returns anything else than one finite number or `None` per image; the message
@@ -115,45 +117,33 @@ class RewardFunctions:
         """
         rewards = torch.empty(len(images), len(self.functions))  # (n, num_funcs)
         for column, (name, function) in enumerate(zip(self.names, self.functions, strict=True)):
-            # Lists of their own: a function that sorts or fills them must not harm the next one.
-            own = {key: list(values) for key, values in columns.items()}
-            output = function(prompts=list(prompts), images=list(images), **own)
+            # Copies, value by value: a function may shrink its images in place or empty the value of a column, which
+            # the next function, the next rollout and the saved images must not see.
+            own = {key: [copy.deepcopy(value) for value in values] for key, values in columns.items()}
+            output = function(prompts=list(prompts), images=[copy.deepcopy(image) for image in images], **own)
             rewards[:, column] = _as_rewards(output, len(images), name)
         return rewards
 
-    def combine(self, rewards: torch.Tensor) -> torch.Tensor:
-        """
-        The weighted sum over the functions that have an opinion.
 
-        Args:
-            rewards (`torch.Tensor` of shape `(n, num_funcs)`):
-                Rewards of each function, NaN where it has no opinion.
-
-        Returns:
-            `torch.Tensor` of shape `(n,)`: float32, NaN where no function has an opinion.
-        """
-        weights = self.weights.to(rewards.device)
-        total = (rewards.float() * weights).nansum(dim=1)  # (n,)
-        return total.masked_fill(rewards.isnan().all(dim=1), math.nan)
-
-
-def reward_metrics(rewards: torch.Tensor, reward_functions: RewardFunctions) -> dict[str, float]:
+def reward_metrics(rewards: torch.Tensor, combined: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
     """
     Statistics of rewards under the names they are logged with.
 
     Args:
         rewards (`torch.Tensor` of shape `(n, num_funcs)`):
-            Rewards of each function, NaN where it has no opinion; of all ranks.
-        reward_functions ([`RewardFunctions`]):
-            The functions, for their names and weights.
+            Rewards of each function, NaN where it gave none; of all processes.
+        combined (`torch.Tensor` of shape `(n,)`):
+            Their weighted sums, from [`~advantages.combine_rewards`]; NaN where an image has none.
+        names (sequence of `num_funcs` `str`):
+            Names of the functions.
 
     Returns:
         `dict[str, float]`: `reward` and `reward_std` of the weighted sum; `rewards/<name>/mean`, `rewards/<name>/std`
         and `rewards/<name>/frac_none` of each function. Means and standard deviations are over the images that have a
         reward, and left out where none has: logs hold no NaN.
     """
-    metrics = _mean_and_std(reward_functions.combine(rewards), "reward", "reward_std")
-    for name, column in zip(reward_functions.names, rewards.unbind(dim=1), strict=True):
+    metrics = _mean_and_std(combined, "reward", "reward_std")
+    for name, column in zip(names, rewards.unbind(dim=1), strict=True):
         metrics |= _mean_and_std(column, f"rewards/{name}/mean", f"rewards/{name}/std")
         metrics[f"rewards/{name}/frac_none"] = column.isnan().float().mean().item()
     return metrics
@@ -185,7 +175,7 @@ def _distinct(names: list[str]) -> list[str]:
 
 
 def _as_rewards(output: Any, num_images: int, name: str) -> torch.Tensor:
-    """Checks what a reward function returned; `(num_images,)`, float32, NaN for no opinion."""
+    """Checks what a reward function returned; `(num_images,)`, float32, NaN for `None`."""
     if isinstance(output, torch.Tensor):
         if output.device.type != "cpu":
             raise ValueError(
@@ -208,7 +198,7 @@ def _as_rewards(output: Any, num_images: int, name: str) -> torch.Tensor:
     if len(output) != num_images:
         raise ValueError(
             f"Reward function `{name}` returned {len(output)} rewards for {num_images} images. Return one number per "
-            "image, in their order, and `None` for an image it has no opinion on."
+            "image, in their order, and `None` for an image without one."
         )
     return torch.tensor([_as_number(value, index, name) for index, value in enumerate(output)], dtype=torch.float32)
 
@@ -221,12 +211,12 @@ def _as_number(value: Any, index: int, name: str) -> float:
     if not isinstance(value, (Real, np.bool_)):
         raise ValueError(
             f"Reward function `{name}` returned {_describe(value)} for image {index}. Return a Python float, or `None` "
-            "if it has no opinion."
+            "for no reward."
         )
     if not abs(float(value)) <= torch.finfo(torch.float32).max:
         raise ValueError(
             f"Reward function `{name}` returned {float(value)} for image {index}. Return a finite number of float32, "
-            "or `None` if it has no opinion."
+            "or `None` for no reward."
         )
     return float(value)
 

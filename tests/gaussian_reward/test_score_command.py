@@ -1,0 +1,38 @@
+"""`trl_spatial score`: a bad row costs that row, and the same command continues."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from trl_spatial.gaussian_reward.scoring import SpatialScore
+from trl_spatial.scripts.score import main, make_parser
+
+
+def test_bad_rows_are_listed_and_an_interrupted_run_continues(make_reward_model, processor, prompts, images, tmp_path):
+    SpatialScore(make_reward_model(), processor).save_pretrained(tmp_path / "model")
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
+    whole = (tmp_path / "3.png").read_bytes()
+    (tmp_path / "3.png").write_bytes(whole[: len(whole) // 2])
+    rows = [json.dumps({"prompt": prompt, "image": f"{number}.png"}) for number, prompt in enumerate(prompts)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    output = tmp_path / "new" / "scores.jsonl"
+    command = ["--model", str(tmp_path / "model"), "--input", str(tmp_path / "rows.jsonl"), "--output", str(output)]
+
+    with pytest.raises(ValueError, match=r"1 of 5 rows have no score: row 3: .*3\.png cannot be decoded"):
+        main(*make_parser().parse_args_and_config(command))
+    first = {record["row"]: record for record in map(json.loads, output.read_text().splitlines())}
+    assert [row for row in sorted(first) if "error" in first[row]] == [3]
+
+    (tmp_path / "3.png").write_bytes(whole)
+    output.write_text("".join(f"{json.dumps(first[row])}\n" for row in (0, 1)) + '{"row": 2, "pro')  # killed
+    main(*make_parser().parse_args_and_config(command))
+    scores = SpatialScore(make_reward_model(), processor).score(prompts, images)
+    records = sorted(map(json.loads, output.read_text().splitlines()), key=lambda record: record["row"])
+    assert [record["mean"] for record in records] == pytest.approx(scores.mean.tolist(), abs=1e-5)
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "another", "image": "other.png"}))
+    with pytest.raises(ValueError, match="holds other rows"):
+        main(*make_parser().parse_args_and_config(command))

@@ -1,0 +1,158 @@
+"""The server against clients that keep it waiting, over real sockets: a good client does not notice them."""
+
+import json
+import logging
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import pytest
+import requests
+
+from tests.serving.conftest import ask, encode, serve
+from tests.serving.test_app import wait_until
+from trl_spatial.serving import intake, server
+from trl_spatial.serving.limits import Limits
+
+
+HALF_HEAD = b"POST /score HTTP/1.1\r\nHost: a\r\n"
+
+
+def head(length):
+    return HALF_HEAD + f"Content-Length: {length}\r\n\r\n".encode()
+
+
+@pytest.fixture
+def connect():
+    """Opens connections that send what they are given, and nothing more."""
+    with ExitStack() as stack:
+
+        def open_one(url, data=b""):
+            host, port = url.removeprefix("http://").split(":")
+            client = stack.enter_context(socket.create_connection((host, int(port)), timeout=10))
+            client.sendall(data)
+            return client
+
+        yield open_one
+
+
+def is_closed(client):
+    """Whether the server has ended a connection without an answer."""
+    client.settimeout(0.01)
+    try:
+        return client.recv(1) == b""
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+
+
+def answer_of(client):
+    client.settimeout(10)
+    data = b""
+    try:
+        while chunk := client.recv(2**16):
+            data += chunk
+    except ConnectionError:
+        pass
+    return data
+
+
+def test_half_open_connections_and_slow_bodies_shut_nobody_out(scorer, prompts, images, connect, monkeypatch):
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 60)
+    with serve(scorer) as (url, running):
+        slow = [connect(url, head(10**6) + b"{") for _ in range(10)]
+        silent = [connect(url, (HALF_HEAD, b"", b"G")[number % 3]) for number in range(100)]
+        for _ in range(3):
+            assert ask(url, prompts[:1], [encode(images[0])]).status_code == 200
+        wait_until(lambda: len(running.server_state.connections) <= 60)
+        # those that have waited longest have made room, and those in the middle of a body have not
+        assert is_closed(silent[0]) and not is_closed(silent[-1])
+        assert not any(map(is_closed, slow))
+
+
+def test_a_client_has_so_long_for_head_and_body(scorer, prompts, images, connect, monkeypatch, caplog):
+    monkeypatch.setattr(server, "HEAD_TIMEOUT", 0.5)
+    monkeypatch.setattr(intake, "BODY_TIMEOUT", 0.5)
+    with serve(scorer) as (url, running):
+        start = time.monotonic()
+        silent, half = connect(url), connect(url, HALF_HEAD)
+        after = connect(url, b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n" + HALF_HEAD)
+        body = connect(url, head(10**6) + b"{")
+        assert b"408" in answer_of(body)
+        assert answer_of(silent) == answer_of(half) == b""
+        assert answer_of(after).startswith(b"HTTP/1.1 200")
+        assert 0.3 < time.monotonic() - start < 5
+        wait_until(lambda: not running.server_state.connections)
+        assert running.endpoint._intake.num_bytes == 0
+        assert ask(url, prompts[:1], [encode(images[0])]).status_code == 200
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_bodies_are_bounded_together_and_the_slowest_makes_room(scorer, prompts, images, connect):
+    limits = Limits(max_bytes=400_000, max_held_bytes=1_000_000)
+    with serve(scorer, limits=limits) as (url, running):
+        held = [connect(url, head(390_000) + b"x" * 250_000) for _ in range(3)]
+        wait_until(lambda: running.endpoint._intake.num_bytes == 750_000)
+        time.sleep(0.2)
+        answer = ask(url, prompts[:1], [encode(images[0]) + " " * 330_000])
+        assert answer.status_code == 200, answer.text
+        assert any(b"503" in answer_of(client) for client in held[:1])
+        assert running.endpoint._intake.num_bytes <= 750_000
+        # images that would never fit are refused for good
+        large = {"prompts": ["a"], "images": [encode(images[0].resize((600, 600)), "JPEG")]}
+        assert requests.post(f"{url}/score", json=large, timeout=10).status_code == 413
+
+
+def test_images_of_a_client_that_hung_up_are_not_scored(slow, prompts, images, connect, caplog):
+    body = json.dumps({"prompts": prompts[:1] * 3, "images": [encode(images[0])] * 3}).encode()
+    with serve(slow, max_batch_size=1) as (url, running), ThreadPoolExecutor(1) as executor:
+        first = executor.submit(ask, url, prompts[:1], [encode(images[0])])
+        assert slow.entered.wait(10)
+        client = connect(url, head(len(body)) + body)
+        wait_until(lambda: running.endpoint.batcher.num_waiting == 3)
+        client.close()
+        wait_until(lambda: running.endpoint.batcher.num_waiting == 0)
+        slow.gate.set()
+        assert first.result().status_code == 200
+        assert ask(url, prompts[:1], [encode(images[0])]).status_code == 200
+    assert slow.sizes == [1, 1]
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_broken_requests_leave_no_traceback_and_queries_no_trace(scorer, connect, caplog):
+    caplog.set_level(logging.INFO)
+    chunked = HALF_HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+    with serve(scorer, token="secret-of-the-server") as (url, running):
+        for name in ("uvicorn", "uvicorn.access"):
+            logging.getLogger(name).propagate = True
+        for data in (
+            b"\x16\x03\x01garbage\r\n\r\n",
+            chunked + b"zz\r\n",
+            chunked + b"5\r\n{",
+            head(5) + b"12345\x00\x00",
+        ):
+            connect(url, data).close()
+        connect(url, head(100) + b"{").close()
+        address = f"{url}/health?token=secret-of-the-server"
+        assert requests.get(address, timeout=10).status_code == 200
+        assert b" 400 " in answer_of(connect(url, HALF_HEAD + b"a: " + b"b" * 40_000))
+        wait_until(lambda: len(running.server_state.connections) <= 1)
+    assert "GET /health HTTP" in caplog.text and "secret" not in caplog.text
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_it_ends_in_time_whatever_clients_do(slow, prompts, images, connect, monkeypatch, caplog):
+    monkeypatch.setattr(server, "ANSWER_TIME", 0.5)
+    with ThreadPoolExecutor(1) as executor:
+        with serve(slow) as (url, running):
+            asked = executor.submit(ask, url, prompts[:1], [encode(images[0])])
+            assert slow.entered.wait(10)  # and is never done
+            clients = [connect(url), connect(url, HALF_HEAD), connect(url, head(1000) + b"{")]
+            wait_until(lambda: len(running.server_state.connections) == 4)
+            start = time.monotonic()
+        assert time.monotonic() - start < 5
+        assert asked.result().status_code == 503 and "shutting down" in asked.result().json()["error"]
+        assert all(answer_of(client) == b"" for client in clients)
+    assert not [record for record in caplog.records if record.exc_info]

@@ -1,0 +1,105 @@
+"""Pipelines without weights: which models they consist of, read from their small JSON files and built on the meta device."""
+
+import json
+from contextlib import nullcontext
+from importlib import import_module, resources
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from diffusers import ConfigMixin
+from torch import nn
+
+from ...hub.errors import explain_errors
+from ...hub.references import find_reference
+from ..policies import DiffusionPolicy, make_policy
+
+
+Architecture: TypeAlias = dict[str, Any]
+
+
+def load_architecture(name: str, *, revision: str | None = None) -> Architecture:
+    """
+    Reads of which models a pipeline consists.
+
+    Args:
+        name (`str`):
+            A folder, or a pipeline on the Hub, of which only the small JSON files are downloaded. The architectures of
+            `black-forest-labs/FLUX.1-dev`, `Qwen/Qwen-Image`, `stabilityai/stable-diffusion-3.5-medium` and
+            `Tongyi-MAI/Z-Image` come with the package.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+
+    Returns:
+        `dict`: the pipeline's `"_class_name"`, and for each component `[library, class, configuration]`.
+
+    Raises:
+        `ValueError`: If there is no such folder or repository.
+    """
+    shipped = json.loads((resources.files(__package__) / "architectures.json").read_text(encoding="utf-8"))
+    if name in shipped:
+        return shipped[name]
+    reference = find_reference(name, kind="model", revision=revision)
+
+    def read(path: str) -> dict[str, Any]:
+        if reference.is_local:
+            return json.loads((Path(reference.name) / path).read_text(encoding="utf-8"))
+        from huggingface_hub import hf_hub_download
+
+        with explain_errors(f"Reading {path} of {reference}"):
+            return json.loads(Path(hf_hub_download(reference.name, path, revision=reference.revision)).read_text())
+
+    architecture: Architecture = {}
+    for component, value in read("model_index.json").items():
+        if component == "_class_name":
+            architecture[component] = value
+        elif isinstance(value, list) and value[0] is not None:
+            library, class_name = value
+            is_model = component in ("transformer", "vae") or component.startswith("text_encoder")
+            file = "scheduler_config.json" if component == "scheduler" else "config.json"
+            config = read(f"{component}/{file}") if is_model or component == "scheduler" else {}
+            architecture[component] = [library, class_name, config]
+    return architecture
+
+
+def build_policy(architecture: Architecture, *, max_sequence_length: int) -> DiffusionPolicy:
+    """
+    Builds a policy whose models have no weights: all are on PyTorch's meta device.
+
+    Args:
+        architecture (`dict`):
+            From [`load_architecture`].
+        max_sequence_length (`int`):
+            As for [`~policies.make_policy`].
+    """
+    components = {}
+    for name, value in architecture.items():
+        if name != "_class_name":
+            components[name] = build_component(*component_class(value))
+    pipeline = getattr(import_module("diffusers"), architecture["_class_name"])(**components)
+    pipeline.image_processor = _NoImages()
+    return make_policy(pipeline, max_sequence_length=max_sequence_length)
+
+
+def component_class(value: list) -> tuple[Any, dict[str, Any]]:
+    library, class_name, config = value
+    return getattr(import_module(library), class_name), config
+
+
+def build_component(component_class: Any, config: dict[str, Any]) -> Any:
+    with torch.device("meta"):
+        if issubclass(component_class, ConfigMixin):
+            config = {key: value for key, value in config.items() if key != "quantization_config"}
+            # a scheduler computes with its numbers
+            with nullcontext() if issubclass(component_class, nn.Module) else torch.device("cpu"):
+                return component_class.from_config(config)
+        if issubclass(component_class, nn.Module):
+            return component_class(component_class.config_class.from_dict(config))
+        return component_class()  # a tokenizer, which is asked for nothing
+
+
+class _NoImages:
+    """Stands where a pipeline makes images of tensors: on the meta device there is nothing to see."""
+
+    def postprocess(self, images: torch.Tensor, **kwargs: Any) -> list:
+        return []

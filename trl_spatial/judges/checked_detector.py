@@ -1,0 +1,148 @@
+"""An object detector that has shown that it finds something: one that finds nothing looks like bad images."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..preferences.images import load_image
+from .geneval import Detection, confident_objects, geneval_name
+
+
+# images → what is in each
+Detector = Callable[[list[Image.Image]], Sequence[Sequence[Detection]]]
+
+# A portrait of Rear Admiral Grace Hopper by the U.S. Navy, in the public domain (Wikimedia Commons, Grace_Hopper.jpg).
+SELF_TEST_IMAGE = Path(__file__).with_name("self_test.jpg")
+SELF_TEST_LABEL = "person"
+
+
+class SilentDetectorError(RuntimeError):
+    """A detector finds nothing where there is something: every reward would be next to 0."""
+
+
+class CheckedDetector:
+    """
+    A detector that is shown a photograph when this object is made, and watched afterwards.
+
+    It must find the photograph's object above `threshold`. The photograph beside itself has two of them: if fewer are found
+    above `counting_threshold`, a warning says so, because prompts about numbers would then be judged as if the objects were
+    not there.
+
+    Args:
+        detector (`Callable`):
+            Takes a list of RGB images, returns a list of [`Detection`] for each. If it has an attribute `labels`, the names
+            of its classes, a class that it does not know is an error rather than an object that is never found.
+        threshold (`float`):
+            Score above which a detection counts.
+        counting_threshold (`float`):
+            The same for prompts about numbers.
+        image (any image, *optional*):
+            Picture of the self-test. By default a photograph of a person that comes with the package: detectors of
+            photographs may well not know a drawing.
+        label (`str`, *optional*, defaults to `"person"`):
+            What must be found there.
+        silence_limit (`int`, *optional*, defaults to `64`):
+            If nothing was found in the first so many images, the detector is taken for broken.
+
+    Raises:
+        `SilentDetectorError`: If the detector does not find the object of the self-test.
+        `ValueError`: If it does not know the class of that object, or returns nothing with scores as low as a threshold.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        *,
+        threshold: float,
+        counting_threshold: float,
+        image: Any = None,
+        label: str = SELF_TEST_LABEL,
+        silence_limit: int = 64,
+    ):
+        lowest = getattr(detector, "threshold", 0.0)
+        if lowest > min(threshold, counting_threshold):
+            raise ValueError(
+                f"The detector returns nothing with a score below {lowest}, but `threshold` is {threshold} and "
+                f"`counting_threshold` {counting_threshold}. Create it with a `threshold` that is as low."
+            )
+        self.detector = detector
+        self.threshold = threshold
+        self.counting_threshold = counting_threshold
+        self.silence_limit = silence_limit
+        self._num_silent: int | None = 0  # images without any object so far; `None` once there was one
+        labels = getattr(detector, "labels", None)
+        self._labels = None if labels is None else {geneval_name(label) for label in labels}
+        self._test(load_image(SELF_TEST_IMAGE if image is None else image), label)
+
+    def __call__(self, images: list[Image.Image]) -> list[Sequence[Detection]]:
+        """
+        Detects objects.
+
+        Raises:
+            `SilentDetectorError`: If nothing has been found in the first `silence_limit` images.
+        """
+        results = list(self.detector(images))
+        for found in results:
+            self._watch(found)
+        return results
+
+    def check_class(self, name: str) -> None:
+        """Raises a `ValueError` with the names most like it if the detector does not know a class."""
+        if self._labels is None or geneval_name(name) in self._labels:
+            return
+        near = get_close_matches(geneval_name(name), self._labels, n=5, cutoff=0.5)
+        shown = (
+            f"names like it are {', '.join(near)}" if near else f"it knows {', '.join(sorted(self._labels)[:10])}, …"
+        )
+        raise ValueError(f"The detector does not know the class {name!r} among its {len(self._labels)}: {shown}.")
+
+    def _watch(self, detections: Sequence[Detection]) -> None:
+        if self._num_silent is None:
+            return
+        if any(detection.score > self.threshold for detection in detections):
+            self._num_silent = None
+            return
+        self._num_silent += 1
+        if self._num_silent >= self.silence_limit:
+            raise SilentDetectorError(
+                f"The detector found nothing in {self._num_silent} images, not one object with a score above "
+                f"{self.threshold}. Look at the images: if there are objects, lower `threshold` or take another "
+                "detector; if there are none, start from a model that draws some, or raise `silence_limit`."
+            )
+
+    def _test(self, picture: Image.Image, label: str) -> None:
+        try:
+            self.check_class(label)
+        except ValueError as error:
+            raise ValueError(
+                f"The self-test shows the detector a {label}. {error} Pass `self_test_image` and `self_test_label`: a "
+                "picture of something that it knows."
+            ) from error
+        name = geneval_name(label)
+        (detections,) = self.detector([picture])
+        objects = confident_objects(detections, self.threshold)
+        if name not in objects:
+            best = max((found.score for found in detections if geneval_name(found.label) == name), default=None)
+            raise SilentDetectorError(
+                f"The detector does not find the {label} in the self-test's picture: it found "
+                f"{', '.join(sorted(objects)) or 'nothing'} above a score of {self.threshold}"
+                + ("" if best is None else f", and a {label} at {best:.3f}")
+                + ". With it every reward would be wrong. Check its weights and its image processor; if it was made for "
+                "other pictures, pass one of those as `self_test_image` and what it shows as `self_test_label`."
+            )
+        pair = Image.new("RGB", (2 * picture.width, picture.height))
+        for left in (0, picture.width):
+            pair.paste(picture, (left, 0))
+        (detections,) = self.detector([pair])
+        scores = sorted((found.score for found in detections if geneval_name(found.label) == name), reverse=True)
+        number = sum(score > self.counting_threshold for score in scores)
+        if number < 2:
+            warnings.warn(
+                f"The detector does not count: of two {label}s beside each other it finds {number} above "
+                f"`counting_threshold` {self.counting_threshold} (scores {', '.join(f'{s:.2f}' for s in scores[:4]) or 'none'}). "
+                "Rewards of prompts about numbers will be too low. Lower `counting_threshold`, or leave out such prompts."
+            )
