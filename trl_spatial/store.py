@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """
     try:
         record = json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply
         record = None
@@ -139,7 +139,8 @@ class Stages:
                 f"{folder} holds a run with other arguments: {changes}. Name another folder or remove it."
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(folder)
+        self._lock = ExitStack()
+        self._lock.enter_context(lock_folder(folder))
         write_record(folder / "arguments.json", arguments)
 
     def run(self, name: str, function: Callable[[], Any], *, outputs: Sequence[Path] = ()) -> Any:
@@ -192,25 +193,6 @@ class Stages:
         return self.folder / f"{name}.json"
 
 
-def _lock(folder: Path) -> Any:
-    """Holds a folder until this process ends, however it ends. Child processes do not hold it."""
-    try:
-        import fcntl
-    except ModuleNotFoundError:  # on Windows, where a second process is not noticed
-        return None
-    file = (folder / ".lock").open("w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise
-        raise ValueError(
-            f"Another process is running in {folder}. Wait for its end, or name another folder."
-        ) from error
-    return file
-
-
 def new_folder(path: str) -> Path:
     """Returns `path`, or raises an error if it exists and is not an empty folder, so that nothing is overwritten."""
     folder = Path(path)
@@ -261,7 +243,6 @@ def mark_complete(folder: str | Path, files: Sequence[str] | None = None) -> Non
     for path in [*(folder / name for name in sizes), *names]:
         _flush_to_disk(path)
     write_record(folder / MARKER, {"files": sizes})
-    _flush_to_disk(folder)
 
 
 def is_complete(folder: str | Path) -> bool:
@@ -279,10 +260,8 @@ def is_complete(folder: str | Path) -> bool:
 
 def marked_files(folder: str | Path) -> dict[str, int] | None:
     """Names and sizes of the files that the marker of a folder lists, or `None` if there is no readable marker."""
-    try:
-        return json.loads((Path(folder) / MARKER).read_text(encoding="utf-8"))["files"]
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
-        return None
+    files = read_record(Path(folder) / MARKER).get("files")
+    return files if isinstance(files, dict) else None
 
 
 @contextmanager
@@ -312,7 +291,7 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
                 raise
             file.seek(0)
             raise ValueError(
-                f"Process {file.read().strip()} is writing to {folder}. Wait until it ends, or name another folder."
+                f"Another process ({file.read().strip()}) is running in {folder}. Wait until it ends, or name another folder."
             ) from None
         file.truncate(0)
         file.write(f"{os.getpid()} on {os.uname().nodename}")

@@ -7,9 +7,12 @@ from trl_spatial.data import COLUMNS, check_columns
 from trl_spatial.scenes import make_preference_dataset
 
 
+USUAL = [name for name in COLUMNS if name != "margin"]  # scenes have no margin, and that is not worth a note
+
+
 def test_our_own_pairs_have_every_column_and_no_other():
     usable, findings = check_columns(make_preference_dataset(1).features, "train")
-    assert usable == list(COLUMNS) and findings == []
+    assert usable == USUAL and findings == []
 
 
 def test_a_preference_dataset_needs_three_columns():
@@ -17,7 +20,7 @@ def test_a_preference_dataset_needs_three_columns():
     usable, findings = check_columns(features, "train")
     assert usable == ["prompt", "chosen", "rejected"]
     assert {finding.severity for finding in findings} == {"note"}
-    assert {finding.place.column for finding in findings} == set(COLUMNS) - set(usable)
+    assert {finding.place.column for finding in findings} == set(USUAL) - set(usable)
 
 
 @pytest.mark.parametrize("missing", ["prompt", "chosen", "rejected"])
@@ -59,7 +62,7 @@ def test_a_column_of_a_wrong_type_is_an_error_and_not_read(column, feature):
     (error,) = findings
     assert (error.kind, error.severity, error.place.column) == ("wrong_type", "error", column)
     assert str(feature) in error.reason and COLUMNS[column].holds in error.reason
-    assert usable == [name for name in COLUMNS if name != column]
+    assert usable == [name for name in USUAL if name != column]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +82,7 @@ def test_a_column_of_a_wrong_type_is_an_error_and_not_read(column, feature):
 def test_other_ways_to_store_the_same_are_taken(column, feature):
     features = make_preference_dataset(1).features
     features[column] = feature
-    assert check_columns(features, "train") == (list(COLUMNS), [])
+    assert check_columns(features, "train") == (USUAL, [])
 
 
 def test_an_optional_column_of_nulls_is_as_good_as_none():

@@ -38,14 +38,14 @@ def damaged(form):
 
 # What is planted: the values of a row, the kind of the finding, its column and words of its reason.
 FAULTS = {
-    "no prompt": ({"prompt": None}, "bad_prompt", "prompt", "is a NoneType"),
+    "no prompt": ({"prompt": None}, "bad_prompt", "prompt", "is missing"),
     "empty prompt": ({"prompt": ""}, "bad_prompt", "prompt", "is empty"),
     "blank prompt": ({"prompt": " \n"}, "bad_prompt", "prompt", "is empty"),
     "empty perturbed prompt": ({"perturbed_prompt": ""}, "bad_prompt", "perturbed_prompt", "is empty"),
-    "no perturbed prompt": ({"perturbed_prompt": None}, "bad_prompt", "perturbed_prompt", "is a NoneType"),
+    "no perturbed prompt": ({"perturbed_prompt": None}, "bad_prompt", "perturbed_prompt", "is missing"),
     "no image": ({"chosen": None}, "bad_image", "chosen", "is missing"),
-    "empty file": ({"rejected": {"bytes": b"", "path": None}}, "bad_image", "rejected", "cannot be opened"),
-    "no image file": ({"rejected": {"bytes": b"GIF8?", "path": None}}, "bad_image", "rejected", "cannot be opened"),
+    "empty file": ({"rejected": {"bytes": b"", "path": None}}, "bad_image", "rejected", "is not a PNG, JPEG"),
+    "no image file": ({"rejected": {"bytes": b"GIF8?", "path": None}}, "bad_image", "rejected", "is not a PNG, JPEG"),
     "no such file": ({"chosen": {"bytes": None, "path": "no/such.png"}}, "bad_image", "chosen", "cannot be opened"),
     "cut PNG": ({"chosen": damaged("cut PNG")}, "bad_image", "chosen", "cannot be decoded"),
     "cut JPEG": ({"rejected": damaged("cut JPEG")}, "bad_image", "rejected", "truncated"),
@@ -133,14 +133,24 @@ def test_an_image_in_two_splits_is_an_error(column, other, good, plant, encode):
     assert finding.to_dict()["other_row"] == 17
 
 
-@pytest.mark.parametrize(("row", "other"), [(2, 11), (0, 0), (9, 39)])
-def test_a_prompt_in_two_splits_is_a_warning(row, other, good, plant):
-    splits = plant(good, "test", row, prompt=good["train"][other]["prompt"])
+def test_a_prompt_in_two_splits_is_a_warning(good, plant):
+    splits = plant(good, "test", 2, prompt=good["train"][11]["prompt"])
     report = validate_splits(splits)
     (finding,) = report.findings
     assert (finding.kind, finding.severity) == ("shared_prompt", "warning")
-    assert (finding.place, finding.other) == (Place("test", row, "prompt"), Place("train", other, "prompt"))
+    assert (finding.place, finding.other) == (Place("test", 2, "prompt"), Place("train", 11, "prompt"))
     assert "WARNING: prompts that are in two splits (1)" in format_report(report, "pairs")
+
+
+@pytest.mark.parametrize("rows", [(0, 0), (0, 39), (9, 0), (9, 39)])
+def test_what_is_in_two_splits_is_found_at_their_first_and_last_rows(rows, good, plant):
+    test_row, train_row = rows
+    for column in ("prompt", "chosen", "rejected"):
+        value = good["train"].cast_column("chosen", Image(decode=False)).cast_column("rejected", Image(decode=False))
+        splits = plant(good, "test", test_row, **{column: value[train_row][column]})
+        (finding,) = validate_splits(splits).findings
+        assert finding.kind == ("shared_prompt" if column == "prompt" else "shared_image")
+        assert (finding.place, finding.other) == (Place("test", test_row, column), Place("train", train_row, column))
 
 
 def test_every_two_splits_are_compared(good, rows_of):

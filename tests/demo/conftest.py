@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trl_spatial.scenes import check_scene, make_preference_dataset, parse_description, render_scene
+from trl_spatial.scenes import check_scene, describe_changes, make_preference_dataset, parse_description, render_scene
 from trl_spatial.statistics import accuracy_interval
 
 
@@ -22,7 +22,7 @@ def _reward_model(rng, pairs, folder):
         for role, file in files.items():
             row[role].save(folder / file)
         scores = {"chosen_score": [1.5 - number, 0.31], "rejected_score": [-0.44, 0.52]}
-        change = "; ".join(f"{operation['before']} to {operation['after']}" for operation in row["operations"])
+        change = describe_changes(row["operations"])
         examples.append({"prompt": row["prompt"], **files, **scores, "change": change})
     return {
         "accuracy": {

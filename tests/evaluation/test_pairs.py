@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from trl_spatial.evaluation.pairs import accuracy_table, mirror_prompt, score_pairs
 from trl_spatial.figures.pairs import ScoredPair, draw_pairs
-from trl_spatial.scenes import check_scene, make_preference_dataset, mirror, parse_description
+from trl_spatial.scenes import RELATIONS, check_scene, make_preference_dataset, mirror, parse_description
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +28,36 @@ def test_a_perfect_scorer_is_right_on_every_pair_and_on_its_mirror_image(dataset
         assert (scores.correct == 1).all() and (scores.margin == 1).all()
 
 
-def test_every_score_stands_where_its_image_does(dataset):
-    """Each image is scored by its own brightness, so that each of the four numbers of a pair is known."""
+def test_every_score_is_that_of_its_image(dataset):
+    """A scorer whose mean and std are functions of the image: each number has to come back beside its image."""
 
-    def brightness(images):
-        return np.array([np.asarray(image, float).mean() for image in images])
+    def score(prompts, images):
+        pixels = np.stack([np.asarray(image.convert("RGB"), float) for image in images])
+        return pixels.mean((1, 2, 3)), pixels.std((1, 2, 3))
 
-    scores = score_pairs(lambda prompts, images: (brightness(images), brightness(images) ** 2), dataset)
-    for column in ("chosen", "rejected"):
-        expected = brightness(dataset[column])
-        assert np.array_equal(getattr(scores, f"{column}_mean"), expected)
-        assert np.array_equal(getattr(scores, f"{column}_std"), expected**2)
+    scores = score_pairs(score, dataset)
+    for column, mean, std in (
+        ("chosen", scores.chosen_mean, scores.chosen_std),
+        ("rejected", scores.rejected_mean, scores.rejected_std),
+    ):
+        expected = score(dataset["prompt"], dataset[column])
+        np.testing.assert_array_equal(mean, expected[0])
+        np.testing.assert_array_equal(std, expected[1])
+    assert (scores.chosen_std != scores.rejected_std).any() and (scores.chosen_mean != scores.rejected_mean).any()
+
+
+def test_datasets_of_older_versions_give_the_same_table(dataset):
+    def written(relation):
+        return f"{relation['relation']}({', '.join(relation['arguments'])})"
+
+    old = [
+        [{**operation, "before": written(operation["before"]), "after": "?"} for operation in row]
+        for row in dataset["operations"]
+    ]
+    rows = Dataset.from_dict({"level": dataset["level"][:], "operations": old})
+    scores = score_pairs(rule_scorer, dataset)
+    assert accuracy_table(scores, rows) == accuracy_table(scores, dataset)
+    assert set(accuracy_table(scores, dataset)["relation"]) <= set(RELATIONS)
 
 
 def test_a_blind_scorer_gets_half(dataset):

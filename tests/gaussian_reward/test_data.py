@@ -9,6 +9,7 @@ from datasets import Dataset, Features, Image, IterableDataset, Value
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
+from trl_spatial.data import validate_splits
 from trl_spatial.gaussian_reward.data import DataCollatorForSpatialPreference, PreferencePairs, prepare_pairs
 
 
@@ -141,10 +142,10 @@ def test_margins_reach_the_batch_one_per_pair(processor, kind):
 FAULTS = {
     "no image": ({"chosen": None}, "chosen", "None is missing"),
     "image without content": ({"chosen": {"bytes": None, "path": None}}, "chosen", "is missing"),
-    "not an image": ({"rejected": {"bytes": b"hello", "path": None}}, "rejected", "<5 bytes>.* cannot be opened"),
+    "not an image": ({"rejected": {"bytes": b"hello", "path": None}}, "rejected", "<5 bytes>.* is not a PNG"),
     "missing file": ({"rejected": {"bytes": None, "path": "no/such.png"}}, "rejected", "no/such.png.* cannot be open"),
     "empty prompt": ({"prompt": " \n"}, "prompt", r"' \\n' is empty"),
-    "no prompt": ({"prompt": None}, "prompt", "None is a NoneType, not a string"),
+    "no prompt": ({"prompt": None}, "prompt", "None is missing"),
     "empty perturbed prompt": ({"perturbed_prompt": ""}, "perturbed_prompt", "is empty"),
     "perturbed prompt is the prompt": (
         {"perturbed_prompt": "a cube left of 2 spheres"},
@@ -159,7 +160,7 @@ FAULTS = {
     "same image twice": (
         {"chosen": {"bytes": encoded(picture(5, 48)), "path": None}},
         "rejected",
-        "is the chosen image",
+        "shows the chosen image",
     ),
 }
 
@@ -171,9 +172,7 @@ def test_a_bad_row_is_named_or_left_out_and_listed(processor, tmp_path, fault, k
     rows = [row | {"margin": 1.0} for row in rows_with_reverse()]
     rows[2] |= change
 
-    with pytest.raises(
-        ValueError, match=rf"(?s)Row 2 of the train dataset, column `{column}`: .*{words}.*skip_bad_rows"
-    ):
+    with pytest.raises(ValueError, match=rf"(?s)train, row 2, `{column}`: .*{words}.*skip_bad_rows"):
         list(prepare_pairs(as_dataset(rows, kind), processor, max_length=200))
 
     file = tmp_path / "bad_rows.jsonl"
@@ -203,9 +202,7 @@ def test_damage_behind_the_header_is_found_where_batches_are_made_and_names_the_
     loader = DataLoader(
         pairs, batch_size=1, collate_fn=DataCollatorForSpatialPreference(processor), num_workers=num_workers
     )
-    with pytest.raises(
-        ValueError, match=r"Row 3, column `rejected`: .* bytes>.* cannot be decoded.*skip_bad_rows"
-    ) as error:
+    with pytest.raises(ValueError, match=r"row 3, `rejected`: .* bytes>.* cannot be decoded.*skip_bad_rows") as error:
         list(loader)
     assert ("worker process" in str(error.value)) == (num_workers > 0)
     # with `skip_bad_rows` it is found before
@@ -225,19 +222,17 @@ def test_damage_in_a_reverse_pair_is_blamed_on_the_column_of_the_dataset(process
     rows = rows_with_reverse()
     rows[1]["rejected"] = {"bytes": truncated(picture(1)), "path": None}
     reverse = prepare_pairs(Dataset.from_list(rows), processor)[3]
-    with pytest.raises(ValueError, match="Row 1, column `rejected`"):
+    with pytest.raises(ValueError, match="row 1, `rejected`"):
         DataCollatorForSpatialPreference(processor)([reverse])
 
 
 def test_an_image_without_pixels_is_a_bad_row(processor):
     rows = rows_with_reverse(2)
     rows[1]["rejected"]["bytes"] = b"P6 0 8 255\n"
-    with pytest.raises(
-        ValueError, match=r"Row 1 of the train dataset, column `rejected`: .*(no pixels|cannot be opened|too large)"
-    ):
+    with pytest.raises(ValueError, match=r"train, row 1, `rejected`: .*(no pixels|is not a PNG|cannot be opened)"):
         prepare_pairs(Dataset.from_list(rows), processor)
     rows[1]["rejected"] = PILImage.new("RGB", (0, 8))
-    with pytest.raises(ValueError, match=r"Row 1 of the train dataset, column `rejected`: <image of 0x8 .* no pixels"):
+    with pytest.raises(ValueError, match=r"train, row 1, `rejected`: <image of 0x8 .* no pixels"):
         list(prepare_pairs(as_dataset(rows, "stream"), processor))
 
 
@@ -257,7 +252,7 @@ def test_a_missing_column_is_named_with_those_that_are_there(processor, kind, mi
     rows = [{**row, "extra": 1} for row in rows_with_reverse()]
     for row in rows:
         del row[missing]
-    with pytest.raises(ValueError, match=rf"has no column `{missing}`; it has \[.*'extra'.*rename_column"):
+    with pytest.raises(ValueError, match=rf"train, `{missing}`: the column is missing.* extra; rename.*rename_column"):
         prepare_pairs(as_dataset(rows, kind), processor, use_reverse_pairs=True)
 
 
@@ -282,7 +277,7 @@ def test_an_empty_dataset_is_an_error(processor, kind):
 def test_a_column_of_a_wrong_type_is_named_with_what_it_holds(processor, column, values, as_stream):
     rows = [row | {column: value} for row, value in zip(rows_with_reverse(2), values, strict=True)]
     dataset = Dataset.from_list(rows)
-    with pytest.raises(ValueError, match=rf"Column `{column}` of the train dataset holds (Value|List)"):
+    with pytest.raises(ValueError, match=rf"train, `{column}`: the column holds (Value|List)"):
         prepare_pairs(dataset.to_iterable_dataset() if as_stream else dataset, processor, skip_bad_rows=True)
 
 
@@ -312,7 +307,7 @@ def test_equal_files_under_different_names_are_the_same_image(processor, tmp_pat
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(encoded(picture(0)))
     row = {"prompt": "a cube", "chosen": str(tmp_path / "a.png"), "rejected": str(tmp_path / "b.png")}
-    with pytest.raises(ValueError, match="is the chosen image"):
+    with pytest.raises(ValueError, match="shows the chosen image"):
         prepare_pairs(Dataset.from_list([row]), processor)
 
 
@@ -331,3 +326,75 @@ def test_pairs_and_collator_travel_to_spawned_workers(processor):
     here = DataCollatorForSpatialPreference(processor)([pairs[0], pairs[1]])
     there = collator_there([pairs_there[0], pairs_there[1]])
     assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+# Change of row 2, and whether the row can be used then.
+ROWS = {
+    "as it is": ({}, True),
+    "blanks at the ends": ({"prompt": " a cat\n"}, True),
+    "null prompt": ({"prompt": None}, False),
+    "null perturbed prompt": ({"perturbed_prompt": None}, False),
+    "blank perturbed prompt": ({"perturbed_prompt": " \ufeff"}, False),
+    "perturbed prompt is the prompt but for blanks": ({"perturbed_prompt": "a cube left of 2 spheres "}, False),
+    "very long prompt": ({"prompt": "a" * 20_001}, False),
+    "margin 0": ({"margin": 0.0}, True),
+    "negative margin": ({"margin": -1.5}, True),
+    "margin NaN": ({"margin": float("nan")}, False),
+    "infinite margin": ({"margin": float("inf")}, False),
+    "null margin": ({"margin": None}, False),
+    "null image": ({"rejected": None}, False),
+    "image without content": ({"rejected": {"bytes": None, "path": None}}, False),
+    "address": ({"rejected": {"bytes": None, "path": "https://x.invalid/a.png"}}, False),
+    "no image": ({"chosen": {"bytes": b"hello", "path": None}}, False),
+    "cut image": ({"chosen": {"bytes": truncated(picture(1)), "path": None}}, False),
+    "narrow image": ({"chosen": {"bytes": encoded(picture(9, 1, 201)), "path": None}}, False),
+    "nearly narrow image": ({"chosen": {"bytes": encoded(picture(9, 1, 200)), "path": None}}, True),
+    "the same file": ({"chosen": {"bytes": encoded(picture(5, 48)), "path": None}}, False),
+    "the same pixels in another format": (
+        {"chosen": {"bytes": encoded(picture(5, 48), format="BMP"), "path": None}},
+        False,
+    ),
+    "other pixels": ({"chosen": {"bytes": encoded(picture(6, 48), format="BMP"), "path": None}}, True),
+}
+
+
+@pytest.mark.parametrize("skip_bad_rows", [False, True])
+@pytest.mark.parametrize("kind", ["map", "stream"])
+def test_training_refuses_a_row_exactly_if_validation_does(processor, tmp_path, kind, skip_bad_rows):
+    collate = DataCollatorForSpatialPreference(processor)
+    for name, (change, is_good) in ROWS.items():
+        rows = [row | {"margin": 1.0} for row in rows_with_reverse()]
+        rows[2] |= change
+        errors = validate_splits({"train": Dataset.from_list(rows)}).errors
+        assert {finding.place.row for finding in errors} == (set() if is_good else {2}), name
+        file = tmp_path / f"{name}.jsonl"
+        try:
+            pairs = list(
+                prepare_pairs(as_dataset(rows, kind), processor, skip_bad_rows=skip_bad_rows, bad_rows_file=file)
+            )
+            for pair in pairs:
+                collate([pair])
+        except ValueError as error:
+            assert not skip_bad_rows and not is_good and "row 2" in str(error), name
+        else:
+            assert is_good or skip_bad_rows, name
+            assert len(pairs) == (8 if is_good else 6), name
+            listed = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+            assert {(line["row"], line["column"]) for line in listed} == {
+                (finding.place.row, finding.place.column) for finding in errors
+            }, name
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [("margin", ["3"] * 4), ("margin", [True] * 4), ("margin", [1] * 4), ("margin", [None] * 4),
+     ("perturbed_prompt", [None] * 4), ("perturbed_prompt", [1] * 4), ("prompt", [None] * 4), ("chosen", [1] * 4)],
+)  # fmt: skip
+def test_training_refuses_a_column_exactly_if_validation_does(processor, column, values):
+    dataset = Dataset.from_list(rows_with_reverse())
+    dataset = dataset.remove_columns([column] if column in dataset.column_names else []).add_column(column, values)
+    if any(finding.severity == "error" for finding in validate_splits({"train": dataset}).findings):
+        with pytest.raises(ValueError, match=rf"train, `{column}`: the column holds"):
+            prepare_pairs(dataset, processor)
+    else:
+        assert len(prepare_pairs(dataset, processor)) == (4 if column == "perturbed_prompt" else 8)

@@ -175,7 +175,7 @@ def test_compute_metrics_sees_one_row_per_pair(make_trainer, tmp_path):
     prediction = trainer.predict(Dataset.from_list(rows))
     np.testing.assert_allclose(prediction.predictions[0], seen[0].predictions[0])
     assert prediction.metrics["test_accuracy"] == metrics["eval_accuracy"]
-    with pytest.raises(ValueError, match="Row 0 of the test dataset"):
+    with pytest.raises(ValueError, match="test, row 0, "):
         trainer.predict(Dataset.from_list([row | {"prompt": ""} for row in rows]))
 
 
@@ -509,7 +509,7 @@ def test_bad_rows_are_skipped_counted_and_listed(make_trainer, tmp_path, kind, c
     assert listed == {1, 4}
     assert "Left out 2" in caplog.text
 
-    with pytest.raises(ValueError, match="Row 1 of the train dataset, column `prompt`"):
+    with pytest.raises(ValueError, match="train, row 1, `prompt`"):
         make_trainer(tmp_path, train_dataset=dataset, max_length=100).train()
 
 

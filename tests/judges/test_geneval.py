@@ -511,6 +511,8 @@ def test_a_detector_that_finds_nothing_is_found_out():
         ({"kind": "mean"}, "`kind` is 'mean'"),
         ({"batch_size": 0}, "`batch_size` is 0"),
         ({"silence_limit": 0}, "`silence_limit` is 0"),
+        ({"threshold": float("nan")}, "`threshold` is nan"),
+        ({"counting_threshold": 1.0}, "`counting_threshold` is 1.0"),
     ],
 )
 def test_bad_options_are_named(options, message):
@@ -537,6 +539,14 @@ def test_the_counting_threshold_is_the_detectors_own():
         assert reward(["x"], image, include=[row], tag=["counting"]) == [float(threshold < 0.5)]
     detector.counting_threshold = 0.2
     assert GenEvalReward(detector, kind="strict").counting_threshold == 0.2
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"), [([], "1 images it returned 0 lists"), ([[{"label": "person"}]], "with {'label'")]
+)
+def test_a_detector_of_another_form_is_an_error(answer, message):
+    with pytest.raises(TypeError, match=message):
+        GenEvalReward(lambda images: answer)
 
 
 def test_a_detector_must_return_what_the_threshold_asks_for():

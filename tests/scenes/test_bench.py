@@ -2,6 +2,9 @@
 
 import numpy as np
 import torch
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from PIL import Image
 from torch import nn
 
 from recipes.bench import checker, leakage, pairs
@@ -38,3 +41,23 @@ def test_the_accuracy_of_a_classifier_that_cannot_tell_is_a_half_and_of_one_that
 def test_pairs_counts_the_pairs_it_made():
     result = pairs.main(["--num_pairs", "8", "--num_proc", "1", "--image_size", "32"])
     assert np.isclose(result["pairs_per_second"], 8 / result["seconds"], rtol=0.2)
+
+
+def test_leakage_reads_every_pair_the_first_one_too():
+    def pairs(number):
+        images = [Image.new("RGB", (4, 4), (10 * i, 0, 255)) for i in range(number)]
+        texts = {"prompt": ["left right"] * number, "perturbed_prompt": ["right left"] * number}
+        return (
+            Dataset.from_dict(texts | {"chosen": images, "rejected": images[::-1]})
+            .cast_column("chosen", ImageFeature())
+            .cast_column("rejected", ImageFeature())
+        )
+
+    # terms: left, right, (left, right), (right, left)
+    for number, features in zip((6, 3), leakage.read_texts([pairs(6), pairs(3)], None), strict=True):
+        assert features.shape == (number, 2, 4)
+        winner, loser = features.unbind(1)
+        assert (winner.sum(1) == 3).all() and (loser.sum(1) == 3).all() and ((winner - loser).abs().sum(1) == 2).all()
+        assert (features == features[0]).all()
+    red = leakage.read_images(pairs(6), None)[:, :, 0, 0, 0]  # winner, loser
+    assert ((red + 1) * 127.5).round().tolist() == [[10 * i, 50 - 10 * i] for i in range(6)]

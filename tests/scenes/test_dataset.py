@@ -14,6 +14,7 @@ import trl_spatial
 from trl_spatial.scenes import (
     SPLITS,
     check_scene,
+    describe_changes,
     make_preference_dataset,
     make_prompt_dataset,
     parse_description,
@@ -57,14 +58,22 @@ def test_the_scene_is_what_the_chosen_image_shows_in_short_sentences(length):
         assert scenes[:] == rows["scene"][:]
 
 
+def written(relation):
+    return f"{relation['relation']}({', '.join(relation['arguments'])})"
+
+
 def test_the_record_tells_what_was_changed(dataset):
     for row in dataset:
         before = {str(relation) for relation in parse_description(row["prompt"]).relations}
         after = {str(relation) for relation in parse_description(row["perturbed_prompt"]).relations}
-        assert {operation["before"] for operation in row["operations"]} == before - after
-        assert {operation["after"] for operation in row["operations"]} == after - before
+        assert {written(operation["before"]) for operation in row["operations"]} == before - after
+        assert {written(operation["after"]) for operation in row["operations"]} == after - before
         assert row["level"] == len(row["operations"])
-        assert {f"{r['relation']}({', '.join(r['arguments'])})" for r in row["relations"]} == before
+        assert set(map(written, row["relations"])) == before
+        # older datasets hold the changes as strings
+        old = [{name: written(operation[name]) for name in ("before", "after")} for operation in row["operations"]]
+        expected = "; ".join(f"{operation['before']} to {operation['after']}" for operation in old)
+        assert describe_changes(row["operations"]) == describe_changes(old) == expected
 
 
 def test_a_pair_depends_on_seed_split_and_index_only(dataset):

@@ -94,8 +94,10 @@ def test_a_bad_row_costs_no_other_its_score(scorer, prompts, images):
         (prompts[1], "A" * 54_000, "images[6] is larger than 40000 bytes"),
         (prompts[1], None, "images[7] is a NoneType"),
         ("x" * 101, good, "prompts[8] has 101 characters"),
-        (None, good, "prompts[9] is a NoneType"),
+        (None, good, "prompts[9] is missing"),
         (5, good, "prompts[10] is a int"),
+        ("\ufeff \n", good, "prompts[11] is empty"),
+        ("half a pair: \ud800", good, "prompts[12] contains half of a surrogate pair"),
     ]
     limits = Limits(max_image_bytes=40_000, max_pixels=4000, max_prompt_length=100)
     with serve(scorer, limits=limits) as (url, _):

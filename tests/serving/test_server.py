@@ -10,6 +10,7 @@ from contextlib import ExitStack
 import pytest
 import requests
 
+from recipes.bench import server as bench
 from tests.serving.conftest import ask, encode, serve
 from tests.serving.test_app import wait_until
 from trl_spatial.serving import intake, server
@@ -156,3 +157,28 @@ def test_it_ends_in_time_whatever_clients_do(slow, prompts, images, connect, mon
         assert asked.result().status_code == 503 and "shutting down" in asked.result().json()["error"]
         assert all(answer_of(client) == b"" for client in clients)
     assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_the_bench_measures_and_names_what_is_not_as_it_should_be(scorer):
+    with serve(scorer) as (url, running):
+        port = int(url.rpartition(":")[2])
+        with bench.BadClients(port, num_half_open=20, num_slow=3) as bad:
+            assert bench.ask(port) < 10
+            wait_until(lambda: len(running.server_state.connections) >= 23)
+            assert bad.num_opened == 23 and running.endpoint._intake.num_bytes >= 3
+        wait_until(lambda: not running.server_state.connections)
+    assert bench.ask(port) == float("inf")  # nobody is there
+    good = {
+        "idle": {"p95_s": 0.1, "failed": 0},
+        "attacked": {"p95_s": 0.2, "failed": 0},
+        "load": {"failed": 0, "megabytes_before": 600.0, "megabytes_after": 610.0},
+        "end_s": 3.0,
+    }
+    assert bench.shortcomings(good) == []
+    bad_results = {
+        "idle": good["idle"],
+        "attacked": {"p95_s": 0.7, "failed": 0},
+        "load": {"failed": 2, "megabytes_before": 600.0, "megabytes_after": 700.0},
+        "end_s": 12.0,
+    }
+    assert len(bench.shortcomings(bad_results)) == 4

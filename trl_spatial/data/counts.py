@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..preferences.rows import ImageFacts
 from ..scenes import parse_description
 
 
@@ -47,26 +48,6 @@ QUANTITIES = (
     Quantity("image_sizes", "sizes of images", "images"),
     Quantity("image_modes", "modes of images", "images"),
 )
-
-
-@dataclass(frozen=True)
-class ImageFacts:
-    """
-    What is kept of an image.
-
-    Args:
-        digest (`bytes`):
-            Hash of its pixels as training sees them. Two files that show the same picture share it.
-        width (`int`), height (`int`):
-            Its size, upright, in pixels.
-        mode (`str`):
-            Pillow's name of the pixels in the file, for example `"RGB"`.
-    """
-
-    digest: bytes
-    width: int
-    height: int
-    mode: str
 
 
 @dataclass

@@ -19,6 +19,9 @@ from ..hub.errors import call_with_retries, explain_errors
 from ..hub.upload import create_repository, push_files
 from ..preferences.columns import COLUMNS, IMAGE_COLUMNS
 from ..preferences.faults import shorten
+from ..preferences.files import check_paths
+from ..preferences.images import load_image
+from ..scenes import describe_changes
 from .validation import ValidationReport, validate_splits
 
 
@@ -39,16 +42,22 @@ def prepare_splits(splits: Mapping[str, Dataset], source: str) -> DatasetDict:
 
     Returns:
         [`~datasets.DatasetDict`]: the same rows; the columns of `COLUMNS` first and in their order.
+
+    Raises:
+        [`~preferences.files.OutsideError`]: If a row names a file that is not in that folder: it would be uploaded.
     """
     folder = Path(source).absolute()
     folder = folder if folder.is_dir() else folder.parent
-    return DatasetDict({split: _prepare(rows, folder) for split, rows in splits.items()})
+    prepared = DatasetDict({split: _prepare(rows, folder) for split, rows in splits.items()})
+    for rows in prepared.values():
+        check_paths(rows, [folder], source)
+    return prepared
 
 
 def _prepare(rows: Dataset, folder: Path) -> Dataset:
     for column in IMAGE_COLUMNS:
         feature = rows.features.get(column)
-        if feature is None or isinstance(feature, Image):
+        if feature is None or (isinstance(feature, Image) and feature.decode):
             continue
         if getattr(feature, "dtype", None) == "string":
             rows = rows.map(_find_files, fn_kwargs={"column": column, "folder": folder})
@@ -57,8 +66,8 @@ def _prepare(rows: Dataset, folder: Path) -> Dataset:
     return rows.select_columns(known + [name for name in rows.column_names if name not in COLUMNS])
 
 
-def _find_files(row: dict[str, Any], column: str, folder: Path) -> dict[str, str]:
-    return {column: os.path.join(folder, row[column])}
+def _find_files(row: dict[str, Any], column: str, folder: Path) -> dict[str, str | None]:
+    return {column: None if row[column] is None else os.path.join(folder, row[column])}
 
 
 def check_splits(splits: DatasetDict, *, show_progress: bool = True) -> ValidationReport:
@@ -205,16 +214,19 @@ def _describe_column(name: str, feature: Any) -> dict[str, str]:
 
 
 def _draw_samples(rows: Dataset) -> PILImage.Image:
+    rows = rows.select(range(min(NUM_SAMPLES, len(rows))))
+    for column in IMAGE_COLUMNS:
+        rows = rows.cast_column(column, Image(decode=False))
     pairs = [
         ScoredPair(
             prompt=row["prompt"],
-            chosen=row["chosen"],
-            rejected=row["rejected"],
+            chosen=load_image(row["chosen"]),
+            rejected=load_image(row["rejected"]),
             chosen_score=None,
             rejected_score=None,
             caption=_describe_change(row),
         )
-        for row in rows.select(range(min(NUM_SAMPLES, len(rows))))
+        for row in rows
     ]
     return draw_pairs(pairs, title="")
 
@@ -222,7 +234,7 @@ def _draw_samples(rows: Dataset) -> PILImage.Image:
 def _describe_change(row: Mapping[str, Any]) -> str:
     operations = row.get("operations") or []
     if operations and isinstance(operations[0], Mapping) and {"before", "after"} <= set(operations[0]):
-        return "; ".join(f"{operation['before']} to {operation['after']}" for operation in operations)
+        return describe_changes(operations)
     return shorten(row.get("perturbed_prompt") or "")
 
 

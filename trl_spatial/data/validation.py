@@ -5,16 +5,18 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any
 
 from datasets import Dataset, Image
 from tqdm.auto import tqdm
 
-from ..preferences.columns import IMAGE_COLUMNS, PROMPT_COLUMNS, check_columns
+from ..preferences.columns import IMAGE_COLUMNS, check_columns
 from ..preferences.faults import Finding, Place, shorten
-from ..preferences.images import image_digest, load_image, open_image
-from .counts import ImageFacts, SplitStatistics, kinds_of
+from ..preferences.prompts import clean_prompt
+from ..preferences.rows import ImageFacts, find_faults, look_at_image
+from .counts import SplitStatistics, kinds_of
 
 
 _BATCH_SIZE = 16  # rows whose image files are in memory at a time
@@ -121,7 +123,7 @@ class _SplitCheck:
         self.split, self.statistics = split, statistics
         self.findings: list[Finding] = []
         self.prompts: dict[str, Place] = {}
-        self.images: dict[bytes, Place] = {}  # by the hash of their pixels
+        self.images: dict[bytes | None, Place] = {}  # by the hash of their pixels
         self.rows: dict[bytes, int] = {}  # by the hash of the prompt and of both images
         self.scenes: set[str] = set()
 
@@ -140,7 +142,9 @@ class _SplitCheck:
         for batch in rows.iter(_BATCH_SIZE):
             num_rows = len(batch[columns[0]])
             images = {
-                column: list(pool.map(_try_to_read, batch[column])) for column in IMAGE_COLUMNS if column in batch
+                column: list(pool.map(partial(look_at_image, decode=True), batch[column]))
+                for column in IMAGE_COLUMNS
+                if column in batch
             }
             for i in range(num_rows):
                 row = {column: batch[column][i] for column in columns}
@@ -152,48 +156,26 @@ class _SplitCheck:
             self.statistics.num_scenes = len(self.scenes)
 
     def _check_row(self, number: int, row: dict[str, Any], images: dict[str, ImageFacts | ValueError]) -> None:
-        self._check_prompts(number, row)
-        self._check_images(number, row, images)
+        faults = list(find_faults(row, images, Place(self.split, number)))
+        self.findings += faults
         self._check_record(number, row)
-        decoded = [image for image in images.values() if isinstance(image, ImageFacts)]
+        bad_columns = {fault.place.column for fault in faults}
+        prompt = None if "prompt" in bad_columns or "prompt" not in row else clean_prompt(row["prompt"])
+        if prompt is not None:
+            self.prompts.setdefault(prompt, Place(self.split, number, "prompt"))
+        decoded = []
+        for column, image in images.items():
+            if isinstance(image, ImageFacts):
+                decoded.append(image)
+                self.images.setdefault(image.digest, Place(self.split, number, column))
         self.statistics.add(row, decoded)
         if row.get("scene"):
             self.scenes.add(row["scene"])
-        if isinstance(row.get("prompt"), str) and len(decoded) == len(IMAGE_COLUMNS):
-            self._check_duplicate(number, row["prompt"], decoded)
+        if prompt is not None and len(decoded) == len(IMAGE_COLUMNS):
+            self._check_duplicate(number, prompt, decoded)
 
-    def _report(self, kind: str, number: int, column: str | None, value: str, reason: str) -> None:
+    def _report(self, kind: str, number: int, column: str, value: str, reason: str) -> None:
         self.findings.append(Finding(kind, Place(self.split, number, column), value, reason))
-
-    def _check_prompts(self, number: int, row: dict[str, Any]) -> None:
-        good = []
-        for column in PROMPT_COLUMNS:
-            if column not in row:
-                continue
-            if not isinstance(row[column], str):
-                reason = f"is a {type(row[column]).__name__}, not a string."
-                self._report("bad_prompt", number, column, shorten(row[column]), reason)
-            elif not row[column].strip():
-                self._report("bad_prompt", number, column, shorten(row[column]), "is empty.")
-            else:
-                good.append(row[column])
-                if column == "prompt":
-                    self.prompts.setdefault(row[column], Place(self.split, number, column))
-        if len(good) == len(PROMPT_COLUMNS) and good[0] == good[1]:
-            reason = "is the prompt itself, so that the reverse pair contradicts the pair."
-            self._report("same_prompts", number, "perturbed_prompt", shorten(good[1]), reason)
-
-    def _check_images(self, number: int, row: dict[str, Any], images: dict[str, ImageFacts | ValueError]) -> None:
-        digests = []
-        for column, image in images.items():
-            if isinstance(image, ValueError):
-                self._report("bad_image", number, column, shorten(row[column]), f"{image}.")
-            else:
-                digests.append(image.digest)
-                self.images.setdefault(image.digest, Place(self.split, number, column))
-        if len(digests) == len(IMAGE_COLUMNS) and digests[0] == digests[1]:
-            reason = "shows the same pixels as the chosen image: there is nothing to prefer."
-            self._report("same_images", number, "rejected", shorten(row["rejected"]), reason)
 
     def _check_record(self, number: int, row: dict[str, Any]) -> None:
         level, operations = row.get("level"), kinds_of(row.get("operations"), "operation")
@@ -205,20 +187,13 @@ class _SplitCheck:
             self._report("no_relations", number, "relations", shorten(row["relations"]), reason)
 
     def _check_duplicate(self, number: int, prompt: str, images: Sequence[ImageFacts]) -> None:
-        digest = hashlib.blake2b(b"".join(image.digest for image in images) + prompt.encode(), digest_size=16).digest()
+        digest = hashlib.blake2b(
+            b"".join(image.digest or b"" for image in images) + prompt.encode(), digest_size=16
+        ).digest()
         first = self.rows.setdefault(digest, number)
         if first != number:
             reason, other = f"repeats row {first}: same prompt, same images.", Place(self.split, first)
             self.findings.append(Finding("duplicate_row", Place(self.split, number), "the row", reason, other))
-
-
-def _try_to_read(value: Any) -> ImageFacts | ValueError:
-    try:
-        mode = open_image(value).mode
-        image = load_image(value)
-    except ValueError as error:
-        return error
-    return ImageFacts(image_digest(image), image.width, image.height, mode)
 
 
 def _find_shared(checks: Sequence[_SplitCheck]) -> list[Finding]:

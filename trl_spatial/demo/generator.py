@@ -321,7 +321,7 @@ def train_generator(trainer: DiffusionGRPOTrainer) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model()
     history = trainer.state.log_history
-    # a resumed run evaluates once more where it goes on
+    # a resumed run evaluates once more where it continues
     evaluations = {
         log["step"]: _pick(log, _EVALUATION_NAMES) | {"num_images": len(trainer.eval_dataset)}
         for log in history

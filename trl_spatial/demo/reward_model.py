@@ -14,8 +14,9 @@ from ..evaluation.pairs import PairScores, accuracy_table, score_pairs
 from ..figures.pairs import ScoredPair, draw_pairs
 from ..gaussian_reward import spatial_score_lora_config
 from ..gaussian_reward.losses import preference_probability
-from ..scenes import make_preference_dataset
+from ..scenes import describe_changes, make_preference_dataset
 from ..statistics import accuracy_interval, expected_calibration_error, reliability_bins
+from ..store import is_complete
 from .report import save_image
 
 
@@ -71,30 +72,31 @@ def train_reward_model(
     Returns:
         [`SpatialScore`]: the trained model.
     """
-    training_args = GaussianRewardConfig(
-        output_dir=str(output_dir),
-        max_steps=max_steps,
-        seed=seed,
-        # a tiny model learns with rates that would ruin a large one
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        per_device_train_batch_size=32,
-        gradient_accumulation_steps=1,
-        gradient_checkpointing=False,
-        logging_steps=10,
-        save_steps=100,
-        save_total_limit=1,
-        report_to="none",
-        **({} if objective is None else {"objective": objective}),
-    )
-    trainer = GaussianRewardTrainer(
-        model=str(TINY_BACKBONE),
-        args=training_args,
-        train_dataset=dataset,
-        peft_config=spatial_score_lora_config(rank=16, alpha=32),
-    )
-    trainer.train(resume_from_checkpoint=True)
-    trainer.save_model()
+    if not is_complete(output_dir):
+        training_args = GaussianRewardConfig(
+            output_dir=str(output_dir),
+            max_steps=max_steps,
+            seed=seed,
+            # a tiny model learns with rates that would ruin a large one
+            learning_rate=2e-3,
+            lr_scheduler_type="cosine",
+            per_device_train_batch_size=32,
+            gradient_accumulation_steps=1,
+            gradient_checkpointing=False,
+            logging_steps=10,
+            save_steps=100,
+            save_total_limit=1,
+            report_to="none",
+            **({} if objective is None else {"objective": objective}),
+        )
+        trainer = GaussianRewardTrainer(
+            model=str(TINY_BACKBONE),
+            args=training_args,
+            train_dataset=dataset,
+            peft_config=spatial_score_lora_config(rank=16, alpha=32),
+        )
+        trainer.train(resume_from_checkpoint=True)
+        trainer.save_model()
     return SpatialScore.from_pretrained(output_dir)
 
 
@@ -182,5 +184,5 @@ def scored_pair(row: dict[str, Any], scores: PairScores, index: int) -> ScoredPa
         rejected=row["rejected"],
         chosen_score=(float(scores.chosen_mean[index]), float(scores.chosen_std[index])),
         rejected_score=(float(scores.rejected_mean[index]), float(scores.rejected_std[index])),
-        caption="; ".join(f"{o['before']} to {o['after']}" for o in row["operations"]),
+        caption=describe_changes(row["operations"]),
     )

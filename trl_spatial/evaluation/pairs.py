@@ -1,6 +1,6 @@
 """How often a reward model ranks the two images of a pair rightly, and for which pairs it does not."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,7 +104,7 @@ def accuracy_table(scores: PairScores, dataset: Dataset) -> dict[str, dict[str, 
     """
     levels = np.array(dataset["level"])
     first = [operations[0] for operations in dataset["operations"]]
-    relations = np.array([str(operation["before"]).split("(")[0] for operation in first])
+    relations = np.array([_relation_of(operation["before"]) for operation in first])
     operations = np.array([operation["operation"] for operation in first])
     is_single = levels == 1
 
@@ -121,3 +121,8 @@ def accuracy_table(scores: PairScores, dataset: Dataset) -> dict[str, dict[str, 
         "relation": table(relations, is_single),
         "operation": table(operations, is_single),
     }
+
+
+def _relation_of(changed: Mapping[str, Any] | str) -> str:
+    # older datasets hold strings, as `left_of(red circle, blue square)`
+    return changed.partition("(")[0] if isinstance(changed, str) else changed["relation"]

@@ -16,18 +16,10 @@ from PIL import Image as PILImage
 from tqdm.auto import tqdm
 from transformers.data.data_collator import DataCollatorMixin
 
+from ..preferences.columns import IMAGE_COLUMNS, PROMPT_COLUMNS, pick_columns
+from ..preferences.faults import Finding, Place, shorten
 from ..preferences.images import load_image
-from ..preferences.rows import (
-    IMAGE_COLUMNS,
-    WAY_OUT,
-    BadRow,
-    RowChecker,
-    check_types,
-    is_same_image,
-    pick_columns,
-    shorten,
-    write_bad_rows,
-)
+from ..preferences.rows import WAY_OUT, ImageFacts, find_faults, is_same_image, look_at_image, write_bad_rows
 from .processing import SpatialScoreProcessor
 
 
@@ -67,6 +59,53 @@ class PreferencePairs(torch.utils.data.Dataset):
         return reverse_pair(row) if is_reverse else row
 
 
+@dataclass(frozen=True)
+class RowChecker:
+    """
+    Finds out whether a row of a preference dataset can be used in training.
+
+    Args:
+        processor ([`~gaussian_reward.processing.SpatialScoreProcessor`]):
+            Processor that will encode the rows.
+        columns (`Sequence[str]`):
+            Columns that are used.
+        max_length (`int`, *optional*):
+            Maximum number of tokens of a row, image tokens included.
+        decode_images (`bool`, *optional*, defaults to `False`):
+            Whether images are decoded. Otherwise only their headers are read, and damage further on stays unseen.
+    """
+
+    processor: SpatialScoreProcessor
+    columns: Sequence[str]
+    max_length: int | None = None
+    decode_images: bool = False
+
+    def find_fault(self, row: dict[str, Any], dataset_name: str, number: int) -> Finding | None:
+        """The first fault of the row, or `None` if it can be used."""
+        place = Place(dataset_name, number)
+        row = {column: row.get(column) for column in self.columns}
+        images = {column: look_at_image(row[column], decode=self.decode_images) for column in IMAGE_COLUMNS}
+        return next(find_faults(row, images, place), None) or self._find_long(row, images, place)
+
+    def _find_long(
+        self, row: dict[str, Any], images: dict[str, ImageFacts | ValueError], place: Place
+    ) -> Finding | None:
+        if self.max_length is None:
+            return None
+        sizes = [(image.width, image.height) for image in images.values() if isinstance(image, ImageFacts)]
+        for prompt_column in (column for column in PROMPT_COLUMNS if column in row):
+            lengths = self.processor.num_tokens([row[prompt_column]] * len(sizes), sizes)
+            for image_column, (width, height), length in zip(IMAGE_COLUMNS, sizes, lengths, strict=True):
+                if length > self.max_length:
+                    reason = (
+                        f"makes {length} tokens with the {image_column} image of {width}x{height} pixels, but `max_length` "
+                        f"is {self.max_length}. Raise `max_length`, lower `max_pixels`, or shorten the prompt."
+                    )
+                    value = shorten(row[prompt_column])
+                    return Finding("too_long", Place(place.split, place.row, prompt_column), value, reason)
+        return None
+
+
 class _PairStream:
     """Maps a streamed row, as a batch of one, to its pairs: none if it is bad, two if it has a reverse."""
 
@@ -99,7 +138,7 @@ class _PairStream:
             raise ValueError(f"{bad_row} {WAY_OUT}")
         return {column: [pair[column] for pair in pairs] for column in row}
 
-    def _report(self, bad_row: BadRow) -> None:
+    def _report(self, bad_row: Finding) -> None:
         write_bad_rows([bad_row], self.bad_rows_file)
         self.num_bad_rows += 1
         if math.log10(self.num_bad_rows).is_integer():  # 1, 10, 100, ...: not a flood
@@ -135,6 +174,10 @@ class DataCollatorForSpatialPreference(DataCollatorMixin):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         prompts = [example["prompt"] for example in examples]
         images = [self._load_image(example, column) for column in IMAGE_COLUMNS for example in examples]
+        for example, chosen, rejected in zip(examples, images, images[len(examples) :], strict=False):
+            if chosen.size == rejected.size and chosen.tobytes() == rejected.tobytes():
+                reason = f"shows the chosen image: there is nothing to prefer. {WAY_OUT}"
+                raise ValueError(f"{_place_of(example, 'rejected')}: {shorten(example['rejected'])} {reason}")
         output = dict(self.processor(prompts + prompts, images))
         if "margin" in examples[0]:
             output["margin"] = torch.tensor([example["margin"] for example in examples], dtype=torch.float)
@@ -144,11 +187,14 @@ class DataCollatorForSpatialPreference(DataCollatorMixin):
         try:
             return load_image(example[column])
         except ValueError as error:
-            value = shorten(example[column])
-            if example.get(IS_REVERSE_COLUMN):
-                column = IMAGE_COLUMNS[1 - IMAGE_COLUMNS.index(column)]
-            row = example.get(ROW_COLUMN, "of unknown number")
-            raise ValueError(f"Row {row}, column `{column}`: {value} {error}. {WAY_OUT}") from error
+            raise ValueError(f"{_place_of(example, column)}: {shorten(example[column])} {error}. {WAY_OUT}") from error
+
+
+def _place_of(example: dict[str, Any], column: str) -> str:
+    """Row and column of the dataset that an image of a pair is from."""
+    if example.get(IS_REVERSE_COLUMN):
+        column = IMAGE_COLUMNS[1 - IMAGE_COLUMNS.index(column)]
+    return f"row {example.get(ROW_COLUMN, 'of unknown number')}, `{column}`"
 
 
 def prepare_pairs(
@@ -210,13 +256,9 @@ def prepare_pairs(
     if ROW_COLUMN in first_row:
         return dataset
 
-    columns = pick_columns(list(first_row), use_reverse_pairs, dataset_name)
+    columns = pick_columns(dataset.features or dict.fromkeys(first_row), use_reverse_pairs, dataset_name)
     use_reverse_pairs = "perturbed_prompt" in columns
-    if dataset.features is not None:
-        check_types(dataset.features, columns, dataset_name)
-    checker = RowChecker(
-        processor, use_reverse_pairs=use_reverse_pairs, max_length=max_length, decode_images=skip_bad_rows
-    )
+    checker = RowChecker(processor, columns, max_length=max_length, decode_images=skip_bad_rows)
 
     if isinstance(dataset, IterableDataset):
         to_pairs = _PairStream(
@@ -270,7 +312,7 @@ def _as_stored(dataset: Dataset | IterableDataset, dataset_name: str) -> Dataset
 
 def _find_bad_rows(
     dataset: Dataset, checker: RowChecker, dataset_name: str, num_threads: int, show_progress: bool
-) -> Iterator[BadRow]:
+) -> Iterator[Finding]:
     rows = enumerate(_iter_arrow(dataset))
     # A bar for the impatient only: most checks are over before it would appear.
     bar = tqdm(total=len(dataset), desc=f"Checking {dataset_name} dataset", delay=3, disable=not show_progress)
@@ -298,7 +340,7 @@ def _view(scalar: pa.Scalar) -> Any:
 
 
 def _without_bad_rows(
-    num_rows: int, bad_rows: list[BadRow], bad_rows_file: Path | None, dataset_name: str
+    num_rows: int, bad_rows: list[Finding], bad_rows_file: Path | None, dataset_name: str
 ) -> Sequence[int]:
     if not bad_rows:
         return range(num_rows)
@@ -313,7 +355,7 @@ def _without_bad_rows(
         bad_rows_file,
         bad_rows[0],
     )
-    excluded = {bad_row.row for bad_row in bad_rows}
+    excluded = {bad_row.place.row for bad_row in bad_rows}
     return [row for row in range(num_rows) if row not in excluded]
 
 

@@ -50,7 +50,9 @@ class CheckedDetector:
 
     Raises:
         `SilentDetectorError`: If the detector does not find the object of the self-test.
-        `ValueError`: If it does not know the class of that object, or returns nothing with scores as low as a threshold.
+        `ValueError`: If it does not know the class of that object, returns nothing with scores as low as a threshold, or a
+            threshold is not from 0 to 1.
+        `TypeError`: If it does not return a list of [`Detection`] for each image.
     """
 
     def __init__(
@@ -63,6 +65,9 @@ class CheckedDetector:
         label: str = SELF_TEST_LABEL,
         silence_limit: int = 64,
     ):
+        for name, value in (("threshold", threshold), ("counting_threshold", counting_threshold)):
+            if not 0 <= value < 1:
+                raise ValueError(f"`{name}` is {value}. Scores are from 0 to 1: choose one from 0 to below 1.")
         lowest = getattr(detector, "threshold", 0.0)
         if lowest > min(threshold, counting_threshold):
             raise ValueError(
@@ -84,8 +89,9 @@ class CheckedDetector:
 
         Raises:
             `SilentDetectorError`: If nothing has been found in the first `silence_limit` images.
+            `TypeError`: If the detector does not return a list of [`Detection`] for each image.
         """
-        results = list(self.detector(images))
+        results = self._detect(images)
         for found in results:
             self._watch(found)
         return results
@@ -99,6 +105,17 @@ class CheckedDetector:
             f"names like it are {', '.join(near)}" if near else f"it knows {', '.join(sorted(self._labels)[:10])}, …"
         )
         raise ValueError(f"The detector does not know the class {name!r} among its {len(self._labels)}: {shown}.")
+
+    def _detect(self, images: list[Image.Image]) -> list[Sequence[Detection]]:
+        results = list(self.detector(images))
+        wrong = [found for detections in results for found in detections if not isinstance(found, Detection)]
+        if wrong or len(results) != len(images):
+            raise TypeError(
+                "The detector must return a list of `trl_spatial.rewards.Detection` for each image; of "
+                f"{len(images)} images it returned {len(results)} lists"
+                + (f", with {wrong[0]!r:.80}." if wrong else ".")
+            )
+        return results
 
     def _watch(self, detections: Sequence[Detection]) -> None:
         if self._num_silent is None:
@@ -123,7 +140,7 @@ class CheckedDetector:
                 "picture of something that it knows."
             ) from error
         name = geneval_name(label)
-        (detections,) = self.detector([picture])
+        (detections,) = self._detect([picture])
         objects = confident_objects(detections, self.threshold)
         if name not in objects:
             best = max((found.score for found in detections if geneval_name(found.label) == name), default=None)
@@ -137,7 +154,7 @@ class CheckedDetector:
         pair = Image.new("RGB", (2 * picture.width, picture.height))
         for left in (0, picture.width):
             pair.paste(picture, (left, 0))
-        (detections,) = self.detector([pair])
+        (detections,) = self._detect([pair])
         scores = sorted((found.score for found in detections if geneval_name(found.label) == name), reverse=True)
         number = sum(score > self.counting_threshold for score in scores)
         if number < 2:

@@ -271,7 +271,7 @@ def judge(
         detections (`Iterable[Detection]`):
             What was detected.
         find_color (`Callable[[Detection], str]`, *optional*):
-            Tells the color of an object. Needed if the specification names colors.
+            Names the color of an object. Needed if the specification names colors.
         threshold (`float`, *optional*, defaults to `0.3`):
             Score above which a detection counts.
         counting_threshold (`float`, *optional*, defaults to `0.9`):
@@ -285,7 +285,7 @@ def judge(
     """
     if specification.needs_colors and find_color is None:
         raise ValueError(
-            f"The specification {specification} names colors, which boxes do not tell. Give a color classifier, or leave "
+            f"The specification {specification} names colors, which cannot be seen from boxes. Give a color classifier, or leave "
             "out the prompts with colors."
         )
     objects = confident_objects(detections, counting_threshold if specification.tag == "counting" else threshold)

@@ -1,10 +1,10 @@
 """The columns of a preference dataset and the types they may have."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Features, Image, LargeList, List, Value
+from datasets import Image, LargeList, List, Value
 
 from .faults import Finding, Place
 
@@ -29,6 +29,8 @@ class Column:
             What it is good for.
         is_required (`bool`, *optional*, defaults to `False`):
             Whether a preference dataset must have it.
+        is_usual (`bool`, *optional*, defaults to `True`):
+            Whether its absence is worth a note.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Column:
     accepts: Callable[[Any], bool]
     purpose: str
     is_required: bool = False
+    is_usual: bool = True
 
 
 def _dtype(feature: Any) -> str:
@@ -48,6 +51,10 @@ def _is_text(feature: Any) -> bool:
 
 def _is_integer(feature: Any) -> bool:
     return _dtype(feature).startswith(("int", "uint"))
+
+
+def _is_number(feature: Any) -> bool:
+    return _dtype(feature).startswith(("int", "uint", "float"))
 
 
 def _is_image(feature: Any) -> bool:
@@ -73,10 +80,11 @@ _COLUMNS = (
     Column("chosen", _IMAGES, _is_image, "the preferred image", is_required=True),
     Column("rejected", _IMAGES, _is_image, "the other image", is_required=True),
     Column("perturbed_prompt", "strings", _is_text, "it gives every pair's reverse pair"),
+    Column("margin", "numbers", _is_number, "by how much the chosen image is better", is_usual=False),
     Column("level", "integers", _is_integer, "it tells accuracies apart by the number of changed relations"),
     Column(
         "operations",
-        "lists of {'operation', 'before', 'after'}",
+        "lists of {'operation', 'before', 'after'}, the last two as `relations`",
         _is_list_of("operation"),
         "it tells what was changed",
     ),
@@ -90,13 +98,13 @@ _COLUMNS = (
 COLUMNS = {column.name: column for column in _COLUMNS}
 
 
-def check_columns(features: Features, split: str) -> tuple[list[str], list[Finding]]:
+def check_columns(features: Mapping[str, Any], split: str) -> tuple[list[str], list[Finding]]:
     """
-    Compare the columns of a split with those of a preference dataset.
+    Compares the columns of a split with those of a preference dataset.
 
     Args:
         features ([`~datasets.Features`]):
-            Columns of the split and their types.
+            Columns of the split and their types; `None` for a type that is not known, which is not checked.
         split (`str`):
             Name of the split.
 
@@ -108,11 +116,15 @@ def check_columns(features: Features, split: str) -> tuple[list[str], list[Findi
     usable, findings = [], []
     for column in COLUMNS.values():
         feature = features.get(column.name)
-        is_absent = feature is None or (_dtype(feature) == "null" and not column.is_required)
-        if not is_absent and column.accepts(feature):
+        is_absent = column.name not in features or (_dtype(feature) == "null" and not column.is_required)
+        if is_absent:
+            if column.is_required or column.is_usual:
+                findings.append(_absent_column(column.name, split, features))
+        elif feature is None or column.accepts(feature):
             usable.append(column.name)
         else:
-            findings.append(_absent(column, split, features) if is_absent else _wrong(column, split, feature))
+            reason = f"holds {feature}, not {column.holds}. Convert it with `dataset.map` or `dataset.cast_column`."
+            findings.append(Finding("wrong_type", Place(split, column=column.name), "the column", reason))
     for name in features:
         if name not in COLUMNS:
             reason = "is not a column of preference datasets; it is not checked."
@@ -120,17 +132,37 @@ def check_columns(features: Features, split: str) -> tuple[list[str], list[Findi
     return usable, findings
 
 
-def _absent(column: Column, split: str, features: Features) -> Finding:
-    place = Place(split, column=column.name)
-    if not column.is_required:
+def pick_columns(features: Mapping[str, Any], use_reverse_pairs: bool | None, split: str) -> list[str]:
+    """
+    The columns that training uses, of those that are there.
+
+    Args:
+        features ([`~datasets.Features`]), split (`str`):
+            As in [`check_columns`].
+        use_reverse_pairs (`bool`, *optional*):
+            Whether `perturbed_prompt` is used. If `None`, when it is there.
+
+    Raises:
+        `ValueError`: If a needed column is missing or one that is used is of a wrong type.
+    """
+    used = ["prompt", *IMAGE_COLUMNS, "margin"] + (["perturbed_prompt"] if use_reverse_pairs is not False else [])
+    usable, findings = check_columns(features, split)
+    if use_reverse_pairs and "perturbed_prompt" not in usable:
+        findings.append(_absent_column("perturbed_prompt", split, features, is_required=True))
+    for finding in findings:
+        if finding.severity == "error" and finding.place.column in used:
+            raise ValueError(str(finding))
+    return [column for column in used if column in usable]
+
+
+def _absent_column(name: str, split: str, features: Mapping[str, Any], *, is_required: bool = False) -> Finding:
+    """The finding that a column is not there: an error if it is required, otherwise a note."""
+    column, place = COLUMNS[name], Place(split, column=name)
+    if not column.is_required and not is_required:
         return Finding("absent_column", place, "the column", f"is not there; {column.purpose}.")
     reason = (
         f"is missing: it must hold {column.holds}, {column.purpose}. There are {', '.join(features)}; rename yours with "
-        f"`dataset.rename_column(..., {column.name!r})`."
+        f"`dataset.rename_column(..., {name!r})`"
+        + (", or set `use_reverse_pairs` to False." if name == "perturbed_prompt" else ".")
     )
     return Finding("missing_column", place, "the column", reason)
-
-
-def _wrong(column: Column, split: str, feature: Any) -> Finding:
-    reason = f"holds {feature}, not {column.holds}. Convert it with `dataset.map` or `dataset.cast_column`."
-    return Finding("wrong_type", Place(split, column=column.name), "the column", reason)

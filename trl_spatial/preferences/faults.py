@@ -1,7 +1,10 @@
-"""What a validation finds: in which place, what is there, what is wrong with it."""
+"""What can be wrong with a preference dataset, and the place where it is."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import pyarrow as pa
+from PIL import Image as PILImage
 
 
 # Kind of finding → how grave it is, and what the report calls it. An error makes the dataset unfit for training.
@@ -9,7 +12,9 @@ KINDS: dict[str, tuple[str, str]] = {
     "missing_column": ("error", "required columns that are missing"),
     "wrong_type": ("error", "columns of a wrong type"),
     "empty_split": ("error", "splits without rows"),
-    "bad_prompt": ("error", "prompts that are missing or empty"),
+    "bad_prompt": ("error", "prompts that are missing or cannot be used"),
+    "bad_margin": ("error", "margins that are not finite numbers"),
+    "too_long": ("error", "rows with too many tokens"),
     "bad_image": ("error", "images that are missing or damaged"),
     "same_images": ("error", "pairs of one and the same image"),
     "same_prompts": ("error", "perturbed prompts that are the prompt itself"),
@@ -53,7 +58,7 @@ class Place:
 @dataclass(frozen=True)
 class Finding:
     """
-    One thing that a validation found.
+    One thing that is wrong, or worth knowing.
 
     Args:
         kind (`str`):
@@ -90,12 +95,16 @@ class Finding:
 
 
 def shorten(value: Any) -> str:
-    """A value as a message shows it: bytes by their number, an image file by its name, long texts by both ends."""
-    if isinstance(value, dict) and {"bytes", "path"} >= set(value):
+    """A value as a message shows it: bytes by their number, images by their size or name, long texts by both ends."""
+    if isinstance(value, dict) and value and {"bytes", "path"} >= set(value):
         value = value.get("path") or value.get("bytes")
-    if isinstance(value, (bytes, bytearray)):
+    elif isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {shorten(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (bytes, bytearray, pa.Buffer)):
         return f"<{len(value)} bytes>"
-    return clip(repr(value), 80)
+    if isinstance(value, PILImage.Image):
+        return f"<image of {value.width}x{value.height} pixels>"
+    return clip(repr(value), 99)
 
 
 def clip(text: str, length: int) -> str:

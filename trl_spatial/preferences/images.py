@@ -45,7 +45,7 @@ def open_image(image: Any) -> Image.Image:
     if not isinstance(image, Image.Image):
         image = _open_file(_as_file(image))
     elif image.format not in (None, "MPO", *FORMATS):
-        raise ValueError(f"is a {image.format} file; convert it to one of {', '.join(FORMATS)}")
+        raise ValueError(f"is a {image.format} file, not one of {', '.join(FORMATS)}; convert it to PNG")
     width, height = image.size
     if width == 0 or height == 0:
         raise ValueError(f"has no pixels ({width}x{height})")
@@ -136,7 +136,9 @@ def _open_file(file: Any) -> Image.Image:
     try:
         return Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise ValueError(f"cannot be opened (no {', '.join(FORMATS)} file, or damaged at its start)") from error
+        raise ValueError(
+            f"is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file, or its start is damaged"
+        ) from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"is too large: shrink it to at most {MAX_PIXELS // 10**6} million pixels") from error
     except Exception as error:  # each format has its own: OSError, SyntaxError, struct.error, ...
@@ -187,8 +189,8 @@ def _to_srgb(image: Image.Image, profile: bytes, mode: str) -> Image.Image:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         if _PROFILE_MODES.get(source.profile.xcolor_space) != mode:
             raise OSError(f"it is of color space {source.profile.xcolor_space.strip()}")
-        srgb = ImageCms.createProfile("sRGB")
-        return ImageCms.buildTransform(source, srgb, mode, "RGB").apply(image.convert(mode))
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        return transform.apply(image.convert(mode))
     except (OSError, ImageCms.PyCMSError) as error:
         warnings.warn(f"An image has a color profile that cannot be applied and is ignored ({error}).", stacklevel=2)
         return image

@@ -1,190 +1,99 @@
-"""Which rows of a preference dataset cannot be used, and why."""
+"""What makes a row of a preference dataset unusable: the one table for training and for validation."""
 
 import filecmp
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-from datasets import Features, Image, Value
 from PIL import Image as PILImage
 
-from .images import load_image, open_image
+from .columns import IMAGE_COLUMNS, PROMPT_COLUMNS
+from .faults import Finding, Place, shorten
+from .images import image_digest, load_image, open_image
+from .prompts import clean_prompt
 
 
-IMAGE_COLUMNS = ("chosen", "rejected")
 WAY_OUT = "Repair or remove the row, or set `skip_bad_rows` to leave such rows out and list them."
 
 
 @dataclass(frozen=True)
-class BadRow:
+class ImageFacts:
     """
-    A row that cannot be used, and why.
+    What is known of an image.
 
     Args:
-        dataset (`str`):
-            Name of the dataset, such as `"train"`.
-        row (`int`):
-            Number of the row, from 0. In a stream that several workers read, each worker counts its own rows.
-        column (`str`):
-            Name of the column at fault.
-        value (`str`):
-            The value, shortened.
-        reason (`str`):
-            What is wrong with it, as a sentence whose subject is the value.
+        width (`int`), height (`int`):
+            Its size in pixels: upright if it was decoded, otherwise as it is stored.
+        mode (`str`):
+            Pillow's name of the pixels in the file, for example `"RGB"`.
+        digest (`bytes`, *optional*):
+            Hash of its pixels, see [`~preferences.images.image_digest`]. `None` if it was not decoded.
     """
 
-    dataset: str
-    row: int
-    column: str
-    value: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"Row {self.row} of the {self.dataset} dataset, column `{self.column}`: {self.value} {self.reason}"
+    width: int
+    height: int
+    mode: str
+    digest: bytes | None = None
 
 
-class _Fault(Exception):
-    def __init__(self, column: str, value: Any, reason: str):
-        self.column, self.value, self.reason = column, shorten(value), reason
+def look_at_image(value: Any, *, decode: bool) -> ImageFacts | ValueError:
+    """The facts of an image, or why it cannot be used. Without `decode` only its header is read."""
+    try:
+        opened = open_image(value)
+        if not decode:
+            return ImageFacts(*opened.size, opened.mode)
+        image = load_image(value)
+    except ValueError as error:
+        return error
+    return ImageFacts(*image.size, opened.mode, image_digest(image))
 
 
-class RowChecker:
+def find_faults(
+    row: Mapping[str, Any], images: Mapping[str, ImageFacts | ValueError], place: Place
+) -> Iterator[Finding]:
     """
-    Tells whether a row of a preference dataset can be used.
+    Finds what makes a row unusable.
 
     Args:
-        processor ([`~gaussian_reward.processing.SpatialScoreProcessor`]):
-            Processor that will encode the rows.
-        use_reverse_pairs (`bool`):
-            Whether the `perturbed_prompt` is used too.
-        max_length (`int`, *optional*):
-            Maximum number of tokens of a row, image tokens included.
-        decode_images (`bool`, *optional*, defaults to `False`):
-            Whether images are decoded. Otherwise only their headers are read, and damage further on stays unseen.
+        row (`Mapping[str, Any]`):
+            Its values. Only columns that training uses are looked at, and only those that are there.
+        images (`Mapping[str, ImageFacts | ValueError]`):
+            Column → what [`look_at_image`] says of the row's image.
+        place ([`~preferences.faults.Place`]):
+            Split and number of the row.
+
+    Yields:
+        [`~preferences.faults.Finding`]: An error.
     """
 
-    def __init__(
-        self,
-        processor: Any,
-        *,
-        use_reverse_pairs: bool,
-        max_length: int | None = None,
-        decode_images: bool = False,
-    ):
-        self.processor = processor
-        self.prompt_columns = ("prompt", "perturbed_prompt") if use_reverse_pairs else ("prompt",)
-        self.max_length = max_length
-        self.decode_images = decode_images
+    def found(kind: str, column: str, reason: str) -> Finding:
+        return Finding(kind, Place(place.split, place.row, column), shorten(row[column]), reason)
 
-    def find_fault(self, row: dict[str, Any], dataset_name: str, row_number: int) -> BadRow | None:
-        """Returns the first fault of the row, or `None` if it can be used."""
-        try:
-            self._check_prompts(row)
-            self._check_margin(row)
-            self._check_lengths(row, self._check_images(row))
-        except _Fault as fault:
-            return BadRow(dataset_name, row_number, fault.column, fault.value, fault.reason)
-        return None
-
-    def _check_prompts(self, row: dict[str, Any]) -> None:
-        for column in self.prompt_columns:
-            prompt = row.get(column)
-            if not isinstance(prompt, str):
-                raise _Fault(column, prompt, f"is a {type(prompt).__name__}, not a string.")
-            if not prompt.strip():
-                raise _Fault(column, prompt, "is empty.")
-        if len(self.prompt_columns) > 1 and row["prompt"] == row["perturbed_prompt"]:
-            raise _Fault("perturbed_prompt", prompt, "is the prompt itself, so the reverse pair contradicts the pair.")
-
-    def _check_margin(self, row: dict[str, Any]) -> None:
-        margin = row.get("margin", 0.0)
-        if not isinstance(margin, Real) or not math.isfinite(margin):
-            raise _Fault("margin", margin, "is not a finite number.")
-
-    def _check_images(self, row: dict[str, Any]) -> list[tuple[int, int]]:
-        """Returns width and height of the two images."""
-        sizes = []
-        for column in IMAGE_COLUMNS:
+    prompts = []
+    for column in PROMPT_COLUMNS:
+        if column in row:
             try:
-                sizes.append((load_image if self.decode_images else open_image)(row.get(column)).size)
+                prompts.append(clean_prompt(row[column]))
             except ValueError as error:
-                raise _Fault(column, row.get(column), f"{error}.") from error
-        if is_same_image(row["chosen"], row["rejected"]):
-            raise _Fault("rejected", row["rejected"], "is the chosen image: there is nothing to prefer.")
-        return sizes
-
-    def _check_lengths(self, row: dict[str, Any], sizes: list[tuple[int, int]]) -> None:
-        if self.max_length is None:
-            return
-        images = list(zip(IMAGE_COLUMNS, sizes, strict=True))
-        rows = [(prompt_column, *image) for prompt_column in self.prompt_columns for image in images]
-        lengths = self.processor.num_tokens(
-            [row[prompt_column] for prompt_column, _, _ in rows], [size for _, _, size in rows]
+                yield found("bad_prompt", column, f"{error}.")
+    if len(prompts) == 2 and prompts[0] == prompts[1]:
+        yield found(
+            "same_prompts", "perturbed_prompt", "is the prompt itself, so the reverse pair contradicts the pair."
         )
-        for (prompt_column, image_column, (width, height)), length in zip(rows, lengths, strict=True):
-            if length > self.max_length:
-                raise _Fault(
-                    prompt_column,
-                    row[prompt_column],
-                    f"makes {length} tokens with the {image_column} image of {width}x{height} pixels, but `max_length` "
-                    f"is {self.max_length}. Raise `max_length`, lower `max_pixels`, or shorten the prompt.",
-                )
-
-
-def pick_columns(names: list[str], use_reverse_pairs: bool | None, dataset_name: str) -> list[str]:
-    """
-    Returns the columns that are used, of those the dataset has.
-
-    Raises:
-        `ValueError`: If a needed column is missing; the message says how to rename.
-    """
-    columns = ["prompt", *IMAGE_COLUMNS]
-    if use_reverse_pairs:
-        columns.append("perturbed_prompt")
-    for column in columns:
-        if column not in names:
-            raise ValueError(
-                f"The {dataset_name} dataset has no column `{column}`; it has {sorted(names)}. Rename yours with "
-                f"`dataset.rename_column(..., {column!r})`"
-                + (", or set `use_reverse_pairs` to False." if column == "perturbed_prompt" else ".")
-            )
-    optional = ["margin"] if use_reverse_pairs is not None else ["margin", "perturbed_prompt"]
-    return columns + [column for column in optional if column in names]
-
-
-def check_types(features: Features, columns: list[str], dataset_name: str) -> None:
-    """
-    Checks what the columns hold.
-
-    Raises:
-        `ValueError`: If a column cannot hold what it should; the message says what it holds.
-    """
-    for column in columns:
-        feature = features[column]
-        dtype = feature.dtype if isinstance(feature, Value) else None
-        if column in IMAGE_COLUMNS:
-            expected = "images (`Image`, paths, bytes or {'bytes', 'path'} dictionaries)"
-            is_right = (
-                isinstance(feature, Image)
-                or dtype in ("string", "large_string", "binary", "large_binary")
-                or (isinstance(feature, dict) and {"bytes", "path"}.issuperset(feature))
-            )
-        elif column == "margin":
-            expected = "numbers"
-            is_right = dtype is not None and dtype.startswith(("int", "uint", "float"))
-        else:
-            expected = "strings"
-            is_right = dtype in ("string", "large_string")
-        if not is_right:
-            raise ValueError(
-                f"Column `{column}` of the {dataset_name} dataset holds {feature}, not {expected}. Convert it with "
-                "`dataset.map` or `dataset.cast_column`."
-            )
+    if "margin" in row and not (isinstance(row["margin"], Real) and math.isfinite(row["margin"])):
+        yield found("bad_margin", "margin", "is not a finite number.")
+    for column, image in images.items():
+        if isinstance(image, ValueError):
+            yield found("bad_image", column, f"{image}.")
+    chosen, rejected = (images.get(column) for column in IMAGE_COLUMNS)
+    if isinstance(chosen, ImageFacts) and isinstance(rejected, ImageFacts):
+        is_same = chosen.digest == rejected.digest if chosen.digest else is_same_image(row["chosen"], row["rejected"])
+        if is_same:
+            yield found("same_images", "rejected", "shows the chosen image: there is nothing to prefer.")
 
 
 def is_same_image(image: Any, other: Any) -> bool:
@@ -198,27 +107,20 @@ def is_same_image(image: Any, other: Any) -> bool:
     return type(image) is type(other) and image == other
 
 
-def shorten(value: Any) -> str:
-    """Shows a value in a message: images by their size, long texts by both ends."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key!r}: {shorten(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, (bytes, pa.Buffer)):
-        return f"<{len(value)} bytes>"
-    if isinstance(value, PILImage.Image):
-        return f"<image of {value.width}x{value.height} pixels>"
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:48]}...{text[-48:]}"
-
-
-def write_bad_rows(bad_rows: Sequence[BadRow], path: Path | None) -> None:
-    """Appends rows to a JSON-lines file; one write per call, so that workers do not mix their lines."""
-    if path is not None and bad_rows:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(asdict(bad_row)) + "\n" for bad_row in bad_rows))
-
-
 def _content(image: Any) -> Any:
     if isinstance(image, dict):
         return image.get("path") if image.get("bytes") is None else image["bytes"]
     return str(image) if isinstance(image, Path) else image
+
+
+def write_bad_rows(findings: Sequence[Finding], path: Path | None) -> None:
+    """Appends rows to a JSON-lines file; one write per call, so that workers do not mix their lines."""
+    if path is not None and findings:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        records = [
+            {"dataset": found.place.split, "row": found.place.row, "column": found.place.column, "kind": found.kind}
+            | {"value": found.value, "reason": found.reason}
+            for found in findings
+        ]
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))

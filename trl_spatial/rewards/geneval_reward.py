@@ -213,7 +213,7 @@ class GenEvalReward:
             self.detector.check_class(name)
         if specification.needs_colors and self.color_classifier is None:
             raise ValueError(
-                "Its objects have colors, which boxes do not tell. Give `color_classifier`, on the command line "
+                "Its objects have colors, which cannot be seen from boxes. Give `color_classifier`, on the command line "
                 "geneval:DETECTOR,CLASSIFIER with a model of zero-shot image classification; or leave out such prompts."
             )
 

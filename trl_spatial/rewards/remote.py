@@ -29,7 +29,7 @@ class RemoteReward:
     Asks a server for the means of SpatialScores: a reward function that needs no memory and no time of this process's device.
 
     A request that fails is made again, with growing pauses or after the time that the server asks for. If all tries fail, the
-    rewards of its images are `None`, never 0, and a warning says how many: training goes on with the others.
+    rewards of its images are `None`, never 0, and a warning says how many: training continues with the others.
 
     Args:
         url (`str`):

@@ -1,7 +1,7 @@
 """An exact small world: scene graphs, their words, their pictures, and a checker that reads the pictures."""
 
 from .checking import RelationCheck, SceneCheck, check_scene, locate_objects
-from .dataset import make_preference_dataset, make_prompt_dataset
+from .dataset import describe_changes, make_preference_dataset, make_prompt_dataset
 from .graph import COLORS, SPLITS, Entity, Relation, SceneGraph, mirror, sample_entities
 from .layout import LayoutError, PlacedObject, is_placeable, place_scene, place_together, sample_radii
 from .perturbation import Operation, perturb, sample_graph
@@ -30,6 +30,7 @@ __all__ = [
     "Style",
     "Verdict",
     "check_scene",
+    "describe_changes",
     "describe_scene",
     "is_placeable",
     "locate_objects",

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .wording import LENGTHS, describe_scene
 # What drew the images. It names the renderer and no version, so that the same seed gives the same data.
 GENERATOR = "trl_spatial.scenes"
 
+_RELATION = {"relation": Value("string"), "arguments": List(Value("string"))}
 FEATURES = Features(
     {
         "prompt": Value("string"),
@@ -30,8 +31,8 @@ FEATURES = Features(
         "rejected": Image(),
         "perturbed_prompt": Value("string"),
         "level": Value("int32"),
-        "operations": List({"operation": Value("string"), "before": Value("string"), "after": Value("string")}),
-        "relations": List({"relation": Value("string"), "arguments": List(Value("string"))}),
+        "operations": List({"operation": Value("string"), "before": _RELATION, "after": _RELATION}),
+        "relations": List(_RELATION),
         "scene": Value("string"),
         "generator": Value("string"),
         "seed": Value("int64"),
@@ -89,7 +90,8 @@ def make_preference_dataset(
         - `prompt` (`str`) and `perturbed_prompt` (`str`): what the chosen and what the rejected image shows.
         - `chosen` and `rejected` ([`~datasets.Image`]): PNG images of `image_size` by `image_size` pixels, in RGB.
         - `level` (`int`): number of changed relations.
-        - `operations` (`list[dict[str, str]]` of length `level`): each change, as `operation`, `before` and `after`.
+        - `operations` (`list[dict]` of length `level`): each change, as `operation`, and `before` and `after` as `relation`
+          and `arguments`. [`describe_changes`] puts them into words.
         - `relations` (`list[dict]`): the relations of the prompt, as `relation` and `arguments`.
         - `scene` (`str`): what the chosen image shows, in short sentences, even if the prompt is long:
           [`parse_description`] makes the scene's graph of it, and [`~trl_spatial.rewards.SceneRules`] reads it.
@@ -301,7 +303,10 @@ def _row(
         "rejected": images[1],
         "perturbed_prompt": texts[1],
         "level": level,
-        "operations": [{"operation": o.operation, "before": str(o.before), "after": str(o.after)} for o in operations],
+        "operations": [
+            {"operation": o.operation, "before": _relation_row(o.before), "after": _relation_row(o.after)}
+            for o in operations
+        ],
         "relations": [_relation_row(relation) for relation in graph.relations],
         "scene": describe_scene(graph, seed=wording),
         "generator": GENERATOR,
@@ -312,3 +317,21 @@ def _row(
 def _relation_row(relation: Relation) -> dict:
     arguments = [str(entity) for entity in relation.arguments] + ([relation.region] if relation.region else [])
     return {"relation": relation.name, "arguments": arguments}
+
+
+def describe_changes(operations: Sequence[Mapping[str, Any]]) -> str:
+    """
+    Puts the changes between the two images of a pair into words.
+
+    Args:
+        operations (`Sequence[Mapping[str, Any]]`):
+            Value of the column `operations`. Older datasets hold `before` and `after` as strings, which are taken too.
+
+    Returns:
+        `str`: For example `"left_of(red circle, blue square) to right_of(red circle, blue square)"`.
+    """
+    return "; ".join(f"{_text(operation['before'])} to {_text(operation['after'])}" for operation in operations)
+
+
+def _text(relation: Mapping[str, Any] | str) -> str:
+    return relation if isinstance(relation, str) else f"{relation['relation']}({', '.join(relation['arguments'])})"

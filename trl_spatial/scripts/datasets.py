@@ -2,18 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from ..preferences.faults import shorten
-from ..preferences.prompts import clean_prompt
-
-
-# "NA" and "null" are words here; an empty cell has no value. The encoding drops the byte order mark of Windows.
-READER_OPTIONS: dict[str, dict[str, Any]] = {
-    "parquet": {},
-    "json": {"encoding": "utf-8-sig"},
-    "csv": {"encoding": "utf-8-sig", "keep_default_na": False, "na_values": [""]},
-}
+from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
@@ -41,30 +30,19 @@ def load_dataset_dict(
 
     Raises:
         `FileNotFoundError`: If `name_or_path` is neither a file or folder nor like a name on the Hub.
-        `ValueError`: If a file is of another kind, or a dataset on the Hub holds pickles or code.
+        `ValueError`: If a file is damaged, empty or of another type, or names files elsewhere; if a dataset on the Hub holds
+        pickles or code.
         `HubError`: If a dataset on the Hub is not there, may not be read, or cannot be reached.
     """
-    from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
+    from datasets import load_dataset
 
     from ..hub import check_repository, explain_errors, find_reference
+    from ..preferences.files import FILE_TYPES, load_files
 
     path = Path(name_or_path)
-    if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
-        loaded = load_from_disk(path)
-        splits = DatasetDict({"train": loaded}) if isinstance(loaded, Dataset) else loaded
-        return (
-            IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in splits.items()})
-            if streaming
-            else splits
-        )
-    builder = {".jsonl": "json"}.get(path.suffix, path.suffix.removeprefix("."))
-    if path.is_file():
-        if builder not in ("parquet", "json", "csv"):
-            raise ValueError(f"{path} is not a .parquet, .json, .jsonl or .csv file.")
-        return load_dataset(builder, data_files=str(path), streaming=streaming, **READER_OPTIONS[builder])
-    if path.is_dir():
-        return load_dataset(str(path), streaming=streaming)
-    if builder in ("parquet", "json", "csv"):  # a name on the Hub may have a point, but not these
+    if path.exists():
+        return load_files(path, config_name=config_name, streaming=streaming)
+    if path.suffix.lower() in FILE_TYPES:  # a name on the Hub may have a point, but not these
         raise FileNotFoundError(f"There is no file or folder {name_or_path}.")
     reference = find_reference(name_or_path, kind="dataset")
     check_repository(reference, kind="dataset")
@@ -116,7 +94,10 @@ def load_prompts(
         `ValueError`: If there are no prompts or no such split.
         `FileNotFoundError`: If there is no such file or dataset.
     """
-    from datasets import Dataset, DatasetDict, Image
+    from datasets import Image
+
+    from ..preferences.faults import shorten
+    from ..preferences.prompts import clean_prompt
 
     kind, _, number = source.partition(":")
     if kind == "scenes":
@@ -125,12 +106,11 @@ def load_prompts(
         if not re.fullmatch(r"[0-9]+", number):
             raise ValueError(f"The prompts are {source!r}. Say how many scenes: scenes:1000.")
         return make_prompt_dataset(int(number), split=split)
-    if source.endswith(".txt"):
-        if not Path(source).is_file():
-            raise FileNotFoundError(f"There is no file {source}. It should hold the prompts, one per line.")
-        splits = DatasetDict({"train": Dataset.from_dict({"prompt": _read_lines(Path(source))})})
-    else:
-        splits = load_dataset_dict(source, config_name=config_name)
+    splits = (
+        _read_lines(Path(source))
+        if source.lower().endswith(".txt")
+        else load_dataset_dict(source, config_name=config_name)
+    )
     prompts = pick_split(splits, next(iter(splits)) if use_only_split and len(splits) == 1 else split, source)
     if "prompt" not in prompts.column_names or len(prompts) == 0:
         raise ValueError(
@@ -139,25 +119,27 @@ def load_prompts(
         )
     # prompts of preference pairs come without their images, which would be decoded for every row
     prompts = prompts.remove_columns([name for name, kind in prompts.features.items() if isinstance(kind, Image)])
-    texts = prompts["prompt"][:]
-    cleaned = [_clean(text, index, source) for index, text in enumerate(texts)]
-    if cleaned == texts:
-        return prompts
-    return prompts.add_column("cleaned", cleaned).remove_columns("prompt").rename_column("cleaned", "prompt")
+    columns, texts, cleaned = prompts.column_names, list(prompts["prompt"]), []
+    for row, text in enumerate(texts):
+        try:
+            cleaned.append(clean_prompt(text))
+        except ValueError as error:
+            raise ValueError(f"{source}, row {row}, column `prompt`: {shorten(text)} {error}.") from error
+    if cleaned != texts:
+        prompts = prompts.rename_column("prompt", "__prompt__").add_column("prompt", cleaned).select_columns(columns)
+    return prompts
 
 
-def _read_lines(file: Path) -> list[str]:
-    """The lines of a text file but the blank ones. Only line feeds and carriage returns end a line."""
+def _read_lines(path: Path) -> "DatasetDict":
+    """The lines of a text file that are not blank, as the split `"train"`."""
+    from datasets import Dataset, DatasetDict
+
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}. It should hold the prompts, one per line.")
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        # universal newlines are \n, \r and \r\n; `str.splitlines` would also cut at U+2028 and the like
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{file}, line {line}, is not UTF-8 ({error.reason}). Save the file as UTF-8.") from error
-    return [line for line in re.split("\r\n|\n|\r", text) if line.strip("\ufeff \t")]
-
-
-def _clean(prompt: Any, index: int, source: str) -> str:
-    try:
-        return clean_prompt(prompt)
-    except ValueError as error:
-        raise ValueError(f"{source}, row {index}, `prompt`: {shorten(prompt)} {error}.") from error
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line} is not UTF-8 text. Save the file as UTF-8.") from error
+    return DatasetDict({"train": Dataset.from_dict({"prompt": [line for line in lines if line.strip()]})})

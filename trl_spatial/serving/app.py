@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import html
 import math
+import re
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
@@ -244,12 +245,12 @@ def _closing() -> Refusal:
 def _make_answer(rows: list[Row], scores: list[Any]) -> ScoreAnswer:
     answer = ScoreAnswer(mean=[], std=[], errors=[])
     remaining = iter(scores)
-    for row in rows:
+    for number, row in enumerate(rows):
         mean, std, error = None, None, row.error
         if error is None:
             score = next(remaining)
-            if isinstance(score, ValueError):  # in words, about this row
-                error = str(score)
+            if isinstance(score, ValueError):  # in words, about this row, which was scored alone: as row 0
+                error = re.sub(r"(\brow |images\[|prompts\[)0\b", rf"\g<1>{number}", str(score))
             elif isinstance(score, BaseException):
                 error = f"could not be scored ({type(score).__name__})"
             elif not all(map(math.isfinite, score)):

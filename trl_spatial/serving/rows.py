@@ -1,6 +1,7 @@
 """From the JSON of a request to prompts and images: what is wrong with one row costs that row alone."""
 
 import base64
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError, model_validator
 
 from ..preferences.images import load_image, open_image
+from ..preferences.prompts import clean_prompt
 from .intake import Refusal
 from .limits import Limits
 
@@ -72,14 +74,15 @@ def read_rows(body: bytes | bytearray, limits: Limits) -> list[Row]:
         [`Refusal`]: With 422 if it is not a request, with 413 if it has too many rows.
     """
     try:
-        request = ScoreRequest.model_validate_json(body)
+        # by the standard library: pydantic's parser refuses half a surrogate pair, which would cost the other rows their scores
+        request = ScoreRequest.model_validate(json.loads(body))
     except ValidationError as error:
         fault = error.errors(include_input=False, include_url=False)[0]
-        if fault["type"] == "json_invalid":
-            raise Refusal(422, "The request is not JSON.") from None
         if fault["type"] == "value_error":
             raise Refusal(422, str(fault["ctx"]["error"])) from None
         raise Refusal(422, 'Send {"prompts": [...], "images": [...]}: two lists of strings.') from None
+    except (ValueError, RecursionError):
+        raise Refusal(422, "The request is not JSON.") from None
     if len(request.images) > limits.max_images:
         raise Refusal(413, f"There are {len(request.images)} images: send at most {limits.max_images} at a time.")
     return [
@@ -89,13 +92,15 @@ def read_rows(body: bytes | bytearray, limits: Limits) -> list[Row]:
 
 
 def _read_row(number: int, prompt: Any, image: Any, limits: Limits) -> Row:
-    if not isinstance(prompt, str):
-        return Row("", error=f"prompts[{number}] is a {type(prompt).__name__}, not a string")
-    if len(prompt) > limits.max_prompt_length:
+    if isinstance(prompt, str) and len(prompt) > limits.max_prompt_length:
         return Row(
             "",
             error=f"prompts[{number}] has {len(prompt)} characters: send at most {limits.max_prompt_length}",
         )
+    try:
+        prompt = clean_prompt(prompt)
+    except ValueError as error:
+        return Row("", error=f"prompts[{number}] {error}")
     try:
         opened = open_image(_decode_base64(image, limits.max_image_bytes))
         if opened.width * opened.height > limits.max_pixels:

@@ -35,9 +35,10 @@ Which image shows the prompt best? Write a prompt that says where things are, ad
 Model: {model}
 """
 EXPLANATION = """
-**Higher is better.** The mean says how well the objects of the prompt stand where the prompt puts them, the standard
-deviation (±) how sure the model is, and P(better than next) how probable it is that an image is preferred to the one
-ranked below it. Scores compare images of the same prompt, not images of different prompts. Left and right are the
+**Higher is better.** The mean says how well the objects of the prompt stand where the prompt puts them. The standard
+deviation (±) is the spread that the model learnt on its training pairs: it does not warn of images or prompts that are
+unlike those. P(better than next) is how probable the model finds it that an image is preferred to the one ranked below it.
+Scores compare images of the same prompt, not images of different prompts. Left and right are the
 viewer's: left is the left side of the image.
 """
 HEADERS = ["Rank", "Image", "Mean", "Std", "P(better than next)"]

@@ -192,7 +192,7 @@ def _check_resumable(folder: Path, checkpoint: Path) -> None:
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
-    """What `run.json` of a run's folder or checkpoint says; empty without that file."""
+    """The content of `run.json` in a run's folder or a checkpoint; empty without that file."""
     return read_record(Path(folder) / RUN_FILE)
 
 
