@@ -200,7 +200,8 @@ def test_nothing_that_is_exported_is_a_pickle(make_trainer, tmp_path):
     trainer.train()
     trainer.save_model()
     files = [path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*.*")]
-    assert set(files) == {"pytorch_lora_weights.safetensors", "card.json", "README.md"}
+    weights = {"pytorch_lora_weights.safetensors", "card.json", "README.md"}
+    assert set(files) == weights | {"run.json", "checkpoint.json", ".lock"}
 
 
 def test_a_pipeline_is_loaded_from_a_folder(make_trainer, flux_folder):

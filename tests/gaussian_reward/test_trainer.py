@@ -649,8 +649,9 @@ def test_what_is_pushed_of_a_checkpoint_is_what_it_holds(pushed):
         title = f"Training in progress, step {step}"
         held = {path.name: path.read_bytes() for path in (folder / "all" / f"checkpoint-{step}").iterdir()}
         # what resumes a training
-        model = {name: data for name, data in held.items() if not name.endswith(PICKLES) and "state" not in name}
-        assert len(held) - len(model) == 4 and len(model) >= 6
+        private = ("trainer_state.json", "run.json", "checkpoint.json", *PICKLES)
+        model = {name: data for name, data in held.items() if not name.endswith(private)}
+        assert len(held) - len(model) == 6 and len(model) >= 6
         at_top = {name: data for name, data in hub.history["tester/all", title].items() if "/" not in name}
         assert at_top.keys() == model.keys()
         # made anew for the Hub: the local path of the backbone is not for others, and the card names the repository
