@@ -40,7 +40,7 @@ COMMANDS = {
     f"--gradient_checkpointing false {TRAINING}",
     "demo": "demo --reward_steps 2 --grpo_steps 2 --num_train_pairs 8 --num_test_pairs 8 --num_prompts 4 --output_dir out",
     "data": "data make --num_pairs 40 --num_test_pairs 8 --image_size 32 --output out",
-    "score": "score --model scorer --dataset pairs --output out.jsonl",
+    "score": "score --model scorer --input pairs --image_column chosen --output out.jsonl",
 }
 
 
