@@ -1,0 +1,161 @@
+"""
+Kills commands at random moments and runs them again, until they end, and compares the result with that of an undisturbed
+run, tensor by tensor:
+
+    python recipes/bench/faults.py --num_kills 100 --commands reward grpo data score
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+import trl_spatial
+
+
+TINY_MODELS = Path(trl_spatial.__file__).parent / "tiny_models"
+TRAINING = (
+    "--max_steps 6 --save_steps 2 --logging_steps 1 --use_cpu true --report_to none --disable_tqdm true "
+    "--per_device_train_batch_size 2 --gradient_accumulation_steps 1 --resume_from_checkpoint true --output_dir out"
+)
+# Run in a folder with `pairs`, `prompts.txt`, `scorer` and `my_rewards.py`
+COMMANDS = {
+    "reward": f"reward --dataset pairs --model_name_or_path {TINY_MODELS}/qwen2_5_vl --dataloader_num_workers 1 "
+    f"--learning_rate 1e-3 {TRAINING}",
+    "grpo": f"grpo --dataset prompts.txt --rewards my_rewards:redness --model_name_or_path {TINY_MODELS}/flux --height 32 "
+    "--width 32 --num_generations 4 --top_k 1 --num_inference_steps 3 --max_sequence_length 64 --learning_rate 1e-3 "
+    f"--gradient_checkpointing false {TRAINING}",
+    "demo": "demo --reward_steps 2 --grpo_steps 2 --num_train_pairs 8 --num_test_pairs 8 --num_prompts 4 --output_dir out",
+    "data": "data make --num_pairs 40 --num_test_pairs 8 --image_size 32 --output out",
+    "score": "score --model scorer --input pairs --image_column chosen --output out.jsonl",
+}
+
+
+def start(command: str, folder: Path) -> subprocess.Popen:
+    """Starts a command in a process group of its own."""
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    path = os.pathsep.join([str(Path(trl_spatial.__file__).parents[1]), str(folder)])
+    with (folder / "log.txt").open("a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "trl_spatial", *command.split()], cwd=folder, stdout=log, stderr=log,
+            start_new_session=True, env={**os.environ, **environment, "PYTHONPATH": path},
+        )  # fmt: skip
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to the launcher and what it has started."""
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def prepare(folder: Path, inputs: Path) -> Path:
+    """A new folder with the inputs."""
+    shutil.copytree(inputs, folder)
+    return folder
+
+
+def make_inputs(folder: Path, names: list[str]) -> Path:
+    """What the commands read."""
+    folder.mkdir()
+    (folder / "prompts.txt").write_text("a red circle\na blue square\na green triangle\n")
+    (folder / "my_rewards.py").write_text(
+        "import numpy\ndef redness(prompts, images, **columns):\n"
+        "    return [float(numpy.asarray(image)[..., 0].mean()) for image in images]\n"
+    )
+    subprocess.run(
+        [sys.executable, "-m", "trl_spatial", *["data", "make", "--num_pairs", "24", "--image_size", "32", "--output", "pairs"]],
+        cwd=folder, check=True, capture_output=True,
+    )  # fmt: skip
+    if "score" in names:
+        command = COMMANDS["reward"].replace("--output_dir out", "--output_dir scorer")
+        if start(command, folder).wait():
+            raise SystemExit((folder / "log.txt").read_text())
+        (folder / "log.txt").unlink()
+    return folder
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """What a command has made: tensors of weights, and the content of other results."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.glob("out*/**/*") if (folder / "out").is_dir() else folder.glob("out*")):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix == ".safetensors" and "checkpoint-" not in name:
+            found |= {f"{name} {key}": tensor for key, tensor in load_file(path).items()}
+        elif path.suffix in (".parquet", ".jsonl", ".arrow"):
+            found[name] = path.read_bytes()
+    return found
+
+
+def is_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """Whether two results are equal, tensor by tensor."""
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(value, theirs[name]) if isinstance(value, torch.Tensor) else value == theirs[name]
+        for name, value in ours.items()
+    )
+
+
+def bench(name: str, num_kills: int, folder: Path, inputs: Path, generator: random.Random) -> Counter[str]:
+    """Counts of the kills of a command and of what came of them."""
+    undisturbed = prepare(folder / f"{name}_undisturbed", inputs)
+    begin = time.monotonic()
+    if start(COMMANDS[name], undisturbed).wait():
+        raise SystemExit((undisturbed / "log.txt").read_text())
+    duration, expected = time.monotonic() - begin, contents(undisturbed)
+    if not expected:
+        raise SystemExit(f"{name} left nothing to compare in {undisturbed}.")
+    counts: Counter[str] = Counter()
+    while counts["kills"] < num_kills:
+        counts["runs"] += 1
+        here = prepare(folder / f"{name}_{counts['runs']}", inputs)
+        for _ in range(generator.randint(1, 3)):
+            process = start(COMMANDS[name], here)
+            try:
+                process.wait(timeout=generator.uniform(0, duration))
+                break
+            except subprocess.TimeoutExpired:
+                kill(process)
+                counts["kills"] += 1
+        code = start(COMMANDS[name], here).wait()
+        outcome = "failed" if code else "equal" if is_equal(contents(here), expected) else "different"
+        counts[outcome] += 1
+        if outcome == "equal":
+            shutil.rmtree(here)
+        else:
+            print(f"{name}: {outcome}, see {here}", flush=True)
+    return counts
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num_kills", type=int, default=100, help="kills of each command")
+    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    folder = Path(tempfile.mkdtemp(prefix="faults_"))
+    inputs = make_inputs(folder / "inputs", args.commands)
+    table = {name: bench(name, args.num_kills, folder, inputs, random.Random(args.seed)) for name in args.commands}
+    print("| command | kills | runs | equal | different | failed |\n|---|---|---|---|---|---|")
+    for name, counts in table.items():
+        cells = (counts[key] for key in ("kills", "runs", "equal", "different", "failed"))
+        print(f"| {name} | {' | '.join(map(str, cells))} |")
+    (folder / "table.json").write_text(json.dumps(table, indent=2) + "\n")
+    if any(counts["different"] + counts["failed"] for counts in table.values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
