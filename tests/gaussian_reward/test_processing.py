@@ -165,7 +165,7 @@ def damaged_images(tmp_path):
         r"is too narrow \(1x201\)": Image.new("RGB", (1, 201)),
         "is missing": None,
         "is a int": 7,
-        "is missing[.]": {"bytes": None, "path": None},
+        "is missing.": {"bytes": None, "path": None},
     }
 
 
