@@ -103,10 +103,10 @@ def test_prompts_are_read_as_they_were_written(tmp_path, monkeypatch):
     for name in ("a.jsonl", "a.json", "a.csv"):
         assert load_prompts(name, "train")["prompt"][:] == prompts, name
     Path("b.txt").write_bytes(b"a\nb\n\xff\xfe\n")
-    with pytest.raises(ValueError, match=r"b\.txt, line 3, is not UTF-8"):
+    with pytest.raises(ValueError, match=r"b\.txt, line 3 is not UTF-8"):
         load_prompts("b.txt", "train")
     Path("b.jsonl").write_text('{"prompt": "a"}\n{"prompt": null}\n')
-    with pytest.raises(ValueError, match=r"b\.jsonl, row 1, `prompt`: None is missing"):
+    with pytest.raises(ValueError, match=r"b\.jsonl, row 1, column `prompt`: None is missing"):
         load_prompts("b.jsonl", "train")
 
 
