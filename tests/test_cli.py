@@ -294,6 +294,11 @@ def test_datasets_are_loaded_from_wherever_they_are(tmp_path, capsys):
                  str(tmp_path / "disk")]) == 0  # fmt: skip
     pairs = load_from_disk(tmp_path / "disk")
     assert "4 rows in the train split, 2 rows in the test split" in capsys.readouterr().out
+    again = ["data", "make", "--num_pairs", "4", "--num_test_pairs", "2", "--image_size", "32", "--output"]
+    assert main([*again, str(tmp_path / "disk")]) == 0
+    assert "holds these pairs already" in capsys.readouterr().out
+    assert main([*again, str(tmp_path / "disk"), "--seed", "1"]) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk"]  # nothing half-written
     (tmp_path / "parquet").mkdir()
     for split, rows in pairs.items():
         rows.to_parquet(tmp_path / "parquet" / f"{split}-00000-of-00001.parquet")

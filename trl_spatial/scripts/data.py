@@ -3,9 +3,10 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from ..cli import run_command
-from ..store import new_folder
+from ..store import begin_folder, new_folder, read_record, write_record
 from .datasets import load_dataset_dict, pick_split
 from .parser import SpatialParser
 
@@ -92,7 +93,12 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _make(args: argparse.Namespace) -> None:
-    output = new_folder(args.output)
+    output = Path(args.output)
+    arguments = {name: value for name, value in vars(args).items() if name not in ("output", "num_proc")}
+    if read_record(output / "arguments.json") == arguments:
+        print(f"{output} holds these pairs already.")
+        return
+    new_folder(args.output)
     from datasets import DatasetDict
 
     from ..scenes import RELATIONS, make_preference_dataset
@@ -115,7 +121,12 @@ def _make(args: argparse.Namespace) -> None:
             if num_pairs
         }
     )
-    dataset.save_to_disk(output)
+    # complete or not there: a run that is killed leaves nothing that the next one would refuse
+    partial = output.with_name(f".{output.name}.partial")
+    begin_folder(partial)
+    dataset.save_to_disk(partial)
+    write_record(partial / "arguments.json", arguments)
+    partial.replace(output)
     rows = ", ".join(f"{len(pairs)} rows in the {split} split" for split, pairs in dataset.items())
     print(f"Saved to {output}: {rows}")
 
