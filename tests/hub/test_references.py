@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
 from trl_spatial.hub import Card, Reference, Result, find_reference
@@ -102,6 +103,13 @@ class TestCard:
         assert second.metric_value == 0.5 and second.metric_args is None
         assert "| accuracy | 0.9123 | 0.8953 to 0.9271 | 1,234 pairs | org/pairs test |" in parsed.text
         assert "| accuracy | 0.5 |  |  | easy ones |" in parsed.text
+
+    def test_the_newer_format_has_what_is_measured_on_datasets_of_the_hub(self, card):
+        ((name, content),) = card.result_files().items()
+        (entry,) = yaml.safe_load(content)
+        assert name == ".eval_results/org_pairs_test_accuracy.yaml"
+        assert entry["dataset"] == {"id": "org/pairs", "task_id": "test_accuracy"} and entry["value"] == 0.9123
+        assert entry["notes"] == "1234 pairs, 95 % interval 0.8953 to 0.9271"
 
     def test_what_is_not_known_is_not_said(self, card):
         text = Card("spatial_score.md", {"tags": []}).render("lab/scorer")

@@ -7,7 +7,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
 
 
 CARD_FILE = "card.json"
@@ -218,6 +225,26 @@ class Card:
             metric_value=_rounded(result.value),
             metric_args={name: value for name, value in args.items() if value is not None} or None,
         )
+
+    def result_files(self) -> dict[str, bytes]:
+        """Results measured on datasets of the Hub, in its newer format: name in the repository → content."""
+        files = {}
+        for result in self.results:
+            if result.dataset_id is None:
+                continue
+            notes = [f"{result.num_samples} {result.unit or 'samples'}"] if result.num_samples else []
+            if result.interval:
+                notes.append("95 % interval {:.4g} to {:.4g}".format(*result.interval))
+            entry = EvalResultEntry(
+                dataset_id=result.dataset_id,
+                task_id=_slug(" ".join(part for part in (result.split, result.metric) if part)),
+                value=_rounded(result.value),
+                notes=", ".join(notes) or None,
+            )
+            name = _slug(f"{result.dataset_id} {result.split or ''} {result.metric}")
+            content = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+            files[f".eval_results/{name}.yaml"] = content.encode()
+        return files
 
 
 def training_values(

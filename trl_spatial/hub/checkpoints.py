@@ -217,4 +217,4 @@ def _card_files(
         card = replace(card, base_model=None if name is None or is_local_name(name) else name)
     if license is not None:
         card = replace(card, front_matter=card.front_matter | {"license": license})
-    return {**card.files(repo_id, has_samples=bool(pictures)), **pictures}
+    return {**card.files(repo_id, has_samples=bool(pictures)), **pictures, **card.result_files()}
