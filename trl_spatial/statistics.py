@@ -156,7 +156,7 @@ def compare_rewards(before: np.ndarray, after: np.ndarray, names: Sequence[str])
 
     Args:
         before, after (`np.ndarray` of shape `(num_images, num_funcs)`):
-            Rewards of each image; NaN where a function has no opinion.
+            Rewards of each image; NaN where a function gave none.
         names (`Sequence[str]` of length `num_funcs`):
             Names of the functions.
 

@@ -25,7 +25,7 @@ EXAMPLES = """\
   trl_spatial reward --config recipes/reward_spatialscore.yaml --dataset ORG/SpatialReward \\
       --accelerate_config recipes/accelerate/fsdp2.yaml
 
-  # QLoRA on one small GPU; full training; going on where an interrupted run stopped
+  # QLoRA on one small GPU; full training; continuing an interrupted run
   trl_spatial reward --dataset pairs --output_dir out --load_in_4bit
   trl_spatial reward --dataset pairs --output_dir out --no_use_peft
   trl_spatial reward --dataset pairs --output_dir out --resume_from_checkpoint true

@@ -218,4 +218,4 @@ def format_seconds(seconds: float) -> str:
 def _warn_of_failed_upload(upload: Future) -> None:
     if error := upload.exception():
         reason = error if isinstance(error, (HubError, ValueError)) else f"{type(error).__name__}: {error}"
-        logger.warning(f"A checkpoint was not uploaded to the Hub, training goes on: {reason}")
+        logger.warning(f"A checkpoint was not uploaded to the Hub; training continues: {reason}")

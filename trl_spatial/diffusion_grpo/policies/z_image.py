@@ -16,7 +16,7 @@ class ZImagePolicy(DiffusionPolicy):
 
     Its guidance is classifier-free, and its scale is what is added: the velocity is that of the prompt, and `guidance_scale`
     times its difference from that of the negative prompt. `0.0` means no guidance, as Turbo is used. It is the pipeline's call
-    with its defaults: guidance at every step, without renormalization. Prompts are as long as they are, and a mask tells them
+    with its defaults: guidance at every step, without renormalization. Prompts are as long as they are, and a mask separates them
     from padding. Latents are a sequence of the positions of the VAE's latents: `image_seq_len` is
     `height * width / vae_scale_factor**2`.
     """
