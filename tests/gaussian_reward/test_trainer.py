@@ -674,6 +674,6 @@ def test_what_is_pushed_of_a_checkpoint_is_what_it_holds(pushed):
 
 def test_uploads_that_fail_and_checkpoints_that_cannot_be_resumed_from_are_told(pushed):
     _, hub, shown = pushed
-    assert "A checkpoint was not uploaded to the Hub, training goes on: " in shown and "403" in shown
+    assert "A checkpoint was not uploaded to the Hub; training continues: " in shown and "403" in shown
     assert not hub.files["tester/refused"]
     assert "`last-checkpoint` on the Hub holds the model alone" in shown
