@@ -125,8 +125,17 @@ def run_command(prog: str, function: Callable[[], int | None]) -> int:
         text = str(error).strip()
         if not text or not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
             text = ": ".join(part for part in (type(error).__name__, text, str(error.__cause__ or "")) if part)
-        print(f"{prog}: error: {text}\n({TRACEBACK_VARIABLE}=1 in the environment shows where)", file=sys.stderr)
+        _write_error(f"{prog}: error: {text}\n({TRACEBACK_VARIABLE}=1 in the environment shows where)")
         return 1
+
+
+def _write_error(text: str) -> None:
+    # on a line of its own, not behind a progress bar; tqdm is only asked where something has imported it
+    bars = sys.modules.get("tqdm.std")
+    if bars is None:
+        print(text, file=sys.stderr)
+    else:
+        bars.tqdm.write(text, file=sys.stderr)
 
 
 def needs_launcher(launch_args: list[str]) -> bool:
