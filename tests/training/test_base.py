@@ -178,7 +178,10 @@ def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path):
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         assert process.stdout.readline() == "locked\n"
-        with pytest.raises(ValueError, match=f"Another process \\({process.pid} on .* is running in"), lock_folder(tmp_path):
+        with (
+            pytest.raises(ValueError, match=f"Another process \\({process.pid} on .* is running in"),
+            lock_folder(tmp_path),
+        ):
             pass
         process.kill()
         process.wait()

@@ -25,9 +25,7 @@ _RANGES: dict[str, tuple[float, float, str | None]] = {
     **dict.fromkeys(("num_iterations", "steps_per_generation", "rollout_batch_size"), (1, math.inf, None)),
     **dict.fromkeys(("height", "width", "eval_height", "eval_width"), (1, math.inf, None)),
     **dict.fromkeys(("eval_num_inference_steps", "max_sequence_length", "ema_steps"), (1, math.inf, None)),
-    **dict.fromkeys(
-        ("epsilon", "epsilon_high", "kl_mask"), (1e-12, 1e6, "a positive number; common values are 1e-5 and 1e-4")
-    ),
+    **dict.fromkeys(("epsilon", "epsilon_high", "kl_mask"), (1e-12, 1e6, "a positive number, such as 1e-5 or 1e-4")),
     "ema_decay": (0, _BELOW_1, "0 (no average) or a number between 0 and 1"),
     "guidance_scale": (0, 1e3, "a number from 0 to 1000"),
     "beta": (0, 1e6, "a number from 0 (no reference policy) to 1e6"),

@@ -177,6 +177,10 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
             for name, part in _named(self.eval_dataset).items()
         }
         restore_fp32(self.model, trained)
+        self._check_trainable()
+
+    def _check_trainable(self) -> None:
+        """Makes sure that the parts which start at random are trained."""
         if not all(any(p.requires_grad for p in module.parameters()) for module in self._new_modules()):
             raise ValueError(
                 "The head or the reward token is frozen and would stay at its random start. Use "
