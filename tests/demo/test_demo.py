@@ -136,10 +136,10 @@ def test_started_again_it_gives_the_same_numbers_at_once(folder, results):
     assert (folder / "reward" / "adapter_model.safetensors").stat().st_mtime_ns == model
 
 
-@pytest.mark.parametrize("trace", ["reward", "grpo/checkpoint-1/trainer_state.json"])
+@pytest.mark.parametrize("trace", ["reward/run.json", "grpo/checkpoint-1/trainer_state.json"])
 def test_killed_it_goes_on_and_gives_the_same_numbers(finished, results, tmp_path, trace):
     done = ["pairs"]  # they are made once
-    if trace != "reward":  # what comes before it is finished
+    if trace != "reward/run.json":  # what comes before it is finished
         done += ["reward", "base_images", "images"]
         (tmp_path / "stages").mkdir()
         for stage in ("pairs", "reward", "measure", "before"):
@@ -152,7 +152,7 @@ def test_killed_it_goes_on_and_gives_the_same_numbers(finished, results, tmp_pat
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    if trace == "reward":  # a checkpoint that was being written
+    if trace == "reward/run.json":  # a checkpoint that was being written
         (tmp_path / "reward" / "checkpoint-9").mkdir()
         (tmp_path / "reward" / "checkpoint-9" / "trainer_state.json").write_text('{"global_step": 9')
         (tmp_path / "reward" / "adapter_model.safetensors").touch()
