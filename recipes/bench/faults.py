@@ -26,6 +26,11 @@ from safetensors.torch import load_file
 import trl_spatial
 
 
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT))  # for the Hub on loopback that the tests use
+from tests.hub_stub import USER, HubStub  # noqa: E402
+
+
 TINY_MODELS = Path(trl_spatial.__file__).parent / "tiny_models"
 TRAINING = (
     "--max_steps 6 --save_steps 2 --logging_steps 1 --use_cpu true --report_to none --disable_tqdm true "
@@ -41,12 +46,14 @@ COMMANDS = {
     "demo": "demo --reward_steps 2 --grpo_steps 2 --num_train_pairs 8 --num_test_pairs 8 --num_prompts 4 --output_dir out",
     "data": "data make --num_pairs 40 --num_test_pairs 8 --image_size 32 --output out",
     "score": "score --model scorer --input pairs --image_column chosen --output out.jsonl",
+    "push": "push pairs --to hub/pairs",
 }
 
 
-def start(command: str, folder: Path) -> subprocess.Popen:
+def start(command: str, folder: Path, hub: HubStub) -> subprocess.Popen:
     """Starts a command in a process group of its own."""
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment |= hub.environment if command.startswith("push") else {"HF_HUB_OFFLINE": "1"}
     path = os.pathsep.join([str(Path(trl_spatial.__file__).parents[1]), str(folder)])
     with (folder / "log.txt").open("a") as log:
         return subprocess.Popen(
@@ -82,15 +89,17 @@ def make_inputs(folder: Path, names: list[str]) -> Path:
     )  # fmt: skip
     if "score" in names:
         command = COMMANDS["reward"].replace("--output_dir out", "--output_dir scorer")
-        if start(command, folder).wait():
+        with HubStub() as hub:
+            failed = start(command, folder, hub).wait()
+        if failed:
             raise SystemExit((folder / "log.txt").read_text())
         (folder / "log.txt").unlink()
     return folder
 
 
-def contents(folder: Path) -> dict[str, Any]:
-    """What a command has made: tensors of weights, and the content of other results."""
-    found: dict[str, Any] = {}
+def contents(folder: Path, hub: HubStub) -> dict[str, Any]:
+    """What a command has made: tensors of weights, the content of other results, and the files on the Hub."""
+    found: dict[str, Any] = dict(hub.files.get(f"datasets/{USER}/pairs", {}))
     for path in sorted(folder.glob("out*/**/*") if (folder / "out").is_dir() else folder.glob("out*")):
         name = path.relative_to(folder).as_posix()
         if path.suffix == ".safetensors" and "checkpoint-" not in name:
@@ -112,25 +121,27 @@ def bench(name: str, num_kills: int, folder: Path, inputs: Path, generator: rand
     """Counts of the kills of a command and of what came of them."""
     undisturbed = prepare(folder / f"{name}_undisturbed", inputs)
     begin = time.monotonic()
-    if start(COMMANDS[name], undisturbed).wait():
-        raise SystemExit((undisturbed / "log.txt").read_text())
-    duration, expected = time.monotonic() - begin, contents(undisturbed)
+    with HubStub() as hub:
+        if start(COMMANDS[name], undisturbed, hub).wait():
+            raise SystemExit((undisturbed / "log.txt").read_text())
+        duration, expected = time.monotonic() - begin, contents(undisturbed, hub)
     if not expected:
         raise SystemExit(f"{name} left nothing to compare in {undisturbed}.")
     counts: Counter[str] = Counter()
     while counts["kills"] < num_kills:
         counts["runs"] += 1
         here = prepare(folder / f"{name}_{counts['runs']}", inputs)
-        for _ in range(generator.randint(1, 3)):
-            process = start(COMMANDS[name], here)
-            try:
-                process.wait(timeout=generator.uniform(0, duration))
-                break
-            except subprocess.TimeoutExpired:
-                kill(process)
-                counts["kills"] += 1
-        code = start(COMMANDS[name], here).wait()
-        outcome = "failed" if code else "equal" if is_equal(contents(here), expected) else "different"
+        with HubStub() as hub:
+            for _ in range(generator.randint(1, 3)):
+                process = start(COMMANDS[name], here, hub)
+                try:
+                    process.wait(timeout=generator.uniform(0, duration))
+                    break
+                except subprocess.TimeoutExpired:
+                    kill(process)
+                    counts["kills"] += 1
+            code = start(COMMANDS[name], here, hub).wait()
+            outcome = "failed" if code else "equal" if is_equal(contents(here, hub), expected) else "different"
         counts[outcome] += 1
         if outcome == "equal":
             shutil.rmtree(here)
@@ -147,11 +158,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     folder = Path(tempfile.mkdtemp(prefix="faults_"))
     inputs = make_inputs(folder / "inputs", args.commands)
-    table = {name: bench(name, args.num_kills, folder, inputs, random.Random(args.seed)) for name in args.commands}
-    print("| command | kills | runs | equal | different | failed |\n|---|---|---|---|---|---|")
-    for name, counts in table.items():
-        cells = (counts[key] for key in ("kills", "runs", "equal", "different", "failed"))
-        print(f"| {name} | {' | '.join(map(str, cells))} |")
+    table = {}
+    print("| command | kills | runs | equal | different | failed |\n|---|---|---|---|---|---|", flush=True)
+    for name in args.commands:
+        table[name] = bench(name, args.num_kills, folder, inputs, random.Random(args.seed))
+        cells = (table[name][key] for key in ("kills", "runs", "equal", "different", "failed"))
+        print(f"| {name} | {' | '.join(map(str, cells))} |", flush=True)
     (folder / "table.json").write_text(json.dumps(table, indent=2) + "\n")
     if any(counts["different"] + counts["failed"] for counts in table.values()):
         raise SystemExit(1)

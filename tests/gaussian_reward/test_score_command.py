@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 from trl_spatial.gaussian_reward.scoring import SpatialScore
@@ -31,6 +32,15 @@ def test_bad_rows_are_listed_and_an_interrupted_run_continues(make_reward_model,
     scores = SpatialScore(make_reward_model(), processor).score(prompts, images)
     records = sorted(map(json.loads, output.read_text().splitlines()), key=lambda record: record["row"])
     assert [record["mean"] for record in records] == pytest.approx(scores.mean.tolist(), abs=1e-5)
+
+    with pytest.raises(ValueError, match=r"holds scores of .*model@\w+, not of .*model@\w+\. Delete it, or name"):
+        main(*make_parser().parse_args_and_config([*command, "--dtype", "bfloat16"]))
+    trained = make_reward_model()
+    with torch.no_grad():
+        next(trained.head.parameters()).add_(1)
+    SpatialScore(trained, processor).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="holds scores of"):
+        main(*make_parser().parse_args_and_config(command))
 
     Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "another", "image": "other.png"}))

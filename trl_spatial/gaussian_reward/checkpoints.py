@@ -1,6 +1,8 @@
 """The folder of a reward model: finding, checking, loading and saving it."""
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,28 @@ def _check_weight_files(name_or_path: str | Path, folder: Path) -> None:
         found = f" It holds {', '.join(pickles)}, but pickle files can run code and are never read." if pickles else ""
         raise ValueError(f"{name_or_path} lacks {', '.join(missing)}.{found} Save the model again as safetensors.")
     check_types(folder / name for name in needed)
+
+
+def fingerprint(folder: Path, *settings: str) -> str:
+    """
+    A short name of what a checkpoint holds, so that scores of two models are never taken for those of one.
+
+    Args:
+        folder (`Path`):
+            The checkpoint. Of its weights, which training changes everywhere, only the ends of each file are read.
+        settings (`str`):
+            What else decides the scores.
+
+    Returns:
+        `str`: 12 hexadecimal digits.
+    """
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for path in sorted(path for pattern in ("*.safetensors", "*config.json") for path in folder.glob(pattern)):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(2**20))
+            file.seek(-min(path.stat().st_size, 2**20), os.SEEK_END)
+            digest.update(file.read())
+    return digest.hexdigest()[:12]
 
 
 def load_adapter(folder: Path, config: Any, backbone: str | Path | None, **loading: Any) -> PeftModel:

@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig
 
 from ..hub.cards import Card
 from ..preferences.images import load_image, open_image
-from .checkpoints import find_checkpoint, load_adapter, save_checkpoint
+from .checkpoints import find_checkpoint, fingerprint, load_adapter, save_checkpoint
 from .modeling import GaussianRewardModel, GaussianRewardModelConfig
 from .processing import SpatialScoreProcessor, load_processor
 
@@ -71,6 +71,7 @@ class SpatialScore:
         self.sample = sample
         self.generator = generator
         self.card: Card | None = None  # what is recorded of its training
+        self.fingerprint: str | None = None  # of the files it was loaded from
         self.__name__ = "spatial_score"  # under which trainers log a reward function
 
     @classmethod
@@ -144,6 +145,7 @@ class SpatialScore:
             model = model.to(device)
         scorer = cls(model, processor, sample=sample, generator=generator)
         scorer.card = Card.load(folder)
+        scorer.fingerprint = fingerprint(folder, str(dtype), str(backbone or ""))
         return scorer
 
     def score(

@@ -260,7 +260,9 @@ def build_trainer(
         from ..diffusion_grpo.runtime.model_setup import large_text_encoders, load_pipeline, quantization_config
         from ..diffusion_grpo.trainer import DiffusionGRPOTrainer
         from ..rewards import load_reward
+        from ..training.run_folder import check_start
 
+    check_start(training_args)
     dtype = getattr(torch, model_args.dtype or ("bfloat16" if training_args.bf16 else "float32"))
     # the quick things first: what is misspelt should be reported before a model of 24 GB is loaded
     name, revision = model_args.model_name_or_path, model_args.revision
@@ -353,7 +355,9 @@ def train_and_compare(trainer: "DiffusionGRPOTrainer") -> None:
     from ..statistics import compare_rewards
 
     if trainer.eval_dataset is None:
-        raise SystemExit("There is nothing to measure on: set `eval_strategy`, or use `trl_spatial grpo`.")
+        raise ValueError(
+            "`eval_strategy` is no, so there is nothing to compare on. Set it, or use `trl_spatial grpo`."
+        )
     before = trainer.predict(trainer.eval_dataset).predictions  # (num_images, num_funcs)
     train(trainer)
     after = trainer.predict(trainer.eval_dataset).predictions  # (num_images, num_funcs)

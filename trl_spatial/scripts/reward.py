@@ -148,7 +148,9 @@ def build_trainer(
         from ..gaussian_reward.modeling import spatial_score_lora_config
         from ..gaussian_reward.trainer import GaussianRewardTrainer
         from ..training.quantization import nf4_config
+        from ..training.run_folder import check_start
 
+    check_start(training_args)
     splits = load_dataset_dict(
         script_args.dataset, config_name=script_args.dataset_config, streaming=script_args.dataset_streaming
     )

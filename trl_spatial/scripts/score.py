@@ -4,10 +4,12 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cli import run_command
+from ..store import write_atomically
 from .datasets import load_dataset_dict, pick_split
 from .parser import SpatialParser, quick_imports
 
@@ -15,6 +17,8 @@ from .parser import SpatialParser, quick_imports
 if TYPE_CHECKING:
     from ..gaussian_reward.scoring import SpatialScore
 
+
+Row = tuple[int, Any, Any, str]  # number, prompt, image, name of the image
 
 EXAMPLES = """\
   # rank images for one prompt
@@ -72,11 +76,9 @@ def main(args: argparse.Namespace) -> None:
     if args.prompt is not None and not args.images:
         raise ValueError("--prompt needs at least one image file.")
     if args.prompt is not None:
-        prompts, images, names = [args.prompt] * len(args.images), list(args.images), list(args.images)
+        rows: Sequence[Row] = [(number, args.prompt, image, image) for number, image in enumerate(args.images)]
     else:
-        prompts, images, names = read_input(
-            args.input, args.split, args.prompt_column, args.image_column, config_name=args.input_config
-        )
+        rows = InputRows(args.input, args.split, args.prompt_column, args.image_column, config_name=args.input_config)
 
     if args.output is not None:  # before the work, not after it
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
@@ -92,17 +94,18 @@ def main(args: argparse.Namespace) -> None:
     scorer = SpatialScore.from_pretrained(
         args.model, revision=args.revision, backbone=args.backbone, dtype=args.dtype, device=args.device
     )
-    rows = list(zip(prompts, images, names, strict=True))
-    records, numbers = [], list(range(len(rows)))
-    if args.input is not None and args.output is not None:
-        records = read_scored(args, rows)
-        done = {record["row"] for record in records}
-        numbers = [number for number in numbers if number not in done]
+    model = f"{args.model}@{scorer.fingerprint}"
+    records: list[dict[str, Any]] = []
+    is_continued = args.input is not None and args.output is not None
+    if is_continued:
+        records = read_scored(args, rows, model)
+    done = {record["row"] for record in records}
+    numbers = [number for number in range(len(rows)) if number not in done]
     chunk_size = max(64, args.batch_size)
     for start in range(0, len(numbers), chunk_size):
-        chunk = numbers[start : start + chunk_size]
-        new = score_records(scorer, [(number, *rows[number]) for number in chunk], batch_size=args.batch_size)
-        if args.input is not None and args.output is not None:
+        chunk = [rows[number] for number in numbers[start : start + chunk_size]]
+        new = [record | {"model": model} for record in score_records(scorer, chunk, batch_size=args.batch_size)]
+        if is_continued:
             with open(args.output, "a", encoding="utf-8") as file:
                 file.write("".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in new))
         records += new
@@ -127,7 +130,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"{len(bad)} of {len(records)} rows have no score: {shown}{more}")
 
 
-def read_scored(args: argparse.Namespace, rows: list[tuple[Any, Any, str]]) -> list[dict[str, Any]]:
+def read_scored(args: argparse.Namespace, rows: Sequence[Row], model: str) -> list[dict[str, Any]]:
     """Scores that an interrupted run has left in --output, without its bad rows and a line that was cut off."""
     output, records = Path(args.output), []
     for line in output.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -135,47 +138,61 @@ def read_scored(args: argparse.Namespace, rows: list[tuple[Any, Any, str]]) -> l
             break
         try:
             record = json.loads(line)
-            prompt, _, name = rows[record["row"]]
-            is_same = (record["prompt"], record["image"]) == (prompt, name)
+            number, prompt, _, name = rows[record["row"]]
+            is_same = (record["row"], record["prompt"], record["image"]) == (number, prompt, name)
+            earlier = record["model"]
         except (ValueError, KeyError, TypeError, IndexError):
             is_same = False
         if not is_same:
             raise ValueError(f"{output} holds other rows than {args.input}. Delete it, or name another file.")
+        if earlier != model:
+            raise ValueError(f"{output} holds scores of {earlier}, not of {model}. Delete it, or name another file.")
         if "error" not in record:
             records.append(record)
-    output.write_text("".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records), encoding="utf-8")
+    write_atomically(output, "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records))
     return records
 
 
-def read_input(
-    name_or_path: str, split: str, prompt_column: str, image_column: str, *, config_name: str | None = None
-) -> tuple[list[str], list[Any], list[str]]:
-    """Prompts, images (undecoded where they come from a dataset) and a name for each row of a dataset."""
-    from datasets import Image
+class InputRows(Sequence):
+    """
+    The rows of `--input`, read from the disk as they are needed; their images are not decoded.
 
-    rows = pick_split(load_dataset_dict(name_or_path, config_name=config_name), split, name_or_path)
-    for option, column in (("--prompt_column", prompt_column), ("--image_column", image_column)):
-        if column not in rows.column_names:
-            raise ValueError(
-                f"{name_or_path} has no column {column!r}; name one of {', '.join(rows.column_names)} with {option}."
-            )
-    if isinstance(rows.features[image_column], Image):
-        rows = rows.cast_column(image_column, Image(decode=False))
-        images = list(rows[image_column])
-        names = [(image or {}).get("path") or f"row {index}" for index, image in enumerate(images)]
-    else:
-        folder = Path(name_or_path).parent
-        images = [
-            str(folder / cell) if isinstance(cell, str) and "://" not in cell else cell for cell in rows[image_column]
-        ]
-        names = [cell if isinstance(cell, str) else f"row {index}" for index, cell in enumerate(rows[image_column])]
-    return list(rows[prompt_column]), images, names
+    Raises:
+        `ValueError`: If there is no such split or column.
+    """
+
+    def __init__(
+        self, name_or_path: str, split: str, prompt_column: str, image_column: str, *, config_name: str | None = None
+    ):
+        from datasets import Image
+
+        rows = pick_split(load_dataset_dict(name_or_path, config_name=config_name), split, name_or_path)
+        for option, column in (("--prompt_column", prompt_column), ("--image_column", image_column)):
+            if column not in rows.column_names:
+                raise ValueError(
+                    f"{name_or_path} has no column {column!r}; name one of {', '.join(rows.column_names)} with {option}."
+                )
+        self.is_embedded = isinstance(rows.features[image_column], Image)
+        if self.is_embedded:
+            rows = rows.cast_column(image_column, Image(decode=False))
+        self.rows, self.folder = rows, Path(name_or_path).parent
+        self.prompt_column, self.image_column = prompt_column, image_column
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number):
+        row = self.rows[number]
+        prompt, image = row[self.prompt_column], row[self.image_column]
+        if self.is_embedded:
+            return number, prompt, image, (image or {}).get("path") or f"row {number}"
+        if not isinstance(image, str):
+            return number, prompt, image, f"row {number}"
+        return number, prompt, image if "://" in image else str(self.folder / image), image
 
 
-def score_records(
-    scorer: "SpatialScore", rows: list[tuple[int, Any, Any, str]], *, batch_size: int
-) -> list[dict[str, Any]]:
-    """A record of each row (number, prompt, image, name): mean and std of the score, or the error of a bad row."""
+def score_records(scorer: "SpatialScore", rows: Sequence[Row], *, batch_size: int) -> list[dict[str, Any]]:
+    """A record of each row: mean and std of the score, or the error of a bad row."""
     numbers, prompts, images, names = (list(column) for column in zip(*rows, strict=True))
     known = [
         {"row": number, "prompt": prompt, "image": name}
@@ -201,7 +218,11 @@ def score_records(
 def print_table(records: list[dict[str, Any]]) -> None:
     # one prompt for all rows is in the command line already
     columns = (
-        [name for name in records[0] if name != "row" and (name != "prompt" or "rank" not in records[0])]
+        [
+            name
+            for name in records[0]
+            if name not in ("row", "model") and (name != "prompt" or "rank" not in records[0])
+        ]
         if records
         else []
     )

@@ -170,6 +170,17 @@ def find_start(output_dir: str | Path, resume: str | bool | None) -> str | None:
     return checkpoint
 
 
+def check_start(args: TrainingArguments) -> None:
+    """
+    Refuses an `output_dir` that is in use, or a checkpoint that cannot be resumed from, before a model is loaded.
+
+    Raises:
+        `ValueError`: As in [`find_start`].
+    """
+    if str(args.resume_from_checkpoint).lower() != "true":  # the last complete checkpoint is looked for at the start
+        find_start(args.output_dir, args.resume_from_checkpoint)
+
+
 def _check_resumable(folder: Path, checkpoint: Path) -> None:
     if not any(path.name.startswith("optimizer") for path in checkpoint.iterdir()):
         raise ValueError(
