@@ -18,7 +18,7 @@ from trl_spatial.scenes import make_preference_dataset
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="Checkpoint of a SpatialScore.")
+    parser.add_argument("--model", default="runs/demo/reward", help="Checkpoint of a SpatialScore.")
     parser.add_argument("--num_pairs", type=int, default=500)
     args = parser.parse_args()
     pairs = make_preference_dataset(args.num_pairs, split="test", seed=5)

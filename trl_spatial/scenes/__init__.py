@@ -2,7 +2,7 @@
 
 from .checking import RelationCheck, SceneCheck, check_scene, locate_objects
 from .dataset import describe_changes, make_preference_dataset, make_prompt_dataset
-from .graph import COLORS, SPLITS, Entity, Relation, SceneGraph, mirror, sample_entities
+from .graph import COLORS, SPLITS, Entity, Phrase, Relation, SceneGraph, mirror, sample_entities
 from .layout import LayoutError, PlacedObject, is_placeable, place_scene, place_together, sample_radii
 from .perturbation import Operation, perturb, sample_graph
 from .placements import REGIONS
@@ -22,6 +22,7 @@ __all__ = [
     "LayoutError",
     "LocatedObject",
     "Operation",
+    "Phrase",
     "PlacedObject",
     "Relation",
     "RelationCheck",

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -53,8 +54,38 @@ class Entity:
             if value not in allowed:
                 raise ValueError(f"Entity has {field}={value!r}; choose one of {list(allowed)}.")
 
+    @property
+    def look(self) -> str:
+        """What it is, without its size: no two objects of a scene look the same."""
+        return f"{self.color} {self.shape}"
+
     def __str__(self) -> str:
         return " ".join(word for word in (self.size, self.color, self.shape) if word)
+
+
+@dataclass(frozen=True, order=True)
+class Phrase:
+    """
+    An object of a scene that is known by its name alone, in anybody's words.
+
+    Args:
+        text (`str`):
+            Its name without an article, such as `"chipped blue mug"`.
+    """
+
+    text: str
+
+    @property
+    def look(self) -> str:
+        """The name, whatever its capital letters."""
+        return self.text.lower()
+
+    def __str__(self) -> str:
+        return self.text
+
+
+# An object of a scene, of any world: it can be hashed, its string is its name, and no two of a scene have the same `look`.
+Thing: TypeAlias = Any
 
 
 @dataclass(frozen=True)
@@ -65,14 +96,14 @@ class Relation:
     Args:
         name (`str`):
             A key of `RELATIONS`.
-        arguments (`tuple[Entity, ...]`):
+        arguments (`tuple[Thing, ...]`):
             The entities, in the order of the relation's wording.
         region (`str`, *optional*):
             A key of `REGIONS`; for `at` only.
     """
 
     name: str
-    arguments: tuple[Entity, ...]
+    arguments: tuple[Thing, ...]
     region: str | None = None
 
     def __post_init__(self):
@@ -98,18 +129,17 @@ class SceneGraph:
     Objects and the relations that hold between them. Two graphs are equal if they say the same, whatever the order.
 
     Args:
-        entities (`tuple[Entity, ...]`):
-            The objects; no two of the same color and shape.
+        entities (`tuple[Thing, ...]`):
+            The objects; no two look the same.
         relations (`tuple[Relation, ...]`):
             What is said of them.
     """
 
-    entities: tuple[Entity, ...]
+    entities: tuple[Thing, ...]
     relations: tuple[Relation, ...] = ()
 
     def __post_init__(self):
-        kinds = [(entity.color, entity.shape) for entity in self.entities]
-        if len(set(kinds)) != len(kinds):
+        if len({entity.look for entity in self.entities}) != len(self.entities):
             raise ValueError(f"Two entities look the same in {[str(entity) for entity in self.entities]}.")
         for relation in self.relations:
             if unknown := [str(entity) for entity in relation.arguments if entity not in self.entities]:
@@ -126,7 +156,7 @@ class SceneGraph:
 
     @property
     def split(self) -> str:
-        """Split of the scene. It depends on the set of colored shapes alone, which a perturbation leaves as it is: no
+        """Split of the scene. It depends on what the objects are alone, which a perturbation leaves as it is: no
         set of objects is ever in two splits."""
         return split_of(self.entities)
 
@@ -159,9 +189,9 @@ def mirror(graph: SceneGraph) -> SceneGraph:
 SPLITS = {"train": 0.8, "validation": 0.1, "test": 0.1}
 
 
-def split_of(entities: Sequence[Entity]) -> str:
-    """Split that a set of entities belongs to, by a hash of their colors and shapes."""
-    key = ",".join(sorted(f"{entity.color} {entity.shape}" for entity in entities))
+def split_of(entities: Sequence[Thing]) -> str:
+    """Split that a set of entities belongs to, by a hash of their looks."""
+    key = ",".join(sorted(entity.look for entity in entities))
     share = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
     for split, size in SPLITS.items():
         if share < size:

@@ -1,6 +1,6 @@
 """Sampling consistent scene graphs, and changing one to three of their relations."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,7 +145,14 @@ def _changes(relation: Relation) -> list[Operation]:
     return changes
 
 
-def perturb(graph: SceneGraph, rng: np.random.Generator, num_changes: int = 1) -> tuple[SceneGraph, list[Operation]]:
+def perturb(
+    graph: SceneGraph,
+    rng: np.random.Generator,
+    num_changes: int = 1,
+    *,
+    dimension: str | None = None,
+    is_possible: Callable[[Sequence[SceneGraph], np.random.Generator], bool] = is_placeable,
+) -> tuple[SceneGraph, list[Operation]]:
     """
     Change some relations of a graph and hold the rest.
 
@@ -159,6 +166,10 @@ def perturb(graph: SceneGraph, rng: np.random.Generator, num_changes: int = 1) -
             Source of the draw.
         num_changes (`int`, *optional*, defaults to `1`):
             Number of relations to change.
+        dimension (`str`, *optional*):
+            Change a relation of this dimension, see [`~scenes.RelationKind`]. Further changes are of any.
+        is_possible (`Callable`, *optional*):
+            `(graphs, rng)` → whether the graphs can be shown with the same objects. By default on the flat canvas.
 
     Returns:
         `tuple[SceneGraph, list[Operation]]`: the new graph and the record of the changes.
@@ -170,9 +181,16 @@ def perturb(graph: SceneGraph, rng: np.random.Generator, num_changes: int = 1) -
         raise ValueError(
             f"num_changes={num_changes} must be between 1 and the number of relations, {len(graph.relations)}."
         )
+    first = [
+        i for i, relation in enumerate(graph.relations) if dimension in (None, RELATIONS[relation.name].dimension)
+    ]
+    if not first:
+        raise ValueError(f"None of {[str(r) for r in graph.relations]} is of dimension={dimension!r}.")
     for _ in range(_ATTEMPTS):
         relations, operations = list(graph.relations), []
-        for i in rng.permutation(len(relations))[:num_changes]:
+        order = rng.permutation(len(relations)).tolist()
+        foremost = next(i for i in order if i in first)
+        for i in [foremost, *(i for i in order if i != foremost)][:num_changes]:
             changes = _changes(relations[i])
             # first the operation, then one of its ways: the many regions of `at` are one `move`
             kinds = sorted({change.operation for change in changes})
@@ -182,6 +200,6 @@ def perturb(graph: SceneGraph, rng: np.random.Generator, num_changes: int = 1) -
             relations[i] = operation.after
             operations.append(operation)
         perturbed = SceneGraph(graph.entities, tuple(relations))
-        if is_placeable([graph, perturbed], rng):
+        if is_possible([graph, perturbed], rng):
             return perturbed, operations
     raise ValueError(f"No consistent way to change {num_changes} of {[str(r) for r in graph.relations]} was found.")

@@ -213,6 +213,9 @@ class RelationKind:
             The rule: `(objects, region)` → ([`Verdict`], reason).
         place (`Callable`):
             The placement: `(slots, region)` → alternatives of bounds; none if there is no way.
+        dimension (`str`):
+            What kind of space it speaks of: `"lateral"`, `"vertical"`, `"depth"`, `"containment"`, `"distance"`,
+            `"between"`, `"order"` or `"region"`.
         inverse (`str`, *optional*):
             The relation that says the same with the two arguments exchanged.
         opposite (`str`, *optional*):
@@ -234,6 +237,7 @@ class RelationKind:
     phrases: tuple[str, ...]
     check: Rule
     place: Placement
+    dimension: str
     inverse: str | None = None
     opposite: str | None = None
     is_symmetric: bool = False
@@ -254,6 +258,7 @@ RELATIONS: dict[str, RelationKind] = {
             phrases=("{0} is to the left of {1}", "{0} is left of {1}", "{0} sits on the left side of {1}"),
             check=_check_left_of,
             place=placements.place_left_of,
+            dimension="lateral",
             inverse="right_of",
             opposite="right_of",
             is_transitive=True,
@@ -263,6 +268,7 @@ RELATIONS: dict[str, RelationKind] = {
             phrases=("{0} is to the right of {1}", "{0} is right of {1}", "{0} sits on the right side of {1}"),
             check=_swapped(_check_left_of),
             place=_swapped(placements.place_left_of),
+            dimension="lateral",
             inverse="left_of",
             opposite="left_of",
             is_transitive=True,
@@ -272,6 +278,7 @@ RELATIONS: dict[str, RelationKind] = {
             phrases=("{0} is above {1}", "{0} is higher up than {1}", "{0} floats over {1}"),
             check=_check_above,
             place=placements.place_above,
+            dimension="vertical",
             inverse="below",
             opposite="below",
             is_transitive=True,
@@ -281,6 +288,7 @@ RELATIONS: dict[str, RelationKind] = {
             phrases=("{0} is below {1}", "{0} is lower down than {1}", "{0} is beneath {1}"),
             check=_swapped(_check_above),
             place=_swapped(placements.place_above),
+            dimension="vertical",
             inverse="above",
             opposite="above",
             is_transitive=True,
@@ -290,6 +298,7 @@ RELATIONS: dict[str, RelationKind] = {
             phrases=("{0} is on {1}", "{0} stands on top of {1}", "{0} rests on {1}"),
             check=_check_on,
             place=placements.place_on,
+            dimension="vertical",
             inverse="under",
             opposite="under",
             is_overlapping=True,
@@ -299,6 +308,7 @@ RELATIONS: dict[str, RelationKind] = {
             phrases=("{0} is under {1}", "{0} is directly under {1}", "{0} carries {1}"),
             check=_swapped(_check_on),
             place=_swapped(placements.place_on),
+            dimension="vertical",
             inverse="on",
             opposite="on",
             is_overlapping=True,
@@ -308,6 +318,7 @@ RELATIONS: dict[str, RelationKind] = {
             phrases=("{0} is inside {1}", "{0} is enclosed by {1}", "{0} lies within {1}"),
             check=_check_inside,
             place=placements.place_inside,
+            dimension="containment",
             inverse="contains",
             opposite="next_to",
             is_transitive=True,
@@ -319,6 +330,7 @@ RELATIONS: dict[str, RelationKind] = {
             phrases=("{0} contains {1}", "{0} encloses {1}", "{0} surrounds {1}"),
             check=_swapped(_check_inside),
             place=_swapped(placements.place_inside),
+            dimension="containment",
             inverse="inside",
             opposite="next_to",
             is_transitive=True,
@@ -330,6 +342,7 @@ RELATIONS: dict[str, RelationKind] = {
             phrases=("{0} is in front of {1}", "{0} stands in front of {1}", "{0} partly hides {1}"),
             check=_check_front_of,
             place=placements.place_front_of,
+            dimension="depth",
             inverse="behind",
             opposite="behind",
             is_transitive=True,
@@ -341,6 +354,7 @@ RELATIONS: dict[str, RelationKind] = {
             phrases=("{0} is behind {1}", "{0} stands behind {1}", "{0} is partly hidden by {1}"),
             check=_swapped(_check_front_of),
             place=_swapped(placements.place_front_of),
+            dimension="depth",
             inverse="front_of",
             opposite="front_of",
             is_transitive=True,
@@ -352,6 +366,7 @@ RELATIONS: dict[str, RelationKind] = {
             phrases=("{0} is near {1}", "{0} is close to {1}"),
             check=_check_near,
             place=placements.place_next_to,
+            dimension="distance",
             inverse="near",
             opposite="far_from",
             is_symmetric=True,
@@ -361,6 +376,7 @@ RELATIONS: dict[str, RelationKind] = {
             phrases=("{0} is next to {1}", "{0} is beside {1}"),
             check=_check_next_to,
             place=placements.place_next_to,
+            dimension="distance",
             inverse="next_to",
             opposite="far_from",
             is_symmetric=True,
@@ -370,6 +386,7 @@ RELATIONS: dict[str, RelationKind] = {
             phrases=("{0} is far from {1}", "{0} is far away from {1}"),
             check=_check_far_from,
             place=placements.place_far_from,
+            dimension="distance",
             inverse="far_from",
             opposite="near",
             is_symmetric=True,
@@ -379,6 +396,7 @@ RELATIONS: dict[str, RelationKind] = {
             phrases=("{0} is between {1} and {2}", "{0} is in the middle between {1} and {2}"),
             check=_check_between,
             place=placements.place_between,
+            dimension="between",
             num_arguments=3,
         ),
         RelationKind(
@@ -386,6 +404,7 @@ RELATIONS: dict[str, RelationKind] = {
             phrases=("{0} is at the {region}", "{0} is placed at the {region}"),
             check=_check_at,
             place=placements.place_at,
+            dimension="region",
             num_arguments=1,
         ),
         RelationKind(
@@ -393,6 +412,7 @@ RELATIONS: dict[str, RelationKind] = {
             phrases=("{all} stand in a row from left to right", "{all} form a row from left to right"),
             check=_check_row_order,
             place=placements.place_row_order,
+            dimension="order",
             num_arguments=3,
         ),
     )
