@@ -100,7 +100,7 @@ def test_every_import_is_a_declared_dependency():
     needed = set().union(*(imports_of(path)[1] for path in PACKAGE.rglob("*.py"))) - set(sys.stdlib_module_names)
     optional = import_names(
         line
-        for name in ("data", "diffusion", "demo", "judge", "review", "quant", "serve", "space")
+        for name in ("data", "diffusion", "demo", "judge", "quant", "ray", "serve", "space")
         for line in extras[name]
     )
     assert needed <= import_names(project["dependencies"]) | optional
