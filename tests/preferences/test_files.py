@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
 from trl_spatial.preferences.files import load_files
-from trl_spatial.scripts.datasets import load_prompts
+from trl_spatial.scripts.datasets import load_dataset_dict, load_prompts
 
 
 PROMPTS = ["a red circle", "NA", "null", "nan", "None", "007", "true", "a\u2028b", "1e5"]
@@ -169,9 +169,12 @@ def test_cells_of_images_name_only_files_of_the_folder(here, named, nested):
     pq.write_table(rows.data.table, here / "folder/train.parquet")  # `to_parquet` would embed the file
     if named == "inside.png":
         assert len(load_prompts("folder", "train")) == 1
+        assert len(list(load_dataset_dict("folder/train.parquet", streaming=True)["train"])) == 1
     else:
         with pytest.raises(ValueError, match=re.escape(f"{path!r} is not in the dataset's folder")):
             load_prompts("folder/train.parquet", "train")
+        with pytest.raises(ValueError, match=re.escape(f"{path!r} is not in the dataset's folder")):
+            list(load_dataset_dict("folder/train.parquet", streaming=True)["train"])
 
 
 @pytest.mark.parametrize("name", ["train.csv", "README.md", "state.json"])

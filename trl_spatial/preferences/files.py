@@ -10,7 +10,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
-from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_from_disk, logging
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    load_dataset,
+    load_from_disk,
+    logging,
+)
 from datasets.config import HF_DATASETS_CACHE
 from huggingface_hub import metadata_load
 from huggingface_hub.constants import HF_HUB_CACHE
@@ -75,11 +84,33 @@ def load_files(path: Path, *, config_name: str | None = None, streaming: bool = 
         raise ValueError(_explain(path, error)) from error
     finally:
         logging.set_verbosity(level)
-    if not streaming:
-        folder = path if path.is_dir() else path.parent
-        for rows in splits.values():
-            check_paths(rows, [folder, Path(HF_DATASETS_CACHE), Path(HF_HUB_CACHE)], str(path))
+    return check_splits_paths(splits, [path if path.is_dir() else path.parent], str(path))
+
+
+def check_splits_paths(splits: Any, folders: Sequence[Path], name: str) -> Any:
+    """[`check_paths`] for the splits of a dataset as it was loaded; those of a stream are checked row by row, as they come."""
+    folders = [*folders, Path(HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
+    if isinstance(splits, IterableDatasetDict):
+        return IterableDatasetDict({split: _check_stream(rows, folders, name) for split, rows in splits.items()})
+    for rows in splits.values():
+        check_paths(rows, folders, name)
     return splits
+
+
+def _check_stream(rows: IterableDataset, folders: Sequence[Path], name: str) -> IterableDataset:
+    features = rows.features
+    for column, kind in (features or {}).items():
+        if isinstance(kind, Image):  # not to be opened before it is checked
+            rows = rows.cast_column(column, Image(decode=False))
+
+    def check(row: dict[str, Any]) -> dict[str, Any]:
+        for column, value in row.items():
+            for path in _named_files_of(value):
+                _check_path(path, folders, name, column)
+        return row
+
+    checked = rows.map(check)
+    return checked if features is None else checked.cast(features)
 
 
 def check_paths(rows: Dataset, folders: Sequence[Path], name: str) -> None:
@@ -98,15 +129,21 @@ def check_paths(rows: Dataset, folders: Sequence[Path], name: str) -> None:
     Raises:
         [`OutsideError`]: If one lies elsewhere or is an address.
     """
-    roots = [os.path.join(os.path.realpath(folder), "") for folder in folders]
     for column in rows.column_names:
         for chunk in rows.data.column(column).chunks:
             for path in _named_files(chunk):
-                if "://" in path or not os.path.realpath(path).startswith(tuple(roots)):
-                    raise OutsideError(
-                        f"{name}, column `{column}`: {shorten(path)} is not in the dataset's folder, {folders[0]}. Copy the "
-                        "file there, or store its bytes in the dataset."
-                    )
+                _check_path(path, folders, name, column)
+
+
+def _check_path(path: str, folders: Sequence[Path], name: str, column: str) -> None:
+    roots = tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
+    # a stream of files on the Hub names them so
+    is_in_repository = path.split("::")[-1].startswith(f"hf://datasets/{name}@") and ".." not in path
+    if not is_in_repository and ("://" in path or not os.path.realpath(path).startswith(roots)):
+        raise OutsideError(
+            f"{name}, column `{column}`: {shorten(path)} is not in the dataset's folder, {folders[0]}. Copy the file there, "
+            "or store its bytes in the dataset."
+        )
 
 
 def _named_files(array: pa.Array) -> Iterator[str]:
@@ -123,6 +160,16 @@ def _named_files(array: pa.Array) -> Iterator[str]:
                 yield from _named_files(pc.struct_field(array, name))
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         yield from _named_files(array.flatten())
+
+
+def _named_files_of(value: Any) -> Iterator[str]:
+    """[`_named_files`] of one cell of a stream."""
+    if isinstance(value, Mapping) and "path" in value and value.keys() <= {"bytes", "path"}:
+        if value.get("bytes") is None and isinstance(value["path"], str) and value["path"]:
+            yield value["path"]
+    elif isinstance(value, (list, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _named_files_of(item)
 
 
 def _load(path: Path, config_name: str | None, streaming: bool) -> Any:

@@ -37,7 +37,7 @@ def load_dataset_dict(
     from datasets import load_dataset
 
     from ..hub import check_repository, explain_errors, find_reference
-    from ..preferences.files import FILE_TYPES, load_files
+    from ..preferences.files import FILE_TYPES, check_splits_paths, load_files
 
     path = Path(name_or_path)
     if path.exists():
@@ -47,7 +47,8 @@ def load_dataset_dict(
     reference = find_reference(name_or_path, kind="dataset")
     check_repository(reference, kind="dataset")
     with explain_errors(f"Loading the dataset {reference}"):
-        return load_dataset(reference.name, name=config_name, revision=reference.revision, streaming=streaming)
+        splits = load_dataset(reference.name, name=config_name, revision=reference.revision, streaming=streaming)
+    return check_splits_paths(splits, [], reference.name)
 
 
 def hub_dataset_name(name_or_path: str | None) -> str | None:
