@@ -1,0 +1,18 @@
+"""Language models, judges and image models behind an OpenAI-compatible server."""
+
+from .answers import Answer, BadAnswer, BudgetReached, Drawing, EndpointError, ServerError
+from .client import Endpoint
+from .spending import Prices, Spend
+
+
+__all__ = [
+    "Answer",
+    "BadAnswer",
+    "BudgetReached",
+    "Drawing",
+    "Endpoint",
+    "EndpointError",
+    "Prices",
+    "ServerError",
+    "Spend",
+]
