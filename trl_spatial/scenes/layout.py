@@ -47,20 +47,20 @@ class PlacedObject:
     radius: float
 
 
-class _DifferenceSystem:
+class DifferenceSystem:
     """Upper bounds on all differences of coordinates, kept as tight as what was added implies."""
 
     def __init__(self, upper: np.ndarray):
         self.upper = upper  # (2, num_objects + 1, num_objects + 1): position[j] - position[i] <= upper[axis, i, j]
 
     @classmethod
-    def empty(cls, num_objects: int) -> "_DifferenceSystem":
+    def empty(cls, num_objects: int) -> "DifferenceSystem":
         upper = np.full((2, num_objects + 1, num_objects + 1), np.inf)
         upper[:, range(num_objects + 1), range(num_objects + 1)] = 0.0
         return cls(upper)
 
-    def copy(self) -> "_DifferenceSystem":
-        return _DifferenceSystem(self.upper.copy())
+    def copy(self) -> "DifferenceSystem":
+        return DifferenceSystem(self.upper.copy())
 
     def add(self, bound: Bound) -> bool:
         """Add a bound; `False` if it contradicts the others."""
@@ -152,7 +152,7 @@ def place_scene(graph: SceneGraph, radii: dict[Entity, float], rng: np.random.Ge
     entities = list(graph.entities)
     index = {entity: i for i, entity in enumerate(entities)}
     sizes = [radii[entity] for entity in entities]
-    system = _DifferenceSystem.empty(len(entities))
+    system = DifferenceSystem.empty(len(entities))
     for i, radius in enumerate(sizes):
         for axis in (X, Y):
             system.add(Bound(axis, CANVAS, i, radius + BORDER))
@@ -169,7 +169,7 @@ def place_scene(graph: SceneGraph, radii: dict[Entity, float], rng: np.random.Ge
     for i, j in sorted(apart):
         distance = sizes[i] + sizes[j] + CLEARANCE
         choices.append([[Bound(axis, *pair, distance)] for axis in (X, Y) for pair in ((i, j), (j, i))])
-    solved = _choose(system, choices, rng, [MAX_BRANCHES])
+    solved = choose_alternatives(system, choices, rng, [MAX_BRANCHES])
     if solved is None:
         raise LayoutError(f"No layout satisfies {[str(relation) for relation in graph.relations]} at once.")
     positions = solved.draw(rng)
@@ -177,21 +177,21 @@ def place_scene(graph: SceneGraph, radii: dict[Entity, float], rng: np.random.Ge
     return [placed[i] for i in _drawing_order(graph, index, rng)]
 
 
-def _choose(system: _DifferenceSystem, choices: list, rng: np.random.Generator, budget: list[int]):
+def choose_alternatives(system: DifferenceSystem, choices: list, rng: np.random.Generator, budget: list[int]):
     """Depth-first search for one alternative of every choice that are consistent together."""
     if not choices:
         return system
     alternatives, *rest = choices
     # nothing to choose where one alternative already holds
     if any(all(system.implies(bound) for bound in alternative) for alternative in alternatives):
-        return _choose(system, rest, rng, budget)
+        return choose_alternatives(system, rest, rng, budget)
     for k in rng.permutation(len(alternatives)):
         budget[0] -= 1
         if budget[0] < 0:
             return None
         trial = system.copy()
         if all(trial.add(bound) for bound in alternatives[k]):
-            solved = _choose(trial, rest, rng, budget)
+            solved = choose_alternatives(trial, rest, rng, budget)
             if solved is not None:
                 return solved
     return None

@@ -59,7 +59,7 @@ Rule = Callable[[Sequence[LocatedObject], str | None], tuple[Verdict, str]]
 # Rules: located objects → verdict and reason. Between the two thresholds a rule abstains.
 
 
-def _graded(value: float, satisfied_from: float, violated_to: float, text: str) -> tuple[Verdict, str]:
+def graded(value: float, satisfied_from: float, violated_to: float, text: str) -> tuple[Verdict, str]:
     if value >= satisfied_from:
         return Verdict.SATISFIED, text
     if value <= violated_to:
@@ -89,7 +89,7 @@ def _enclosed_share(inner: LocatedObject, outer: LocatedObject) -> float:
 def _check_left_of(objects, region):
     a, b = objects
     distance = b.x - a.x
-    return _graded(distance, 0.06, 0.02, f"its center is {distance:+.2f} to the left")
+    return graded(distance, 0.06, 0.02, f"its center is {distance:+.2f} to the left")
 
 
 def _check_above(objects, region):
@@ -97,7 +97,7 @@ def _check_above(objects, region):
     lift, gap = b.y - a.y, (b.y - b.radius) - (a.y + a.radius)
     if lift <= 0.02:
         return Verdict.VIOLATED, f"its center is {lift:+.2f} higher"
-    return _graded(gap, -0.035, -1.0, f"the vertical gap is {gap:+.2f}")
+    return graded(gap, -0.035, -1.0, f"the vertical gap is {gap:+.2f}")
 
 
 def _check_on(objects, region):
@@ -113,7 +113,7 @@ def _check_on(objects, region):
 
 def _check_inside(objects, region):
     share = _enclosed_share(*objects)
-    return _graded(share, 0.9, 0.5, f"{share:.0%} of it is enclosed")
+    return graded(share, 0.9, 0.5, f"{share:.0%} of it is enclosed")
 
 
 def _check_front_of(objects, region):
@@ -122,12 +122,12 @@ def _check_front_of(objects, region):
         return Verdict.UNDECIDABLE, "the two do not overlap, so their depth order cannot be seen"
     difference = a.completeness - b.completeness
     text = f"{a.completeness:.0%} of it and {b.completeness:.0%} of the other are visible"
-    return _graded(difference, 0.08, -0.08, text)
+    return graded(difference, 0.08, -0.08, text)
 
 
 def _check_near(objects, region):
     gap = _gap(*objects)
-    return _graded(-gap, -0.14, -0.22, f"the gap is {gap:.2f}")
+    return graded(-gap, -0.14, -0.22, f"the gap is {gap:.2f}")
 
 
 def _check_next_to(objects, region):
@@ -140,7 +140,7 @@ def _check_next_to(objects, region):
 
 def _check_far_from(objects, region):
     gap = _gap(*objects)
-    return _graded(gap, 0.28, 0.18, f"the gap is {gap:.2f}")
+    return graded(gap, 0.28, 0.18, f"the gap is {gap:.2f}")
 
 
 def _check_between(objects, region):
@@ -175,7 +175,7 @@ def _check_at(objects, region):
         abs(position - _CELL_CENTERS[cell]) - (0.0 if cell == 1 else 0.2)
         for position, cell in zip((a.x, a.y), REGIONS[region], strict=True)
     )
-    return _graded(-off, -0.15, -0.19, f"its center is at ({a.x:.2f}, {a.y:.2f})")
+    return graded(-off, -0.15, -0.19, f"its center is at ({a.x:.2f}, {a.y:.2f})")
 
 
 def _check_row_order(objects, region):
