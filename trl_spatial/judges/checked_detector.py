@@ -28,31 +28,14 @@ class CheckedDetector:
     """
     A detector that is shown a photograph when this object is made, and watched afterwards.
 
-    It must find the photograph's object above `threshold`. The photograph beside itself has two of them: if fewer are found
-    above `counting_threshold`, a warning says so, because prompts about numbers would then be judged as if the objects were
-    not there.
+    It must find the photograph's object above `threshold`, or this is a `SilentDetectorError`. The photograph beside
+    itself has two of them: if fewer are found above `counting_threshold`, a warning says so, because prompts about
+    numbers would then be judged as if the objects were not there. By default it is a photograph of a person that comes
+    with the package: detectors of photographs may well not know a drawing.
 
-    Args:
-        detector (`Callable`):
-            Takes a list of RGB images, returns a list of [`Detection`] for each. If it has an attribute `labels`, the names
-            of its classes, a class that it does not know is an error rather than an object that is never found.
-        threshold (`float`):
-            Score above which a detection counts.
-        counting_threshold (`float`):
-            The same for prompts about numbers.
-        image (any image, *optional*):
-            Picture of the self-test. By default a photograph of a person that comes with the package: detectors of
-            photographs may well not know a drawing.
-        label (`str`, *optional*, defaults to `"person"`):
-            What must be found there.
-        silence_limit (`int`, *optional*, defaults to `64`):
-            If nothing was found in the first so many images, the detector is taken for broken.
-
-    Raises:
-        `SilentDetectorError`: If the detector does not find the object of the self-test.
-        `ValueError`: If it does not know the class of that object, returns nothing with scores as low as a threshold, or a
-            threshold is not from 0 to 1.
-        `TypeError`: If it does not return a list of [`Detection`] for each image.
+    If the detector has an attribute `labels`, the names of its classes, a class that it does not know is an error
+    rather than an object that is never found. If it finds nothing in the first `silence_limit` images, it is taken for
+    broken.
     """
 
     def __init__(
@@ -85,11 +68,8 @@ class CheckedDetector:
 
     def __call__(self, images: list[Image.Image]) -> list[Sequence[Detection]]:
         """
-        Detects objects.
-
-        Raises:
-            `SilentDetectorError`: If nothing has been found in the first `silence_limit` images.
-            `TypeError`: If the detector does not return a list of [`Detection`] for each image.
+        What is in each image. A `SilentDetectorError` if nothing was found in the first `silence_limit` images, and a
+        `TypeError` if the detector does not return a list of [`Detection`] for each.
         """
         results = self._detect(images)
         for found in results:
@@ -100,10 +80,8 @@ class CheckedDetector:
         """Raises a `ValueError` with the names most like it if the detector does not know a class."""
         if self._labels is None or geneval_name(name) in self._labels:
             return
-        near = get_close_matches(geneval_name(name), self._labels, n=5, cutoff=0.5)
-        shown = (
-            f"names like it are {', '.join(near)}" if near else f"it knows {', '.join(sorted(self._labels)[:10])}, …"
-        )
+        near = ", ".join(get_close_matches(geneval_name(name), self._labels, n=5, cutoff=0.5))
+        shown = f"names like it are {near}" if near else f"it knows {', '.join(sorted(self._labels)[:10])}, …"
         raise ValueError(f"The detector does not know the class {name!r} among its {len(self._labels)}: {shown}.")
 
     def _detect(self, images: list[Image.Image]) -> list[Sequence[Detection]]:

@@ -9,16 +9,14 @@ from PIL import Image
 from transformers import (
     MODEL_FOR_OBJECT_DETECTION_MAPPING,
     MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING,
-    AutoConfig,
     AutoImageProcessor,
     AutoModelForObjectDetection,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
 )
 
+from ..endpoints.local_chat import load_model
 from ..hub.errors import explain_errors
-from ..hub.references import find_reference
-from ..hub.safety import check_repository
 from .geneval import COLORS, THRESHOLD, Detection, geneval_name
 
 
@@ -40,10 +38,8 @@ class TransformersDetector:
             The model: a folder, `ORG/NAME` or `ORG/NAME@REVISION` on the Hub, or `hub/NAME`.
         threshold (`float`, *optional*, defaults to `0.3`):
             Score from which detections are returned.
-        device (`str` or `torch.device`, *optional*):
-            Where it runs. If `None`, the accelerator if there is one.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            Type of its weights.
+        device (`str` or `torch.device`, *optional*), dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+            Where it runs, by default on the accelerator if there is one, and the type of its weights.
         batch_size (`int`, *optional*, defaults to `16`):
             How many images go through it at once.
         counting_threshold (`float`, *optional*):
@@ -80,8 +76,8 @@ class TransformersDetector:
             MODEL_FOR_OBJECT_DETECTION_MAPPING,
             what="an object detector, such as RT-DETR, DETR or YOLOS",
             dtype=dtype,
+            device=device,
         )
-        self.model.to(_find_device(device))
         # COCO's numbering has gaps, which checkpoints call N/A
         self._names = {
             int(index): geneval_name(label) for index, label in self.model.config.id2label.items() if label != "N/A"
@@ -90,16 +86,7 @@ class TransformersDetector:
 
     @torch.no_grad()
     def __call__(self, images: list[Image.Image]) -> list[list[Detection]]:
-        """
-        Detects objects.
-
-        Args:
-            images (`list[Image.Image]`):
-                RGB images of any sizes.
-
-        Returns:
-            `list[list[Detection]]`: What is in each image with a score of more than `threshold`, boxes in its pixels.
-        """
+        """What is in each RGB image, of any size, with a score of more than `threshold`; boxes are in its pixels."""
         by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, image in enumerate(images):
             by_size[image.size].append(index)
@@ -131,20 +118,10 @@ class TransformersDetector:
 
 class ZeroShotColors:
     """
-    Names the color of an object by zero-shot image classification, as GenEval does with CLIP ViT-L/14.
+    Names the color of an object by zero-shot image classification, as GenEval does with CLIP ViT-L/14, in GenEval's
+    words. Other than there, the crop has its background: boxes have no mask to cut it out.
 
-    The words are GenEval's. Other than there, the crop has its background: boxes have no mask to cut it out.
-
-    Args:
-        name (`str`):
-            The model, CLIP or SigLIP: a folder, `ORG/NAME` or `ORG/NAME@REVISION` on the Hub, or `hub/NAME`. Weights as
-            for [`TransformersDetector`].
-        device (`str` or `torch.device`, *optional*):
-            Where it runs. If `None`, the accelerator if there is one.
-
-    Raises:
-        `ValueError`: If there is no such model, it cannot classify so, weights are missing, or the repository holds
-            pickles or code.
+    The model is CLIP or SigLIP; its name, device and weights, and the errors, are as for [`TransformersDetector`].
     """
 
     def __init__(self, name: str, *, device: Any = None):
@@ -155,8 +132,8 @@ class ZeroShotColors:
             MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING,
             what="a model of zero-shot image classification, such as CLIP",
             dtype=torch.float32,
+            device=device,
         )
-        self.model.to(_find_device(device))
         config = self.model.config
         self._padding: dict[str, Any] = {"padding": True}
         if config.model_type.startswith("siglip"):  # trained on texts of one length
@@ -172,30 +149,13 @@ class ZeroShotColors:
         return COLORS[int(logits.view(len(COLORS), len(COLOR_TEMPLATES)).mean(dim=1).argmax())]
 
 
-def _find_device(device: Any) -> Any:
-    return device or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def _load(name: str, model_class: Any, processor_class: Any, mapping: Any, *, what: str, dtype: torch.dtype) -> Any:
+def _load(
+    name: str, model_class: Any, processor_class: Any, mapping: Any, *, what: str, dtype: torch.dtype, device: Any
+) -> Any:
     """A model in evaluation mode and its processor."""
-    reference = find_reference(name, kind="model")
-    check_repository(reference, kind="model")
-    where = {"revision": reference.revision, "trust_remote_code": False}
-    with explain_errors(f"Loading {reference}"):
-        config = AutoConfig.from_pretrained(reference.name, **where)
-        if type(config) not in mapping:
-            raise ValueError(
-                f"{reference} is a {config.model_type} model, not {what}, or not one that transformers knows."
-            )
-        model, info = model_class.from_pretrained(
-            reference.name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
+    reference, _, model = load_model(name, model_class, mapping, what=what, device=device, dtype=dtype)
+    with explain_errors(f"Loading the processor of {reference}"):
+        processor = processor_class.from_pretrained(
+            reference.name, revision=reference.revision, trust_remote_code=False
         )
-        processor = processor_class.from_pretrained(reference.name, **where)
-    # buffers may be missing: some are computed
-    missing = sorted(set(info["missing_keys"]) & {key for key, _ in model.named_parameters()})
-    if missing:
-        raise ValueError(
-            f"{reference} lacks {len(missing)} weights ({', '.join(missing[:5])}), which would be random. It may be a "
-            "backbone that was not trained for this yet."
-        )
-    return model.eval(), processor
+    return model, processor

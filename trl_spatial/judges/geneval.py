@@ -60,24 +60,12 @@ class Detection:
 
 @dataclass(frozen=True)
 class Requirement:
-    """
-    What a specification says of one class.
+    """What a specification says of one class."""
 
-    Args:
-        class_name (`str`):
-            The class, in GenEval's words.
-        count (`int`):
-            How many there should be; of an excluded class, from how many on there are too many.
-        color (`str`, *optional*):
-            Their color, one of `COLORS`.
-        position (`tuple[str, int]`, *optional*):
-            One of `RELATIONS`, and the index of the requirement whose objects it refers to.
-    """
-
-    class_name: str
-    count: int
-    color: str | None = None
-    position: tuple[str, int] | None = None
+    class_name: str  # in GenEval's words
+    count: int  # how many there should be; of an excluded class, from how many on there are too many
+    color: str | None = None  # one of `COLORS`
+    position: tuple[str, int] | None = None  # one of `RELATIONS`, and the index of the requirement it refers to
 
 
 @dataclass(frozen=True)
@@ -332,25 +320,24 @@ def _match(
         if colors and shares[-1] < 1:
             failures.append(f"expected {requirement.color} {requirement.class_name}, found {', '.join(colors)}")
     if requirement.position is not None:
-        targets = matched[requirement.position[1]]
+        relation, index = requirement.position
         if not failures:
-            failures += _position_failures(requirement, found, targets)
+            failures += _position_failures(requirement.class_name, relation, found, matched[index])
         shares.append(float(not failures))
     reasons += failures
     return None if failures else found
 
 
 def _position_failures(
-    requirement: Requirement, found: Sequence[Detection], targets: Sequence[Detection] | None
+    name: str, relation: str, found: Sequence[Detection], targets: Sequence[Detection] | None
 ) -> list[str]:
-    """The first pair that is not as a requirement with a position says; nothing if all are."""
-    relation, _ = requirement.position or ("", 0)
+    """The first pair of an object and a target that is not in the relation; nothing if all are."""
     if targets is None:
-        return [f"no target for {requirement.class_name} to be {relation}"]
+        return [f"no target for {name} to be {relation}"]
     for detection in found:
         for target in targets:
             relations = relative_positions(detection.box, target.box)
             if relation not in relations:
                 shown = " and ".join(sorted(relations)) or "at no side of"
-                return [f"expected {requirement.class_name} {relation} target, found {shown} target"]
+                return [f"expected {name} {relation} target, found {shown} target"]
     return []

@@ -12,21 +12,8 @@ from ..statistics import Interval, accuracy_interval, bootstrap_interval
 
 def check_image(image: Any, graph: SceneGraph, *, row: int = 0) -> SceneCheck:
     """
-    Compares an image, as a viewer sees it, with the scene it was asked to show.
-
-    Args:
-        image (any image):
-            In any form that [`~preferences.images.load_image`] takes, of at least 24 pixels.
-        graph ([`SceneGraph`]):
-            What it should show.
-        row (`int`, *optional*, defaults to `0`):
-            Number of the image, for the error.
-
-    Returns:
-        [`SceneCheck`]: As [`~scenes.check_scene`] gives it.
-
-    Raises:
-        `ValueError`: If the image cannot be read or is too small.
+    Compares an image, as a viewer sees it, with the scene it was asked to show. It is of at least 24 pixels, in any
+    form that [`~preferences.images.load_image`] takes; `row` is its number in errors.
     """
     try:
         picture = load_image(image)
@@ -44,17 +31,8 @@ def check_images(images: Sequence[Any], graphs: Sequence[SceneGraph]) -> list[Sc
 
 def share_shown(check: SceneCheck, graph: SceneGraph) -> float:
     """
-    How much of a scene an image shows.
-
-    Args:
-        check ([`SceneCheck`]):
-            From [`~scenes.check_scene`].
-        graph ([`SceneGraph`]):
-            What the image should show.
-
-    Returns:
-        `float`: Share of the relations that are satisfied, from 0 to 1; a relation of an object that is missing, or there
-        more than once, is not. Of a scene without relations, the share of the objects that are there once.
+    Share of a scene's relations that an image satisfies, from 0 to 1; a relation of an object that is missing, or
+    there more than once, is not. Of a scene without relations, the share of the objects that are there once.
     """
     if graph.relations:
         return sum(result.verdict == Verdict.SATISFIED for result in check.relations) / len(graph.relations)
@@ -70,22 +48,13 @@ def summarize_checks(
     checks: Sequence[SceneCheck], clusters: Sequence | np.ndarray | None = None
 ) -> dict[str, Interval]:
     """
-    Summarise what the images of a generator show, with 95 % intervals.
+    Summarises what the images of a generator show, with 95 % intervals: `"spatial_accuracy"`, the share of the images
+    in which every named object is there once and every relation holds; `"objects_present"`, the share in which the
+    objects are there, wherever they stand; and, if there are such images, `"relations_correct"`, the share of these in
+    which the relations hold.
 
-    Args:
-        checks (`Sequence[SceneCheck]` of length `n`):
-            From [`check_images`], at least one.
-        clusters (sequence of length `n`, *optional*):
-            The prompt of each image, or its number, where several images share one: they succeed and fail together, so
-            the intervals draw whole prompts. If not set, the images count as independent.
-
-    Returns:
-        `dict[str, Interval]`: `"spatial_accuracy"`, the share of the images in which every named object is there once and
-        every relation holds; `"objects_present"`, the share in which the objects are there, wherever they stand; and,
-        if there are such images, `"relations_correct"`, the share of these in which the relations hold.
-
-    Raises:
-        `ValueError`: If `checks` is empty or `clusters` has another length.
+    `clusters` are the prompts of the images, or their numbers, where several images share one: they succeed and fail
+    together, so the intervals draw whole prompts. If not set, the images count as independent.
     """
     if not checks:
         raise ValueError("`checks` is empty: there is nothing to summarise.")
@@ -111,17 +80,12 @@ def _interval(values: np.ndarray, clusters: np.ndarray | None) -> Interval:
 
 def pairwise_distance(images: Sequence[Any], group_size: int) -> float:
     """
-    Diversity of a generator: how much two images of the same prompt differ.
+    Diversity of a generator: root mean square difference of the pixels of two images of the same prompt, from 0 to 1,
+    averaged over all pairs of different images of a prompt, and over the prompts. 0 if a prompt always gives the same
+    image.
 
-    Args:
-        images (sequence of any images):
-            Images of one size, in any form that [`~preferences.images.load_image`] takes, those of a prompt next to each other.
-        group_size (`int`):
-            Number of images per prompt, at least 2.
-
-    Returns:
-        `float`: root mean square difference of the pixels, from 0 to 1, averaged over all pairs of different images of a
-        prompt, and over the prompts. 0 if a prompt always gives the same image.
+    The images are of one size, in any form that [`~preferences.images.load_image`] takes, `group_size` of each prompt,
+    at least 2, next to each other.
     """
     if group_size < 2 or not images or len(images) % group_size:
         raise ValueError(

@@ -1,0 +1,99 @@
+"""A vision-language model behind a server that says which relations hold in an image."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any
+
+from PIL import Image
+
+from ..endpoints import BadAnswer, Endpoint
+from .pictures import load_picture
+from .questions import ANSWERS, JudgedRelation, relation_question
+
+
+_INSTRUCTION = (
+    "Look at the picture and answer each question about it. Left and right are the viewer's, as in the picture; in front "
+    "means nearer to the viewer. Answer `yes` if what is asked is clearly so, `no` if it is not so or if one of the things is "
+    "not in the picture, and `cannot_tell` if the picture does not show it clearly enough. Give one answer per question, in "
+    "the order of the questions."
+)
+_SCHEMA = {
+    "title": "answers",
+    "type": "object",
+    "properties": {"answers": {"type": "array", "items": {"type": "string", "enum": list(ANSWERS)}}},
+    "required": ["answers"],
+    "additionalProperties": False,
+}
+_LARGEST_PNG = 2**19  # bytes; larger pictures are sent as JPEG
+
+
+class EndpointJudge:
+    """
+    Asks a model behind a server about all relations of an image in one call. A [`~judges.questions.RelationJudge`].
+
+    Args:
+        endpoint ([`~endpoints.Endpoint`]):
+            The model; it has to take images.
+        max_side (`int`, *optional*, defaults to `1024`):
+            The longer side of an image in pixels; larger ones are shrunk.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, max_side: int = 1024):
+        if max_side < 1:
+            raise ValueError(f"`max_side` must be at least 1, got {max_side}.")
+        self.endpoint = endpoint
+        self.max_side = max_side
+
+    def ask(self, image: Any, relations: Sequence[Mapping[str, Any]]) -> list[JudgedRelation]:
+        """
+        See [`~judges.questions.RelationJudge`]. Where the model gives no answer, or fewer than there are questions, the
+        missing ones are `"cannot_tell"`; with more than there are questions, all are.
+
+        Raises:
+            `ValueError`: If the image cannot be read or a relation is unknown.
+            [`~endpoints.ServerError`], [`~endpoints.BudgetReached`]: As [`~endpoints.Endpoint.chat`].
+        """
+        if not relations:
+            return []
+        questions = "\n".join(f"{i}. {relation_question(relation)}" for i, relation in enumerate(relations, start=1))
+        picture = {"type": "image_url", "image_url": {"url": encode_image(image, self.max_side)}}
+        messages: list[dict[str, Any]] = [
+            {"role": "system", "content": _INSTRUCTION},
+            {"role": "user", "content": [picture, {"type": "text", "text": questions}]},
+        ]
+        try:
+            answer = self.endpoint.chat(messages, schema=_SCHEMA)
+        except BadAnswer as error:
+            return [JudgedRelation("cannot_tell", error.raw, error.served_model)] * len(relations)
+        given = answer.data["answers"]
+        if len(given) > len(relations):  # which belongs to which?
+            given = []
+        given = given + ["cannot_tell"] * (len(relations) - len(given))
+        return [JudgedRelation(said, answer.text, answer.served_model) for said in given]
+
+
+def encode_image(image: Any, max_side: int) -> str:
+    """
+    An image as a data URL: PNG, or JPEG if that would be large.
+
+    Args:
+        image (any image):
+            In any form that [`~preferences.images.load_image`] takes.
+        max_side (`int`):
+            The longer side in pixels; larger images are shrunk.
+
+    Raises:
+        `ValueError`: If the image cannot be read.
+    """
+    picture = load_picture(image, max_side)
+    kind, data = "png", _save(picture, "PNG")
+    if len(data) > _LARGEST_PNG:
+        kind, data = "jpeg", _save(picture, "JPEG", quality=95, subsampling=0)
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _save(picture: Image.Image, kind: str, **settings: Any) -> bytes:
+    file = BytesIO()
+    picture.save(file, kind, **settings)
+    return file.getvalue()
