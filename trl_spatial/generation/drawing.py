@@ -13,21 +13,11 @@ from .seeds import image_generator
 
 @dataclass
 class DrawnBatch:
-    """
-    Images that were drawn together.
-
-    Args:
-        images (`list[Image.Image]` of length `n`):
-            The images.
-        indices (`list[int]` of length `n`):
-            Their numbers among those of all processes, ascending: `row * num_images + image`.
-        rows (`list[dict]` of length `n`):
-            The row of each.
-    """
+    """Images that were drawn together."""
 
     images: list[Image.Image]
-    indices: list[int]
-    rows: list[dict[str, Any]]
+    indices: list[int]  # numbers of the images among those of all processes, ascending: row * num_images + image
+    rows: list[dict[str, Any]]  # of each image
 
 
 def draw_rows(
@@ -43,33 +33,13 @@ def draw_rows(
     progress: str | None = None,
 ) -> Iterator[DrawnBatch]:
     """
-    Draws images for the rows of a dataset. Image `j` of row `i` starts from the noise of `(seed, i, j)`, whatever the batch
-    size and the number of processes, so that images of two generators differ by the generators alone.
+    Draws `num_images` images for each row of a dataset, `batch_size` at once, with the prompts in the column `prompt`.
+    Image `j` of row `i` starts from the noise of `(seed, i, j)`, whatever the batch size and the number of processes,
+    so that images of two generators differ by the generators alone.
 
-    Args:
-        generator ([`~generation.generators.ImageGenerator`]):
-            Draws the images.
-        rows (`Sequence[dict]`):
-            All rows, with a `prompt`. Each process takes its share.
-        batch_size (`int`):
-            Images that are drawn at once.
-        seed (`int`):
-            Seed of the noise.
-        num_images (`int`, *optional*, defaults to `1`):
-            Images per row.
-        rank (`int`, *optional*, defaults to `0`), world_size (`int`, *optional*, defaults to `1`):
-            Number of this process and of all.
-        is_collective (`bool`, *optional*, defaults to `False`):
-            Whether drawing needs all processes, as a sharded model does. Those with fewer batches than others then draw one
-            more, which is dropped.
-        progress (`str`, *optional*):
-            Name of the progress bar. If `None`, there is none.
-
-    Yields:
-        [`DrawnBatch`]: The images of one batch, in the order of the rows.
-
-    Raises:
-        `ValueError`: If the generator does not give one image per prompt.
+    Each process takes its share of all rows, and yields it in their order. If drawing `is_collective`, it needs all
+    processes, as a sharded model does: those with fewer batches than others draw one more, which is dropped.
+    `progress` is the name of a progress bar. A generator that does not give one image per prompt is a `ValueError`.
     """
     indices = range(rank, len(rows) * num_images, world_size)
     # Process 0 has the most images.

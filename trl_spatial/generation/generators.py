@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from ..scenes import parse_description, render_scene
+from ..scenes.tabletop import Rendering, parse_tabletop, render_tabletop, scene_of
 
 
 class ImageGenerator(Protocol):
@@ -13,29 +14,17 @@ class ImageGenerator(Protocol):
 
     def __call__(self, prompts: list[str], generators: list[torch.Generator]) -> list[Image.Image]:
         """
-        Draws images.
-
-        Args:
-            prompts (`list[str]` of length `n`):
-                The prompts.
-            generators (`list[torch.Generator]` of length `n`):
-                On the CPU, one per image, such as [`~generation.seeds.image_generator`] makes.
-
-        Returns:
-            `list[Image.Image]` of length `n`: RGB images.
+        Draws an RGB image for each prompt. The generators are on the CPU, such as
+        [`~generation.seeds.image_generator`] makes.
         """
         ...
 
 
 class PipelineGenerator:
     """
-    Draws with a text-to-image pipeline of diffusers.
-
-    Args:
-        pipeline ([`~diffusers.DiffusionPipeline`]):
-            The pipeline. It is used as it is: device, precision, adapters and progress bar are the caller's.
-        **settings:
-            Other arguments of the pipeline's call, such as `height`, `num_inference_steps` and `guidance_scale`.
+    Draws with a text-to-image pipeline of diffusers as it is: device, precision, adapters and progress bar are the
+    caller's. Other arguments of its call, such as `height`, `num_inference_steps` and `guidance_scale`, are the
+    `settings`.
     """
 
     def __init__(self, pipeline: Any, **settings: Any):
@@ -48,15 +37,9 @@ class PipelineGenerator:
 
 class SceneGenerator:
     """
-    Draws scenes of coloured shapes exactly as their descriptions say: a generator that makes no mistakes.
-
-    Args:
-        image_size (`int`, *optional*, defaults to `64`):
-            Width and height in pixels.
-
-    Raises:
-        `ValueError`: When called, if a prompt does not describe a scene in the words of [`~scenes.describe_scene`].
-        [`~scenes.LayoutError`]: When called, if no arrangement satisfies a scene.
+    Draws scenes of coloured shapes exactly as their descriptions say, on `image_size` by `image_size` pixels: a
+    generator that makes no mistakes. It is a `ValueError` if a prompt does not describe a scene in the words of
+    [`~scenes.describe_scene`], and a [`~scenes.LayoutError`] if no arrangement satisfies it.
     """
 
     def __init__(self, image_size: int = 64):
@@ -71,3 +54,29 @@ class SceneGenerator:
             )
             for prompt, generator in zip(prompts, generators, strict=True)
         ]
+
+
+class TabletopGenerator:
+    """
+    Draws things on a table exactly as their descriptions say: a generator that makes no mistakes.
+
+    Args:
+        image_size (`int`, *optional*, defaults to `128`):
+            Width and height in pixels.
+
+    Raises:
+        `ValueError`: When called, if a prompt does not describe a scene in the words of
+        [`~scenes.tabletop.describe_tabletop`].
+        [`~scenes.LayoutError`]: When called, if no arrangement satisfies a scene.
+    """
+
+    def __init__(self, image_size: int = 128):
+        self.image_size = image_size
+
+    def __call__(self, prompts: list[str], generators: list[torch.Generator]) -> list[Image.Image]:
+        return [self.render(prompt, generator).image for prompt, generator in zip(prompts, generators, strict=True)]
+
+    def render(self, prompt: str, generator: torch.Generator) -> Rendering:
+        """Draws one image, and says what is where in it."""
+        seed = int(torch.randint(2**63 - 1, (), generator=generator))
+        return render_tabletop(parse_tabletop(prompt), seed=seed, scene=scene_of(prompt), image_size=self.image_size)
