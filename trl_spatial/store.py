@@ -10,19 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def write_atomically(path: str | Path, data: str | bytes) -> None:
     """
-    Writes a file so that at any moment `path` holds either its old content or all of the new one. A full disk or an
-    interruption leaves the old content.
-
-    Args:
-        path (`str` or `Path`):
-            The file. Its folder must exist.
-        data (`str` or `bytes`):
-            The new content; text is written as UTF-8.
+    Writes a file, text as UTF-8, so that at any moment `path` holds either its old content or all of the new one, even if the disk
+    is full or the process ends. The folder must exist.
     """
     path = Path(path)
     # in the same folder, since a file is replaced atomically only within a file system
@@ -44,10 +38,8 @@ def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
 
 def read_record(path: str | Path) -> dict[str, Any]:
     """
-    Reads the JSON object that [`write_record`] wrote.
-
-    Returns:
-        `dict`: the record; empty if there is no file, or if it is damaged, which is reported on stderr.
+    Reads the JSON object that [`write_record`] wrote. It is empty if there is no file, or if it is damaged, which is reported on
+    stderr.
     """
     try:
         record = json.loads(Path(path).read_bytes())
@@ -63,12 +55,8 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
 class ContentStore:
     """
-    A folder of files that are named by the SHA-256 of their content, so that a name never stands for other content and
-    equal files are stored once.
-
-    Args:
-        folder (`Path`):
-            The folder; created if missing.
+    A folder, created if missing, of files that are named by the SHA-256 of their content, so that a name never stands for other
+    content and equal files are stored once.
     """
 
     def __init__(self, folder: Path):
@@ -76,18 +64,7 @@ class ContentStore:
         folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, data: bytes, suffix: str = "") -> str:
-        """
-        Stores a file, unless it is there already.
-
-        Args:
-            data (`bytes`):
-                Content.
-            suffix (`str`, *optional*):
-                End of the name, such as `".png"`.
-
-        Returns:
-            `str`: name of the file in the folder.
-        """
+        """Stores a file, unless it is there already, and returns its name, which ends in `suffix`."""
         name = hashlib.sha256(data).hexdigest() + suffix
         path = self.folder / name
         if not (path.is_file() and path.read_bytes() == data):
@@ -95,18 +72,79 @@ class ContentStore:
         return name
 
     def get(self, name: str) -> bytes:
-        """
-        Reads a file.
-
-        Raises:
-            `FileNotFoundError`: If there is none of that name.
-            `ValueError`: If its content is not what was stored.
-        """
+        """Reads a file; a `ValueError` if its content is not what was stored."""
         path = self.folder / name
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != name.split(".")[0]:
             raise ValueError(f"{path} has changed since it was written. Delete it and run the same command again.")
         return data
+
+
+class RecordLog:
+    """
+    A file of JSON records, one a line, to which records are added and from which none is removed. What an interruption has
+    left of a last line is dropped.
+
+    Args:
+        path (`Path`):
+            The file. It is made when the first record is added.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def append(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """
+        Adds records; they have reached the disk when the call returns. Of a full disk, none of them stays. To be called by
+        one process at a time.
+        """
+        if not records:
+            return
+        lines = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records).encode()
+        with self.path.open("a+b") as file:
+            size = _whole_lines(file)
+            try:
+                file.truncate(size)
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """
+        The records, in the order in which they were added.
+
+        Raises:
+            `ValueError`: If a line is damaged; the message names it.
+        """
+        if not self.path.is_file():
+            return
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    return
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise ValueError(
+                        f"{self.path}, line {number} is damaged ({error}). Restore the file, or remove that line: what it "
+                        "records is then done again."
+                    ) from None
+
+
+def _whole_lines(file: IO[bytes]) -> int:
+    """Size of a file without a last line that was cut off."""
+    end = file.seek(0, os.SEEK_END)
+    start = end
+    while start > 0:
+        start = max(start - 2**16, 0)
+        file.seek(start)
+        found = file.read(min(2**16, end - start)).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+    return 0
 
 
 class Stages:
@@ -145,7 +183,7 @@ class Stages:
 
     def run(self, name: str, function: Callable[[], Any], *, outputs: Sequence[Path] = ()) -> Any:
         """
-        Runs a stage, or returns what it returned when it was run.
+        Runs a stage, or returns what it returned when it was run, as read back from JSON.
 
         Args:
             name (`str`):
@@ -154,20 +192,16 @@ class Stages:
                 Does the work and returns something that JSON can hold.
             outputs (`Sequence[Path]`, *optional*):
                 Files that the stage writes. If one is missing, the stage is run again.
-
-        Returns:
-            What the function returned, as read back from JSON.
         """
         names = list(self.titles)
-        position = names.index(name)
-        title = f"{position + 1}/{len(names)}  {self.titles[name]}"
+        title = f"{names.index(name) + 1}/{len(names)}  {self.titles[name]}"
         record = read_record(self._file(name))
         missing = [path for path in outputs if not path.exists()]
         if "result" in record and not missing:
             print(f"{title}: done before, in {record.get('seconds', 0):.0f} s", flush=True)
             return record["result"]
         print(f"{title}: again, since {missing[0]} is missing" if "result" in record else title, flush=True)
-        for later in names[position:]:  # a later stage has used what this one now makes anew
+        for later in names[names.index(name) :]:  # a later stage has used what this one now makes anew
             if "result" in (known := read_record(self._file(later))):
                 write_record(self._file(later), {"seconds": known.get("seconds", 0.0)})
         started = time.perf_counter()
@@ -212,10 +246,6 @@ def begin_folder(folder: str | Path) -> None:
     """
     Makes an empty folder to be filled. What an earlier run left there is deleted, its marker first, so that old and new
     files never pass for one result. To be called by one process, before any other writes.
-
-    Args:
-        folder (`str` or `Path`):
-            The folder.
     """
     folder = Path(folder)
     (folder / MARKER).unlink(missing_ok=True)
@@ -226,34 +256,26 @@ def begin_folder(folder: str | Path) -> None:
 
 def mark_complete(folder: str | Path, files: Sequence[str] | None = None) -> None:
     """
-    Declares a folder complete: writes `checkpoint.json`, which lists files with their sizes, after they have reached the
-    disk. To be called by one process, after all have written.
-
-    Args:
-        folder (`str` or `Path`):
-            The folder.
-        files (`Sequence[str]`, *optional*):
-            Names of the files that belong to the result, relative to the folder. Defaults to all files.
+    Declares a folder complete: writes `checkpoint.json`, which lists files (names relative to the folder; by default all) with
+    their sizes, after they have reached the disk. To be called by one process, after all have written.
     """
     folder = Path(folder)
     sizes = _file_sizes(folder)
     if files is not None:
         sizes = {name: sizes[name] for name in files}
-    names = {folder / parent for name in sizes for parent in Path(name).parents}
-    for path in [*(folder / name for name in sizes), *names]:
-        _flush_to_disk(path)
+    parents = {folder / parent for name in sizes for parent in Path(name).parents}
+    if os.name == "posix":  # elsewhere folders and files open for reading cannot be flushed
+        for path in [*(folder / name for name in sizes), *parents]:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
     write_record(folder / MARKER, {"files": sizes})
 
 
 def is_complete(folder: str | Path) -> bool:
-    """
-    Whether a folder was written to its end: its marker is there, and so is every file that the marker lists, with its
-    size.
-
-    Args:
-        folder (`str` or `Path`):
-            The folder.
-    """
+    """Whether a folder was written to its end: its marker is there, and every file that it lists, with its size."""
     expected, sizes = marked_files(folder), _file_sizes(Path(folder))
     return expected is not None and all(sizes.get(name) == size for name, size in expected.items())
 
@@ -267,14 +289,8 @@ def marked_files(folder: str | Path) -> dict[str, int] | None:
 @contextmanager
 def lock_folder(folder: str | Path) -> Iterator[None]:
     """
-    Keeps other processes out of a folder while this one writes to it. The lock ends with the process, however it ends.
-
-    Args:
-        folder (`str` or `Path`):
-            The folder; it must exist.
-
-    Raises:
-        `ValueError`: If another process has locked it.
+    Keeps other processes out of an existing folder while this one writes to it, or raises a `ValueError` if another one has
+    locked it. The lock ends with the process, however it ends.
     """
     folder = Path(folder).resolve()
     if folder in _locked or os.name != "posix":
@@ -306,13 +322,3 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
 def _file_sizes(folder: Path) -> dict[str, int]:
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER)
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-
-
-def _flush_to_disk(path: Path) -> None:
-    if os.name != "posix":  # elsewhere folders and files open for reading cannot be flushed
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
