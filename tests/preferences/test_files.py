@@ -192,3 +192,15 @@ def test_a_cell_that_has_only_a_path_is_checked_too(here):
     (here / "a.jsonl").write_text(json.dumps({"prompt": "a", "extra": {"path": "/etc/hostname"}}))
     with pytest.raises(ValueError, match="'/etc/hostname' is not in the dataset's folder"):
         load_prompts("a.jsonl", "train")
+
+
+def test_two_folders_of_one_name_are_two_datasets(here):
+    """Datasets caches a folder with configurations by its name alone."""
+    for place, number in (("first", 2), ("second", 3)):
+        folder = here / place / "dataset"
+        folder.mkdir(parents=True)
+        Dataset.from_dict({"prompt": [f"{place} {i}" for i in range(number)]}).to_parquet(folder / "train.parquet")
+        (folder / "README.md").write_text(
+            "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: train.parquet\n---\n"
+        )
+        assert load_dataset_dict(str(folder))["train"]["prompt"][:] == [f"{place} {i}" for i in range(number)]

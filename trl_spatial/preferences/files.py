@@ -1,5 +1,6 @@
 """Reading datasets from local files. Errors name the damaged file, and no file outside the dataset's folder is read."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -193,7 +194,15 @@ def _load(path: Path, config_name: str | None, streaming: bool) -> Any:
     has_configs = _check_card(path)  # datasets does not combine those with options
     types = {file.suffix.lower() for file in files} & FILE_TYPES.keys()
     options = _CSV_OPTIONS if types == {".csv"} and not has_configs else {}
+    if has_configs:  # datasets 5.2 would take the cached rows of any other folder of the same name
+        options = {"cache_dir": str(Path(HF_DATASETS_CACHE) / "by_content" / _digest_of(path, files))}
     return load_dataset(str(path), name=config_name, streaming=streaming, **options)
+
+
+def _digest_of(folder: Path, files: Sequence[Path]) -> str:
+    """A name that changes with the files of a folder."""
+    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files) if file.is_file()]
+    return hashlib.sha256(repr((str(folder.resolve()), facts)).encode()).hexdigest()[:16]
 
 
 def _check_saved(folder: Path) -> None:
