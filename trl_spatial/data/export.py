@@ -96,6 +96,8 @@ def push_dataset(
     private: bool | None = None,
     max_shard_size: str = "500MB",
     license: str | None = None,
+    notes: str | None = None,
+    others: Mapping[str, DatasetDict] | None = None,
 ) -> str:
     """
     Uploads a dataset: Parquet shards with the images in them, and a card. An interrupted upload that is started again sends
@@ -116,6 +118,10 @@ def push_dataset(
             Largest size of a shard.
         license (`str`, *optional*):
             License for the card, as the Hub abbreviates it.
+        notes (`str`, *optional*):
+            See [`card_files`].
+        others (`Mapping[str, DatasetDict]`, *optional*):
+            Further configurations of the repository, such as one without images.
 
     Returns:
         `str`: address of the repository.
@@ -125,11 +131,20 @@ def push_dataset(
     """
     address = create_repository(repo_id, repo_type="dataset", private=private)
     with explain_errors(f"Uploading to {repo_id}"):
-        call_with_retries(
-            splits.push_to_hub, repo_id, config_name=config_name, private=private, max_shard_size=max_shard_size
-        )
+        for name, part in {**(others or {}), config_name: splits}.items():
+            call_with_retries(
+                part.push_to_hub, repo_id, config_name=name, private=private, max_shard_size=max_shard_size
+            )
     push_files(
-        card_files(splits, repo_id, report, config_name=config_name, license=license, written=_metadata(repo_id)),
+        card_files(
+            splits,
+            repo_id,
+            report,
+            config_name=config_name,
+            license=license,
+            notes=notes,
+            written=_metadata(repo_id),
+        ),
         repo_id,
         repo_type="dataset",
         message="Card",
@@ -144,6 +159,7 @@ def card_files(
     *,
     config_name: str = "default",
     license: str | None = None,
+    notes: str | None = None,
     written: Mapping[str, Any] | None = None,
 ) -> dict[str, Path | bytes]:
     """
@@ -158,6 +174,8 @@ def card_files(
             What is in it.
         config_name (`str`, *optional*, defaults to `"default"`), license (`str`, *optional*):
             See [`push_dataset`].
+        notes (`str`, *optional*):
+            Sections of the card on how the dataset was made, as Markdown.
         written (`Mapping[str, Any]`, *optional*):
             Front matter that is there already, from the upload of the shards: which files are which split.
 
@@ -191,6 +209,7 @@ def card_files(
         generators=sorted({name for part in report.statistics.values() for name in part.counts["generators"]}),
         samples=SAMPLES_FILE,
         plot=PLOT_FILE if PLOT_FILE in pictures else None,
+        notes=notes,
         paper=PAPER,
     )
     return {"README.md": str(card).encode(), **pictures}

@@ -3,6 +3,10 @@
 from ..hub.checkpoints import Kind
 
 
+# What `trl_spatial data export` writes beside the rows: a part of the card, and configurations of the same rows.
+NOTES_FILE = "notes.md"
+FURTHER_CONFIGURATIONS = ("text", "preview")
+
 DATASET = Kind(
     "a dataset",
     "dataset",

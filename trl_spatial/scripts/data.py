@@ -1,4 +1,4 @@
-"""`trl_spatial data`: make preference pairs of rendered scenes, validate a preference dataset."""
+"""`trl_spatial data`: build a preference dataset, make pairs of rendered scenes, validate a dataset."""
 
 import argparse
 import json
@@ -7,6 +7,8 @@ from pathlib import Path
 
 from ..cli import run_command
 from ..store import begin_folder, new_folder, read_record, write_record
+from . import building
+from .building import BUILD_EXAMPLES, add_building
 from .datasets import load_dataset_dict, pick_split
 from .parser import SpatialParser
 
@@ -25,10 +27,13 @@ VALIDATE_EXAMPLES = """\
 
 def make_parser(prog: str = "trl_spatial data") -> SpatialParser:
     parser = SpatialParser(
-        prog=prog, description="Make and check preference datasets.", examples=MAKE_EXAMPLES + VALIDATE_EXAMPLES
+        prog=prog,
+        description="Build, make and check preference datasets.",
+        examples=MAKE_EXAMPLES + BUILD_EXAMPLES + VALIDATE_EXAMPLES,
     )
     commands = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_make(commands)
+    add_building(commands)
     _add_validate(commands)
     return parser
 
@@ -89,7 +94,7 @@ def _add_validate(commands: argparse._SubParsersAction) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    (_make if args.action == "make" else _validate)(args)
+    {"make": _make, "validate": _validate}.get(args.action, building.main)(args)
 
 
 def _make(args: argparse.Namespace) -> None:

@@ -1,0 +1,1 @@
+"""Building a preference dataset: prompts, their perturbations, images of both, a filter, reviewers, and the export."""

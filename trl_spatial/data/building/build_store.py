@@ -1,0 +1,171 @@
+"""The folder in which a dataset is built: the recipe, a log of records for each stage, and the images."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...store import ContentStore, RecordLog, lock_folder, read_record, write_record
+from .recipe import load_recipe, make_recipe
+
+
+RECIPE_FILE = "recipe.json"
+# What each section of the recipe decides, as logs; and what may be changed although it has begun.
+_LOGS = {"prompts": "prompts", "render": "images", "filter": "verdicts"}
+_FREE = {("prompts", "num_prompts"), ("prompts", "max_cost"), ("render", "max_cost"), ("filter", "max_cost")}
+
+
+# Number of this process among those that accelerate has launched.
+PROCESS = int(os.environ.get("RANK", "0"))
+
+
+class SharedLog:
+    """
+    A log to which several processes add records, each to a file of its own.
+
+    Args:
+        folder (`Path`):
+            Folder of the files.
+        name (`str`):
+            How their names begin.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        self.folder, self.name = folder, name
+        self._own = RecordLog(folder / (f"{name}.jsonl" if PROCESS == 0 else f"{name}-{PROCESS}.jsonl"))
+
+    def append(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """See [`~store.RecordLog.append`]."""
+        self._own.append(records)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The records of all processes."""
+        for path in sorted(self.folder.glob(f"{self.name}*.jsonl")):
+            yield from RecordLog(path)
+
+
+class BuildStore:
+    """
+    A dataset that is being built.
+
+    Args:
+        path (`str` or `Path`):
+            A recipe, which names the folder, or the folder, once a recipe has made it.
+
+    Raises:
+        `ValueError`: If the folder holds something else, or if the recipe differs from the one that it was begun with in
+            what cannot be changed any more.
+    """
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        if path.is_dir():
+            found = read_record(path / RECIPE_FILE)
+            if not found:
+                raise ValueError(f"{path} is not a folder in which a dataset is built: it holds no {RECIPE_FILE}.")
+            self.recipe, self.folder = make_recipe(found), path
+        elif path.is_file():
+            self.recipe = load_recipe(path)
+            self.folder = Path(self.recipe.store)
+        else:
+            raise FileNotFoundError(f"There is no recipe or folder {path}.")
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / RECIPE_FILE).is_file():
+            raise ValueError(
+                f"{self.folder} is not empty and holds no dataset that is being built. Name another `store`."
+            )
+        self.prompts = RecordLog(self.folder / "prompts.jsonl")
+        self.edits = RecordLog(self.folder / "edits.jsonl")
+        self.images = SharedLog(self.folder, "images")
+        self.verdicts = RecordLog(self.folder / "verdicts.jsonl")
+        self.votes_file = self.folder / "votes.jsonl"
+        self.cache = self.folder / "answers.sqlite"
+        self._check_recipe()
+
+    def _check_recipe(self) -> None:
+        found = read_record(self.folder / RECIPE_FILE)
+        now = self.recipe.to_dict()
+        if not found:
+            return
+        then = make_recipe(found).to_dict()
+        if then["seed"] != now["seed"] and any(True for _ in self.prompts):
+            self._refuse("seed", then["seed"], now["seed"])
+        for section, log in _LOGS.items():
+            has_begun = (self.folder / f"{log}.jsonl").is_file()
+            for key, value in now[section].items():
+                if has_begun and (section, key) not in _FREE and then[section][key] != value:
+                    self._refuse(f"{section}.{key}", then[section][key], value)
+
+    def _refuse(self, key: str, then: Any, now: Any) -> None:
+        raise ValueError(
+            f"{key} was {then} when {self.folder} was begun and is {now} now. Restore it, or name another `store`."
+        )
+
+    def open(self, stack: ExitStack) -> None:
+        """Makes the folder, keeps other builds out of it, and records the recipe; the first process does, if there are several."""
+        if PROCESS == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock_folder(self.folder))
+            write_record(self.folder / RECIPE_FILE, self.recipe.to_dict())
+
+    @property
+    def files(self) -> ContentStore:
+        """The images, by their content."""
+        return ContentStore(self.folder / "images")
+
+    def image_path(self, name: str) -> Path:
+        """Where an image of a record is."""
+        return self.folder / "images" / name
+
+    def accepted_prompts(self) -> dict[str, dict[str, Any]]:
+        """Id → record of the prompts that were not dropped."""
+        return {record["id"]: record for record in self.prompts if "dropped" not in record}
+
+    def accepted_edits(self) -> dict[str, dict[str, Any]]:
+        """Id of a prompt → record of its perturbation, if it has one."""
+        return {record["id"]: record for record in self.edits if "dropped" not in record}
+
+    def rng(self, *path: int | str) -> np.random.Generator:
+        """Random numbers that depend on the seed of the recipe and on what they are for, and on nothing else."""
+        return np.random.default_rng(self.seed_of(*path))
+
+    def seed_of(self, *path: int | str) -> int:
+        """A seed of 63 bits that depends on the seed of the recipe and on what it is for."""
+        key = repr((self.recipe.seed, *path)).encode()
+        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+def drop_reasons(records: RecordLog) -> Counter[str]:
+    """How often records of a log were dropped for which reason, apart from its details."""
+    return Counter(record["dropped"].split(":")[0] for record in records if "dropped" in record)
+
+
+class Quota:
+    """
+    Deals out values such that each has its share after any number of draws, and their order is random.
+
+    Args:
+        weights (`Mapping[Any, float]`):
+            Value → weight.
+        rng (`np.random.Generator`):
+            Source of the order.
+    """
+
+    def __init__(self, weights: Mapping[Any, float], rng: np.random.Generator):
+        self.shares = {value: weight / sum(weights.values()) for value, weight in weights.items()}
+        self.rng = rng
+        self.dealt: Counter[Any] = Counter()
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            block = []
+            for _ in range(100):
+                number = self.dealt.total() + 1
+                value = max(self.shares, key=lambda value: self.shares[value] * number - self.dealt[value])
+                self.dealt[value] += 1
+                block.append(value)
+            yield from (block[i] for i in self.rng.permutation(len(block)))

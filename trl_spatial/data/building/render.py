@@ -1,0 +1,158 @@
+"""The third stage: drawing both images of every pair."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ...endpoints import Spend
+from ...generation.engines import draw_jobs, process_state
+from ...generation.jobs import DrawnImage, ImageJob
+from ...generation.painters import RENDERERS
+from ...generation.settings import published_family
+from .build_store import BuildStore, Quota
+
+
+SIDES = ("original", "edited")
+FLUSH = 16  # images that are recorded together
+
+
+@dataclass(frozen=True)
+class Pair:
+    """
+    Two images to be drawn: of a prompt and of its perturbation.
+
+    Args:
+        id (`str`):
+            Id of the prompt and number of the draw.
+        prompt (`str`):
+            Id of the prompt.
+        generator (`int`):
+            Number of the generator in the recipe, the same for both sides.
+        prompts (`dict[str, str]`):
+            Side → text.
+        seeds (`dict[str, int]`):
+            Side → seed.
+    """
+
+    id: str
+    prompt: str
+    generator: int
+    prompts: dict[str, str]
+    seeds: dict[str, int]
+
+
+def iterate_pairs(store: BuildStore) -> Iterator[Pair]:
+    """The pairs that are to be drawn, in the order of their prompts; generators have their shares."""
+    recipe = store.recipe.render
+    shares = {number: generator.get("share", 1) for number, generator in enumerate(recipe.generators)}
+    generators = iter(Quota(shares, store.rng("quota", "generators")))
+    prompts = store.accepted_prompts()
+    for id, edit in store.accepted_edits().items():
+        for draw in range(recipe.draws):
+            pair = f"{id}-{draw}"
+            seed = store.seed_of("image", pair) >> 32  # 31 bits: servers take no more
+            other = seed if recipe.same_seed else store.seed_of("image", pair, "edited") >> 32
+            yield Pair(
+                pair,
+                id,
+                next(generators),
+                dict(zip(SIDES, (prompts[id]["prompt"], edit["prompt"]), strict=True)),
+                dict(zip(SIDES, (seed, other), strict=True)),
+            )
+
+
+def missing_jobs(store: BuildStore) -> dict[int, list[ImageJob]]:
+    """Number of a generator → what it has yet to draw. What was refused is not asked for again."""
+    done = {record["id"] for record in store.images}
+    jobs = defaultdict(list)
+    for pair in iterate_pairs(store):
+        for side in SIDES:
+            if (id := f"{pair.id}-{side}") not in done:
+                jobs[pair.generator].append(ImageJob(id, pair.prompts[side], pair.seeds[side]))
+    return jobs
+
+
+def render_images(
+    store: BuildStore,
+    *,
+    engine: str = "local",
+    num_workers: int | None = None,
+    address: str | None = None,
+    progress: bool = True,
+) -> None:
+    """
+    Draws the images that are missing, one generator after another, so that each process loads one model at a time.
+
+    Args:
+        store ([`BuildStore`]):
+            Where they are recorded.
+        engine (`str`, *optional*, defaults to `"local"`), num_workers (`int`, *optional*), address (`str`, *optional*), progress:
+            See [`~generation.engines.draw_jobs`].
+
+    Raises:
+        `ValueError`: If a generator cannot be loaded or fails.
+        [`~endpoints.BudgetReached`]: If `render.max_cost` is spent.
+    """
+    limit = store.recipe.render.max_cost
+    spend = Spend(float("inf") if limit is None else limit, sum(record["cost"] for record in store.images))
+    missing = sorted(missing_jobs(store).items())
+    if engine == "local":
+        process_state().wait_for_everyone()  # before any draws: all processes share the same jobs
+    for number, jobs in missing:
+        drawn: list[DrawnImage] = []
+        images = draw_jobs(
+            generator_of(store, number),
+            jobs,
+            engine=engine,
+            num_workers=num_workers,
+            address=address,
+            progress=progress,
+        )
+        try:
+            for image in images:
+                drawn.append(image)
+                spend.add(image.cost)
+                if len(drawn) == FLUSH:
+                    _record(store, number, jobs, drawn)
+                    drawn = []
+                spend.check()
+        finally:  # what was drawn stays, whatever ended the rest
+            _record(store, number, jobs, drawn)
+
+
+def generator_of(store: BuildStore, number: int) -> dict[str, Any]:
+    """A generator of the recipe, as [`~generation.painters.make_painter`] takes it."""
+    spec = store.recipe.render.generators[number]
+    return {key: value for key, value in spec.items() if key not in ("share", "license")}
+
+
+def license_of(store: BuildStore, number: int) -> str | None:
+    """The terms of a generator's images: what the recipe says, or what is known of the model; `None` if nothing is."""
+    spec = store.recipe.render.generators[number]
+    family = published_family(spec.get("name", ""))
+    if "license" in spec or family is None:
+        return spec.get("license", "no terms: drawn by trl_spatial" if spec.get("name") in RENDERERS else None)
+    return f"{family.licence}: {family.output_terms}"
+
+
+def _record(store: BuildStore, generator: int, jobs: list[ImageJob], drawn: list[DrawnImage]) -> None:
+    seeds = {job.id: job.seed for job in jobs}
+    records: list[dict[str, Any]] = []
+    for image in drawn:
+        pair, side = image.id.rsplit("-", 1)
+        records.append(
+            {
+                "id": image.id,
+                "pair": pair,
+                "side": side,
+                "generator": generator,
+                "seed": seeds[image.id],
+                "image": None if image.png is None else store.files.put(image.png, ".png"),
+                "refusal": image.refusal,
+                "recipe": image.recipe,
+                "seconds": round(image.seconds, 3),
+                "cost": round(image.cost, 6),
+            }
+        )
+    store.images.append(records)
