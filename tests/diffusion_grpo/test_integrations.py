@@ -6,7 +6,7 @@ from PIL import Image
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from trl_spatial.diffusion_grpo.runtime.integrations import adapt_callbacks, log_image
+from trl_spatial.diffusion_grpo.runtime.callbacks import adapt_callbacks, log_image
 
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8))

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from trl_spatial.diffusion_grpo.objective import ScoredStep, policy_objective, reference_kl
+from trl_spatial.diffusion_grpo.losses import ScoredStep, policy_objective, reference_kl
 from trl_spatial.diffusion_grpo.sde import sde_step
 
 

@@ -15,8 +15,7 @@ from transformers import TrainerCallback
 
 from trl_spatial import DiffusionGRPOConfig
 from trl_spatial.diffusion_grpo.policies import SamplingOptions, make_policy
-from trl_spatial.diffusion_grpo.rollout import sample_rollout
-from trl_spatial.diffusion_grpo.runtime.sampler import rollout_prompts
+from trl_spatial.diffusion_grpo.rollout import rollout_prompts, sample_rollout
 from trl_spatial.generation.seeds import image_generator
 
 

@@ -192,21 +192,17 @@ class DiffusionGRPOConfig(TrainingArguments):
     logging_steps: float = _option(1, "Log every X updates steps. If smaller than 1, the share of all steps.")
     logging_nan_inf_filter: bool = _option(False, "Whether to leave losses that are not a number out of the logs.")
     remove_unused_columns: bool = _option(
-        False,
-        "Whether to keep only the column 'prompt'. Reward functions get the columns.",
+        False, "Whether to keep only the column 'prompt'. Reward functions get the columns."
     )
     metric_for_best_model: str | None = _option(
-        "reward",
-        "The metric of evaluation by which the best checkpoint is chosen.",
+        "reward", "The metric of evaluation by which the best checkpoint is chosen."
     )
     gradient_checkpointing: bool | None = _option(
-        True,
-        "Whether to recompute activations in the backward pass instead of storing them.",
+        True, "Whether to recompute activations in the backward pass instead of storing them."
     )
     bf16: bool | None = _option(None, "Whether to use bf16 mixed precision. If not set, when the GPU supports it.")
     ddp_find_unused_parameters: bool | None = _option(
-        False,
-        "Whether DistributedDataParallel looks for parameters without gradient.",
+        False, "Whether DistributedDataParallel looks for parameters without gradient."
     )
 
     # Parameters that control the rollout
@@ -230,14 +226,12 @@ class DiffusionGRPOConfig(TrainingArguments):
     height: int = _option(512, "Height of the images in training, in pixels.")
     width: int = _option(512, "Width of the images in training, in pixels.")
     max_sequence_length: int = _option(
-        512,
-        "The most tokens a prompt may have, and what some families pad to. A longer one is an error.",
+        512, "The most tokens a prompt may have, and what some families pad to. A longer one is an error."
     )
     dynamics: str = _option("flow_sde", "How noise is added to a denoising step.", _CHOICES["dynamics"])
     noise_level: float = _option(0.9, "How much noise a denoising step gets.")
     sde_window_size: int | None = _option(
-        None,
-        "Number of consecutive steps that are stochastic and trained. If `None`, all but the last step.",
+        None, "Number of consecutive steps that are stochastic and trained. If `None`, all but the last step."
     )
     sde_window_range: list[int] | None = field(
         default=None,
@@ -248,13 +242,10 @@ class DiffusionGRPOConfig(TrainingArguments):
 
     # Parameters that control the rewards and advantages
     top_k: int | None = _option(
-        6,
-        "Only the `top_k` best and the `top_k` worst images of a group are trained on. If `None`, all are.",
+        6, "Only the `top_k` best and the `top_k` worst images of a group are trained on. If `None`, all are."
     )
     advantage_scope: str = _option(
-        "kept",
-        "Over which images of a group mean and std of the rewards are computed.",
-        _CHOICES["advantage_scope"],
+        "kept", "Over which images of a group mean and std of the rewards are computed.", _CHOICES["advantage_scope"]
     )
     reward_weights: list[float] | None = field(
         default=None,
@@ -280,8 +271,7 @@ class DiffusionGRPOConfig(TrainingArguments):
     num_iterations: int = _option(1, "Number of times that every kept image is trained on (μ in the algorithm).")
     epsilon: float = _option(1e-4, "Epsilon value for clipping.")
     epsilon_high: float | None = _option(
-        None,
-        "Upper-bound epsilon value for clipping. If not specified, it defaults to `epsilon`.",
+        None, "Upper-bound epsilon value for clipping. If not specified, it defaults to `epsilon`."
     )
     ratio_norm: bool = _option(False, "Whether the negative bias of the log ratio is added back (GRPO-Guard).")
     kl_mask: float | None = _option(
@@ -311,14 +301,11 @@ class DiffusionGRPOConfig(TrainingArguments):
         if "activation_checkpointing" in [f.name for f in fields(self)] and self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing
         # The parent has Accelerate compile the whole model; ours are compiled by `prepare_transformer`.
-        is_compiled = (
-            self.torch_compile or self.torch_compile_backend is not None or self.torch_compile_mode is not None
-        )
-        compile_options = self.torch_compile_backend, self.torch_compile_mode
+        backend, mode = self.torch_compile_backend, self.torch_compile_mode
+        is_compiled = self.torch_compile or backend is not None or mode is not None
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
         super().__post_init__()
-        self.torch_compile = is_compiled
-        self.torch_compile_backend, self.torch_compile_mode = compile_options
+        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = is_compiled, backend, mode
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # PyTorch warns: there is nothing to pin for
         self._check_numbers()
@@ -348,6 +335,11 @@ class DiffusionGRPOConfig(TrainingArguments):
     def num_prompts_per_device(self) -> int:
         """Number of prompts that a device samples in a rollout."""
         return self.per_device_train_batch_size * self.num_batches_per_rollout // self.num_kept
+
+    @property
+    def num_prompts(self) -> int:
+        """Number of prompts of a rollout, of all processes."""
+        return self.num_prompts_per_device * self.world_size
 
     @property
     def num_updates_per_rollout(self) -> int:

@@ -7,14 +7,10 @@ from ..hub.checkpoints import PROCESSOR_FILES, Kind
 
 
 _LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
-_TRANSFORMER_FILES = (
-    "transformer/config.json",
-    "transformer/diffusion_pytorch_model*.safetensors",
-    "transformer/diffusion_pytorch_model.safetensors.index.json",
-)
 _LORA_CARD = Card(
-    "diffusion_lora.md",
+    "diffusion.md",
     {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["lora", "diffusers", "spatial-rl"]},
+    {"is_lora": True},
 )
 LORA = Kind(
     "LoRA weights of a diffusion model",
@@ -45,7 +41,11 @@ TRANSFORMER = Kind(
     "a fully trained transformer of a diffusion model",
     "model",
     lambda folder: (folder / "transformer" / "config.json").is_file(),
-    files=_TRANSFORMER_FILES,
+    files=(
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model*.safetensors",
+        "transformer/diffusion_pytorch_model.safetensors.index.json",
+    ),
     weights=("transformer/*.safetensors",),
-    card=replace(_LORA_CARD, template="diffusion_transformer.md"),
+    card=replace(_LORA_CARD, values={}),
 )

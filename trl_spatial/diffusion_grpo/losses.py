@@ -1,3 +1,4 @@
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +14,9 @@ class PolicyLossOutput:
             Loss per sample, to be averaged.
         ratio (`torch.Tensor` of shape `(batch_size,)`):
             Probability ratio of the policy to the one that the old log-probs are from.
-        is_clipped_low (`torch.BoolTensor` of shape `(batch_size,)`):
-            Where the ratio fell below the range of a negative advantage, so that the loss has no gradient.
-        is_clipped_high (`torch.BoolTensor` of shape `(batch_size,)`):
-            Where the ratio rose above the range of a positive advantage, so that the loss has no gradient.
+        is_clipped_low, is_clipped_high (`torch.BoolTensor` of shape `(batch_size,)`):
+            Where the ratio fell below the range of a negative advantage, or rose above that of a positive one, so that
+            the loss has no gradient.
     """
 
     loss: torch.Tensor
@@ -41,11 +41,9 @@ def clipped_policy_loss(
     range means nothing without D: 1e-4 is 6.6 nats of joint log-ratio at 512² (D = 65,536) and 26 at 1024².
 
     Args:
-        log_probs (`torch.Tensor` of shape `(batch_size,)`):
-            Log-probs of the samples under the policy.
-        old_log_probs (`torch.Tensor` of shape `(batch_size,)`):
-            Log-probs of the samples under the policy that drew them. With one update per rollout these are
-            `log_probs.detach()`, and the ratio is exactly 1.
+        log_probs, old_log_probs (`torch.Tensor` of shape `(batch_size,)`):
+            Log-probs of the samples under the policy, and under the one that drew them. With one update per rollout
+            the latter are `log_probs.detach()`, and the ratio is exactly 1.
         advantages (`torch.Tensor` of shape `(batch_size,)`):
             Advantages of the samples.
         epsilon (`float`):
@@ -100,10 +98,8 @@ def normalized_log_ratio(
     Args:
         log_ratio (`torch.Tensor` of shape `(batch_size,)`):
             `log_probs - old_log_probs`.
-        mean (`torch.Tensor` of shape `(batch_size, image_seq_len, num_channels)`):
-            Mean of the step under the policy.
-        old_mean (`torch.Tensor` of shape `(batch_size, image_seq_len, num_channels)`):
-            Mean of the step under the policy that drew the samples.
+        mean, old_mean (`torch.Tensor` of shape `(batch_size, image_seq_len, num_channels)`):
+            Mean of the step under the policy, and under the one that drew the samples.
         std (`torch.Tensor` of shape `(batch_size,)`):
             Standard deviation of the step.
 
@@ -134,10 +130,8 @@ def kl_mask(
             `log_probs - old_log_probs`, or the normalized one.
         advantages (`torch.Tensor` of shape `(batch_size,)`):
             Advantages of the samples.
-        mean (`torch.Tensor` of shape `(batch_size, image_seq_len, num_channels)`):
-            Mean of the step under the policy.
-        old_mean (`torch.Tensor` of shape `(batch_size, image_seq_len, num_channels)`):
-            Mean of the step under the policy that drew the samples.
+        mean, old_mean (`torch.Tensor` of shape `(batch_size, image_seq_len, num_channels)`):
+            Mean of the step under the policy, and under the one that drew the samples.
         std (`torch.Tensor` of shape `(batch_size,)`):
             Standard deviation of the step.
         threshold (`float`):
@@ -162,10 +156,8 @@ def gaussian_kl(mean: torch.Tensor, mean_ref: torch.Tensor, std: torch.Tensor) -
     it looks by that factor.
 
     Args:
-        mean (`torch.Tensor` of shape `(batch_size, image_seq_len, num_channels)`):
-            Mean of the step under the policy.
-        mean_ref (`torch.Tensor` of shape `(batch_size, image_seq_len, num_channels)`):
-            Mean of the step under the reference policy.
+        mean, mean_ref (`torch.Tensor` of shape `(batch_size, image_seq_len, num_channels)`):
+            Mean of the step under the policy and under the reference policy.
         std (`torch.Tensor` of shape `(batch_size,)`):
             Standard deviation of the step, above 0.
 
@@ -181,10 +173,8 @@ def velocity_kl(velocity: torch.Tensor, velocity_ref: torch.Tensor) -> torch.Ten
     Mean squared difference of two velocities: a KL divergence that does not depend on the sampler.
 
     Args:
-        velocity (`torch.Tensor` of shape `(batch_size, image_seq_len, num_channels)`):
-            Velocity predicted by the policy.
-        velocity_ref (`torch.Tensor` of shape `(batch_size, image_seq_len, num_channels)`):
-            Velocity predicted by the reference policy.
+        velocity, velocity_ref (`torch.Tensor` of shape `(batch_size, image_seq_len, num_channels)`):
+            Velocity predicted by the policy and by the reference policy.
 
     Returns:
         `torch.Tensor` of shape `(batch_size,)`:
@@ -195,3 +185,54 @@ def velocity_kl(velocity: torch.Tensor, velocity_ref: torch.Tensor) -> torch.Ten
 
 def _mean_squared_error(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (x.float() - y.float()).square().flatten(1).mean(1)
+
+
+@dataclass
+class ScoredStep:
+    """A denoising step of `n` images as one set of weights scores it: the policy's, or the reference's."""
+
+    velocity: torch.Tensor  # (n, image_seq_len, num_channels)
+    mean: torch.Tensor  # (n, image_seq_len, num_channels)
+    std: torch.Tensor  # (n,)
+    log_probs: torch.Tensor  # (n,), of the latents that were sampled
+
+
+def policy_objective(
+    scored: ScoredStep,
+    old_log_probs: torch.Tensor,
+    old_mean: torch.Tensor | None,
+    advantages: torch.Tensor,
+    *,
+    epsilon: float,
+    epsilon_high: float | None = None,
+    ratio_norm: bool = False,
+    mask_threshold: float | None = None,
+    step_weight: float = 1.0,
+) -> PolicyLossOutput:
+    """
+    Policy loss of every image, by the switches of the configuration: clipped, clipped after [`normalized_log_ratio`] with
+    the `step_weight` of this denoising step, or with [`kl_mask`] in place of the clip, a dropped term counting as clipped.
+    The last two need the mean of the step under the old policy.
+    """
+    if not ratio_norm and mask_threshold is None:
+        return clipped_policy_loss(scored.log_probs, old_log_probs, advantages, epsilon, epsilon_high)
+    if old_mean is None:
+        raise ValueError("`old_mean` is None. Pass the means of the old policy: `ratio_norm` and the mask need them.")
+    if mask_threshold is None:
+        log_ratio = normalized_log_ratio(scored.log_probs - old_log_probs, scored.mean, old_mean, scored.std)
+        output = clipped_policy_loss(log_ratio, torch.zeros_like(log_ratio), advantages, epsilon, epsilon_high)
+        output.loss = output.loss * step_weight
+        return output
+    output = clipped_policy_loss(scored.log_probs, old_log_probs, advantages, math.inf)
+    log_ratio = (scored.log_probs - old_log_probs).detach()
+    is_kept = kl_mask(log_ratio, advantages, scored.mean.detach(), old_mean, scored.std, mask_threshold)
+    output.loss = output.loss * is_kept
+    output.is_clipped_low, output.is_clipped_high = ~is_kept & (advantages < 0), ~is_kept & (advantages > 0)
+    return output
+
+
+def reference_kl(scored: ScoredStep, reference: ScoredStep, estimator: str) -> torch.Tensor:
+    """KL divergence of the policy from the reference, of shape `(n,)`; `estimator` is `"exact"` or `"velocity"`."""
+    if estimator == "velocity":
+        return velocity_kl(scored.velocity, reference.velocity)
+    return gaussian_kl(scored.mean, reference.mean, scored.std)

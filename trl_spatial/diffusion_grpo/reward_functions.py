@@ -18,28 +18,14 @@ RewardFunction = Callable[..., Sequence[float | None] | torch.Tensor | np.ndarra
 
 class RewardFunctions:
     """
-    One or several reward functions with their weights.
+    One or several reward functions with their weights, float32, `(num_funcs,)`, 1.0 each if there are none.
 
-    A reward function is called as `reward_func(prompts=..., images=..., **columns)` and returns one number per image: a
-    list, a NumPy array or a tensor on the CPU. `None` in a list means that the function gives that image no reward. Every call gets
-    copies of its own, which the function may change.
+    A reward function is called as `reward_func(prompts=..., images=..., **columns)` and returns one number per image:
+    a list, a NumPy array or a tensor on the CPU. `None` in a list means that the function gives that image no reward.
+    Every call gets copies of its own, which the function may change.
 
-    Args:
-        reward_funcs (`Callable` or `list[Callable]`):
-            The functions. Each is logged under its `__name__`, or the name of its class if it has none; functions of
-            one name get a number.
-        weights (`list[float]`, *optional*):
-            Weight of each function in the sum. If `None`, each counts `1.0`.
-
-    Attributes:
-        names (`list[str]`):
-            Distinct names of the functions.
-        weights (`torch.Tensor` of shape `(num_funcs,)`):
-            The weights, float32.
-
-    Raises:
-        `ValueError`: If there is no function, or the weights are not one finite number per function.
-        `TypeError`: If something that cannot be called is passed as a function.
+    Each function is logged under its `__name__`, or the name of its class if it has none; functions of one name get a
+    number.
     """
 
     def __init__(
@@ -67,14 +53,8 @@ class RewardFunctions:
 
     def check_columns(self, columns: Collection[str]) -> None:
         """
-        Finds out before training whether the functions can be called with the columns of a dataset.
-
-        Args:
-            columns (`Collection[str]`):
-                Names of the columns that are passed on: all but `prompt`.
-
-        Raises:
-            `ValueError`: If a function needs a column that is missing, or does not take one that is there.
+        Finds out before training whether the functions can be called with the columns of a dataset that are passed on,
+        all but `prompt`: a `ValueError` if one needs a column that is missing, or does not take one that is there.
         """
         taken = {"prompts", "images"} & set(columns)
         if taken:
@@ -98,22 +78,9 @@ class RewardFunctions:
 
     def __call__(self, prompts: list[str], images: list[Image.Image], **columns: list) -> torch.Tensor:
         """
-        Rewards images with all functions.
-
-        Args:
-            prompts (`list[str]`):
-                One prompt per image.
-            images (`list[Image.Image]`):
-                The images.
-            columns:
-                Other columns of the dataset, each a list with one value per image.
-
-        Returns:
-            `torch.Tensor` of shape `(n, num_funcs)`: float32, on the CPU; NaN where a function gave no reward.
-
-        Raises:
-            `ValueError`: If a function returns anything else than one finite number or `None` per image; the message
-                names the function, what it returned and the way out.
+        Rewards images with all functions: `(n, num_funcs)`, float32, on the CPU, NaN where a function gave no reward.
+        Each column holds one value per image. A function that returns anything else than one finite number or `None`
+        per image is a `ValueError`, with its name, what it returned and the way out.
         """
         rewards = torch.empty(len(images), len(self.functions))  # (n, num_funcs)
         for column, (name, function) in enumerate(zip(self.names, self.functions, strict=True)):
@@ -127,20 +94,10 @@ class RewardFunctions:
 
 def reward_metrics(rewards: torch.Tensor, combined: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
     """
-    Statistics of rewards under the names they are logged with.
-
-    Args:
-        rewards (`torch.Tensor` of shape `(n, num_funcs)`):
-            Rewards of each function, NaN where it gave none; of all processes.
-        combined (`torch.Tensor` of shape `(n,)`):
-            Their weighted sums, from [`~advantages.combine_rewards`]; NaN where an image has none.
-        names (sequence of `num_funcs` `str`):
-            Names of the functions.
-
-    Returns:
-        `dict[str, float]`: `reward` and `reward_std` of the weighted sum; `rewards/<name>/mean`, `rewards/<name>/std`
-        and `rewards/<name>/frac_none` of each function. Means and standard deviations are over the images that have a
-        reward, and left out where none has: logs hold no NaN.
+    Statistics of the rewards of all processes, `(n, num_funcs)`, and of their weighted sums, `(n,)`, from
+    [`~advantages.combine_rewards`], under the names they are logged with: `reward` and `reward_std` of the sum;
+    `rewards/<name>/mean`, `rewards/<name>/std` and `rewards/<name>/frac_none` of each function. Means and standard
+    deviations are over the images that have a reward, which is not NaN, and left out where none has: logs hold no NaN.
     """
     metrics = _mean_and_std(combined, "reward", "reward_std")
     for name, column in zip(names, rewards.unbind(dim=1), strict=True):

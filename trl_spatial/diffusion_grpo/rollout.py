@@ -1,8 +1,9 @@
-"""Sampling images from the policy, with everything that training needs of the trained steps."""
+"""Sampling images from the policy: of which prompts, and with everything that training needs of the trained steps."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -19,10 +20,8 @@ class Rollout:
     Args:
         images (`list[Image]` of length `n`):
             Decoded images.
-        latents (`torch.Tensor` of shape `(n, K, image_seq_len, num_channels)`):
-            Latents before each trained step, float32.
-        next_latents (`torch.Tensor` of shape `(n, K, image_seq_len, num_channels)`):
-            Latents after each trained step, float32.
+        latents, next_latents (`torch.Tensor` of shape `(n, K, image_seq_len, num_channels)`):
+            Latents before and after each trained step, float32.
         log_probs (`torch.Tensor` of shape `(n, K)`):
             Log-probability of each trained step, mean over latent elements, float32.
         final_latents (`torch.Tensor` of shape `(n, image_seq_len, num_channels)`):
@@ -127,3 +126,26 @@ def sample_rollout(
         log_probs=torch.cat([batch.log_probs for batch in batches]),
         final_latents=torch.cat([batch.final_latents for batch in batches]),
     )
+
+
+def rollout_prompts(num_rows: int, num_prompts: int, rollout_index: int, *, seed: int) -> list[int]:
+    """
+    Chooses the rows of a rollout's prompts, of all processes: a function of its arguments alone, so that a resumed run
+    continues where it was.
+
+    In an epoch every row comes once, in an order of its own. Its last rollout is filled up from further permutations,
+    so that all rollouts have the same size and no row is left out.
+    """
+    epoch, position = divmod(rollout_index, num_rollouts_per_epoch(num_rows, num_prompts))
+    start, stop = position * num_prompts, (position + 1) * num_prompts
+    permutations = [
+        np.random.default_rng([seed, epoch, number]).permutation(num_rows)
+        for number in range(start // num_rows, -(-stop // num_rows))
+    ]
+    offset = start // num_rows * num_rows
+    return np.concatenate(permutations)[start - offset : stop - offset].tolist()
+
+
+def num_rollouts_per_epoch(num_rows: int, num_prompts: int) -> int:
+    """Number of rollouts after which every row has come."""
+    return -(-num_rows // num_prompts)

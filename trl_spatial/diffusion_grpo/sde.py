@@ -204,15 +204,8 @@ def sde_window(
 @dataclass
 class _Transition:
     """
-    A Gaussian step `N(latents_weight * latents + velocity_weight * velocity, std**2)`.
-
-    Args:
-        latents_weight (`torch.Tensor` of shape `(batch_size,)`):
-            Weight of the latents in the mean.
-        velocity_weight (`torch.Tensor` of shape `(batch_size,)`):
-            Weight of the velocity in the mean.
-        std (`torch.Tensor` of shape `(batch_size,)`):
-            Standard deviation.
+    A Gaussian step `N(latents_weight * latents + velocity_weight * velocity, std**2)`; each is of shape
+    `(batch_size,)`.
     """
 
     latents_weight: torch.Tensor

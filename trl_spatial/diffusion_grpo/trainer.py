@@ -14,9 +14,9 @@ from transformers.trainer_utils import TrainOutput
 from ..generation.seeds import image_generator
 from .advantages import combine_rewards, group_advantages, select_top_k
 from .config import DiffusionGRPOConfig
-from .objective import ScoredStep, policy_objective, reference_kl
+from .losses import ScoredStep, policy_objective, reference_kl
 from .reward_functions import RewardFunction
-from .rollout import Rollout, sample_rollout
+from .rollout import Rollout, num_rollouts_per_epoch, rollout_prompts, sample_rollout
 from .runtime.base_trainer import DiffusionTrainer, Rows
 from .runtime.buffer import RolloutBuffer, TrainingStep
 from .runtime.checks import warn_about_settings
@@ -24,7 +24,6 @@ from .runtime.model_setup import freeze_idle_modules
 from .runtime.monitoring import RewardsMonitor
 from .runtime.overlap import OverlappedRewards
 from .runtime.processes import fail_together
-from .runtime.sampler import num_rollouts_per_epoch, rollout_prompts
 from .sde import sde_step, sde_window
 
 
@@ -134,14 +133,9 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
             raise ValueError("`train_dataset` is `None`. Training needs prompts: pass a dataset.")
-        num_rollouts = num_rollouts_per_epoch(len(self.train_dataset), self._num_prompts)
+        num_rollouts = num_rollouts_per_epoch(len(self.train_dataset), self.args.num_prompts)
         num_batches = num_rollouts * self.args.num_batches_per_rollout * self.args.num_iterations
         return DataLoader(range(num_batches), collate_fn=list)  # type: ignore[arg-type]
-
-    @property
-    def _num_prompts(self) -> int:
-        """Number of prompts of a rollout, of all processes."""
-        return self.args.num_prompts_per_device * self.args.world_size
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None) -> TrainOutput:
         self._buffer = None
@@ -225,7 +219,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer):
     def _rollout_rows(self, rollout_index: int) -> list[dict[str, Any]]:
         """Rows of this process's prompts, each once per image: group-contiguous."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        indices = rollout_prompts(len(self.train_dataset), self._num_prompts, rollout_index, seed=seed)
+        indices = rollout_prompts(len(self.train_dataset), self.args.num_prompts, rollout_index, seed=seed)
         start = self.args.process_index * self.args.num_prompts_per_device
         rows = [self.train_dataset[index] for index in indices[start : start + self.args.num_prompts_per_device]]
         return [row for row in rows for _ in range(self.args.num_generations)]

@@ -33,14 +33,12 @@ class GenEvalReward:
     boxes of any detector. GenEval's thresholds, 0.3 and 0.9 for numbers, were chosen for that Mask2Former: two other
     detectors found 1 and 0 of 15 scenes right at 0.9, and 15 and 12 at 0.3. Compare numbers of one detector only.
 
-    A detector that finds nothing looks like bad images. So it is tested and watched, see
-    [`~judges.checked_detector.CheckedDetector`].
-
     Args:
         detector (`Callable`):
             Takes a list of RGB images, returns a list of [`Detection`] for each, with scores down to `threshold` or below.
             [`~judges.detection.TransformersDetector`] is one; the example adapts another. It may have the attributes
-            `labels`, the names of its classes, and `counting_threshold`.
+            `labels`, the names of its classes, and `counting_threshold`. It is tested and watched, as one that finds nothing
+            looks like bad images, see [`~judges.checked_detector.CheckedDetector`].
         color_classifier (`Callable`, *optional*):
             Takes the crop of an object and its class, returns its color, one of `geneval.COLORS`; such as
             [`~judges.detection.ZeroShotColors`]. Needed for prompts with colors only.
@@ -147,22 +145,17 @@ class GenEvalReward:
         The reward function that the trainer calls. Other columns of the dataset are ignored.
 
         Args:
-            prompts (`list[str]`):
-                One prompt per image.
-            images (`list`):
-                The images, in any form that [`~preferences.images.load_image`] takes.
-            include (`list[list[dict]]`, *optional*):
-                Column of the dataset, as of GenEval's `evaluation_metadata.jsonl`: what each image should show.
-            exclude (`list[list[dict]]`, *optional*):
-                Column: what it should not.
-            tag (`list[str]`, *optional*):
-                Column: the task.
+            prompts (`list[str]`), images (`list`):
+                A prompt for each image, and the images, in any form that [`~preferences.images.load_image`] takes.
+            include, exclude (`list[list[dict]]`, *optional*), tag (`list[str]`, *optional*):
+                Columns of the dataset, as of GenEval's `evaluation_metadata.jsonl`: what each image should show, what it
+                should not, and the task.
             metadata (`list[str]`, *optional*):
                 In place of these three: a column of whole rows of that file, as JSON. Not read where there is `include`
                 or `exclude`.
 
         Returns:
-            `list[float]`: One reward per image; `None` where there is no specification.
+            `list[float | None]`: One reward per image; `None` where there is no specification.
 
         Raises:
             `ValueError`: If there is a specification that cannot be read, or that asks for a class that the detector does
@@ -187,7 +180,7 @@ class GenEvalReward:
         results: list[GenEvalResult | None] = [None] * len(images)
         for start in range(0, len(asked), self.batch_size):
             chunk = asked[start : start + self.batch_size]
-            pictures = [self._load(prompts[index], images[index]) for index, _ in chunk]
+            pictures = [_load(prompts[index], images[index]) for index, _ in chunk]
             for (index, specification), picture, found in zip(chunk, pictures, self.detector(pictures), strict=True):
                 results[index] = judge(
                     specification,
@@ -198,31 +191,22 @@ class GenEvalReward:
                 )
         return results
 
-    def _load(self, prompt: str, image: Any) -> Image.Image:
-        try:
-            return load_image(image)
-        except ValueError as error:
-            raise ValueError(f"The image of the prompt {prompt!r} {error}.") from error
-
     def _read_row(self, prompt: str, row: dict[str, Any]) -> Specification | None:
         source = row if row.get("include") or row.get("exclude") else row.get("metadata")
         if not source:
             return None
         try:
             specification = read_specification(source)
-            self._check(specification)
+            for name in specification.class_names:
+                self.detector.check_class(name)
+            if specification.needs_colors and self.color_classifier is None:
+                raise ValueError(
+                    "Its objects have colors, which cannot be seen from boxes. Give `color_classifier`, on the command line "
+                    "geneval:DETECTOR,CLASSIFIER with a model of zero-shot image classification; or leave out such prompts."
+                )
         except ValueError as error:
             raise ValueError(f"The prompt {prompt!r} cannot be judged. {error}") from error
         return specification
-
-    def _check(self, specification: Specification) -> None:
-        for name in specification.class_names:
-            self.detector.check_class(name)
-        if specification.needs_colors and self.color_classifier is None:
-            raise ValueError(
-                "Its objects have colors, which cannot be seen from boxes. Give `color_classifier`, on the command line "
-                "geneval:DETECTOR,CLASSIFIER with a model of zero-shot image classification; or leave out such prompts."
-            )
 
     def _find_color(self, image: Image.Image, detection: Detection) -> str:
         assert self.color_classifier is not None
@@ -231,3 +215,10 @@ class GenEvalReward:
         left, top = min(max(int(left), 0), image.width - 1), min(max(int(top), 0), image.height - 1)
         right, bottom = min(max(round(right), left + 1), image.width), min(max(round(bottom), top + 1), image.height)
         return self.color_classifier(image.crop((left, top, right, bottom)), geneval_name(detection.label))
+
+
+def _load(prompt: str, image: Any) -> Image.Image:
+    try:
+        return load_image(image)
+    except ValueError as error:
+        raise ValueError(f"The image of the prompt {prompt!r} {error}.") from error

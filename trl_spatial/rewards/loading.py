@@ -36,18 +36,14 @@ def load_reward(name: str, *, device: Any = None) -> Callable[..., Sequence[floa
               `TRL_SPATIAL_SERVER_TOKEN` of the environment;
             - `rules`: [`SceneRules`], for prompts that describe scenes;
             - `geneval:DETECTOR`: [`GenEvalReward`] with a detector of transformers, named as a checkpoint is, or any other as
-              `module:function` or `module:Class` (see [`GenEvalReward`]), for datasets with the columns of GenEval's
-              `evaluation_metadata.jsonl`; `geneval:DETECTOR,CLASSIFIER` if there are colors in it, with a model of
-              zero-shot image classification such as CLIP or a function; `geneval-strict:` in place of `geneval:` for the
-              benchmark's verdict in place of shares. A module of your own cannot be called `geneval`;
+              `module:function` or `module:Class`, for datasets with the columns of GenEval's `evaluation_metadata.jsonl`;
+              `geneval:DETECTOR,CLASSIFIER` if there are colors in it, with a model of zero-shot image classification such
+              as CLIP or a function; `geneval-strict:` in place of `geneval:` for the benchmark's verdict in place of shares.
+              A module of your own cannot be called `geneval`;
             - `module:function`: a function `(prompts, images, **columns) -> list[float | None]` of a module that Python
-              finds, the current folder included. In place of a function, a class: it is created without arguments, once,
-              and its object is called.
+              finds, the current folder included, or a class, whose object is created once, without arguments, and called.
         device (`str` or `torch.device`, *optional*):
             Where a [`SpatialScore`] or a detector runs. If `None`, the accelerator if there is one.
-
-    Returns:
-        `Callable`: The reward function.
 
     Raises:
         `ValueError`: If the name has none of these forms, or what it names is not there.
@@ -72,9 +68,7 @@ def load_reward(name: str, *, device: Any = None) -> Callable[..., Sequence[floa
     return SpatialScore.from_pretrained(name, device=device)
 
 
-def _load_geneval(
-    name: str, models: str, kind: Literal["partial", "strict"], device: Any
-) -> Callable[..., Sequence[float | None]]:
+def _load_geneval(name: str, models: str, kind: Literal["partial", "strict"], device: Any) -> GenEvalReward:
     # a folder whose name has a comma is that folder
     detector_name, comma, classifier_name = (models, "", "") if Path(models).exists() else models.partition(",")
     for model in (detector_name, classifier_name) if comma else (detector_name,):

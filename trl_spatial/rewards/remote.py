@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import BytesIO
 from typing import Any
 from urllib.parse import urlsplit
@@ -79,8 +80,14 @@ class RemoteReward:
         self.num_failed = 0
         self.__name__ = "remote_score"  # under which trainers log it
         self._session = requests.Session()
+
         # as a function: requests would prefer a password of ~/.netrc to a header
-        self._session.auth = _Bearer(token)
+        def authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
+            if token is not None:
+                request.headers["Authorization"] = f"Bearer {token}"
+            return request
+
+        self._session.auth = authorize
         retry = _Retry(
             total=max_retries,
             status_forcelist=_BUSY,
@@ -97,10 +104,8 @@ class RemoteReward:
         The reward function that trainers call.
 
         Args:
-            prompts (`list[str]`):
-                One caption per image.
-            images (`list`):
-                The images, in any form that [`~preferences.images.load_image`] takes.
+            prompts (`list[str]`), images (`list`):
+                A caption for each image, and the images, in any form that [`~preferences.images.load_image`] takes.
 
         Returns:
             `list[float | None]`: The mean of each score; `None` where the server gave none.
@@ -108,13 +113,9 @@ class RemoteReward:
         Raises:
             `ValueError`: If an image cannot be read, as a scorer here would.
         """
-        size = self.batch_size
-        chunks = [
-            (start, prompts[start : start + size], images[start : start + size])
-            for start in range(0, len(images), size)
-        ]
         with ThreadPoolExecutor(self.num_connections) as executor:
-            answers = list(executor.map(lambda chunk: self._ask(*chunk), chunks))
+            starts = range(0, len(images), self.batch_size)
+            answers = list(executor.map(partial(self._ask, prompts, images), starts))
         rewards = [reward for answer, _ in answers for reward in answer]
         num_failed = sum(reward is None for reward in rewards)
         if num_failed:
@@ -125,15 +126,19 @@ class RemoteReward:
             )
         return rewards
 
-    def _ask(self, start: int, prompts: list[str], images: list[Any]) -> tuple[list[float | None], str]:
-        """Rewards of the images of one request, whose rows begin at `start`, and why some are missing."""
+    def _ask(self, prompts: list[str], images: list[Any], start: int) -> tuple[list[float | None], str]:
+        """Rewards of the images of the request whose rows begin at `start`, and why some are missing."""
+        rows = slice(start, start + self.batch_size)
         encoded = []
-        for row, image in enumerate(images, start=start):
+        for row, image in enumerate(images[rows], start=start):
+            file = BytesIO()
             try:
-                encoded.append(_encode(image))
+                # a PNG with exactly the pixels that a scorer here would see; the network is faster than a good compression
+                load_image(image).save(file, "PNG", compress_level=1)
             except ValueError as error:
                 raise ValueError(f"images[{row}] {error}.") from error
-        return self._post(prompts, encoded)
+            encoded.append(base64.b64encode(file.getvalue()).decode())
+        return self._post(prompts[rows], encoded)
 
     def _post(self, prompts: list[str], images: list[str]) -> tuple[list[float | None], str]:
         if len(images) > 1 and sum(map(len, images)) > _LARGEST_REQUEST:
@@ -191,16 +196,6 @@ class _Retry(Retry):
         return None if wait is None else min(wait, _LONGEST_WAIT)
 
 
-class _Bearer(requests.auth.AuthBase):
-    def __init__(self, token: str | None):
-        self._token = token
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self._token is not None:
-            request.headers["Authorization"] = f"Bearer {self._token}"
-        return request
-
-
 def _check_url(url: str) -> str:
     try:
         parts = urlsplit(url)
@@ -212,13 +207,6 @@ def _check_url(url: str) -> str:
     if parts.username is not None:
         raise ValueError(f"The address of a server holds no user and no password; its token is {TOKEN_VARIABLE}.")
     return url.rstrip("/")
-
-
-def _encode(image: Any) -> str:
-    """Base64 of a PNG with exactly the pixels that a scorer here would see."""
-    file = BytesIO()
-    load_image(image).save(file, "PNG", compress_level=1)  # lossless; the network is faster than a good compression
-    return base64.b64encode(file.getvalue()).decode()
 
 
 def _is_reward(value: Any) -> bool:

@@ -9,15 +9,12 @@ from ..scenes import SceneGraph, parse_description
 
 class SceneRules:
     """
-    Rewards an image of a scene by what its pixels show of the prompt's relations.
-
-    The reward is [`~judges.scenes.share_shown`], the share of the relations that are satisfied.
+    Rewards an image of a scene by [`~judges.scenes.share_shown`], the share of the prompt's relations that its pixels show.
 
     Example:
 
     ```python
-    >>> rules = SceneRules()
-    >>> rules(["A red circle is left of a blue square."], [image])
+    >>> SceneRules()(["A red circle is left of a blue square."], [image])
     [1.0]
     ```
     """
@@ -26,27 +23,21 @@ class SceneRules:
         self.__name__ = "rules"  # under which trainers log a reward function
 
     def __call__(
-        self,
-        prompts: list[str],
-        images: list[Any],
-        scene: list[str | None] | None = None,
-        **columns: Any,
+        self, prompts: list[str], images: list[Any], scene: list[str | None] | None = None, **columns: Any
     ) -> list[float | None]:
         """
         The reward function that the trainer calls. Other columns of the dataset are ignored.
 
         Args:
-            prompts (`list[str]`):
-                One prompt per image.
-            images (`list`):
-                The images, of at least 24 pixels, in any form that [`~preferences.images.load_image`] takes.
+            prompts (`list[str]`), images (`list`):
+                A prompt for each image, and the images, of at least 24 pixels, in any form that
+                [`~preferences.images.load_image`] takes.
             scene (`list[str]`, *optional*):
                 Column of the dataset: the scene of each prompt in the words of [`~scenes.describe_scene`], or `None`
                 where there is none. Without the column the prompts themselves are read.
 
         Returns:
-            `list[float]`: One reward per image; `None` where the prompt has no scene or is not in these
-            words.
+            `list[float | None]`: One reward per image; `None` where the prompt has no scene or is not in these words.
 
         Raises:
             `ValueError`: If a value of the column `scene` cannot be read.

@@ -1,5 +1,6 @@
 """What a family of text-to-image models must give: five methods around its diffusers pipeline."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -95,11 +96,8 @@ class DiffusionPolicy(ABC):
 
     def offload_vae(self, device: torch.device) -> None:
         """
-        Keeps the VAE on the CPU but while it decodes, as the text encoders always are but while they encode.
-
-        Args:
-            device (`torch.device`):
-                Where it decodes.
+        Keeps the VAE on the CPU but while it decodes on `device`, as the text encoders always are but while they
+        encode.
         """
         self.vae.to("cpu")
         self._vae_device = device
@@ -125,14 +123,8 @@ class DiffusionPolicy(ABC):
 
     def negative_prompt(self, options: SamplingOptions) -> str | None:
         """
-        Gives the prompt whose embeddings [`~DiffusionPolicy.predict_velocity`] needs besides the prompts' own.
-
-        Args:
-            options ([`SamplingOptions`]):
-                Guidance scale and negative prompt.
-
-        Returns:
-            `str` or `None`: the prompt, if the options ask for classifier-free guidance.
+        The prompt whose embeddings [`~DiffusionPolicy.predict_velocity`] needs besides the prompts' own; `None` if the
+        options ask for no classifier-free guidance.
         """
         if not self.has_classifier_free_guidance or options.guidance_scale <= self.unguided_scale:
             return None
@@ -143,16 +135,7 @@ class DiffusionPolicy(ABC):
         return 1 if self.negative_prompt(options) is None else 2
 
     def pipeline_guidance(self, options: SamplingOptions) -> dict[str, Any]:
-        """
-        Gives the guidance in the names of the pipeline's own call, for users of the trained weights.
-
-        Args:
-            options ([`SamplingOptions`]):
-                Guidance scale and negative prompt.
-
-        Returns:
-            `dict[str, Any]`: keyword arguments of the pipeline.
-        """
+        """The guidance as keyword arguments of the pipeline's own call, for users of the trained weights."""
         negative_prompt = self.negative_prompt(options)
         guidance: dict[str, Any] = {self.guidance_argument: options.guidance_scale}
         return guidance if negative_prompt is None else guidance | {"negative_prompt": negative_prompt}
@@ -174,12 +157,8 @@ class DiffusionPolicy(ABC):
 
     def embed_shapes(self, num_images: int) -> dict[str, tuple[int, ...]]:
         """
-        Gives the shapes of what [`~DiffusionPolicy.encode_prompt`] returns for prompts as long as they may be, without
-        encoding any.
-
-        Args:
-            num_images (`int`):
-                Number of prompts.
+        Shapes of what [`~DiffusionPolicy.encode_prompt`] returns for prompts as long as they may be, without encoding
+        any.
         """
         config = self.transformer.config
         return {
@@ -256,9 +235,20 @@ class DiffusionPolicy(ABC):
                 Size of the images.
         """
 
-    @contextmanager
-    def _decoder(self) -> Iterator[Any]:
-        """The VAE, where it decodes, and without a caller's autocast, which is for the transformer."""
+    def _draw_latents(self, generators: list[torch.Generator], options: SamplingOptions, num_channels: int) -> Any:
+        """What the pipeline's own `prepare_latents` gives."""
+        return self.pipeline.prepare_latents(
+            len(generators),
+            num_channels,
+            options.height,
+            options.width,
+            torch.float32,
+            self.transformer.device,
+            generators,
+        )
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """What the VAE makes of its latents, where it decodes, without a caller's autocast: that is for the transformer."""
         home = self.vae.device
         device = home if self._vae_device is None else self._vae_device
         # the meta device, on which memory is estimated, has no autocast
@@ -266,18 +256,12 @@ class DiffusionPolicy(ABC):
         self.vae.to(device)
         try:
             with autocast:
-                yield self.vae
+                return self.vae.decode(latents.to(device, self.vae.dtype), return_dict=False)[0]
         finally:
             self.vae.to(home)
 
     def check_prompts(self, prompts: list[str]) -> None:
-        """
-        Raises an error for a prompt that is empty or that the text encoder would cut off.
-
-        Args:
-            prompts (`list[str]`):
-                The prompts; errors name a prompt by its index.
-        """
+        """Raises an error, with its index, for a prompt that is empty or that the text encoder would cut off."""
         for index, prompt in enumerate(prompts):
             if not isinstance(prompt, str) or not prompt.strip():
                 raise ValueError(f"Prompt {index} is {prompt!r}, which says nothing. Drop it, or give it a text.")
@@ -289,11 +273,7 @@ class DiffusionPolicy(ABC):
 
     def check_size(self, height: int, width: int) -> None:
         """
-        Raises an error for an image size that the latents cannot have. The message names the nearest ones.
-
-        Args:
-            height, width (`int`):
-                Size of the image in pixels.
+        Raises an error for an image size, in pixels, that the latents cannot have. The message names the nearest ones.
         """
         multiple = self.size_multiple
         for field, size in (("height", height), ("width", width)):
@@ -307,13 +287,7 @@ class DiffusionPolicy(ABC):
             )
 
     def check_num_inference_steps(self, num_inference_steps: int) -> None:
-        """
-        Raises an error for a number of denoising steps of which the scheduler makes sigmas that are not numbers.
-
-        Args:
-            num_inference_steps (`int`):
-                Number of denoising steps.
-        """
+        """Raises an error for a number of denoising steps of which the scheduler makes sigmas that are not numbers."""
         shift_terminal = self.pipeline.scheduler.config.shift_terminal
         if shift_terminal and num_inference_steps < 2:
             raise ValueError(
@@ -323,13 +297,7 @@ class DiffusionPolicy(ABC):
             )
 
     def check_guidance(self, options: SamplingOptions) -> None:
-        """
-        Raises an error for guidance that the family does not have, instead of sampling without it.
-
-        Args:
-            options ([`SamplingOptions`]):
-                Guidance scale and negative prompt.
-        """
+        """Raises an error for guidance that the family does not have, instead of sampling without it."""
         negative_prompt = options.negative_prompt
         if self.has_classifier_free_guidance and options.guidance_scale < self.unguided_scale:
             raise ValueError(
@@ -378,49 +346,42 @@ class DiffusionPolicy(ABC):
 
 def to_sequence(image: torch.Tensor) -> torch.Tensor:
     """
-    Makes a sequence of latents that are an image, for families whose transformer makes its tokens itself.
-
-    Args:
-        image (`torch.Tensor` of shape `(n, num_channels, rows, columns)`):
-            Latents, as the VAE has them.
-
-    Returns:
-        `torch.Tensor` of shape `(n, rows * columns, num_channels)`.
+    Makes a sequence of latents that are an image, as the VAE has them, `(n, num_channels, rows, columns)`, for
+    families whose transformer makes its tokens itself: `(n, rows * columns, num_channels)`.
     """
     return image.flatten(2).transpose(1, 2).contiguous()
 
 
 def to_image(latents: torch.Tensor, options: SamplingOptions, vae_scale_factor: int) -> torch.Tensor:
-    """
-    The inverse of [`to_sequence`].
-
-    Args:
-        latents (`torch.Tensor` of shape `(n, rows * columns, num_channels)`):
-            Latents, a row for each position of the VAE's.
-        options ([`SamplingOptions`]):
-            Size of the images.
-        vae_scale_factor (`int`):
-            Pixels on a side for one position.
-
-    Returns:
-        `torch.Tensor` of shape `(n, num_channels, rows, columns)`.
-    """
+    """The inverse of [`to_sequence`]. `vae_scale_factor` is the pixels on a side for one position."""
     rows, columns = options.height // vae_scale_factor, options.width // vae_scale_factor
     # Contiguous: in another order of memory, convolutions round differently from the pipeline's.
     return latents.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
 
 
+@contextmanager
+def no_warnings_about_clip(pipeline: Any) -> Iterator[None]:
+    """
+    Leaves out the warnings of diffusers and transformers that CLIP sees only the first 77 tokens of a prompt. It is meant
+    to see no more: T5 reads the rest.
+    """
+    loggers = [logging.getLogger(name) for name in (type(pipeline).__module__, "transformers.tokenization_utils_base")]
+
+    def is_about_something_else(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return "CLIP can only handle" not in message and not message.startswith("Token indices sequence length")
+
+    for logger in loggers:
+        logger.addFilter(is_about_something_else)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_about_something_else)
+
+
 def negative_embeds(embeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """
-    Picks the embeddings of the negative prompt, under the names of a prompt's own.
-
-    Args:
-        embeds (`dict[str, torch.Tensor]`):
-            Embeddings of prompts and of the negative prompt.
-
-    Raises:
-        `ValueError`: If there is none of the negative prompt.
-    """
+    """Picks the embeddings of the negative prompt, under the names of a prompt's own."""
     negative = {
         name.removeprefix(NEGATIVE_PREFIX): rows for name, rows in embeds.items() if name.startswith(NEGATIVE_PREFIX)
     }

@@ -5,8 +5,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .base import DiffusionPolicy, SamplingOptions
-from .clip import no_warnings_about_clip
+from .base import DiffusionPolicy, SamplingOptions, no_warnings_about_clip
 
 
 class FluxPolicy(DiffusionPolicy):
@@ -32,15 +31,7 @@ class FluxPolicy(DiffusionPolicy):
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
     def prepare_latents(self, generators: list[torch.Generator], options: SamplingOptions) -> torch.Tensor:
-        latents, _ = self.pipeline.prepare_latents(
-            len(generators),
-            self.transformer.config.in_channels // 4,
-            options.height,
-            options.width,
-            torch.float32,
-            self.transformer.device,
-            generators,
-        )
+        latents, _ = self._draw_latents(generators, options, self.transformer.config.in_channels // 4)
         return latents  # (n, image_seq_len, in_channels)
 
     def prepare_sigmas(self, options: SamplingOptions) -> torch.Tensor:
@@ -80,6 +71,5 @@ class FluxPolicy(DiffusionPolicy):
         latents = self.pipeline._unpack_latents(latents, options.height, options.width, self.pipeline.vae_scale_factor)
         config = self.vae.config
         latents = latents / config.scaling_factor + config.shift_factor  # (n, latent_channels, rows, columns)
-        with self._decoder() as vae:
-            images = vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]  # (n, 3, height, width)
+        images = self._decode(latents)  # (n, 3, height, width)
         return self.pipeline.image_processor.postprocess(images, output_type="pil")

@@ -49,14 +49,8 @@ class QwenImagePolicy(DiffusionPolicy):
         return {"prompt_embeds": (*shape, self.transformer.config.joint_attention_dim), "prompt_embeds_mask": shape}
 
     def prepare_latents(self, generators: list[torch.Generator], options: SamplingOptions) -> torch.Tensor:
-        return self.pipeline.prepare_latents(
-            len(generators),
-            self.transformer.config.in_channels // 4,
-            options.height,
-            options.width,
-            torch.float32,
-            self.transformer.device,
-            generators,
+        return self._draw_latents(
+            generators, options, self.transformer.config.in_channels // 4
         )  # (n, image_seq_len, in_channels)
 
     def prepare_sigmas(self, options: SamplingOptions) -> torch.Tensor:
@@ -111,11 +105,10 @@ class QwenImagePolicy(DiffusionPolicy):
     def decode_latents(self, latents: torch.Tensor, options: SamplingOptions) -> list[Image.Image]:
         latents = self.pipeline._unpack_latents(latents, options.height, options.width, self.pipeline.vae_scale_factor)
         config = self.vae.config
-        with self._decoder() as vae:
-            latents = latents.to(vae.device, vae.dtype)  # (n, latent_channels, 1, rows, columns)
-            mean, std = (
-                torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
-                for values in (config.latents_mean, config.latents_std)
-            )
-            images = vae.decode(latents / (1 / std) + mean, return_dict=False)[0][:, :, 0]  # (n, 3, height, width)
+        latents = latents.to(self.vae.dtype)  # (n, latent_channels, 1, rows, columns)
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        images = self._decode(latents / (1 / std) + mean)[:, :, 0]  # (n, 3, height, width)
         return self.pipeline.image_processor.postprocess(images, output_type="pil")

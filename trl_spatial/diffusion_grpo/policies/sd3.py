@@ -6,8 +6,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .base import DiffusionPolicy, SamplingOptions, negative_embeds, to_image, to_sequence
-from .clip import no_warnings_about_clip
+from .base import DiffusionPolicy, SamplingOptions, negative_embeds, no_warnings_about_clip, to_image, to_sequence
 
 
 class StableDiffusion3Policy(DiffusionPolicy):
@@ -57,16 +56,7 @@ class StableDiffusion3Policy(DiffusionPolicy):
         return shapes | {"prompt_embeds": (num_images, num_clip_tokens + num_tokens, num_channels)}
 
     def prepare_latents(self, generators: list[torch.Generator], options: SamplingOptions) -> torch.Tensor:
-        latents = self.pipeline.prepare_latents(
-            len(generators),
-            self.transformer.config.in_channels,
-            options.height,
-            options.width,
-            torch.float32,
-            self.transformer.device,
-            generators,
-        )  # (n, in_channels, rows, columns)
-        return to_sequence(latents)
+        return to_sequence(self._draw_latents(generators, options, self.transformer.config.in_channels))
 
     def prepare_sigmas(self, options: SamplingOptions) -> torch.Tensor:
         return self._set_timesteps(options, num_inference_steps=options.num_inference_steps)
@@ -102,6 +92,5 @@ class StableDiffusion3Policy(DiffusionPolicy):
         config = self.vae.config
         latents = to_image(latents, options, self.pipeline.vae_scale_factor)
         latents = latents / config.scaling_factor + config.shift_factor  # (n, in_channels, rows, columns)
-        with self._decoder() as vae:
-            images = vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]  # (n, 3, height, width)
+        images = self._decode(latents)  # (n, 3, height, width)
         return self.pipeline.image_processor.postprocess(images, output_type="pil")

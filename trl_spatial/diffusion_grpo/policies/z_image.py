@@ -58,16 +58,7 @@ class ZImagePolicy(DiffusionPolicy):
         return {"prompt_embeds": (*shape, self.transformer.config.cap_feat_dim), "prompt_embeds_mask": shape}
 
     def prepare_latents(self, generators: list[torch.Generator], options: SamplingOptions) -> torch.Tensor:
-        latents = self.pipeline.prepare_latents(
-            len(generators),
-            self.transformer.config.in_channels,
-            options.height,
-            options.width,
-            torch.float32,
-            self.transformer.device,
-            generators,
-        )  # (n, in_channels, rows, columns)
-        return to_sequence(latents)
+        return to_sequence(self._draw_latents(generators, options, self.transformer.config.in_channels))
 
     def prepare_sigmas(self, options: SamplingOptions) -> torch.Tensor:
         return self._set_timesteps(options, sigmas=get_default_z_image_sigmas(options.num_inference_steps))
@@ -103,8 +94,6 @@ class ZImagePolicy(DiffusionPolicy):
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, options: SamplingOptions) -> list[Image.Image]:
         config = self.vae.config
-        latents = to_image(latents, options, self.pipeline.vae_scale_factor)
-        with self._decoder() as vae:
-            latents = latents.to(vae.device, vae.dtype) / config.scaling_factor + config.shift_factor
-            images = vae.decode(latents, return_dict=False)[0]  # (n, 3, height, width)
+        latents = to_image(latents, options, self.pipeline.vae_scale_factor).to(self.vae.dtype)
+        images = self._decode(latents / config.scaling_factor + config.shift_factor)  # (n, 3, height, width)
         return self.pipeline.image_processor.postprocess(images, output_type="pil")

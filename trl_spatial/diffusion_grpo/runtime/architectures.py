@@ -20,21 +20,10 @@ Architecture: TypeAlias = dict[str, Any]
 
 def load_architecture(name: str, *, revision: str | None = None) -> Architecture:
     """
-    Reads of which models a pipeline consists.
-
-    Args:
-        name (`str`):
-            A folder, or a pipeline on the Hub, of which only the small JSON files are downloaded. The architectures of
-            `black-forest-labs/FLUX.1-dev`, `Qwen/Qwen-Image`, `stabilityai/stable-diffusion-3.5-medium` and
-            `Tongyi-MAI/Z-Image` come with the package.
-        revision (`str`, *optional*):
-            Branch, tag or commit on the Hub.
-
-    Returns:
-        `dict`: the pipeline's `"_class_name"`, and for each component `[library, class, configuration]`.
-
-    Raises:
-        `ValueError`: If there is no such folder or repository.
+    Reads of which models a pipeline consists: its `"_class_name"`, and for each component `[library, class,
+    configuration]`. `name` is a folder, or a pipeline on the Hub, of which only the small JSON files are downloaded;
+    `black-forest-labs/FLUX.1-dev`, `Qwen/Qwen-Image`, `stabilityai/stable-diffusion-3.5-medium` and
+    `Tongyi-MAI/Z-Image` come with the package. A `ValueError` says that there is no such folder or repository.
     """
     shipped = json.loads((resources.files(__package__) / "architectures.json").read_text(encoding="utf-8"))
     if name in shipped:
@@ -63,30 +52,15 @@ def load_architecture(name: str, *, revision: str | None = None) -> Architecture
 
 
 def build_policy(architecture: Architecture, *, max_sequence_length: int) -> DiffusionPolicy:
-    """
-    Builds a policy whose models have no weights: all are on PyTorch's meta device.
-
-    Args:
-        architecture (`dict`):
-            From [`load_architecture`].
-        max_sequence_length (`int`):
-            As for [`~policies.make_policy`].
-    """
-    components = {}
-    for name, value in architecture.items():
-        if name != "_class_name":
-            components[name] = build_component(*component_class(value))
+    """Builds a policy whose models have no weights: all are on PyTorch's meta device."""
+    components = {name: build_component(*value) for name, value in architecture.items() if name != "_class_name"}
     pipeline = getattr(import_module("diffusers"), architecture["_class_name"])(**components)
     pipeline.image_processor = _NoImages()
     return make_policy(pipeline, max_sequence_length=max_sequence_length)
 
 
-def component_class(value: list) -> tuple[Any, dict[str, Any]]:
-    library, class_name, config = value
-    return getattr(import_module(library), class_name), config
-
-
-def build_component(component_class: Any, config: dict[str, Any]) -> Any:
+def build_component(library: str, class_name: str, config: dict[str, Any]) -> Any:
+    component_class = getattr(import_module(library), class_name)
     with torch.device("meta"):
         if issubclass(component_class, ConfigMixin):
             config = {key: value for key, value in config.items() if key != "quantization_config"}

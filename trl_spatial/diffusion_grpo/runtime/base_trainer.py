@@ -21,7 +21,6 @@ from transformers.trainer_utils import PredictionOutput, SaveStrategy, TrainOutp
 from ...figures.grid import save_image_grid
 from ...generation.drawing import draw_rows
 from ...hub.cards import SAMPLES_FILE, Card
-from ...hub.checkpoints import is_local_name
 from ...training.base import BaseTrainer
 from ...training.hub import dataset_split
 from ..advantages import combine_rewards
@@ -30,12 +29,11 @@ from ..kinds import LORA, TRANSFORMER
 from ..policies import make_policy
 from ..reward_functions import RewardFunction, RewardFunctions, reward_metrics
 from . import checkpointing
-from .callbacks import RolloutProgressCallback, UpdateCallback
+from .callbacks import RolloutProgressCallback, UpdateCallback, adapt_callbacks, log_image
 from .checks import check_inputs, with_held_out
 from .ema import EMA
-from .evaluation import EvaluationOutput, PolicyGenerator, reward_images
-from .integrations import adapt_callbacks, log_image
-from .metrics import TrainingMetrics, gather_evaluation
+from .evaluation import EvaluationOutput, PolicyGenerator, gather_evaluation, reward_images
+from .metrics import TrainingMetrics
 from .model_card import build_card
 from .model_setup import load_pipeline, prepare_transformer, sampling_options, shard_transformer
 from .monitoring import HackingMonitor, StepTimer
@@ -58,12 +56,10 @@ class DiffusionTrainer(BaseTrainer):
     - Evaluation generates images with the averaged weights and rewards them.
     - Logs hold metrics of all processes, counts, and the time of each phase. Grids of images are saved.
     - The exported weights are uploaded to the Hub with their card (`push_to_hub`), see [`~training.hub.HubTrainer`].
-    - Checkpoints hold exactly what training changes, see [`~training.base.BaseTrainer`]. The best one is always saved and
-      kept.
+    - Checkpoints hold exactly what training changes, see [`~training.base.BaseTrainer`]. The best one is always kept.
 
-    A subclass gives `training_step`, and `_training_state`, `_load_training_state` and `_merge_training_states` for what else
-    it remembers.
-    Arguments are those of [`DiffusionGRPOTrainer`].
+    A subclass gives `training_step`, and `_training_state`, `_load_training_state` and `_merge_training_states` for what
+    else it remembers. Arguments are those of [`DiffusionGRPOTrainer`].
     """
 
     _tag_names = ["diffusion-grpo", "spatial-rl", "trl"]
@@ -104,13 +100,14 @@ class DiffusionTrainer(BaseTrainer):
             metric=args.metric_for_best_model,
         )
         set_seed(args.seed)  # for the first weights of the adapters
+        self._timer = StepTimer()
 
         super().__init__(
             model=prepare_transformer(self.policy, args, peft_config),
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=[UpdateCallback(self._on_train_begin, self._on_update), *(callbacks or [])],
+            callbacks=[UpdateCallback(self._timer.restart, self._on_update), *(callbacks or [])],
             optimizers=optimizers,
         )
         if self.pop_callback(ProgressCallback) is not None:
@@ -125,7 +122,6 @@ class DiffusionTrainer(BaseTrainer):
         self.prompt_cache = PromptCache(self.policy, args.device, negative_prompt=negative_prompt)
         self.ema = EMA(self.model, args.ema_decay, every=args.ema_steps) if args.ema_decay > 0 else None
         self._metrics = TrainingMetrics()
-        self._timer = StepTimer()
         self._hacking_monitors: defaultdict[str, HackingMonitor] = defaultdict(HackingMonitor)
 
     # `torch_compile` is for the transformer's blocks, see `prepare_transformer`; the parent would compile all of it.
@@ -135,17 +131,9 @@ class DiffusionTrainer(BaseTrainer):
     def num_examples(self, dataloader) -> int:
         return len(self.train_dataset)
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self._metrics = TrainingMetrics()
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-
-    def _on_train_begin(self) -> None:
-        self._timer.restart()
+        return super().train(*args, **kwargs)
 
     def _on_update(self) -> None:
         self._metrics.num_updates += 1
@@ -154,8 +142,7 @@ class DiffusionTrainer(BaseTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # of updates, and not of an evaluation or the end
-            metrics = self._metrics.collect(self.accelerator, self._timer.collect())
-            logs = {**logs, **metrics}
+            logs = {**logs, **self._metrics.collect(self.accelerator, self._timer.collect())}
         super().log(logs, start_time)
 
     def evaluate(
@@ -166,13 +153,11 @@ class DiffusionTrainer(BaseTrainer):
     ) -> dict[str, float]:
         """
         Evaluates the averaged weights: the same noise every time, no noise in the steps, the rewards of training and
-        those that were not trained on.
+        those that were not trained on. `ignore_keys` is not used.
 
         Args:
             eval_dataset ([`~datasets.Dataset`], `list[dict]` or a `dict` of them, *optional*):
                 Pass a dataset if you wish to override `self.eval_dataset`.
-            ignore_keys (`list[str]`, *optional*):
-                Not used.
             metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
                 Prefix of the metrics' names.
 
@@ -202,15 +187,7 @@ class DiffusionTrainer(BaseTrainer):
         self, test_dataset: Rows, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
         """
-        Evaluates as [`~DiffusionTrainer.evaluate`] does, and gives the rewards of every image.
-
-        Args:
-            test_dataset ([`~datasets.Dataset`] or `list[dict]`):
-                Dataset to generate images for.
-            ignore_keys (`list[str]`, *optional*):
-                Not used.
-            metric_key_prefix (`str`, *optional*, defaults to `"test"`):
-                Prefix of the metrics' names.
+        Evaluates as [`~DiffusionTrainer.evaluate`] does, with the same arguments, and gives the rewards of every image.
 
         Returns:
             [`~transformers.trainer_utils.PredictionOutput`]: `predictions` of shape `(n, num_funcs)` are the rewards of
@@ -225,34 +202,30 @@ class DiffusionTrainer(BaseTrainer):
         """Evaluation of all processes."""
         args = self.args
         averaged = nullcontext() if self.ema is None else self.ema.applied()
-        is_sharded = self.is_fsdp_enabled
-        with fail_together(self.accelerator, "Evaluating", is_collective=is_sharded), averaged:
+        with fail_together(self.accelerator, "Evaluating", is_collective=self.is_fsdp_enabled), averaged:
+            generator = PolicyGenerator(
+                self.policy, self.model, self.prompt_cache, self._eval_options, self.accelerator.autocast
+            )
             batches = draw_rows(
-                PolicyGenerator(
-                    self.policy, self.model, self.prompt_cache, self._eval_options, self.accelerator.autocast
-                ),
+                generator,
                 dataset,
                 batch_size=args.per_device_eval_batch_size,
                 seed=args.seed,
                 rank=args.process_index,
                 world_size=args.world_size,
-                is_collective=is_sharded,
+                is_collective=self.is_fsdp_enabled,
                 progress="Evaluating" if self.is_world_process_zero() and not args.disable_tqdm else None,
             )
             output = reward_images(batches, self.eval_reward_functions, num_kept_images=NUM_LOGGED_IMAGES)
         return gather_evaluation(output)
 
     def _evaluation_metrics(self, output: EvaluationOutput, prefix: str) -> dict[str, float]:
-        num_trained = len(self.reward_functions.names)
+        names, num_trained = self.eval_reward_functions.names, len(self.reward_functions.names)
         # An image is a group of its own; held-out rewards have no weight
         combined = combine_rewards(output.rewards, 1, self.eval_reward_functions.weights)
-        metrics = reward_metrics(output.rewards, combined, self.eval_reward_functions.names)
-        held_out = self.eval_reward_functions.names[num_trained:]
-        for warning in self._hacking_monitors[prefix].update(
-            self.state.global_step,
-            combined,
-            dict(zip(held_out, output.rewards[:, num_trained:].unbind(1), strict=True)),
-        ):
+        metrics = reward_metrics(output.rewards, combined, names)
+        held_out = dict(zip(names[num_trained:], output.rewards[:, num_trained:].unbind(1), strict=True))
+        for warning in self._hacking_monitors[prefix].update(self.state.global_step, combined, held_out):
             logger.warning(warning)
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
@@ -262,11 +235,10 @@ class DiffusionTrainer(BaseTrainer):
         """Saves a grid of the first images and shows it to the trackers."""
         if self.args.logging_strategy == "no" or not self.is_world_process_zero():
             return
-        num_images = min(NUM_LOGGED_IMAGES, len(images))
         names = self.eval_reward_functions.names  # those of the trained ones come first
-        captions = [_caption(names, row) for row in rewards[:num_images].tolist()]
+        captions = [_caption(names, row) for row in rewards[:NUM_LOGGED_IMAGES].tolist()]
         path = Path(self.args.output_dir) / "images" / f"{name}_{number:06d}.png"
-        grid = save_image_grid(path, images[:num_images], prompts[:num_images], captions)
+        grid = save_image_grid(path, images[:NUM_LOGGED_IMAGES], prompts[:NUM_LOGGED_IMAGES], captions)
         log_image(self.callback_handler.callbacks, grid, f"images/{name}", self.state.global_step)
 
     def _training_state(self) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
@@ -279,8 +251,8 @@ class DiffusionTrainer(BaseTrainer):
 
     def _merge_training_states(self, states: list[tuple[dict[str, torch.Tensor], dict[str, Any]]]) -> dict[str, Any]:
         """
-        What this process continues from if another number of processes saved `states`: the second part of a state without
-        tensors. An error if their work cannot be shared out anew.
+        What this process continues from if another number of processes saved `states`: the second part of a state
+        without tensors. An error if their work cannot be shared out anew.
         """
         raise NotImplementedError
 
@@ -304,7 +276,7 @@ class DiffusionTrainer(BaseTrainer):
     def _position(self) -> dict[str, int]:
         return {
             "num_rows": len(self.train_dataset),
-            "prompts per rollout": self.args.num_prompts_per_device * self.args.world_size,
+            "prompts per rollout": self.args.num_prompts,
             "updates per rollout": self.args.num_updates_per_rollout,
         }
 
@@ -358,11 +330,10 @@ class DiffusionTrainer(BaseTrainer):
             shutil.copyfile(grids[-1], folder / SAMPLES_FILE)
 
     def _build_card(self) -> Card:
-        args, name = self.args, self.policy.pipeline.config.get("_name_or_path")  # none if it was built in Python
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         rewards = self.reward_functions
         return build_card(
-            args,
+            self.args,
             self.state.log_history,
             lora_config=next(iter(self.model.peft_config.values())) if checkpointing.has_adapter(self.model) else None,
             pipeline_name=type(self.policy.pipeline).__name__,
@@ -374,13 +345,7 @@ class DiffusionTrainer(BaseTrainer):
                 for key, part in evaluated.items()
                 if part is not None
             },
-            tags=self._tag_names,
-            trainer_name=type(self).__name__,
-            hardware=self._hardware(),
-            training_time=self._training_time(),
-            # a local path says nothing to others
-            base_model=None if not name or is_local_name(name) else name,
-            dataset=self.dataset_name,
+            base_model=self.policy.pipeline.config.get("_name_or_path"),  # none if it was built in Python
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:

@@ -11,34 +11,17 @@ from .prompt_cache import PromptCache
 
 @dataclass
 class TrainingStep:
-    """
-    One trained denoising step of a batch of `n` images: what a loss is computed on.
+    """One trained denoising step of a batch of `n` images: what a loss is computed on."""
 
-    Args:
-        embeds (`dict[str, torch.Tensor]`):
-            Embeddings of the prompts, a row per image.
-        step (`int`):
-            Index of the denoising step.
-        latents, next_latents (`torch.Tensor` of shape `(n, image_seq_len, num_channels)`):
-            Latents before and after the step, float32.
-        advantages (`torch.Tensor` of shape `(n,)`):
-            Advantages of the images, float32.
-        is_on_policy (`bool`):
-            Whether the policy has not changed since the rollout: it is the old policy itself.
-        old_log_probs (`torch.Tensor` of shape `(n,)`, *optional*):
-            Log-probs of the old policy, a view of the buffer. `None` if there is one update per rollout.
-        old_mean (`torch.Tensor` of shape `(n, image_seq_len, num_channels)`, *optional*):
-            Means of the old policy, a view of the buffer. `None` if the loss does not need them later.
-    """
-
-    embeds: dict[str, torch.Tensor]
-    step: int
-    latents: torch.Tensor
-    next_latents: torch.Tensor
-    advantages: torch.Tensor
-    is_on_policy: bool
-    old_log_probs: torch.Tensor | None
-    old_mean: torch.Tensor | None
+    embeds: dict[str, torch.Tensor]  # of the prompts, a row per image
+    step: int  # index of the denoising step
+    latents: torch.Tensor  # before the step: (n, image_seq_len, num_channels), float32
+    next_latents: torch.Tensor  # after it
+    advantages: torch.Tensor  # (n,), float32
+    is_on_policy: bool  # the policy has not changed since the rollout: it is the old policy itself
+    # of the old policy, views of the buffer; `None` if there is one update per rollout, or no loss needs them later
+    old_log_probs: torch.Tensor | None  # (n,)
+    old_mean: torch.Tensor | None  # (n, image_seq_len, num_channels)
 
     def store_old_policy(self, log_probs: torch.Tensor, mean: torch.Tensor) -> None:
         """Writes what later updates need of the old policy into the buffer."""
@@ -52,41 +35,20 @@ class TrainingStep:
 class RolloutBuffer:
     """
     Kept images of a rollout, `n` in number, with their `K` trained steps, and how far training has come with them.
-
-    Args:
-        prompts (`list[str]` of length `n`):
-            Prompt of each image.
-        trained_steps (`tuple[int, ...]` of length `K`):
-            Indices of the trained steps.
-        latents, next_latents (`torch.Tensor` of shape `(n, K, image_seq_len, num_channels)`):
-            Latents before and after each trained step, float32.
-        advantages (`torch.Tensor` of shape `(n,)`):
-            Advantages, float32.
-        old_log_probs (`torch.Tensor` of shape `(n, K)`, *optional*):
-            Log-probs of the old policy, float32; `None` if there is one update per rollout.
-        old_means (`torch.Tensor` of shape `(n, K, image_seq_len, num_channels)`, *optional*):
-            Means of the old policy, float32, if the loss needs them.
-        batch_size (`int`):
-            Images per batch.
-        num_iterations (`int`):
-            How often every batch is trained on.
-        num_batches_on_policy (`int`):
-            How many batches are trained on before the policy changes.
-        position (`int`, *optional*, defaults to `0`):
-            Number of batches handed out so far, over all iterations.
+    What belongs to the old policy is `None` where the loss never needs it again.
     """
 
     prompts: list[str]
-    trained_steps: tuple[int, ...]
-    latents: torch.Tensor
-    next_latents: torch.Tensor
-    advantages: torch.Tensor
-    old_log_probs: torch.Tensor | None
-    old_means: torch.Tensor | None
-    batch_size: int
-    num_iterations: int
-    num_batches_on_policy: int
-    position: int = 0
+    trained_steps: tuple[int, ...]  # indices of denoising steps
+    latents: torch.Tensor  # before each trained step: (n, K, image_seq_len, num_channels), float32
+    next_latents: torch.Tensor  # after it
+    advantages: torch.Tensor  # (n,), float32
+    old_log_probs: torch.Tensor | None  # (n, K), float32
+    old_means: torch.Tensor | None  # (n, K, image_seq_len, num_channels), float32
+    batch_size: int  # images per batch
+    num_iterations: int  # how often every batch is trained on
+    num_batches_on_policy: int  # how many are trained on before the policy changes
+    position: int = 0  # batches handed out so far, over all iterations
 
     @property
     def num_batches(self) -> int:

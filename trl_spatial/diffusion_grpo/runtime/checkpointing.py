@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.trainer import OPTIMIZER_NAME
 
 from .ema import EMA
-from .sharding import fill_tensor, gather_tensors, is_sharded
+from .sharding import fill_tensor, gather_tensors
 
 
 TRANSFORMER_FOLDER = "transformer"
@@ -38,14 +38,8 @@ _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
 
 def check_exportable(peft_config: LoraConfig) -> None:
     """
-    Finds out before training whether diffusers can load what an adapter will have learnt.
-
-    Args:
-        peft_config ([`~peft.LoraConfig`]):
-            Configuration of the adapter.
-
-    Raises:
-        `ValueError`: If the adapter trains something that `load_lora_weights` drops or refuses.
+    Finds out before training whether diffusers can load what an adapter will have learnt. It is a `ValueError` if the
+    adapter trains something that `load_lora_weights` drops or refuses.
     """
     if not isinstance(peft_config, LoraConfig):
         raise ValueError(
@@ -71,23 +65,15 @@ def export_weights(
     is_writer: bool = True,
 ) -> None:
     """
-    Saves the trained weights so that users load them with diffusers alone: `pipeline.load_lora_weights(folder)` for an
-    adapter, or `from_pretrained(folder, subfolder="transformer")` of the transformer's class, such as
-    `FluxTransformer2DModel`, for a fully trained model.
+    Saves the trained weights, or with `ema` their average, so that users load them with diffusers alone:
+    `pipeline.load_lora_weights(folder)` for an adapter, or `from_pretrained(folder, subfolder="transformer")` of the
+    transformer's class, such as `FluxTransformer2DModel`, for a fully trained model.
 
-    Args:
-        pipeline ([`~diffusers.DiffusionPipeline`]):
-            The pipeline that the transformer belongs to.
-        transformer ([`~diffusers.ModelMixin`]):
-            The trained transformer, without the wrappers of distributed training.
-        folder (`str` or `Path`):
-            Where to; created if missing. An adapter becomes `pytorch_lora_weights.safetensors`. Its scale, `alpha / r` or
-            what else its configuration says, is multiplied into its second matrices: diffusers loads the file with scale
-            1, also as a state dict, which carries no metadata.
-        ema ([`EMA`], *optional*):
-            If given, its averaged weights are saved in place of the current ones.
-        is_writer (`bool`, *optional*, defaults to `True`):
-            Whether this process writes. The others only have to call this if the transformer is sharded.
+    The scale of an adapter, `alpha / r` or what else its configuration says, is multiplied into its second matrices:
+    diffusers loads the file with scale 1, also as a state dict, which carries no metadata.
+
+    Only `is_writer` writes. Other processes have to call this only if the transformer is sharded; it comes without the
+    wrappers of distributed training.
     """
     with nullcontext() if ema is None else ema.applied():
         if not has_adapter(transformer):
@@ -104,7 +90,8 @@ def export_weights(
 
 
 def _export_transformer(transformer: Any, folder: Path, is_writer: bool) -> None:
-    if not is_sharded(transformer):
+    is_sharded = isinstance(transformer, FSDPModule)
+    if not is_sharded:
         if is_writer:
             transformer.save_pretrained(folder)
         return
@@ -131,17 +118,7 @@ def save_trained_state(
 ) -> None:
     """
     Saves what training changes in a transformer, bit for bit: its trainable parameters, in their own dtype, and their
-    moving average. Frozen weights are not saved.
-
-    Args:
-        transformer (`torch.nn.Module`):
-            The transformer, without the wrappers of distributed training.
-        folder (`str` or `Path`):
-            Where to; created if missing.
-        ema ([`EMA`], *optional*):
-            Moving average of those parameters.
-        is_writer (`bool`, *optional*, defaults to `True`):
-            Whether this process writes. The others only have to call this if the transformer is sharded.
+    moving average. Frozen weights are not saved. `transformer` and `is_writer` are as for [`export_weights`].
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     _save_tensors(_trainable_parameters(transformer), Path(folder) / TRAINED_WEIGHTS, is_writer=is_writer)
@@ -152,18 +129,8 @@ def save_trained_state(
 
 def load_trained_state(transformer: torch.nn.Module, folder: str | Path, *, ema: EMA | None = None) -> None:
     """
-    Undoes [`save_trained_state`]: puts the saved values into the trainable parameters and their moving average.
-
-    Args:
-        transformer (`torch.nn.Module`):
-            The transformer, set up as it was when the state was saved.
-        folder (`str` or `Path`):
-            Where from.
-        ema ([`EMA`], *optional*):
-            Moving average that is continued.
-
-    Raises:
-        `ValueError`: If the saved parameters are not the trainable ones of the transformer, or a file is missing.
+    Undoes [`save_trained_state`] for a transformer that is set up as it was then. It is a `ValueError` if the saved
+    parameters are not its trainable ones, or a file is missing.
     """
     saved, _ = _load_tensors(Path(folder) / TRAINED_WEIGHTS)
     parameters = _trainable_parameters(transformer)
@@ -178,17 +145,8 @@ def load_trained_state(transformer: torch.nn.Module, folder: str | Path, *, ema:
 
 def save_buffer(buffer: Mapping[str, torch.Tensor], extra: Mapping[str, Any], folder: str | Path, rank: int) -> None:
     """
-    Saves the part of a rollout that a process has not trained on yet.
-
-    Args:
-        buffer (`Mapping[str, torch.Tensor]`):
-            Tensors of any shape and dtype. They are saved exactly.
-        extra (`Mapping[str, Any]`):
-            What else belongs to it: anything that JSON holds.
-        folder (`str` or `Path`):
-            Where to; created if missing.
-        rank (`int`):
-            Number of this process; each one has a buffer of its own.
+    Saves the part of a rollout that a process has not trained on yet: tensors of any shape and dtype, exactly, and
+    whatever else belongs to it and JSON holds. Each process has a buffer of its own.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     _save_tensors(buffer, Path(folder) / f"buffer_{rank}.safetensors", extra)
@@ -196,19 +154,8 @@ def save_buffer(buffer: Mapping[str, torch.Tensor], extra: Mapping[str, Any], fo
 
 def load_buffer(folder: str | Path, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """
-    Undoes [`save_buffer`].
-
-    Args:
-        folder (`str` or `Path`):
-            Where from.
-        rank (`int`):
-            Number of this process.
-
-    Returns:
-        `tuple[dict[str, torch.Tensor], dict[str, Any]]`: the tensors, on the CPU, and the rest.
-
-    Raises:
-        `ValueError`: If there is no buffer of that process.
+    Undoes [`save_buffer`]: the tensors, on the CPU, and the rest. It is a `ValueError` if there is no buffer of that
+    process.
     """
     return _load_tensors(Path(folder) / f"buffer_{rank}.safetensors")
 
@@ -260,15 +207,6 @@ def check_sharding(folder: str | Path, *, is_sharded: bool) -> None:
     """
     Refuses a checkpoint whose optimizer state is in the form of the other way to hold the weights. transformers and
     accelerate look for a file of their own name, and continue without one.
-
-    Args:
-        folder (`str` or `Path`):
-            Folder of the checkpoint.
-        is_sharded (`bool`):
-            Whether the weights are sharded now.
-
-    Raises:
-        `ValueError`: If they were not when it was saved, or the other way round.
     """
     own, other = (SHARDED_OPTIMIZER, OPTIMIZER_NAME) if is_sharded else (OPTIMIZER_NAME, SHARDED_OPTIMIZER)
     if (Path(folder) / other).exists() and not (Path(folder) / own).exists():

@@ -37,11 +37,8 @@ def check_inputs(
 ) -> None:
     """
     Checks what a trainer is given: sizes, steps and guidance of the images, datasets, and the metric by which the best
-    checkpoint is chosen.
-
-    Raises:
-        `TypeError`: If a dataset cannot be indexed.
-        `ValueError`: If something else is wrong; the message names it.
+    checkpoint is chosen. It is a `TypeError` if a dataset cannot be indexed; the `ValueError` of anything else names
+    it.
     """
     policy.check_size(options.height, options.width)
     policy.check_num_inference_steps(options.num_inference_steps)
@@ -72,22 +69,8 @@ def check_data(
     dataset: Dataset | Sequence[dict[str, Any]], name: str, policy: DiffusionPolicy, reward_functions: RewardFunctions
 ) -> None:
     """
-    Checks that a dataset can be trained or evaluated on.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or sequence of `dict`):
-            The dataset.
-        name (`str`):
-            What errors call it.
-        policy ([`DiffusionPolicy`]):
-            The model that gets the prompts.
-        reward_functions ([`RewardFunctions`]):
-            The functions that get the other columns.
-
-    Raises:
-        `TypeError`: If the dataset cannot be indexed.
-        `ValueError`: If it is empty or has no prompts, if a prompt is empty or too long, or if a reward function cannot
-            be called with its columns.
+    Checks that a dataset can be trained or evaluated on: it can be indexed, has rows, and the model takes its prompts
+    and the reward functions its other columns. `name` is what errors call it.
     """
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(
@@ -117,18 +100,8 @@ def check_data(
 
 def check_metric(metric: str | None, dataset_names: list[str | None], reward_functions: RewardFunctions) -> None:
     """
-    Checks that a metric by which the best checkpoint is chosen will be there.
-
-    Args:
-        metric (`str`, *optional*):
-            Name of the metric, with or without `eval_`.
-        dataset_names (`list[str | None]`):
-            Names of the datasets of evaluation; `None` for one without a name.
-        reward_functions ([`RewardFunctions`]):
-            Reward functions of the evaluation.
-
-    Raises:
-        `ValueError`: If there is no such metric.
+    Checks that there will be the metric by which the best checkpoint is chosen, named with or without `eval_`. An
+    evaluation's only dataset has the name `None`.
     """
     names = ["reward", *(f"rewards/{name}/mean" for name in reward_functions.names)]
     metrics = [name if dataset is None else f"{dataset}_{name}" for dataset in dataset_names for name in names]
@@ -150,7 +123,7 @@ def warn_about_settings(args: DiffusionGRPOConfig, policy: DiffusionPolicy, opti
         num_latent_elements=policy.prepare_latents([image_generator(args.seed)], options).numel(),
         num_updates_per_rollout=args.num_updates_per_rollout,
         is_ratio_corrected=args.needs_old_means,
-        num_groups_per_update=args.num_prompts_per_device * args.world_size / num_updates,
+        num_groups_per_update=args.num_prompts / num_updates,
     )
     for warning in warnings:
         logger.warning(warning)

@@ -11,36 +11,15 @@ from .sharding import fill_tensor
 
 class EMA:
     """
-    Exponential moving average of a module's trainable parameters, in float32.
+    Exponential moving average of a module's trainable parameters, in float32: `weights`, by their names and on their
+    devices.
 
     The decay warms up as in Flow-GRPO: after `n` optimizer steps it is `min(decay, (1 + n) / (10 + n))`, so that the
     random start is forgotten soon. diffusers' `EMAModel` warms up by the number of its own updates, which is `every`
     times slower, and keeps the average in the parameters' dtype, where bfloat16 would lose small changes.
 
-    Args:
-        module (`torch.nn.Module`):
-            The module, without the wrappers of distributed training, sharded or not. Only parameters that require
-            gradients are averaged.
-        decay (`float`):
-            Share of the average that an update keeps, at least `0.0` and less than `1.0`.
-        every (`int`, *optional*, defaults to `1`):
-            Optimizer steps from one update of the average to the next.
-
-    Attributes:
-        weights (`dict[str, torch.Tensor]`):
-            The averages by name of the parameter, float32, on the parameters' devices.
-        num_updates (`int`):
-            Optimizer steps seen so far.
-
-    Example:
-
-    ```python
-    >>> ema = EMA(transformer, decay=0.9, every=8)
-    >>> optimizer.step()
-    >>> ema.step()
-    >>> with ema.applied():
-    ...     images = pipeline("a red cube").images
-    ```
+    The module, sharded or not, is without the wrappers of distributed training. The average changes at every
+    `every`-th of the `num_updates` optimizer steps and keeps a share `decay` of itself, at least 0 and less than 1.
     """
 
     def __init__(self, module: torch.nn.Module, decay: float, *, every: int = 1):

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import gather_object
 from PIL import Image
 
 from ...generation.drawing import DrawnBatch
@@ -16,41 +17,18 @@ from .prompt_cache import PromptCache
 
 @dataclass
 class EvaluationOutput:
-    """
-    Rewards and images of one process, in the order of their rows.
+    """Rewards and images of one process, in the order of their rows."""
 
-    Args:
-        rewards (`torch.Tensor` of shape `(n, num_funcs)`):
-            Rewards of each function, float32, on the CPU; NaN where it gave none.
-        indices (`torch.Tensor` of shape `(n,)`):
-            Numbers of the images among those of all processes: `row * num_images + image`.
-        images (`list[Image.Image]`):
-            The images whose number is below `num_kept_images`, for the logs.
-        prompts (`list[str]`):
-            Their prompts.
-    """
-
-    rewards: torch.Tensor
-    indices: torch.Tensor
-    images: list[Image.Image]
-    prompts: list[str]
+    rewards: torch.Tensor  # (n, num_funcs), float32, on the CPU; NaN where a function gave none
+    indices: torch.Tensor  # (n,), numbers of the images among those of all processes: row * num_images + image
+    images: list[Image.Image]  # those whose number is below `num_kept_images`, for the logs
+    prompts: list[str]  # of these images
 
 
 class PolicyGenerator:
     """
-    Draws with a policy by the deterministic sampler: an [`~generation.generators.ImageGenerator`].
-
-    Args:
-        policy ([`DiffusionPolicy`]):
-            The model family.
-        transformer (`torch.nn.Module`):
-            Its weights, or what wraps them in training.
-        prompt_cache ([`PromptCache`]):
-            Embeddings of prompts.
-        options ([`SamplingOptions`]):
-            Size, steps and guidance of the images.
-        autocast (`Callable[[], AbstractContextManager]`, *optional*):
-            Makes the context of the forward passes, such as `accelerator.autocast`.
+    Draws with a policy by the deterministic sampler: an [`~generation.generators.ImageGenerator`]. The transformer may
+    be wrapped for training; `autocast` makes the context of its forward passes, such as `accelerator.autocast`.
     """
 
     def __init__(
@@ -89,18 +67,9 @@ def reward_images(
     batches: Iterable[DrawnBatch], reward_functions: RewardFunctions, *, num_kept_images: int = 0
 ) -> EvaluationOutput:
     """
-    Rewards images as they are drawn.
-
-    Args:
-        batches (`Iterable[DrawnBatch]`):
-            The images, from [`~generation.drawing.draw_rows`]. The columns of their rows go to the reward functions.
-        reward_functions ([`RewardFunctions`]):
-            The rewards, called with one batch at a time.
-        num_kept_images (`int`, *optional*, defaults to `0`):
-            The first so many images are returned; the others are dropped once they are rewarded.
-
-    Returns:
-        [`EvaluationOutput`]: Rewards and images; none if there are no batches, as in a process without images.
+    Rewards images batch by batch as [`~generation.drawing.draw_rows`] draws them; the columns of their rows go to the
+    reward functions. Only the first `num_kept_images` are returned, the others are dropped once they are rewarded. A
+    process without images has no batches.
     """
     rewards, indices, images, prompts = [torch.empty(0, len(reward_functions.names))], [], [], []
     for batch in batches:
@@ -112,3 +81,22 @@ def reward_images(
         images += batch.images[:num_kept]
         prompts += batch_prompts[:num_kept]
     return EvaluationOutput(torch.cat(rewards), torch.tensor(indices, dtype=torch.long), images, prompts)
+
+
+def gather_evaluation(output: EvaluationOutput) -> EvaluationOutput:
+    """Puts the evaluations of all processes together, in the order of the images. To be called by all processes."""
+    outputs = gather_object([output])
+    indices = torch.cat([output.indices for output in outputs])
+    order = indices.argsort()
+    # Each process kept the images with the lowest numbers among its own.
+    shown = sorted(
+        (index, image, prompt)
+        for output in outputs
+        for index, image, prompt in zip(output.indices.tolist(), output.images, output.prompts, strict=False)
+    )
+    return EvaluationOutput(
+        rewards=torch.cat([output.rewards for output in outputs])[order],
+        indices=indices[order],
+        images=[image for _, image, _ in shown],
+        prompts=[prompt for _, _, prompt in shown],
+    )

@@ -19,7 +19,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from ...generation.seeds import image_generator
 from ..config import DiffusionGRPOConfig
 from ..policies.base import NEGATIVE_PREFIX
-from .architectures import Architecture, build_component, build_policy, component_class, load_architecture
+from .architectures import Architecture, build_component, build_policy, load_architecture
 from .model_setup import is_large_text_encoder, prepare_transformer, sampling_options
 
 
@@ -34,18 +34,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """
-    Predicted memory of one run on one device, in bytes.
+    """Predicted memory of one run on one device, in bytes."""
 
-    Args:
-        parts (`dict[str, int]`):
-            Bytes of each part, some of which are never there at the same time.
-        phases (`dict[str, int]`):
-            Bytes of all that is there in each phase: encoding prompts, sampling, decoding, training.
-    """
-
-    parts: dict[str, int]
-    phases: dict[str, int]
+    parts: dict[str, int]  # some are never there at the same time
+    phases: dict[str, int]  # all that is there while prompts are encoded, images sampled and decoded, weights trained
 
     @property
     def total(self) -> int:
@@ -60,16 +52,8 @@ class MemoryEstimate:
 
 class AllocationTracker(TorchDispatchMode):
     """
-    Counts the bytes of the tensors that are made while it is active, on any device, the meta device too. Not those that were
-    there before.
-
-    Args:
-        existing ([`~torch.nn.Module`]):
-            Model whose weights were there before.
-
-    Attributes:
-        peak (`int`):
-            The most bytes at a time.
+    Counts the bytes of the tensors that are made while it is active, on any device, the meta device too, but for the
+    weights of an `existing` model. `peak` is the most at a time.
     """
 
     def __init__(self, existing: nn.Module):
@@ -140,15 +124,8 @@ def peak_of(function: Callable[[], Any], model: nn.Module) -> int:
 
 def weight_bytes(module: nn.Module, quantization: str | None = None, dtype: torch.dtype = torch.bfloat16) -> int:
     """
-    Bytes of the frozen weights of a model.
-
-    Args:
-        module (`torch.nn.Module`):
-            The model, on any device.
-        quantization (`str`, *optional*):
-            `"nf4"` or `"int8"`: how the weights of its linear layers are stored. If `None`, like all others.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`):
-            Type of the others.
+    Bytes of the frozen weights of a model on any device: those of its linear layers as `"nf4"` or `"int8"` if
+    `quantization` says so, the others in `dtype`.
     """
     linear = {f"{name}.weight" for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
     if isinstance(module, PreTrainedModel):  # transformers leaves some as they are: the output layer, T5's `wo`
@@ -167,25 +144,16 @@ def weight_bytes(module: nn.Module, quantization: str | None = None, dtype: torc
 
 class MemoryModel:
     """
-    Predicts the memory of a run on each device. A denoising step of sampling and of training, and the VAE, are run on the meta
-    device, where tensors have sizes but no contents; what they allocate is counted.
+    Predicts the memory of a run on each device. A denoising step of sampling and of training, and the VAE, are run on
+    the meta device, where tensors have sizes but no contents; what they allocate is counted.
 
-    `policy.vae.enable_slicing()` and `enable_tiling()` are taken into account. What it does not know: autocast, which keeps some activations in float32 and casts the adapters' inputs to bfloat16 (here
-    they are float32), the kernels' workspaces, and the activations of reward models.
+    `policy.vae.enable_slicing()` and `enable_tiling()` are taken into account. What it does not know: autocast, which
+    keeps some activations in float32 and casts the adapters' inputs to bfloat16 (here they are float32), the kernels'
+    workspaces, and the activations of reward models.
 
-    Args:
-        architecture (`dict`):
-            From [`load_architecture`].
-        args ([`DiffusionGRPOConfig`]):
-            Configuration of the training: sizes, batches, average of the weights.
-        peft_config ([`~peft.LoraConfig`], *optional*):
-            Adapters. If `None`, all weights are trained.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`):
-            Type of what is frozen and not quantized.
-        reward_bytes (`int`, *optional*, defaults to `0`):
-            Bytes of the reward models on the device.
-        text_encoders_in_4bit (`bool`, *optional*, defaults to `False`):
-            Whether the large text encoders are quantized to NF4.
+    `architecture` is from [`load_architecture`]; `peft_config` is `None` if all weights are trained; `dtype` is the
+    type of what is frozen and not quantized, `reward_bytes` the size of the reward models on the device, and
+    `text_encoders_in_4bit` says whether the large text encoders are quantized to NF4.
     """
 
     def __init__(
@@ -206,6 +174,7 @@ class MemoryModel:
             for parameter in module.parameters():
                 parameter.data = parameter.data.to(dtype)
         self.transformer: Any = prepare_transformer(self.policy, args, peft_config)
+        self._options, _ = sampling_options(args)
         self.num_trained = sum(weight.numel() for weight in self.transformer.parameters() if weight.requires_grad)
         self._peaks: dict[str, int] = {}
 
@@ -213,15 +182,8 @@ class MemoryModel:
         self, *, quantization: str | None = None, gradient_checkpointing: bool = True, offload_vae: bool = False
     ) -> MemoryEstimate:
         """
-        Adds up what the run needs with some options.
-
-        Args:
-            quantization (`str`, *optional*):
-                `"nf4"` or `"int8"`, of the frozen transformer.
-            gradient_checkpointing (`bool`, *optional*, defaults to `True`):
-                Whether activations are computed again in the backward pass.
-            offload_vae (`bool`, *optional*, defaults to `False`):
-                Whether the VAE is on the device only while it decodes.
+        Adds up what the run needs if the frozen transformer is quantized to `"nf4"` or `"int8"`, activations are
+        computed again in the backward pass, and the VAE is on the device only while it decodes.
         """
         trained = 4 * self.num_trained
         linear = [layer.weight.numel() for layer in self.transformer.modules() if isinstance(layer, nn.Linear)]
@@ -267,17 +229,15 @@ class MemoryModel:
             else torch.empty(shape, dtype=self.dtype, device="meta")
             for name, shape in self.policy.embed_shapes(num_images).items()
         }
-        if self.policy.negative_prompt(sampling_options(self.args)[0]) is None:
+        if self.policy.negative_prompt(self._options) is None:
             return embeds
         return embeds | {f"{NEGATIVE_PREFIX}{name}": tensor for name, tensor in embeds.items()}
 
     def _latents(self, num_images: int) -> torch.Tensor:
-        options, _ = sampling_options(self.args)
-        return self.policy.prepare_latents([image_generator(0, image) for image in range(num_images)], options)
+        return self.policy.prepare_latents([image_generator(0, image) for image in range(num_images)], self._options)
 
     def _predict(self, num_images: int) -> Callable[[], torch.Tensor]:
-        options, _ = sampling_options(self.args)
-        inputs = (self._latents(num_images), torch.tensor(0.5), self._embeds(num_images), options)
+        inputs = (self._latents(num_images), torch.tensor(0.5), self._embeds(num_images), self._options)
         return lambda: self.policy.predict_velocity(self.transformer, *inputs)
 
     @torch.no_grad()
@@ -298,8 +258,8 @@ class MemoryModel:
         return peak - gradients  # they have a line of their own
 
     def _decode(self) -> int:
-        latents, (options, _) = self._latents(self.args.sampling_batch_size), sampling_options(self.args)
-        return peak_of(lambda: self.policy.decode_latents(latents, options), self.policy.vae)
+        latents = self._latents(self.args.sampling_batch_size)
+        return peak_of(lambda: self.policy.decode_latents(latents, self._options), self.policy.vae)
 
     def _encoder_bytes(self) -> int:
         num_bytes = 0
@@ -328,16 +288,8 @@ class MemoryModel:
 
 def describe_options(model: MemoryModel, *, offload_vae: bool = False) -> str:
     """
-    Compares the options that save memory.
-
-    Args:
-        model ([`MemoryModel`]):
-            The run.
-        offload_vae (`bool`, *optional*, defaults to `False`):
-            Whether the VAE of the run is on the device only while it decodes.
-
-    Returns:
-        `str`: two tables: the parts of each quantization, and the total of each option with the cards that have enough.
+    Compares the options that save memory in two tables: the parts of each quantization, with the VAE as in the run,
+    and the total of each option with the cards that have enough.
     """
     quantizations: tuple[str | None, ...] = (None, "int8", "nf4")
     if model.num_trained == sum(weight.numel() for weight in model.transformer.parameters()):
@@ -380,15 +332,12 @@ def describe_options(model: MemoryModel, *, offload_vae: bool = False) -> str:
 
 def reward_model_bytes(names: Sequence[str]) -> int:
     """
-    Bytes of the reward models on the device, each taken for a SpatialScore model on Qwen2.5-VL-7B in bfloat16 without its small
-    head, which is the text encoder of Qwen-Image. Rules, and functions from modules, whose size is unknown, count as 0.
-
-    Args:
-        names (sequence of `str`):
-            Names as for [`~trl_spatial.rewards.load_reward`].
+    Bytes of the reward models on the device, named as for [`~trl_spatial.rewards.load_reward`]. Each is taken for a
+    SpatialScore model on Qwen2.5-VL-7B in bfloat16 without its small head, which is the text encoder of Qwen-Image.
+    Rules, and functions from modules, whose size is unknown, count as 0.
     """
     num_models = sum(name != "rules" and not re.fullmatch(r"[\w.]+:\w+", name) for name in names)
     if num_models == 0:
         return 0
-    encoder = build_component(*component_class(load_architecture("Qwen/Qwen-Image")["text_encoder"]))
+    encoder = build_component(*load_architecture("Qwen/Qwen-Image")["text_encoder"])
     return num_models * weight_bytes(encoder.requires_grad_(False))

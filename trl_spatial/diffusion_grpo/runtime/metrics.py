@@ -5,11 +5,9 @@ from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from ..advantages import combine_rewards, group_advantages
 from ..reward_functions import RewardFunctions, reward_metrics
-from .evaluation import EvaluationOutput
 
 
 # Counts since the start of training that every log holds
@@ -20,13 +18,8 @@ _OUTSIDE = ("time/evaluate", "time/save")
 
 class TrainingMetrics:
     """
-    Collects the metrics of training on one process and merges them over all when they are logged.
-
-    Attributes:
-        totals (`Counter`):
-            Counts of this process since the start of training, such as `num_policy_passes`.
-        num_updates (`int`):
-            Updates since the last log.
+    Collects the metrics of training on one process and merges them over all when they are logged. `totals` are counts
+    of this process since the start of training, `num_updates` the updates since the last log.
     """
 
     def __init__(self) -> None:
@@ -51,17 +44,8 @@ class TrainingMetrics:
         self, rewards: torch.Tensor, combined: torch.Tensor, functions: RewardFunctions, num_generations: int
     ) -> None:
         """
-        Adds the rewards of a rollout, of all processes.
-
-        Args:
-            rewards (`torch.Tensor` of shape `(num_prompts * num_generations, num_funcs)`):
-                Rewards of each function, NaN where it gave none.
-            combined (`torch.Tensor` of shape `(num_prompts * num_generations,)`):
-                Combined as they are trained on.
-            functions ([`RewardFunctions`]):
-                The functions.
-            num_generations (`int`):
-                Images per prompt.
+        Adds the rewards of a rollout, of all processes: `(n, num_funcs)`, NaN where a function gave none, and `(n,)`,
+        combined as they are trained on; `n` is `num_prompts * num_generations`.
         """
         # In the functions' own units, and of the images that are trained on, whatever is normalised before training
         summed = combine_rewards(rewards, num_generations, functions.weights)
@@ -74,20 +58,15 @@ class TrainingMetrics:
 
     def collect(self, accelerator: Accelerator, times: Mapping[str, float]) -> dict[str, float]:
         """
-        Returns the metrics of all processes since the last call. To be called by all processes.
-
-        Args:
-            accelerator ([`~accelerate.Accelerator`]):
-                Connects the processes.
-            times (`Mapping[str, float]`):
-                Seconds of this process since the last call, from [`StepTimer`].
-
-        Returns:
-            `dict[str, float]`: Averages, totals, `images_per_second`, and the seconds per update of each phase.
+        Averages, totals, `images_per_second` and the seconds per update of each phase, of all processes since the last
+        call. `times` are the seconds of this process, from [`StepTimer`]. To be called by all processes.
         """
         metrics = {name: sum(values) / len(values) for name, values in self._per_rollout.items()}
         for name, values in sorted(self._per_image.items()):
-            metrics |= _statistics(name, accelerator.gather(torch.cat(values)))
+            of_all = accelerator.gather(torch.cat(values))
+            metrics["ratio/mean" if name == "ratio" else name] = of_all.mean().item()
+            if name == "ratio":
+                metrics["ratio/std"] = of_all.std(correction=0).item()
         totals = torch.tensor(list(self.totals.values()), dtype=torch.float64, device=accelerator.device)
         totals = accelerator.reduce(totals).tolist()
         metrics |= {name: int(total) for name, total in zip(self.totals, totals, strict=True)}
@@ -104,28 +83,3 @@ class TrainingMetrics:
         self._per_rollout.clear()
         self.num_updates, self._num_images_before = 0, self.totals["num_images"]
         return metrics
-
-
-def _statistics(name: str, values: torch.Tensor) -> dict[str, float]:
-    if name == "ratio":
-        return {"ratio/mean": values.mean().item(), "ratio/std": values.std(correction=0).item()}
-    return {name: values.mean().item()}
-
-
-def gather_evaluation(output: EvaluationOutput) -> EvaluationOutput:
-    """Puts the evaluations of all processes together, in the order of the images. To be called by all processes."""
-    outputs = gather_object([output])
-    indices = torch.cat([output.indices for output in outputs])
-    order = indices.argsort()
-    # Each process kept the images with the lowest numbers among its own.
-    shown = sorted(
-        (index, image, prompt)
-        for output in outputs
-        for index, image, prompt in zip(output.indices.tolist(), output.images, output.prompts, strict=False)
-    )
-    return EvaluationOutput(
-        rewards=torch.cat([output.rewards for output in outputs])[order],
-        indices=indices[order],
-        images=[image for _, image, _ in shown],
-        prompts=[prompt for _, _, prompt in shown],
-    )

@@ -5,7 +5,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from ...hub.cards import Card, Result, training_values
+from ...hub.cards import Card, Result
 from ..config import DiffusionGRPOConfig
 
 
@@ -19,45 +19,14 @@ def build_card(
     num_updates: int,
     trained_rewards: dict[str, float],
     eval_datasets: dict[str, tuple[int, str | None, str | None]],
-    tags: list[str],
-    trainer_name: str,
-    hardware: str,
-    training_time: str | None = None,
-    base_model: str | None = None,
-    dataset: str | None = None,
+    base_model: str | None,
 ) -> Card:
     """
-    Makes the card of trained weights from what was set and measured.
-
-    Args:
-        args ([`DiffusionGRPOConfig`]):
-            Configuration of the training.
-        log_history (`list[dict[str, Any]]`):
-            Logs of the training. The first and the last evaluation go into the card.
-        lora_config ([`~peft.LoraConfig`], *optional*):
-            The adapters; `None` if all weights were trained.
-        pipeline_name (`str`):
-            Class of the pipeline.
-        guidance (`dict[str, Any]`):
-            Guidance in the names of the pipeline's own call, from [`~policies.DiffusionPolicy.pipeline_guidance`].
-        num_updates (`int`):
-            Number of updates so far.
-        trained_rewards (`dict[str, float]`):
-            Names of the reward functions that were trained on, and their weights.
-        eval_datasets (`dict[str, tuple[int, str | None, str | None]]`):
-            Prefix of the logged metrics, such as `"eval"`, → number of prompts, Hub id and split of the dataset.
-        tags (`list[str]`):
-            Tags of the repository.
-        trainer_name (`str`):
-            Name of the trainer.
-        hardware (`str`):
-            What it ran on.
-        training_time (`str`, *optional*):
-            How long it took.
-        base_model (`str`, *optional*):
-            Hub id of the pipeline.
-        dataset (`str`, *optional*):
-            Hub id of the dataset of prompts.
+    Makes the card of trained weights from what was set and measured; the first and the last evaluation of
+    `log_history` go into it. `lora_config` is `None` if all weights were trained. `guidance` is in the names of the
+    pipeline's own call, from [`~policies.DiffusionPolicy.pipeline_guidance`]. `trained_rewards` are weights by name,
+    and `eval_datasets` leads from the prefix of the logged metrics, such as `"eval"`, to number of prompts, Hub id and
+    split. `base_model` is a Hub id or a folder.
     """
     evaluations = [log for log in log_history if any(f"{prefix}_reward" in log for prefix in eval_datasets)]
     step = evaluations[-1]["step"] if evaluations else None
@@ -69,30 +38,31 @@ def build_card(
         for result in _reward_results(last, prefix, *source, trained_rewards)
     ]
     before = _reward_results(first, "eval", 0, None, None, trained_rewards) if step else []
-    settings = _settings(args, lora_config, num_updates, trained_rewards)
+    is_lora = lora_config is not None
     return Card(
-        template="diffusion_lora.md" if lora_config is not None else "diffusion_transformer.md",
+        template="diffusion.md",
         front_matter={
             "library_name": "diffusers",
             "pipeline_tag": "text-to-image",
-            "tags": sorted({"generated_from_trainer", *(["lora"] if lora_config is not None else []), *tags}),
+            "tags": ["lora"] if is_lora else [],
         },
         values={
+            "is_lora": is_lora,
             "pipeline_name": pipeline_name,
-            "sampling": _sampling(args, guidance),
+            "sampling": {  # of the evaluation: keyword arguments of the pipeline
+                "height": args.eval_height or args.height,
+                "width": args.eval_width or args.width,
+                "num_inference_steps": args.eval_num_inference_steps,
+                **guidance,
+                "max_sequence_length": args.max_sequence_length,
+            },
             "before": {result.metric: result.value for result in before},
             "metrics_step": step,
-            **training_values(
-                settings,
-                trainer_name=trainer_name,
-                hardware=hardware,
-                training_time=training_time,
-                packages=("trl", "transformers", "diffusers", "peft", "torch", "datasets"),
-            ),
+            "settings": _settings(args, lora_config, num_updates, trained_rewards),
+            "versions": ("trl", "transformers", "diffusers", "peft", "torch", "datasets"),
         },
         results=results,
         base_model=base_model,
-        dataset=dataset,
     )
 
 
@@ -127,17 +97,6 @@ def _reward_results(
     return results
 
 
-def _sampling(args: DiffusionGRPOConfig, guidance: dict[str, Any]) -> dict[str, Any]:
-    """How the images of the evaluation were sampled: keyword arguments of the pipeline."""
-    return {
-        "height": args.eval_height or args.height,
-        "width": args.eval_width or args.width,
-        "num_inference_steps": args.eval_num_inference_steps,
-        **guidance,
-        "max_sequence_length": args.max_sequence_length,
-    }
-
-
 def _settings(
     args: DiffusionGRPOConfig, lora_config: LoraConfig | None, num_updates: int, rewards: dict[str, float]
 ) -> dict[str, Any]:
@@ -149,7 +108,7 @@ def _settings(
         "rewards": ", ".join(f"{name} ({weight:g})" for name, weight in rewards.items()),
         "adapters": None if lora_config is None else f"LoRA, rank {lora_config.r}, alpha {lora_config.lora_alpha}",
         "updates": num_updates,
-        "prompts per rollout": args.num_prompts_per_device * args.world_size,
+        "prompts per rollout": args.num_prompts,
         "images per prompt": args.num_generations,
         "kept of them, best and worst": None if args.top_k is None else f"{args.top_k} and {args.top_k}",
         "denoising steps in training": args.num_inference_steps,

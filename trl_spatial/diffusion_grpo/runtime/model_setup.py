@@ -31,25 +31,15 @@ def quantization_config(
     method: str | None, dtype: torch.dtype, *, text_encoders: Iterable[str] = ()
 ) -> PipelineQuantizationConfig | None:
     """
-    Makes the configuration with which diffusers quantizes the transformer, and text encoders, while it loads them, by bitsandbytes.
-    The VAE stays as it is: it is small.
+    Makes the configuration with which diffusers quantizes components while it loads them, by bitsandbytes; `None` if
+    it shall not. The VAE stays as it is: it is small.
 
-    Args:
-        method (`str`, *optional*):
-            How the transformer is quantized: `"nf4"` (4 bits) or `"int8"`. If `None`, it is not.
-        dtype (`torch.dtype`):
-            Type in which the layers compute.
-        text_encoders (`Iterable[str]`, *optional*):
-            Names of text encoders that are quantized to NF4, from [`large_text_encoders`]. Not to 8 bits: a model of such layers
-            leaves a copy of its weights on the accelerator when it is moved away.
+    The transformer is quantized by `method`: `"nf4"` (4 bits), `"int8"`, or `None`; its layers compute in `dtype`.
+    Text encoders, named by [`large_text_encoders`], are quantized to NF4. Not to 8 bits: a model of such layers leaves
+    a copy of its weights on the accelerator when it is moved away.
 
-    Returns:
-        [`~diffusers.PipelineQuantizationConfig`] or `None`: `None` if nothing is quantized.
-
-    Raises:
-        `ValueError`: If there is no such method.
-        `RuntimeError`: If the transformer is to be quantized and there is no GPU, on which diffusers does it.
-        `ImportError`: If bitsandbytes is not installed.
+    It is a `ValueError` if there is no such method, a `RuntimeError` if the transformer is to be quantized and there
+    is no GPU, on which diffusers does it, and an `ImportError` if bitsandbytes is not installed.
     """
     encoders = list(text_encoders)
     if method not in (None, "nf4", "int8"):
@@ -77,27 +67,15 @@ def transformer_quantization(method: str, dtype: torch.dtype) -> BitsAndBytesCon
 
 def is_large_text_encoder(component: str, class_name: str) -> bool:
     """
-    Whether a component of a pipeline is a text encoder of billions of weights: any but CLIP's, which have 0.7 at most.
-
-    Args:
-        component (`str`):
-            Its name in the pipeline.
-        class_name (`str`):
-            Name of its class.
+    Whether a pipeline's component is a text encoder of billions of weights: any but CLIP's, which have 0.7 at most.
     """
     return component.startswith("text_encoder") and not class_name.startswith("CLIP")
 
 
 def large_text_encoders(name: str, *, revision: str | None = None) -> list[str]:
     """
-    Names the text encoders of a pipeline that are worth quantizing. Only its small index is read.
-
-    Args:
-        name (`str`), revision (`str`, *optional*):
-            As for [`load_pipeline`].
-
-    Raises:
-        `ValueError`: If there is no such folder or repository, or no such text encoder in it.
+    Names the text encoders of a pipeline that are worth quantizing, by its small index alone. It is a `ValueError` if
+    there is no such folder or repository, or no such text encoder in it.
     """
     reference = find_reference(name, kind="model", revision=revision)
     with explain_errors(f"Reading the index of {reference}"):
@@ -127,23 +105,12 @@ def load_pipeline(
     attention_backend: str | None = None,
 ) -> DiffusionPipeline:
     """
-    Loads a pipeline.
+    Loads a pipeline: a folder, `org/name` or `org/name@revision` on the Hub, or `hub/NAME` for one of your own. It is
+    a `ValueError` if there is none, or the repository holds pickles or code.
 
-    Args:
-        name (`str`):
-            A folder, `org/name` or `org/name@revision` on the Hub, or `hub/NAME` for one of your own.
-        dtype (`torch.dtype`):
-            Type of its weights.
-        revision (`str`, *optional*):
-            Branch, tag or commit on the Hub.
-        quantization_config ([`~diffusers.PipelineQuantizationConfig`], *optional*):
-            How components are quantized, from [`quantization_config`].
-        attention_backend (`str`, *optional*):
-            Attention kernel of the transformer, one of diffusers' `AttentionBackendName` such as `"_native_cudnn"` or
-            `"flash"`. If `None`, PyTorch chooses. Kernels without a backward pass, as those of SageAttention, cannot train.
-
-    Raises:
-        `ValueError`: If there is no such folder or kernel, or the repository holds pickles or code.
+    `attention_backend` is the attention kernel of the transformer, one of diffusers' `AttentionBackendName` such as
+    `"_native_cudnn"` or `"flash"`. If `None`, PyTorch chooses. Kernels without a backward pass, as those of
+    SageAttention, cannot train.
     """
     backends = [backend.value for backend in AttentionBackendName]
     if attention_backend is not None and attention_backend not in backends:
@@ -181,24 +148,13 @@ def prepare_transformer(
     policy: DiffusionPolicy, args: DiffusionGRPOConfig, peft_config: LoraConfig | None
 ) -> torch.nn.Module:
     """
-    Freezes a pipeline but for what is trained: new adapters, the adapters that its transformer already has, or, without
-    any, the whole transformer, each without the policy's idle modules. What is trained is in float32, as bfloat16 would
-    lose small updates; what is frozen keeps its dtype.
+    Freezes a pipeline but for what is trained, and returns its transformer, changed in place. Trained are the new
+    adapters of `peft_config`, the adapters that the transformer already has, or, without any, the whole transformer,
+    each without the policy's idle modules. What is trained is in float32, as bfloat16 would lose small updates; what
+    is frozen keeps its dtype.
 
-    Args:
-        policy ([`DiffusionPolicy`]):
-            The policy. Its transformer is changed in place.
-        args ([`DiffusionGRPOConfig`]):
-            Configuration of the training.
-        peft_config ([`~peft.LoraConfig`], *optional*):
-            Adapters to add.
-
-    Returns:
-        `torch.nn.Module`: the transformer.
-
-    Raises:
-        `ValueError`: If the adapters cannot be exported or two sets would be stacked, if there is no reference policy
-        for `beta`, or if dropout would move the ratio away from 1.
+    It is a `ValueError` if the adapters cannot be exported or two sets would be stacked, if there is no reference
+    policy for `beta`, or if dropout would move the ratio away from 1.
     """
     transformer = policy.transformer
     for component in policy.pipeline.components.values():
@@ -247,20 +203,13 @@ def prepare_transformer(
 
 def shard_transformer(transformer: torch.nn.Module, accelerator: Accelerator) -> None:
     """
-    Shares out the weights of a transformer, each kind of layer in its `_no_split_modules` by itself, before training asks for
-    it: the first evaluation comes earlier, and so does the moving average.
+    Shares out the weights of a transformer, each kind of layer in its `_no_split_modules` by itself, before training
+    asks for it: the first evaluation comes earlier, and so does the moving average. Its trainable weights have one
+    dtype; quantized ones are a `ValueError`.
 
-    The numbers are those of a transformer that is not sharded: every weight keeps its dtype, and `accelerator.autocast` casts.
-    The policy of accelerate's own for bfloat16 would cast the inputs as well, the noise level among them.
-
-    Args:
-        transformer (`torch.nn.Module`):
-            The transformer, whose trainable weights have one dtype. It is changed in place.
-        accelerator ([`~accelerate.Accelerator`]):
-            Connects the processes.
-
-    Raises:
-        `ValueError`: If the weights are quantized.
+    The numbers are those of a transformer that is not sharded: every weight keeps its dtype, and
+    `accelerator.autocast` casts. The policy of accelerate's own for bfloat16 would cast the inputs as well, the noise
+    level among them.
     """
     if is_quantized(transformer):
         raise ValueError(
@@ -280,12 +229,8 @@ def shard_transformer(transformer: torch.nn.Module, accelerator: Accelerator) ->
 
 def freeze_idle_modules(policy: DiffusionPolicy) -> None:
     """
-    Freezes the modules of the transformer that never get a gradient. To be called again whenever adapters were enabled,
-    which makes all of them trainable.
-
-    Args:
-        policy ([`DiffusionPolicy`]):
-            The policy.
+    Freezes the modules of the transformer that never get a gradient. To be called again whenever adapters were
+    enabled, which makes all of them trainable.
     """
     for name in policy.idle_modules:
         policy.transformer.get_submodule(name).requires_grad_(False)

@@ -1,6 +1,5 @@
 """Warnings where runs go wrong, each naming the fix, and the clock of an update."""
 
-import logging
 import math
 import time
 from collections import defaultdict
@@ -9,8 +8,6 @@ from contextlib import contextmanager
 
 import torch
 
-
-logger = logging.getLogger(__name__)
 
 # Fewer groups than this give an update of mostly noise: a policy that collapses is the usual complaint.
 MIN_GROUPS_PER_UPDATE = 8
@@ -34,28 +31,9 @@ def setup_warnings(
     num_groups_per_update: float,
 ) -> list[str]:
     """
-    Settings that are allowed but known to hurt.
-
-    Args:
-        dynamics (`str`):
-            Kind of stochastic step, such as `"flow_sde"`.
-        noise_level (`float`):
-            Noise level of the stochastic steps.
-        trains_first_step (`bool`):
-            Whether the first denoising step is ever stochastic.
-        epsilon (`float`):
-            Clip range of the ratio.
-        num_latent_elements (`int`):
-            Elements of an image's latents.
-        num_updates_per_rollout (`int`):
-            Optimizer steps on the images of one rollout. With one, the ratio is 1 and nothing is clipped.
-        is_ratio_corrected (`bool`):
-            Whether the ratio is normalised or a KL mask replaces the clip.
-        num_groups_per_update (`float`):
-            Prompts per optimizer step, over all processes.
-
-    Returns:
-        `list[str]`: One sentence or two per setting, with its value and the way out; empty if there is none.
+    Warns about settings that are allowed but known to hurt, each with its value and the way out. `trains_first_step`
+    says whether the first denoising step is ever stochastic, and `is_ratio_corrected` whether the ratio is normalised
+    or a KL mask replaces the clip. With one update per rollout the ratio is 1 and nothing is clipped.
     """
     warnings = []
     if dynamics == "flow_sde" and trains_first_step and noise_level >= math.sqrt(2):
@@ -83,15 +61,8 @@ def setup_warnings(
 
 class RewardsMonitor:
     """
-    Warns about a rollout from which nothing can be learnt, and once a reward function begins to leave out images: when the
-    share of a rollout's images without its reward passes a tenth, and again only after it has been below.
-
-    Example:
-
-    ```python
-    >>> monitor = RewardsMonitor()
-    >>> warnings = monitor.update(["aesthetics"], rewards, combine_rewards(rewards, num_generations))
-    ```
+    Warns about a rollout from which nothing can be learnt, and once a reward function begins to leave out images: when
+    the share of a rollout's images without its reward passes a tenth, and again only after it has been below.
     """
 
     def __init__(self) -> None:
@@ -99,18 +70,8 @@ class RewardsMonitor:
 
     def update(self, names: list[str], rewards: torch.Tensor, combined: torch.Tensor) -> list[str]:
         """
-        Adds a rollout.
-
-        Args:
-            names (`list[str]`):
-                Names of the reward functions.
-            rewards (`torch.Tensor` of shape `(n, num_funcs)`):
-                Rewards of all images of a rollout, of all processes; NaN where there is none.
-            combined (`torch.Tensor` of shape `(n,)`):
-                Their weighted sums, from [`~advantages.combine_rewards`].
-
-        Returns:
-            `list[str]`: The warnings.
+        Warnings about a rollout: the rewards of each function, `(n, num_funcs)`, of all processes, NaN where there is
+        none, and their weighted sums, `(n,)`, from [`~advantages.combine_rewards`].
         """
         warnings = []
         for name, column in zip(names, rewards.unbind(dim=1), strict=True):
@@ -144,16 +105,9 @@ class HackingMonitor:
     Notices reward hacking: the trained reward rises from evaluation to evaluation while one that is not trained on
     falls.
 
-    The same prompts and seeds are evaluated each time, so images are compared in pairs: over the last three evaluations
-    both changes must be larger than two standard errors of their mean. Evaluations before a resume are not known, and an
-    evaluation of another number of images starts anew.
-
-    Example:
-
-    ```python
-    >>> monitor = HackingMonitor()
-    >>> warnings = monitor.update(step=100, trained=rewards[:, 0], held_out={"aesthetics": rewards[:, 1]})
-    ```
+    The same prompts and seeds are evaluated each time, so images are compared in pairs: over the last three
+    evaluations both changes must be larger than two standard errors of their mean. Evaluations before a resume are not
+    known, and an evaluation of another number of images starts anew.
     """
 
     def __init__(self) -> None:
@@ -161,18 +115,9 @@ class HackingMonitor:
 
     def update(self, step: int, trained: torch.Tensor, held_out: Mapping[str, torch.Tensor]) -> list[str]:
         """
-        Adds an evaluation.
-
-        Args:
-            step (`int`):
-                Optimizer steps so far.
-            trained (`torch.Tensor` of shape `(n,)`):
-                The reward that is trained on, of every evaluated image, in the order of all evaluations.
-            held_out (`Mapping[str, torch.Tensor]`):
-                Other rewards by name, of the same images; NaN where there is none.
-
-        Returns:
-            `list[str]`: A warning for each held-out reward that falls while the trained one rises.
+        Adds an evaluation after `step` updates: the reward that is trained on, `(n,)`, and others by name, of the same
+        images in the order of all evaluations; NaN where there is none. A warning for each that falls while the
+        trained one rises.
         """
         # A step that is evaluated twice counts once.
         history = [entry for entry in self._history if entry[0] != step and len(entry[1]) == len(trained)]
@@ -210,20 +155,8 @@ class StepTimer:
     Splits the time of a step into phases. A phase within another one is not counted twice: the outer one stands still
     meanwhile.
 
-    Args:
-        synchronize (`Callable[[], None]`, *optional*):
-            Waits for the accelerator, at the start and the end of every phase, so that work is counted where it was
-            asked for. If `None`, [`torch.accelerator.synchronize`] if there is an accelerator.
-
-    Example:
-
-    ```python
-    >>> timer = StepTimer()
-    >>> with timer.phase("sample"):
-    ...     rollout = sample()
-    >>> timer.collect()
-    {'time/sample': 1.5, 'time/rest': 0.1, 'time/step': 1.6}
-    ```
+    `synchronize` waits for the accelerator, at the start and the end of every phase, so that work is counted where it
+    was asked for. If `None`, it is [`torch.accelerator.synchronize`] if there is an accelerator.
     """
 
     def __init__(self, synchronize: Callable[[], None] | None = None):
@@ -260,11 +193,8 @@ class StepTimer:
 
     def collect(self) -> dict[str, float]:
         """
-        Ends the step and starts the next.
-
-        Returns:
-            `dict[str, float]`: Seconds of each phase as `time/<name>`, of the whole step as `time/step`, and of what
-            belongs to no phase as `time/rest`.
+        Ends the step and starts the next. Gives the seconds of each phase as `time/<name>`, of the whole step as
+        `time/step`, and of what belongs to no phase as `time/rest`.
         """
         self._switch()
         total = self._last_switch - self._step_start

@@ -13,25 +13,7 @@ from ..reward_functions import RewardFunctions
 class OverlappedRewards:
     """
     Calls reward functions in a thread, one batch of images after the other, in the order in which they are added.
-
-    Args:
-        reward_functions ([`RewardFunctions`]):
-            The functions.
-        prompts (`list[str]` of length `n`):
-            Prompts of all images.
-        columns (`Mapping[str, Sequence]`):
-            Other columns of the dataset, `n` values each.
-        device (`torch.device`):
-            Device of this process, which a new thread does not know.
-
-    Example:
-
-    ```python
-    >>> with OverlappedRewards(reward_functions, prompts, {}, torch.device("cpu")) as overlapped:
-    ...     for start in range(0, len(prompts), 4):
-    ...         overlapped.add(start, sample(start, start + 4))
-    ...     rewards = overlapped.collect()
-    ```
+    `prompts` and `columns` are those of all `n` images; a new thread does not know the device of its process.
     """
 
     def __init__(
@@ -56,16 +38,8 @@ class OverlappedRewards:
 
     def add(self, start: int, images: list[Image.Image]) -> None:
         """
-        Has images rewarded.
-
-        Args:
-            start (`int`):
-                Row of the first image.
-            images (`list[Image.Image]`):
-                Images of consecutive rows.
-
-        Raises:
-            What a reward function raised for an earlier batch, so that nothing more is drawn.
+        Has the images of consecutive rows rewarded. Raises what a reward function raised for an earlier batch, so that
+        nothing more is drawn.
         """
         for future in self._futures:
             if future.done():
@@ -77,15 +51,7 @@ class OverlappedRewards:
         )
 
     def collect(self) -> torch.Tensor:
-        """
-        Waits for the rewards.
-
-        Returns:
-            `torch.Tensor` of shape `(n, num_funcs)`: As of [`RewardFunctions`].
-
-        Raises:
-            What a reward function raised, with its traceback.
-        """
+        """Waits for the rewards, `(n, num_funcs)`. Raises what a reward function raised, with its traceback."""
         return torch.cat([future.result() for future in self._futures])
 
 

@@ -11,10 +11,7 @@ from accelerate.utils import gather_object
 
 def check_launch() -> None:
     """
-    Refuses ways to share out the transformer that the trainer does not support.
-
-    Raises:
-        `ValueError`: If `accelerate launch` is configured for DeepSpeed, or FSDP of version 1.
+    Refuses ways to share out the transformer that the trainer does not support: DeepSpeed, and FSDP of version 1.
     """
     if _is_set("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
@@ -37,23 +34,14 @@ def _is_set(variable: str) -> bool:
 @contextmanager
 def fail_together(accelerator: Accelerator, doing: str, *, is_collective: bool = False) -> Iterator[None]:
     """
-    Context that all processes enter, and that ends on all of them in an error if it does on one.
+    Context that all processes enter, and that ends on all of them in an error if it does on one: the others raise a
+    `RuntimeError` that names those that failed, and why. Its message says what happened inside, `doing`.
 
-    Without it the others would wait for a process that is gone, in the next exchange, until the launcher ends them, or, on
-    another machine, until `ddp_timeout`. It costs an exchange of one number.
+    Without it the others would wait for a process that is gone, in the next exchange, until the launcher ends them,
+    or, on another machine, until `ddp_timeout`. It costs an exchange of one number.
 
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            Connects the processes.
-        doing (`str`):
-            What happens inside, for the message.
-        is_collective (`bool`, *optional*, defaults to `False`):
-            Whether what is inside waits for other processes, which it may not otherwise. Then an error ends this process alone, and the launcher the
-            others, as they could not hear of it.
-
-    Raises:
-        `RuntimeError`: On the processes that did not fail themselves; it names those that did, and why. The others raise
-            what they ran into.
+    What is inside may wait for other processes only if `is_collective`. Then an error ends this process alone, and the
+    launcher the others, as they could not hear of it.
     """
     if is_collective:
         yield

@@ -12,27 +12,14 @@ from ..policies.base import NEGATIVE_PREFIX
 
 class PromptCache:
     """
-    Encodes each distinct prompt once and keeps its embeddings on the CPU. The text encoders are on the device only
-    while they encode.
+    Encodes each distinct prompt once, on `device`, and keeps its embeddings on the CPU. The text encoders are on the
+    device only while they encode. `num_encoded` prompts were encoded so far, the negative one among them.
 
     Prompts are encoded one by one: in a batch the last bits of an embedding, and for some families its length, would
     depend on the prompts beside it, and a resumed run would not continue as the first one.
 
-    Args:
-        policy ([`~policies.DiffusionPolicy`]):
-            The policy. Its text encoders are moved to the CPU.
-        device (`str` or `torch.device`):
-            Where to encode, and where [`~PromptCache.get`] returns the embeddings.
-        negative_prompt (`str`, *optional*):
-            Negative prompt of classifier-free guidance, from [`~policies.DiffusionPolicy.negative_prompt`]. If given,
-            [`~PromptCache.get`] returns its embeddings beside those of the prompts.
-        max_bytes (`int`, *optional*, defaults to 8 GiB):
-            Memory for embeddings on the CPU. Beyond it the prompts that were not used for longest are dropped, with
-            one warning. A prompt of FLUX.1 takes 4 MiB at 512 tokens.
-
-    Attributes:
-        num_encoded (`int`):
-            Number of prompts encoded so far, the negative one among them.
+    Beyond `max_bytes` on the CPU the prompts that were not used for longest are dropped, with one warning. A prompt of
+    FLUX.1 takes 4 MiB at 512 tokens.
     """
 
     def __init__(
@@ -55,16 +42,10 @@ class PromptCache:
 
     def get(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """
-        Gives the embeddings of prompts.
-
-        Args:
-            prompts (`list[str]`):
-                Prompts; they may repeat.
-
-        Returns:
-            `dict[str, torch.Tensor]`: Tensors of shape `(len(prompts), ...)` on the device, rows in the order of
-            `prompts`. Rows of different lengths are padded with zeros on the right. Embeddings of the negative prompt
-            have the same names, with `negative_` before them; their rows are one and the same memory.
+        Embeddings of prompts, which may repeat: tensors of shape `(len(prompts), ...)` on the device, rows in the
+        order of `prompts`. Rows of different lengths are padded with zeros on the right. Embeddings of the negative
+        prompt, if there is one, have the same names, with `negative_` before them; their rows are one and the same
+        memory.
         """
         embeds = self._get(prompts)
         if self.negative_prompt is None:

@@ -9,23 +9,11 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def is_sharded(module: torch.nn.Module) -> bool:
-    """Whether the weights of a module are shared out."""
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
-
-
 def gather_tensors(tensors: Mapping[str, torch.Tensor], *, is_writer: bool = True) -> dict[str, torch.Tensor]:
     """
-    Copies tensors to the CPU, whole. If they are sharded all processes have to call this.
-
-    Args:
-        tensors (`Mapping[str, torch.Tensor]`):
-            Tensors of any shape and dtype.
-        is_writer (`bool`, *optional*, defaults to `True`):
-            Whether this process gets the copies. They may not fit beside each other on a GPU, nor several times on the CPU.
-
-    Returns:
-        `dict[str, torch.Tensor]`: contiguous copies that share no memory, or nothing.
+    Copies tensors to the CPU, whole, contiguous and without shared memory. If they are sharded all processes have to
+    call this. Only `is_writer` gets the copies: they may not fit beside each other on a GPU, nor several times on the
+    CPU.
     """
     copies = {}
     for name, tensor in tensors.items():
@@ -38,13 +26,8 @@ def gather_tensors(tensors: Mapping[str, torch.Tensor], *, is_writer: bool = Tru
 @torch.no_grad()
 def fill_tensor(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """
-    Copies a whole tensor into one that may be sharded, of which each process takes its part.
-
-    Args:
-        tensor (`torch.Tensor`):
-            Where to.
-        value (`torch.Tensor`):
-            The values, of the same shape; the same in every process.
+    Copies a whole tensor, the same in every process, into one that may be sharded, of which each process takes its
+    part.
     """
     if isinstance(tensor, DTensor):
         value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
