@@ -11,12 +11,31 @@ training itself is `trl_spatial grpo` with the same file; this script adds the m
 `before_after.json` in the output folder.
 """
 
+import json
+from pathlib import Path
+
 from trl_spatial.cli import run_command
-from trl_spatial.scripts.grpo import build_trainer, make_parser, train_and_compare
+from trl_spatial.scripts.grpo import build_trainer, make_parser, train
+from trl_spatial.statistics import compare_rewards
 
 
 def main(script_args, model_args, training_args) -> None:
-    train_and_compare(build_trainer(script_args, model_args, training_args))
+    trainer = build_trainer(script_args, model_args, training_args)
+    if trainer.eval_dataset is None:
+        raise ValueError("`eval_strategy` is no, so there is nothing to compare. Set it, or use `trl_spatial grpo`.")
+    before = trainer.predict(trainer.eval_dataset).predictions  # (num_images, num_funcs)
+    train(trainer)
+    after = trainer.predict(trainer.eval_dataset).predictions  # (num_images, num_funcs)
+
+    if trainer.is_world_process_zero():
+        results = compare_rewards(before, after, trainer.eval_reward_functions.names)
+        for name, result in results.items():
+            low, high = result["interval"]
+            print(
+                f"{name:<20} before {result['before']:.4f}  after {result['after']:.4f}  "
+                f"change {result['change']:+.4f}  [{low:+.4f}, {high:+.4f}]  n = {result['n']}"
+            )
+        Path(training_args.output_dir, "before_after.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def test_hostile_command_lines_and_files_are_refused(command, refused, place):
 @pytest.mark.parametrize("command", ["reward", "grpo"])
 def test_wrong_values_of_every_training_option_are_refused_as_on_the_command_line(command, place, capsys):
     make_parser = importlib.import_module(f"trl_spatial.scripts.{command}").make_parser
-    options = [argument for argument in make_parser().arguments if argument.type in (int, float) or argument.choices]
+    options = [argument for argument in make_parser()._actions if argument.type in (int, float) or argument.choices]
     assert len(options) > 30
     for argument in options:
         messages = []

@@ -57,7 +57,7 @@ RUN = {
     ],
     "hub_cards/README.md": ["pairs", "trainer_output/adapter_model.safetensors", "page/app.py"],
 }
-PARSED = ("CONTRIBUTING.md", "recipes/bench/README.md", "recipes/ablations/README.md")
+PARSED = ("CONTRIBUTING.md", "recipes/bench/README.md", "recipes/ablations/README.md", "recipes/data/README.md")
 ON_THE_HUB = {
     "datasets/tester/SpatialReward", "tester/SpatialScore", "tester/SpatialScore-live", "tester/FLUX.1-dev-hub",
     "spaces/tester/SpatialScore-page",
@@ -360,9 +360,12 @@ def test_every_long_command_is_understood(document, monkeypatch):
     for words in (words for block in bash for words in commands(block)):
         if words[0] == "make":  # a target that is not there is an error
             words = shlex.split(dry_run([*words, "-o", "installed", "INSTALLED=installed"]).splitlines()[-1])
-            if words[1:3] == ["-m", "trl_spatial"]:
-                script = importlib.import_module(f"trl_spatial.scripts.{words[3]}")
-                assert script.make_parser().parse_args_and_config(words[4:])
+            if words[1:3] != ["-m", "trl_spatial"]:
+                continue
+        if "trl_spatial" in words:  # by itself, or launched
+            command, *options = words[words.index("trl_spatial") + 1 :]
+            script = importlib.import_module(f"trl_spatial.scripts.{command}")
+            assert script.make_parser().parse_args_and_config(options)
             continue
         assert words[0] == "python"
         module = importlib.import_module(words[1].removesuffix(".py").replace("/", "."))
@@ -384,7 +387,8 @@ def test_no_block_of_any_document_is_left_out():
 
 
 def test_every_recipe_and_measurement_is_in_the_text_of_its_folder():
-    for folder, suffix in (("recipes", ".yaml"), ("recipes/bench", ".py"), ("recipes/ablations", ".py")):
+    folders = ("recipes", ".yaml"), ("recipes/data", ".yaml"), ("recipes/bench", ".py"), ("recipes/ablations", ".py")
+    for folder, suffix in folders:
         for path in (REPOSITORY / folder).glob(f"*{suffix}"):
             assert path.name in read(f"{folder}/README.md"), path
 

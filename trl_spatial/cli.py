@@ -28,7 +28,7 @@ COMMANDS = {
     "grpo": "fine-tune FLUX.1, Qwen-Image, Stable Diffusion 3 or Z-Image by rewards for their images",
     "score": "score images for prompts with a trained reward model",
     "merge": "fold a checkpoint's LoRA adapter into its backbone",
-    "data": "make and validate datasets of preference pairs",
+    "data": "build, make and validate datasets of preference pairs",
     "push": "upload a model, a dataset or a Space to the Hub, with its card",
     "serve": "score images over HTTP: a reward in a process of its own",
     "space": "build or run a page that scores images",
@@ -36,7 +36,7 @@ COMMANDS = {
 # Training commands also take the arguments of `accelerate launch`, as in TRL's CLI.
 LAUNCHED_COMMANDS = {"reward", "grpo"}
 # Started again after an interruption, they continue from what is on disk.
-RESUMED_COMMANDS = {"demo", "push"}
+RESUMED_COMMANDS = {"data", "demo", "push"}
 # Number of the launching process, for the processes that it launches.
 LAUNCHER_VARIABLE = "TRL_SPATIAL_LAUNCHER"
 TRACEBACK_VARIABLE = "TRL_SPATIAL_TRACEBACK"
@@ -97,15 +97,8 @@ def run_command(prog: str, function: Callable[[], int | None]) -> int:
     """
     Run a command so that an error is a message, not a traceback: the one place where that is decided.
 
-    Args:
-        prog (`str`):
-            Name of the command, such as `"trl_spatial score"`.
-        function (`Callable`):
-            The command, which may return an exit code.
-
-    Returns:
-        `int`: the exit code: 0, 1 after an error, 130 after Ctrl-C, or what the command returned. With `TRL_SPATIAL_TRACEBACK`
-        in the environment, the error is raised instead.
+    `prog` is the name of the command, such as `"trl_spatial score"`. Returns the exit code: 0, 1 after an error, 130 after Ctrl-C,
+    or what the command returned. With `TRL_SPATIAL_TRACEBACK` in the environment, the error is raised instead.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -125,30 +118,19 @@ def run_command(prog: str, function: Callable[[], int | None]) -> int:
         text = str(error).strip()
         if not text or not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
             text = ": ".join(part for part in (type(error).__name__, text, str(error.__cause__ or "")) if part)
-        _write_error(f"{prog}: error: {text}\n({TRACEBACK_VARIABLE}=1 in the environment shows where)")
+        text = f"{prog}: error: {text}\n({TRACEBACK_VARIABLE}=1 in the environment shows where)"
+        # on a line of its own, not behind a progress bar; tqdm is only asked where something has imported it
+        bars = sys.modules.get("tqdm.std")
+        write = print if bars is None else bars.tqdm.write
+        write(text, file=sys.stderr)
         return 1
-
-
-def _write_error(text: str) -> None:
-    # on a line of its own, not behind a progress bar; tqdm is only asked where something has imported it
-    bars = sys.modules.get("tqdm.std")
-    if bars is None:
-        print(text, file=sys.stderr)
-    else:
-        bars.tqdm.write(text, file=sys.stderr)
-
-
-def needs_launcher(launch_args: list[str]) -> bool:
-    """Whether `accelerate launch` has something to do: options, a configuration of the user's, or several GPUs."""
-    import torch
-    from accelerate.commands.config import default_config_file
-
-    return bool(launch_args) or os.path.isfile(default_config_file) or torch.accelerator.device_count() > 1
 
 
 def launch(command: str, argv: list[str]) -> int:
     """Train in this process or, if it is needed, through `accelerate launch`, whose options may be among the arguments."""
     script = importlib.import_module(f"{__package__}.scripts.{command}")
+    import torch
+    from accelerate.commands.config import default_config_file
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -156,8 +138,12 @@ def launch(command: str, argv: list[str]) -> int:
     launcher, parser = launch_command_parser(), script.make_parser()
     variables = dict(os.environ)
     launch_args, script_args = parser.split_launch_args(argv, launcher)
-    # variables of the YAML file have to be there before torch is imported
-    if variables == dict(os.environ) and not needs_launcher(launch_args):
+    if not (
+        launch_args
+        or variables != dict(os.environ)  # those of the YAML file have to be there before torch is imported
+        or os.path.isfile(default_config_file)
+        or torch.accelerator.device_count() > 1
+    ):
         return script.main(*parser.parse_args_and_config(argv))
 
     args = launcher.parse_args([*launch_args, "--module", str(__package__), command, *script_args])
@@ -187,8 +173,8 @@ def launch(command: str, argv: list[str]) -> int:
 @contextmanager
 def signals_passed_on() -> Iterator[list[int]]:
     """
-    A context in which SIGINT and SIGTERM go to the processes that this one has started. They have `GRACE_SECONDS` to save and
-    end, or else are killed. Gives a list of the signals that came. (With several training processes, torch.distributed replaces
+    A context in which SIGINT and SIGTERM go to the processes that this one has started, which have `GRACE_SECONDS` to save and
+    end, or else are killed; gives a list of the signals that came. (With several training processes, torch.distributed replaces
     these handlers by its own, which do the same.)
     """
     import psutil
@@ -230,10 +216,8 @@ def follow_launcher(launcher: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
-    if (
-        "LOCAL_RANK" not in os.environ
-    ):  # as torch.distributed does: Ctrl-C reaches the launcher only, which passes it on once
-        os.setpgid(0, 0)
+    if "LOCAL_RANK" not in os.environ:
+        os.setpgid(0, 0)  # as torch.distributed does: Ctrl-C reaches the launcher only, which passes it on once
 
 
 def start(command: str, argv: list[str]) -> int | None:

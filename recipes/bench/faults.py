@@ -36,7 +36,7 @@ TRAINING = (
     "--max_steps 6 --save_steps 2 --logging_steps 1 --use_cpu true --report_to none --disable_tqdm true "
     "--per_device_train_batch_size 2 --gradient_accumulation_steps 1 --resume_from_checkpoint true --output_dir out"
 )
-# Run in a folder with `pairs`, `prompts.txt`, `scorer` and `my_rewards.py`
+# Run in a folder with `pairs`, `prompts.txt`, `recipe.yaml`, `scorer` and `my_rewards.py`
 COMMANDS = {
     "reward": f"reward --dataset pairs --model_name_or_path {TINY_MODELS}/qwen2_5_vl --dataloader_num_workers 1 "
     f"--learning_rate 1e-3 {TRAINING}",
@@ -47,6 +47,8 @@ COMMANDS = {
     "data": "data make --num_pairs 40 --num_test_pairs 8 --image_size 32 --output out",
     "score": "score --model scorer --input pairs --image_column chosen --output out.jsonl",
     "push": "push pairs --to hub/pairs",
+    "build": "data build recipe.yaml",
+    "build_ray": "data build recipe.yaml --engine ray --num_workers 2",
 }
 
 
@@ -79,6 +81,10 @@ def make_inputs(folder: Path, names: list[str]) -> Path:
     """What the commands read."""
     folder.mkdir()
     (folder / "prompts.txt").write_text("a red circle\na blue square\na green triangle\n")
+    (folder / "recipe.yaml").write_text(
+        "store: out\nprompts: {num_prompts: 120, num_relations: {3: 1, 6: 1}}\n"
+        "render: {generators: [{name: tabletop, image_size: 64}]}\nexport: {num_benchmark_pairs: 10}\n"
+    )
     (folder / "my_rewards.py").write_text(
         "import numpy\ndef redness(prompts, images, **columns):\n"
         "    return [float(numpy.asarray(image)[..., 0].mean()) for image in images]\n"
@@ -104,7 +110,7 @@ def contents(folder: Path, hub: HubStub) -> dict[str, Any]:
         name = path.relative_to(folder).as_posix()
         if path.suffix == ".safetensors" and "checkpoint-" not in name:
             found |= {f"{name} {key}": tensor for key, tensor in load_file(path).items()}
-        elif path.suffix in (".parquet", ".jsonl", ".arrow"):
+        elif path.suffix in (".parquet", ".jsonl", ".arrow") and path.parent.name != "out":  # not the logs of a build
             found[name] = path.read_bytes()
     return found
 

@@ -35,7 +35,10 @@ from trl_spatial.demo.generator import (
     NUM_INFERENCE_STEPS,
     OUTLINES,
     PALETTE,
+    SAMPLING,
 )
+from trl_spatial.generation.drawing import draw_rows
+from trl_spatial.generation.generators import PipelineGenerator
 from trl_spatial.hub import Card, Result
 from trl_spatial.judges.scenes import check_images, summarize_checks
 from trl_spatial.scenes import (
@@ -140,19 +143,10 @@ def with_wrong_relation(graph: SceneGraph, rng: np.random.Generator) -> SceneGra
 
 class Stage:
     """
-    A part of the pretraining: modules that learn, an optimizer, and a state on disk to go on from.
+    A part of the pretraining: modules that learn, an optimizer, and a state on disk to go on from, in a file called `name`.
 
-    Args:
-        name (`str`):
-            Name of its file in the output folder.
-        modules (`dict[str, nn.Module]`):
-            What learns.
-        learning_rate (`float`):
-            Peak learning rate; it rises over 100 steps and falls to zero along a cosine.
-        num_steps (`int`):
-            Number of steps.
-        ema_decay (`float`, *optional*, defaults to `0.0`):
-            Decay of the moving average of the weights; `modules` take it over at the end.
+    The learning rate rises over 100 steps and falls to zero along a cosine. `modules` take the moving average of their weights
+    over at the end.
     """
 
     def __init__(
@@ -188,9 +182,9 @@ class Stage:
         """The numbers of the steps that are left."""
         for module in self.modules.values():
             module.train()
-        bar = tqdm(range(self.step, self.num_steps), initial=self.step, total=self.num_steps, desc=self.name)
-        self.bar = bar
-        yield from bar
+        steps = range(self.step, self.num_steps)
+        self.bar = tqdm(steps, initial=self.step, total=self.num_steps, desc=self.name)
+        yield from self.bar
         for key, module in self.modules.items():
             module.load_state_dict(self.average[key].state_dict())
             module.eval()
@@ -351,19 +345,9 @@ def with_modules(pipeline: FluxPipeline, modules: dict[str, nn.Module]) -> FluxP
 def evaluate(pipeline: FluxPipeline, split: str, args: argparse.Namespace) -> dict[str, float]:
     """What held-out captions are drawn as."""
     graphs = [make_graph(5_000_000 + index, split) for index in range(args.num_held_out)]
-    captions = [describe_scene(graph, seed=index) for index, graph in enumerate(graphs)]
-    images: list[Image.Image] = []
-    for start in range(0, len(captions), 128):
-        output = pipeline(
-            captions[start : start + 128],
-            height=IMAGE_SIZE,
-            width=IMAGE_SIZE,
-            num_inference_steps=NUM_INFERENCE_STEPS,
-            max_sequence_length=MAX_SEQUENCE_LENGTH,
-            generator=torch.Generator().manual_seed(args.seed + start),
-        )
-        images += output.images
-    return summarize(images, graphs)
+    rows = [{"prompt": describe_scene(graph, seed=index)} for index, graph in enumerate(graphs)]
+    batches = draw_rows(PipelineGenerator(pipeline, **SAMPLING), rows, batch_size=128, seed=args.seed)
+    return summarize([image for batch in batches for image in batch.images], graphs)
 
 
 def zero_gates(transformer: Any) -> None:
@@ -378,7 +362,7 @@ def save_pipeline(pipeline: FluxPipeline, args: argparse.Namespace, vae_metrics:
     """Save the pipeline and its card; the card's numbers are those of the run."""
     folder = args.output_dir / "model"
     num_parameters = {
-        name: sum(p.numel() for p in module.parameters())
+        name: f"{sum(p.numel() for p in module.parameters()):,}"
         for name, module in pipeline.components.items()
         if isinstance(module, nn.Module)
     }
@@ -398,7 +382,7 @@ def save_pipeline(pipeline: FluxPipeline, args: argparse.Namespace, vae_metrics:
         front_matter={"library_name": "diffusers", "pipeline_tag": "text-to-image", "license": "apache-2.0"},
         values={
             "script": "recipes/tiny/pretrain_flux.py",
-            "num_parameters": {name: f"{number:,}" for name, number in num_parameters.items()},
+            "num_parameters": num_parameters,
             "image_size": IMAGE_SIZE,
             "max_sequence_length": MAX_SEQUENCE_LENGTH,
             "num_inference_steps": NUM_INFERENCE_STEPS,

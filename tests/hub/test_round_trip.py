@@ -225,3 +225,28 @@ def test_front_matter_is_what_the_hub_validates(trip):
 def test_help_of_push_answers_at_once():
     code = "import sys, trl_spatial.cli; sys.argv = ['x']; from trl_spatial.hub import find_reference; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_a_dataset_that_was_built_goes_up_with_its_configurations_and_its_card(hub, tmp_path):
+    machine = Machine(hub, tmp_path / "here")
+    (machine.folder / "recipe.yaml").write_text(
+        "store: built\nprompts: {num_prompts: 16, num_relations: {3: 1, 4: 1}}\n"
+        "render: {generators: [{name: tabletop, image_size: 48}]}\n"
+    )
+    machine.run("data", "build", "recipe.yaml")
+    assert "Would push a dataset" in machine.run("push", "built/dataset", "--to", "hub/Tabletop", "--dry-run")
+    machine.run("push", "built/dataset", "--to", "hub/Tabletop")
+    files = hub.files["datasets/tester/Tabletop"]
+    card = files["README.md"].decode()
+    assert "## How it was made" in card and "## Controls" in card and "tester/Tabletop" in card
+    configs = yaml.safe_load(card.split("---")[1])["configs"]
+    assert {config["config_name"] for config in configs} == {"default", "text", "preview"}
+    counted = machine.python(
+        "from datasets import load_dataset\n"
+        "for name in ('default', 'text'):\n"
+        "    rows = load_dataset('tester/Tabletop', name, split='train')\n"
+        "    print(name, len(rows), 'chosen' in rows.column_names)\n"
+    )
+    default, text = (line.split()[1:] for line in counted.splitlines() if line.startswith(("default", "text")))
+    assert default[0] == text[0] and (default[1], text[1]) == ("True", "False")
+    assert str(tmp_path) not in card

@@ -16,17 +16,8 @@ NUM_SAMPLES = 4
 
 def update_reward_card(folder: Path, measured: dict[str, Any], pairs: Dataset, scores: PairScores) -> None:
     """
-    Writes the measured accuracies and a picture into the card of the reward model.
-
-    Args:
-        folder (`Path`):
-            Folder of the model.
-        measured (`dict`):
-            From [`~demo.reward_model.measure`].
-        pairs (`Dataset`):
-            The held-out pairs.
-        scores ([`~evaluation.pairs.PairScores`]):
-            Their scores.
+    Writes the measured accuracies and a picture of held-out `pairs` into the card of the reward model in a folder. `measured` and
+    `scores` are from [`~demo.reward_model.measure`].
     """
     card = Card.load(folder)
     if card is None:
@@ -61,15 +52,8 @@ def update_reward_card(folder: Path, measured: dict[str, Any], pairs: Dataset, s
 
 def update_generator_card(folder: Path, before: dict[str, Any], after: dict[str, Any], num_images: int) -> None:
     """
-    Writes the verdicts of the scenes' rules and the mean reward into the card of the LoRA weights.
-
-    Args:
-        folder (`Path`):
-            Folder of the weights.
-        before (`dict`), after (`dict`):
-            From [`~demo.generator.judge`], without and with the weights.
-        num_images (`int`):
-            Number of images of each.
+    Writes the verdicts of the scenes' rules and the mean reward into the card of the LoRA weights in a folder: those of so many
+    images without the weights (`before`) and with them (`after`), from [`~demo.generator.judge`].
     """
     card = Card.load(folder)
     if card is None:

@@ -1,4 +1,4 @@
-"""The charts of the report, as SVG that uses the colors of the page."""
+"""The charts of the report: each an `<svg>` element that uses the colors of the page."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -63,14 +63,9 @@ def format_share(share: float, num_digits: int = 1) -> str:
 @_styled
 def reward_curve(training: Mapping[str, Any]) -> str:
     """
-    Draw the reward over the updates: on the training prompts of each update, and on held-out prompts.
-
-    Args:
-        training (`Mapping[str, Any]`):
-            `"steps"` and `"evaluations"`: lists of mappings with `"step"` and `"reward"`. One may be empty.
-
-    Returns:
-        `str`: an `<svg>` element. The lines are the groups `reward-training` and `reward-held-out`.
+    The reward over the updates: on the training prompts of each update, and on held-out prompts. One of the lists `"steps"` and
+    `"evaluations"`, of mappings with `"step"` and `"reward"`, may be empty. The lines are the groups `reward-training` and
+    `reward-held-out`.
     """
     steps, evaluations = training["steps"], training["evaluations"]
     figure, axes = _new_figure(height=262, left=54, top=40, bottom=48)
@@ -89,16 +84,9 @@ def reward_curve(training: Mapping[str, Any]) -> str:
 @_styled
 def truth_curve(training: Mapping[str, Any]) -> str:
     """
-    Draw the verdicts of the rules on images of held-out prompts over the updates. The horizontal axis is that of
-    [`reward_curve`], so that one chart can be read below the other.
-
-    Args:
-        training (`Mapping[str, Any]`):
-            `"steps"`, and `"evaluations"`: at least one mapping with `"step"`, `"spatial_accuracy"` and
-            `"objects_present"`, shares from 0 to 1.
-
-    Returns:
-        `str`: an `<svg>` element. The lines are the groups `truth-spatial-accuracy` and `truth-objects-present`.
+    The verdicts of the rules on images of held-out prompts over the updates: `"evaluations"` has at least one mapping with `"step"`
+    and the shares `"spatial_accuracy"` and `"objects_present"`. The horizontal axis is that of [`reward_curve`], so that one chart
+    can be read below the other. The lines are the groups `truth-spatial-accuracy` and `truth-objects-present`.
     """
     evaluations = training["evaluations"]
     figure, axes = _new_figure(height=262, left=54, top=40, bottom=48)
@@ -123,16 +111,9 @@ def truth_curve(training: Mapping[str, Any]) -> str:
 @_styled
 def relation_dots(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]) -> str:
     """
-    Draw the spatial accuracy of the prompts with each relation, before and after training.
-
-    Args:
-        before (`Mapping[str, Mapping[str, float]]`), after (`Mapping[str, Mapping[str, float]]`):
-            Name of a relation → `"estimate"`, `"low"` and `"high"`, shares from 0 to 1. Both have the same
-            relations.
-
-    Returns:
-        `str`: an `<svg>` element. The dots are the groups `relations-before` and `relations-after`, the intervals
-        `relations-before-intervals` and `relations-after-intervals`.
+    The spatial accuracy of the prompts with each relation, before and after training: name of a relation → the shares
+    `"estimate"`, `"low"` and `"high"`, for the same relations. The dots are the groups `relations-before` and `relations-after`,
+    the intervals `relations-before-intervals` and `relations-after-intervals`.
     """
     names = list(after)
     figure, axes = _new_figure(height=72 + 29 * len(names), left=82, top=40)
@@ -159,15 +140,9 @@ def relation_dots(before: Mapping[str, Mapping[str, float]], after: Mapping[str,
 @_styled
 def pair_accuracy_dots(groups: Mapping[str, Mapping[str, float]]) -> str:
     """
-    Draw how often a reward model ranks the two images of a pair correctly, with a line at chance.
-
-    Args:
-        groups (`Mapping[str, Mapping[str, float]]`):
-            Title of a group of pairs → `"estimate"`, `"low"` and `"high"`, shares from 0 to 1.
-
-    Returns:
-        `str`: an `<svg>` element. The dots are the group `pairs-accuracy`, the intervals `pairs-accuracy-intervals`,
-        chance `pairs-chance`.
+    How often a reward model ranks the two images of a pair correctly, with a line at chance: title of a group of pairs → the shares
+    `"estimate"`, `"low"` and `"high"`. The dots are the group `pairs-accuracy`, the intervals `pairs-accuracy-intervals`, chance
+    `pairs-chance`.
     """
     figure, axes = _new_figure(height=88 + 36 * len(groups), left=82, right=66, top=28, bottom=48)
     axes.axvline(0.5, color=_COLORS["quiet"], linestyle=(0, (4, 3)), linewidth=1.2, gid="chance")
@@ -193,15 +168,9 @@ def pair_accuracy_dots(groups: Mapping[str, Mapping[str, float]]) -> str:
 @_styled
 def reliability_diagram(bins: Sequence[Mapping[str, float]]) -> str:
     """
-    Draw the accuracy of a reward model by its confidence. A larger dot stands for more pairs.
-
-    Args:
-        bins (`Sequence[Mapping[str, float]]`):
-            `"confidence"`, from 0.5 to 1, `"accuracy"`, from 0 to 1, and `"num_pairs"` of each bin with pairs, at least
-            one.
-
-    Returns:
-        `str`: an `<svg>` element. The bins are the group `calibration-bins`, the diagonal `calibration-diagonal`.
+    The accuracy of a reward model by its confidence, for bins with `"confidence"` from 0.5 to 1, `"accuracy"` from 0 to 1, and
+    `"num_pairs"`, at least one. A larger dot stands for more pairs. The bins are the group `calibration-bins`, the diagonal
+    `calibration-diagonal`.
     """
     figure, axes = _new_figure(height=290, left=58, bottom=50)
     axes.plot([0.5, 1], [0.5, 1], color=_COLORS["quiet"], linestyle=(0, (4, 3)), linewidth=1.2, gid="diagonal")

@@ -37,6 +37,13 @@ MAX_SEQUENCE_LENGTH = 16
 # Of evaluations, as in the paper; training takes fewer.
 NUM_INFERENCE_STEPS = 28
 IMAGES_PER_PROMPT = 4
+SAMPLING: dict[str, Any] = {
+    "height": IMAGE_SIZE,
+    "width": IMAGE_SIZE,
+    "num_inference_steps": NUM_INFERENCE_STEPS,
+    "guidance_scale": 1.0,
+    "max_sequence_length": MAX_SEQUENCE_LENGTH,
+}
 LORA_RANK = 32
 # Prompts on which the trainer looks at how far it is, at most: in another split than those of the demo's result
 NUM_MONITORED_PROMPTS = 192
@@ -69,19 +76,8 @@ _GRPO_SETTINGS: dict[str, Any] = {
 
 def make_prompts(num_prompts: int, *, split: str, seed: int) -> Dataset:
     """
-    Prompts of the kind that the tiny FLUX was pretrained on.
-
-    Args:
-        num_prompts (`int`):
-            Number of prompts.
-        split (`str`):
-            `"train"`, `"validation"` or `"test"`. No set of colored shapes is in two splits, and pretraining used those
-            of `"train"`.
-        seed (`int`):
-            Seed.
-
-    Returns:
-        `Dataset` with the columns `prompt` and `scene`.
+    Prompts of the kind that the tiny FLUX was pretrained on, in the columns `prompt` and `scene`. The split is `"train"`,
+    `"validation"` or `"test"`: no set of colored shapes is in two splits, and pretraining used those of `"train"`.
     """
     return make_prompt_dataset(
         num_prompts,
@@ -97,13 +93,7 @@ def make_prompts(num_prompts: int, *, split: str, seed: int) -> Dataset:
 
 
 def load_generator(adapter: Path | None = None) -> FluxPipeline:
-    """
-    Load the tiny FLUX.
-
-    Args:
-        adapter (`Path`, *optional*):
-            Folder with LoRA weights, as the trainer saves them.
-    """
+    """Load the tiny FLUX, with the LoRA weights in the folder `adapter`, as the trainer saves them."""
     pipeline = FluxPipeline.from_pretrained(TINY_FLUX, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if adapter is not None:
@@ -121,36 +111,12 @@ def draw_images(
     show_progress: bool = True,
 ) -> Dataset:
     """
-    Draw images of prompts and score them. Image `j` of prompt `i` starts from the noise of `(seed, i, j)`, so that two
-    generators can be compared image by image.
-
-    Args:
-        pipeline ([`~diffusers.FluxPipeline`]):
-            The generator.
-        prompts (`Dataset`):
-            From [`make_prompts`].
-        scorer (`Callable`):
-            Reward function.
-        images_per_prompt (`int`, *optional*, defaults to `4`):
-            Number of images of each prompt.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the noise.
-        show_progress (`bool`, *optional*, defaults to `True`):
-            Whether to show a progress bar.
-
-    Returns:
-        `Dataset` with the columns `prompt`, `scene`, `image` and `score`, the images of a prompt next to each other.
+    Draw images of the prompts from [`make_prompts`] and score them. Image `j` of prompt `i` starts from the noise of `(seed, i, j)`,
+    so that two generators can be compared image by image. Gives the columns `prompt`, `scene`, `image` and `score`, the images of a
+    prompt next to each other.
     """
-    generator = PipelineGenerator(
-        pipeline,
-        height=IMAGE_SIZE,
-        width=IMAGE_SIZE,
-        num_inference_steps=NUM_INFERENCE_STEPS,
-        guidance_scale=1.0,
-        max_sequence_length=MAX_SEQUENCE_LENGTH,
-    )
     batches = draw_rows(
-        generator,
+        PipelineGenerator(pipeline, **SAMPLING),
         prompts,
         batch_size=192,
         seed=seed,
@@ -169,13 +135,7 @@ def draw_images(
 
 def judge(drawn: Dataset, images_per_prompt: int = IMAGES_PER_PROMPT) -> dict[str, Any]:
     """
-    Judge drawn images by the rules of their scenes.
-
-    Args:
-        drawn (`Dataset`):
-            From [`draw_images`].
-        images_per_prompt (`int`, *optional*, defaults to `4`):
-            Number of images of each prompt.
+    Judge images from [`draw_images`] by the rules of their scenes.
 
     Returns:
         `dict`: `spatial_accuracy`, `objects_present` and `relations_correct` as [`~judges.scenes.summarize_checks`]
@@ -228,28 +188,10 @@ def _check_pixels(pixels: bytes, size: tuple[int, int], scene: str) -> SceneChec
 
 
 def grpo_config(output_dir: Path, *, max_steps: int, seed: int, **changes: Any) -> DiffusionGRPOConfig:
-    """
-    Configuration of the tiny FLUX's reinforcement learning, which looks ten times at how far it is.
-
-    Args:
-        output_dir (`Path`):
-            Folder of the checkpoints and the trained weights.
-        max_steps (`int`):
-            Number of updates.
-        seed (`int`):
-            Seed.
-        **changes:
-            Further fields of [`DiffusionGRPOConfig`].
-    """
+    """Configuration of the tiny FLUX's reinforcement learning, which looks ten times at how far it is; `changes` are further fields."""
     every = -(-max_steps // 10)
-    settings = {
-        "output_dir": str(output_dir),
-        "max_steps": max_steps,
-        "seed": seed,
-        "eval_steps": every,
-        "save_steps": every,
-    }
-    return DiffusionGRPOConfig(**(_GRPO_SETTINGS | settings | changes))
+    own = {"output_dir": str(output_dir), "max_steps": max_steps, "seed": seed}
+    return DiffusionGRPOConfig(**(_GRPO_SETTINGS | own | {"eval_steps": every, "save_steps": every} | changes))
 
 
 def make_trainer(
@@ -260,18 +202,8 @@ def make_trainer(
     trainer_class: type = DiffusionGRPOTrainer,
 ) -> DiffusionGRPOTrainer:
     """
-    The trainer of the tiny FLUX. It is evaluated by [`spatial_accuracy`] and [`objects_present`], which it is not trained
-    on, and on prompts it is not trained on.
-
-    Args:
-        args ([`DiffusionGRPOConfig`]):
-            Configuration, of which `seed` is also the prompts'.
-        reward_funcs (`Callable`):
-            The reward.
-        num_monitored_prompts (`int`, *optional*, defaults to `192`):
-            Number of prompts it is evaluated on, with one image each.
-        trainer_class (`type`, *optional*, defaults to [`DiffusionGRPOTrainer`]):
-            Class of the trainer.
+    The trainer of the tiny FLUX. It is evaluated by [`spatial_accuracy`] and [`objects_present`], which it is not trained on, with
+    one image for each of the prompts, which it is not trained on either. The seed of `args` is also that of the prompts.
     """
     trainer = trainer_class(
         pipeline=load_generator(),
@@ -308,14 +240,8 @@ class _ProgressCallback(RolloutProgressCallback):
 
 def train_generator(trainer: DiffusionGRPOTrainer) -> dict[str, Any]:
     """
-    Train the tiny FLUX, or continue an interrupted training, and save its weights.
-
-    Args:
-        trainer ([`DiffusionGRPOTrainer`]):
-            From [`make_trainer`].
-
-    Returns:
-        `dict`: what happened: `steps`, `evaluations`, `settings` and `cost`, as JSON holds them.
+    Train the tiny FLUX, or continue an interrupted training, and save its weights. Returns what happened: `steps`, `evaluations`,
+    `settings` and `cost`, as JSON holds them.
     """
     args = trainer.args
     trainer.train(resume_from_checkpoint=True)
@@ -336,12 +262,7 @@ def train_generator(trainer: DiffusionGRPOTrainer) -> dict[str, Any]:
 
 
 # names in the trainer's logs: names in the results
-_STEP_NAMES = {
-    "step": "step",
-    "reward": "reward",
-    "reward_std": "reward_std",
-    "num_policy_passes": "num_policy_passes",
-}
+_STEP_NAMES = {name: name for name in ("step", "reward", "reward_std", "num_policy_passes")}
 _EVALUATION_NAMES = {
     "step": "step",
     "eval_reward": "reward",

@@ -4,10 +4,9 @@ import base64
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL.Image import Image
@@ -26,17 +25,8 @@ from .charts import (
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-@dataclass(frozen=True)
-class EmbeddedImage:
-    """
-    An image that is part of the page.
-
-    Args:
-        uri (`str`):
-            The file as a `data:` URI.
-        width (`int`), height (`int`):
-            Its size in pixels.
-    """
+class EmbeddedImage(NamedTuple):
+    """An image that is part of the page: the file as a `data:` URI, and its size in pixels."""
 
     uri: str
     width: int
@@ -45,19 +35,15 @@ class EmbeddedImage:
 
 def write_report(results: Mapping[str, Any], output_dir: Path) -> Path:
     """
-    Write the page of a demo run: a single HTML file without scripts that needs no other file and no network.
-
-    `"generator"`, `"training"`, `"examples"` and the reward model's `"examples"` may be absent, and the page then has no
-    section for them.
+    Write the page of a demo run, `output_dir / "report.html"`: a single HTML file without scripts that needs no other file and no
+    network. It is replaced atomically.
 
     Args:
         results (`Mapping[str, Any]`):
-            Results of the demo, as in its `results.json`. Paths of images are relative to `output_dir`.
+            Results of the demo, as in its `results.json`. Paths of images are relative to `output_dir`. `"generator"`,
+            `"training"`, `"examples"` and the reward model's `"examples"` may be absent; the page has no section for them then.
         output_dir (`Path`):
             Folder of the images, and of the page.
-
-    Returns:
-        `Path`: `output_dir / "report.html"`. It is replaced atomically.
 
     Raises:
         `FileNotFoundError`: If an image is missing.
@@ -109,15 +95,8 @@ def draw_charts(results: Mapping[str, Any]) -> dict[str, str]:
 
 def describe_change(results: Mapping[str, Any]) -> str | None:
     """
-    Say whether training moved the spatial accuracy by more than its 95 % intervals.
-
-    Args:
-        results (`Mapping[str, Any]`):
-            As in [`write_report`].
-
-    Returns:
-        `str`, *optional*: `"rose"` or `"fell"` if the intervals before and after do not overlap, `"stayed"` if they do,
-        `None` if no generator was measured.
+    Say whether training moved the spatial accuracy by more than its 95 % intervals: `"rose"` or `"fell"` if those before and after
+    do not overlap, `"stayed"` if they do, `None` if no generator was measured.
     """
     if "generator" not in results:
         return None
@@ -135,20 +114,7 @@ def save_image(image: Image, output_dir: Path) -> str:
 
 
 def embed_image(path: Path) -> EmbeddedImage:
-    """
-    Read a PNG file into the page.
-
-    Args:
-        path (`Path`):
-            The file.
-
-    Returns:
-        [`EmbeddedImage`]: the file and its size.
-
-    Raises:
-        `FileNotFoundError`: If it is missing.
-        `ValueError`: If it is not a PNG file.
-    """
+    """Read a file into the page; a `ValueError` if it is not a PNG file."""
     data = path.read_bytes()
     if not data.startswith(_PNG_SIGNATURE):
         raise ValueError(f"{path} is not a PNG file: it begins with {data[:8]!r}. Save the image as PNG.")

@@ -26,20 +26,8 @@ TINY_BACKBONE = Path(__file__).parents[1] / "tiny_models" / "qwen2_5_vl"
 
 def load_pairs(folder: Path, num_pairs: int, *, split: str, seed: int) -> Dataset:
     """
-    Load preference pairs of rendered scenes from a folder, after making them if the folder does not exist.
-
-    Args:
-        folder (`Path`):
-            Folder of the pairs.
-        num_pairs (`int`):
-            Number of pairs.
-        split (`str`):
-            `"train"`, `"validation"` or `"test"`.
-        seed (`int`):
-            Seed of the pairs.
-
-    Returns:
-        `Dataset`: as [`~scenes.make_preference_dataset`] makes it.
+    Load preference pairs of rendered scenes, as [`~scenes.make_preference_dataset`] makes them, from a folder, after making them
+    if it does not exist.
     """
     if not (folder / "dataset_info.json").exists():
         dataset = make_preference_dataset(num_pairs, split=split, seed=seed, num_proc=2)
@@ -55,22 +43,8 @@ def train_reward_model(
     dataset: Dataset, output_dir: Path, *, max_steps: int, seed: int, objective: str | None = None
 ) -> SpatialScore:
     """
-    Train a reward model from the tiny backbone, or continue an interrupted training.
-
-    Args:
-        dataset (`Dataset`):
-            Preference pairs.
-        output_dir (`Path`):
-            Folder of the checkpoints and the trained model.
-        max_steps (`int`):
-            Number of updates.
-        seed (`int`):
-            Seed of training.
-        objective (`str`, *optional*):
-            Objective of the loss. Defaults to [`GaussianRewardConfig`]'s.
-
-    Returns:
-        [`SpatialScore`]: the trained model.
+    Train a reward model from the tiny backbone, or continue an interrupted training; `output_dir` holds checkpoints and the model.
+    `objective` is that of the loss, by default [`GaussianRewardConfig`]'s.
     """
     if not is_complete(output_dir):
         training_args = GaussianRewardConfig(
@@ -102,16 +76,8 @@ def train_reward_model(
 
 def measure(scorer: SpatialScore, dataset: Dataset) -> tuple[dict[str, Any], PairScores]:
     """
-    Evaluate a reward model on held-out pairs.
-
-    Args:
-        scorer ([`SpatialScore`]):
-            The model.
-        dataset (`Dataset`):
-            Pairs from [`~scenes.make_preference_dataset`].
-
-    Returns:
-        `tuple[dict, PairScores]`: accuracies with intervals, calibration and the flip test, as JSON; and the scores.
+    Evaluate a reward model on held-out pairs from [`~scenes.make_preference_dataset`]: accuracies with intervals, calibration and the
+    flip test, as JSON; and the scores.
     """
 
     def score(prompts, images):
@@ -148,18 +114,8 @@ def preference(scores: PairScores) -> np.ndarray:
 
 def save_examples(dataset: Dataset, scores: PairScores, output_dir: Path, num_pairs: int = 8) -> list[dict[str, Any]]:
     """
-    Save pictures of the pairs with the largest margins and of those with the smallest, which include the model's errors.
-    Each makes up half of the pairs.
-
-    Args:
-        dataset (`Dataset`):
-            The pairs.
-        scores ([`~evaluation.pairs.PairScores`]):
-            Scores of the pairs.
-        output_dir (`Path`):
-            The pictures are saved in its folder `images`, and a sheet of each half beside it.
-        num_pairs (`int`, *optional*, defaults to `8`):
-            Number of pairs.
+    Save pictures of the pairs with the largest margins and of those with the smallest, which include the model's errors, half of
+    `num_pairs` each: every picture in the folder `images` of `output_dir`, and a sheet of each half beside it.
 
     Returns:
         `list[dict]`: prompt, files of the images, relative to `output_dir`, scores and change of each pair.

@@ -37,25 +37,21 @@ _SHOWN_VERSIONS = ("torch", "transformers", "trl", "diffusers", "peft", "dataset
 
 def run_demo(settings: DemoSettings) -> dict[str, Any]:
     """
-    Run the demo, or continue an interrupted run: preference pairs → SpatialScore → base images → reinforcement
-    learning with SpatialScore as the only reward → evaluation by the rules of the scenes → report.
+    Run the demo, or continue an interrupted run: preference pairs → SpatialScore → base images → reinforcement learning with
+    SpatialScore as the only reward → evaluation by the rules of the scenes → report.
 
-    Args:
-        settings ([`DemoSettings`]):
-            Sizes and output folder.
-
-    Returns:
-        `dict`: all results, which are also in `results.json` in the output folder, beside `report.html`.
-
-    Raises:
-        `ValueError`: If the output folder holds a run with other settings, or something else, or is in use.
+    Returns all results, which are also in `results.json` in the output folder, beside `report.html`. Raises a `ValueError` if that
+    folder holds a run with other settings, or something else, or is in use.
     """
     output_dir = Path(settings.output_dir)
     arguments = asdict(settings) | {"output_dir": None}
     stages = Stages(output_dir, TITLES, arguments)
     results: dict[str, Any] = {"arguments": arguments, "environment": describe_machine()}
 
-    run = partial(_run_stage, stages, settings, output_dir)
+    def run(name: str, function: Callable[..., Any], *outputs: str) -> Any:
+        paths = [output_dir / file for file in outputs]
+        return stages.run(name, partial(function, settings, output_dir), outputs=paths)
+
     run("pairs", _make_pairs, "pairs/train/dataset_info.json", "pairs/test/dataset_info.json")
     run("reward", _train_reward_model, "reward/config.json", "reward/adapter_model.safetensors")
     results["reward_model"] = run("measure", _measure_reward_model, "images")
@@ -79,12 +75,6 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     write_record(output_dir / "results.json", results)
     write_report(results, output_dir)
     return results
-
-
-def _run_stage(
-    stages: Stages, settings: DemoSettings, output_dir: Path, name: str, function: Callable[..., Any], *outputs: str
-) -> Any:
-    return stages.run(name, partial(function, settings, output_dir), outputs=[output_dir / file for file in outputs])
 
 
 def describe_machine() -> dict[str, Any]:

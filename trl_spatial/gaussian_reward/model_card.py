@@ -1,11 +1,12 @@
-from dataclasses import dataclass
+"""The card of a trained reward model."""
+
 from typing import Any
 
 import numpy as np
 from peft import LoraConfig, PeftModel, PeftType
 from transformers import SchedulerType
 
-from ..hub.cards import Card, Result, training_values
+from ..hub.cards import Card, Result
 from ..statistics import accuracy_interval
 from .config import GaussianRewardConfig
 from .kinds import TEMPLATE
@@ -13,97 +14,43 @@ from .modeling import GaussianRewardModel
 from .processing import SpatialScoreProcessor
 
 
-@dataclass(frozen=True)
-class EvaluatedDataset:
-    """
-    What a card says of a dataset that was evaluated on.
-
-    Args:
-        num_rows (`int`, *optional*):
-            Number of its pairs; with reverse pairs, which show the same images, of the rows that they were made of.
-        split (`str`, *optional*):
-            Its split.
-    """
-
-    num_rows: int | None = None
-    split: str | None = None
-
-
 def build_card(
     settings: dict[str, Any],
     log_history: list[dict[str, Any]],
     *,
-    evaluated: dict[str, EvaluatedDataset],
-    tags: list[str],
-    trainer_name: str,
-    hardware: str,
-    training_time: str | None = None,
-    base_model: str | None = None,
-    dataset: str | None = None,
-    eval_dataset: str | None = None,
+    evaluated: dict[str, tuple[int | None, str | None]],
+    eval_dataset: str | None,
+    base_model: str | None,
 ) -> Card:
     """
-    Makes the card of a trained reward model from what was set and measured.
+    Makes the card of a reward model from the `settings` of its training and the last evaluation in `log_history`.
 
-    Args:
-        settings (`dict[str, Any]`):
-            What the training was set to; entries that are `None` are left out.
-        log_history (`list[dict[str, Any]]`):
-            Logs of the training. The last evaluation goes into the card.
-        evaluated (`dict[str, EvaluatedDataset]`):
-            Prefix of the logged metrics, such as `"eval"`, → the dataset.
-        tags (`list[str]`):
-            Tags of the repository.
-        trainer_name (`str`):
-            Name of the trainer.
-        hardware (`str`):
-            What it ran on.
-        training_time (`str`, *optional*):
-            How long it took.
-        base_model (`str`, *optional*):
-            Hub id of the backbone.
-        dataset (`str`, *optional*):
-            Hub id of the training dataset.
-        eval_dataset (`str`, *optional*):
-            Hub id of the dataset that was evaluated on.
+    `evaluated` maps a prefix of logged metrics, such as `"eval"`, to the number of pairs (with reverse pairs, which show the
+    same images, of the rows that they were made of) and the split of that dataset; `eval_dataset` is its id on the Hub.
     """
     step, metrics = _last_evaluation(log_history)
     results = [
         Result(
             metric="accuracy",
             value=metrics[f"{prefix}_accuracy"],
-            num_samples=source.num_rows,
+            num_samples=num_rows,
             unit="pairs",
-            interval=_interval(metrics[f"{prefix}_accuracy"], source.num_rows),
+            interval=_interval(metrics[f"{prefix}_accuracy"], num_rows),
             dataset=prefix.removeprefix("eval").removeprefix("_") or None,
             dataset_id=eval_dataset,
-            split=source.split,
+            split=split,
         )
-        for prefix, source in evaluated.items()
+        for prefix, (num_rows, split) in evaluated.items()
         if f"{prefix}_accuracy" in metrics
     ]
     shown = {name.removeprefix("eval_"): value for name, value in metrics.items() if not name.endswith("_accuracy")}
+    packages = ("trl", "transformers", "peft", "torch", "datasets", "tokenizers")
     return Card(
         template=TEMPLATE,
-        front_matter={
-            "library_name": "trl_spatial",
-            "pipeline_tag": "image-text-to-text",
-            "tags": sorted({"generated_from_trainer", *tags}),
-        },
-        values={
-            "metrics": shown,
-            "metrics_step": step,
-            **training_values(
-                settings,
-                trainer_name=trainer_name,
-                hardware=hardware,
-                training_time=training_time,
-                packages=("trl", "transformers", "peft", "torch", "datasets", "tokenizers"),
-            ),
-        },
+        front_matter={"library_name": "trl_spatial", "pipeline_tag": "image-text-to-text"},
+        values={"metrics": shown, "metrics_step": step, "settings": settings, "versions": packages},
         results=results,
         base_model=base_model,
-        dataset=dataset,
     )
 
 

@@ -20,7 +20,6 @@ from trl import RewardTrainer
 
 from ..figures.pairs import ScoredPair, draw_pairs
 from ..hub.cards import SAMPLES_FILE, Card
-from ..hub.checkpoints import is_local_name
 from ..preferences.images import load_image
 from ..training.base import BaseTrainer
 from ..training.hub import dataset_split
@@ -29,7 +28,7 @@ from .config import GaussianRewardConfig
 from .data import IS_REVERSE_COLUMN, ROW_COLUMN, DataCollatorForSpatialPreference, PreferencePairs, prepare_pairs
 from .kinds import SPATIAL_SCORE
 from .losses import gaussian_bradley_terry_loss
-from .model_card import EvaluatedDataset, build_card, training_settings
+from .model_card import build_card, training_settings
 from .model_setup import copy_trained_parameters, resolve_model, restore_fp32
 from .modeling import GaussianRewardModel
 from .processing import SpatialScoreProcessor
@@ -173,7 +172,7 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
         self.args.model_init_kwargs = args.model_init_kwargs
         self.processing_class = self.callback_handler.processing_class = processing_class
         self._evaluated = {
-            name: EvaluatedDataset(len(part.rows) if isinstance(part, PreferencePairs) else None, splits[name])
+            name: (len(part.rows) if isinstance(part, PreferencePairs) else None, splits[name])
             for name, part in _named(self.eval_dataset).items()
         }
         restore_fp32(self.model, trained)
@@ -375,19 +374,12 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
         draw_pairs(pairs, title=f"Held-out pairs, step {self.state.global_step}").save(folder / SAMPLES_FILE)
 
     def _build_card(self) -> Card:
-        name = self.model.config._name_or_path
         return build_card(
             training_settings(self.args, self.model, self.processing_class, num_updates=self.state.global_step),
             self.state.log_history,
             evaluated=self._evaluated,
             eval_dataset=self.eval_dataset_name,
-            tags=self._tag_names,
-            trainer_name=type(self).__name__,
-            hardware=self._hardware(),
-            training_time=self._training_time(),
-            # A local path says nothing to others.
-            base_model=None if is_local_name(name) else name,
-            dataset=self.dataset_name,
+            base_model=self.model.config._name_or_path,
         )
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +34,8 @@ PAPER = {
 
 def card_template(name: str) -> Path:
     """
-    Returns the path of a card template. `hub_cards/` is in the package if it was installed from a wheel, and beside it in
-    a checkout.
-
-    Args:
-        name (`str`):
-            File name of the template.
-
-    Raises:
-        `FileNotFoundError`: If there is none.
+    Returns the path of a card template; a `FileNotFoundError` if there is none of that name. `hub_cards/` is in the package if it
+    was installed from a wheel, and beside it in a checkout.
     """
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "hub_cards", package.parent / "hub_cards"):
@@ -84,11 +76,6 @@ class Result:
     dataset: str | None = None
     dataset_id: str | None = None
     split: str | None = None
-
-    @property
-    def where(self) -> str:
-        """The dataset and its split."""
-        return " ".join(part for part in (self.dataset_id or self.dataset or "held-out data", self.split) if part)
 
 
 @dataclass(frozen=True)
@@ -144,15 +131,7 @@ class Card:
             raise ValueError(f"{file} is not the card of a run ({error}). Remove it and write a README.md.") from error
 
     def save(self, folder: str | Path, *, model_id: str | None = None) -> None:
-        """
-        Writes `card.json` and `README.md`.
-
-        Args:
-            folder (`str` or `Path`):
-                An existing folder.
-            model_id (`str`, *optional*):
-                Name that users load. Defaults to the folder's name.
-        """
+        """Writes `card.json` and `README.md` to an existing folder. `model_id` is the name that users load, by default the folder's."""
         folder = Path(folder)
         has_samples = (folder / SAMPLES_FILE).is_file()
         for name, content in self.files(model_id or folder.absolute().name, has_samples=has_samples).items():
@@ -177,16 +156,8 @@ class Card:
 
     def render(self, model_id: str, *, has_samples: bool = False) -> str:
         """
-        Fills in the template.
-
-        Args:
-            model_id (`str`):
-                Name that users load: the id of the repository, or a folder.
-            has_samples (`bool`, *optional*, defaults to `False`):
-                Whether the picture `samples.png` is beside the card.
-
-        Returns:
-            `str`: the text of `README.md`, front matter included.
+        Fills in the template; returns the text of `README.md`, front matter included. `model_id` is the name that users load, the id of
+        the repository or a folder; with `has_samples`, the picture `samples.png` is beside the card.
         """
         model_name = model_id.split("/")[-1]
         data = ModelCardData(
@@ -247,33 +218,6 @@ class Card:
         return files
 
 
-def training_values(
-    settings: dict[str, Any], *, trainer_name: str, hardware: str, training_time: str | None, packages: tuple[str, ...]
-) -> dict[str, Any]:
-    """
-    Returns the values that the cards of all trainings show.
-
-    Args:
-        settings (`dict[str, Any]`):
-            Settings of the training; entries that are `None` are left out.
-        trainer_name (`str`):
-            Name of the trainer.
-        hardware (`str`):
-            Description of the hardware.
-        training_time (`str`, *optional*):
-            Duration.
-        packages (`tuple[str, ...]`):
-            Packages whose versions are shown.
-    """
-    return {
-        "settings": {name: value for name, value in settings.items() if value is not None},
-        "trainer_name": trainer_name,
-        "hardware": hardware,
-        "training_time": training_time,
-        "versions": {name: version(name) for name in packages},
-    }
-
-
 def _row(result: Result) -> dict[str, str]:
     """A result as the cells of a table."""
     interval = "" if result.interval is None else "{:.4g} to {:.4g}".format(*result.interval)
@@ -283,7 +227,9 @@ def _row(result: Result) -> dict[str, str]:
         "value": f"{result.value:.4g}",
         "interval": interval,
         "number": number,
-        "where": result.where,
+        "where": " ".join(
+            part for part in (result.dataset_id or result.dataset or "held-out data", result.split) if part
+        ),
     }
 
 

@@ -62,13 +62,7 @@ class Kind:
 
 def find_kind(folder: str | Path, kinds: Sequence[Kind]) -> Kind:
     """
-    Returns the first kind that fits a folder.
-
-    Args:
-        folder (`str` or `Path`):
-            Output of a training, a merged model, a dataset, a built Space.
-        kinds (`Sequence[Kind]`):
-            The kinds that may be uploaded.
+    Returns the first of the kinds that fits a folder: output of a training, a merged model, a dataset, a built Space.
 
     Raises:
         `ValueError`: If none fits. The message names folders in it that fit.

@@ -47,13 +47,7 @@ def is_connection_error(error: BaseException) -> bool:
 
 @contextmanager
 def explain_errors(action: str) -> Iterator[None]:
-    """
-    Turns the Hub's errors into a [`HubError`] that says what to do.
-
-    Args:
-        action (`str`):
-            Current action, for the message, such as `"Uploading to org/name"`.
-    """
+    """Turns the Hub's errors into a [`HubError`] that says what to do. `action` is for the message: `"Uploading to org/name"`."""
     try:
         yield
     except HubError:
@@ -73,19 +67,9 @@ def explain_errors(action: str) -> Iterator[None]:
 
 def call_with_retries(function: Callable[..., T], *args: Any, has_fallback: bool = False, **kwargs: Any) -> T:
     """
-    Calls a function that talks to the Hub. If the Hub is busy or the connection breaks, calls it again after the time that
-    the Hub asks for (`Retry-After`), or after 1, 2, 4, … seconds.
-
-    Args:
-        function (`Callable`):
-            A function that may be called again after a failure.
-        has_fallback (`bool`, *optional*, defaults to `False`):
-            Whether the caller can do without an answer. A Hub that cannot be reached is then not tried again.
-        *args, **kwargs:
-            Arguments of the function.
-
-    Raises:
-        The function's last error.
+    Calls a function, which may be called again after a failure, with these arguments. If the Hub is busy or the connection breaks,
+    calls it again after the time that the Hub asks for (`Retry-After`), or after 1, 2, 4, … seconds; raises its last error. A caller
+    that can do without an answer (`has_fallback`) does not wait for a Hub that cannot be reached.
     """
     for number in range(1, _MAX_TRIES + 1):
         try:
@@ -98,8 +82,8 @@ def call_with_retries(function: Callable[..., T], *args: Any, has_fallback: bool
             )
             if number == _MAX_TRIES or not is_transient:
                 raise
-            wait = _retry_after(error)
-            wait = 2.0 ** (number - 1) if wait is None else wait
+            asked = _retry_after(error)
+            wait = 2.0 ** (number - 1) if asked is None else asked
             if wait > _LONGEST_WAIT:
                 raise
             logger.warning(
@@ -143,7 +127,9 @@ def _advice(error: BaseException) -> str:
             "(--namespace)."
         )
     if status == 429:
-        return f"the Hub limits how often you may ask{_seconds(error)}. The same command continues from there."
+        wait = _retry_after(error)
+        later = "" if wait is None else f"; try again in {wait:g} s"
+        return f"the Hub limits how often you may ask{later}. The same command continues from there."
     if isinstance(error, HfHubHTTPError) and status is not None:
         return str(error).splitlines()[0]
     if isinstance(error, LocalEntryNotFoundError):
@@ -152,8 +138,3 @@ def _advice(error: BaseException) -> str:
             "it once while you are online."
         )
     return f"the Hub cannot be reached ({error}). The same command continues from there."
-
-
-def _seconds(error: BaseException) -> str:
-    wait = _retry_after(error)
-    return "" if wait is None else f"; try again in {wait:g} s"

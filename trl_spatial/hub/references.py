@@ -78,23 +78,14 @@ def find_reference(name: str | Path, *, kind: str, revision: str | None = None) 
         raise UnknownReferenceError(f"There is no file or folder {name}. Name a {kind} by {FORMS}.")
     if revision is not None and match["revision"] not in (None, revision):
         raise ValueError(f"{name} asks for the revision {match['revision']!r}, but {revision!r} was given too.")
-    namespace = match["namespace"]
-    if namespace == OWN_NAMESPACE:
-        namespace = find_namespace(match["name"], kind=kind)
-    return Reference(f"{namespace}/{match['name']}", match["revision"] or revision, is_local=False)
+    return Reference(_repository_id(match, kind), match["revision"] or revision, is_local=False)
 
 
 def find_repository(name: str, *, kind: str, token: str | None = None) -> str:
     """
-    Returns the id of the repository to upload to.
-
-    Args:
-        name (`str`):
-            `org/name`, `hub/NAME`, or `NAME` alone, which means `hub/NAME`.
-        kind (`str`):
-            `"model"`, `"dataset"` or `"space"`.
-        token (`str`, *optional*):
-            Token of the user that `hub/` stands for. Defaults to the one of the logged-in user.
+    Returns the id of the repository to upload to, which `name` says as `org/name`, `hub/NAME`, or `NAME` alone, which means
+    `hub/NAME`. `kind` is `"model"`, `"dataset"` or `"space"`; `token` says whose namespace `hub/` is, by default the logged-in
+    user's.
 
     Raises:
         `ValueError`: If the name has none of these forms.
@@ -106,27 +97,19 @@ def find_repository(name: str, *, kind: str, token: str | None = None) -> str:
             f"{name!r} is not the name of a repository. Write ORG/NAME, or hub/NAME for NAME under your own namespace; names "
             "consist of letters, digits, `-`, `_` and `.`."
         )
-    namespace = match["namespace"]
-    if namespace == OWN_NAMESPACE:
-        namespace = find_namespace(match["name"], kind=kind, token=token)
-    return f"{namespace}/{match['name']}"
+    return _repository_id(match, kind, token)
+
+
+def _repository_id(match: re.Match, kind: str, token: str | None = None) -> str:
+    namespace, name = match["namespace"], match["name"]
+    return f"{find_namespace(name, kind=kind, token=token) if namespace == OWN_NAMESPACE else namespace}/{name}"
 
 
 def find_namespace(name: str, *, kind: str, token: str | None = None) -> str:
     """
-    Returns the namespace that `hub/` stands for: `TRL_SPATIAL_NAMESPACE`, which `--namespace` sets, or the logged-in user.
-    Without a connection it is the namespace under which `name` is in the cache.
-
-    Args:
-        name (`str`):
-            Name of the repository.
-        kind (`str`):
-            `"model"`, `"dataset"` or `"space"`.
-        token (`str`, *optional*):
-            Token of the user. Defaults to the one of the logged-in user.
-
-    Raises:
-        `HubError`: If there is none; the message says how to set it.
+    Returns the namespace that `hub/` stands for: `TRL_SPATIAL_NAMESPACE`, which `--namespace` sets, or the user of the token.
+    Without a connection it is the namespace under which the repository `name` is in the cache. If there is none, the message of
+    the `HubError` says how to set it.
     """
     if namespace := os.environ.get(NAMESPACE_VARIABLE, "").strip():
         if not re.fullmatch(_PART, namespace):

@@ -126,12 +126,7 @@ def _names_code(settings: Any) -> bool:
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """
-    Reads a JSON file of settings.
-
-    Raises:
-        `ValueError`: If it is not a JSON object.
-    """
+    """Reads a JSON file of settings; a `ValueError` if it is not a JSON object."""
     try:
         settings = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
@@ -143,19 +138,15 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 def check_public(files: Mapping[str, Path | bytes], *, private: tuple[Path, ...] = ()) -> None:
     """
-    Refuses to upload pickles, links to files elsewhere, tokens and keys, and paths of this machine.
+    Refuses to upload pickles, links to files elsewhere, tokens and keys, and paths of this machine or in the `private` folders.
 
-    Args:
-        files (`Mapping[str, Path | bytes]`):
-            Name in the repository → local file, or its content.
-        private (`tuple[Path, ...]`, *optional*):
-            Further folders whose paths must not be found.
-
-    Raises:
-        `ValueError`: If something is found; the message names the file. A secret itself is not shown.
+    `files` maps a name in the repository to the local file, or to its content. The message of the `ValueError` names the file; a
+    secret itself is not shown.
     """
     findings = []
-    secrets, paths = _own_secrets(), _own_paths(private)
+    values = [value for name, value in os.environ.items() if _TOKEN_VARIABLES.search(name.upper())]
+    secrets = [value for value in {*values, get_token() or ""} if len(value) >= _SHORTEST_SECRET]
+    paths = _own_paths(private)
     for name, source in files.items():
         if name.lower().endswith(PICKLE_SUFFIXES):
             findings.append(f"{name} is a pickle")
@@ -173,11 +164,6 @@ def check_public(files: Mapping[str, Path | bytes], *, private: tuple[Path, ...]
             f"Nothing was uploaded: {'; '.join(findings[:5])}. Remove it from the file; for a model that was trained on a "
             "local one, name that model on the Hub with --base_model ORG/NAME."
         )
-
-
-def _own_secrets() -> list[str]:
-    values = [value for name, value in os.environ.items() if _TOKEN_VARIABLES.search(name.upper())]
-    return [value for value in {*values, get_token() or ""} if len(value) >= _SHORTEST_SECRET]
 
 
 def _own_paths(private: tuple[Path, ...]) -> list[str]:

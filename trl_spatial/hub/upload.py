@@ -18,33 +18,17 @@ _HUB_FILES = (".gitattributes", "README.md")
 def create_repository(
     repo_id: str, *, repo_type: str = "model", private: bool | None = None, token: str | None = None
 ) -> str:
-    """
-    Creates a repository, unless it exists.
-
-    Args:
-        repo_id (`str`):
-            `"org/name"`.
-        repo_type (`str`, *optional*, defaults to `"model"`):
-            `"model"`, `"dataset"` or `"space"`.
-        private (`bool`, *optional*):
-            Whether a new repository is visible to its owners only. An existing one is not changed.
-        token (`str`, *optional*):
-            Token of the Hub. Defaults to the one of the logged-in user.
-
-    Returns:
-        `str`: address of the repository.
-    """
+    """Creates a repository, unless it exists, and returns its address. `private` is whether a new one is visible to its owners only."""
     with explain_errors(f"Creating the {repo_type} repository {repo_id}"):
-        return str(
-            call_with_retries(
-                HfApi(token=token).create_repo,
-                repo_id,
-                repo_type=repo_type,
-                private=private,
-                exist_ok=True,
-                space_sdk="gradio" if repo_type == "space" else None,
-            )
+        url = call_with_retries(
+            HfApi(token=token).create_repo,
+            repo_id,
+            repo_type=repo_type,
+            private=private,
+            exist_ok=True,
+            space_sdk="gradio" if repo_type == "space" else None,
         )
+    return str(url)
 
 
 def push_files(
@@ -78,10 +62,8 @@ def push_files(
         replace (`bool`, *optional*):
             What to do with other files in the repository: `True` deletes them, `False` raises an error, so that two models
             are not mixed, and `None` keeps them.
-        token (`str`, *optional*):
-            Token of the Hub. Defaults to the one of the logged-in user.
-        revision (`str`, *optional*):
-            Branch. Defaults to `"main"`.
+        token (`str`, *optional*), revision (`str`, *optional*):
+            Token of the Hub, by default the logged-in user's, and the branch, by default `"main"`.
 
     Returns:
         `str`: address of the commit.

@@ -13,20 +13,9 @@ def load_dataset_dict(
     name_or_path: str, *, config_name: str | None = None, streaming: bool = False
 ) -> "DatasetDict | IterableDatasetDict":
     """
-    Load a dataset from wherever it is.
-
-    Args:
-        name_or_path (`str`):
-            Folder written by `save_to_disk`; a Parquet, JSON, JSON Lines or CSV file, or a folder of them; or a dataset on
-            the Hub: `ORG/NAME`, `ORG/NAME@REVISION`, or `hub/NAME` for one of your own.
-        config_name (`str`, *optional*):
-            Configuration of a dataset on the Hub.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Whether to read the rows as they are needed.
-
-    Returns:
-        [`~datasets.DatasetDict`] or, with `streaming`, [`~datasets.IterableDatasetDict`]: The dataset's splits; a file or a
-        folder without splits is the split `"train"`.
+    Load a dataset from a folder written by `save_to_disk`, from a Parquet, JSON, JSON Lines or CSV file or a folder of them, or
+    from the Hub: `ORG/NAME`, `ORG/NAME@REVISION`, or `hub/NAME` for one of your own. A file or a folder without splits is the
+    split `"train"`.
 
     Raises:
         `FileNotFoundError`: If `name_or_path` is neither a file or folder nor like a name on the Hub.
@@ -76,20 +65,8 @@ def load_prompts(
     source: str, split: str, *, config_name: str | None = None, use_only_split: bool = False
 ) -> "Dataset":
     """
-    Load prompts to train or evaluate on.
-
-    Args:
-        source (`str`):
-            A `.txt` file, `scenes:N`, or a dataset; see [`~scripts.grpo.GRPOScriptArguments`].
-        split (`str`):
-            Split of the dataset or the scenes. A text file is the split `"train"`.
-        config_name (`str`, *optional*):
-            Configuration of a dataset on the Hub.
-        use_only_split (`bool`, *optional*, defaults to `False`):
-            Whether to take the only split of a source that has just one, whatever its name.
-
-    Returns:
-        [`~datasets.Dataset`] with a column `prompt`.
+    Load prompts to train or evaluate on: a dataset with a column `prompt`. `source` is a `.txt` file, whose lines are the split
+    `"train"`, `scenes:N`, or a dataset; with `use_only_split`, its only split is taken whatever its name.
 
     Raises:
         `ValueError`: If there are no prompts or no such split.

@@ -1,9 +1,9 @@
 """`trl_spatial grpo`: fine-tune a text-to-image model with rewards for its images."""
 
-import json
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from transformers.hf_argparser import HfArg
 
 from ..cli import run_command
 from .datasets import hub_dataset_name, load_prompts
@@ -52,157 +52,85 @@ EXAMPLES = """\
 
 @dataclass
 class GRPOScriptArguments:
-    """
-    Arguments of the GRPO script that say what is trained on.
+    """Options that say what is trained on; the `help` of each describes it."""
 
-    Args:
-        dataset (`str`):
-            Prompts: a `.txt` file with one per line; `scenes:N`, captions of `N` scenes of the small world, with the column
-            `scene` for the reward `rules`; or a dataset with a column `prompt`, whose other columns the rewards get: a
-            folder written by `datasets`, a Parquet, JSON Lines or CSV file or a folder of them, or a dataset on the Hub,
-            `ORG/NAME`, `ORG/NAME@REVISION` or `hub/NAME`.
-        rewards (`list[str]`):
-            Reward functions, as for [`~trl_spatial.rewards.load_reward`]. Their weights are `reward_weights`.
-        eval_rewards (`list[str]`, *optional*):
-            Further reward functions that score the images of evaluation and are not trained on.
-        reward_device (`str`, *optional*):
-            Where SpatialScore checkpoints of `rewards` and `eval_rewards` run, such as `cuda:1` or `cpu`. By default the
-            device of the training, beside the generator. In a process of its own, a reward is a server: `trl_spatial serve`.
-        eval_dataset (`str`, *optional*):
-            Prompts to evaluate on, in the same forms. By default the split `dataset_test_split` of `dataset`.
-        dataset_config (`str`, *optional*):
-            Configuration of a `dataset` on the Hub.
-        dataset_train_split (`str`, *optional*, defaults to `"train"`):
-            Split to train on.
-        dataset_test_split (`str`, *optional*, defaults to `"test"`):
-            Split to evaluate on, if `eval_strategy` asks for it.
-        estimate (`bool`, *optional*, defaults to `False`):
-            Whether only to print how much memory the run would need. Nothing is loaded.
-    """
-
-    dataset: str = field(
-        metadata={
-            "help": "Prompts: a .txt file with one per line; scenes:N, captions of N scenes; or a dataset with the column "
-            "prompt: a local folder or file, ORG/NAME or ORG/NAME@REVISION on the Hub, or hub/NAME for your own."
-        }
+    dataset: str = HfArg(
+        help="Prompts: a .txt file with one per line; scenes:N, captions of N scenes of the small world, with the column "
+        "scene for the reward `rules`; or a dataset with the column prompt, whose other columns the rewards get: a folder "
+        "written by `datasets`, a Parquet, JSON Lines or CSV file or a folder of them, ORG/NAME or ORG/NAME@REVISION on the "
+        "Hub, or hub/NAME for your own."
     )
-    rewards: list[str] = field(
-        metadata={
-            "help": "Reward functions: SpatialScore checkpoints (folders or Hub ids), `rules`, `geneval:DETECTOR` or "
-            "`geneval:DETECTOR,CLASSIFIER` (GenEval's rules over an object detector, and a CLIP for colors; "
-            "`geneval-strict:` for its verdict instead of shares), `module:function`, or http://HOST:PORT of `trl_spatial serve`, "
-            "a reward in a process of its own. "
-            "--reward_weights are their weights."
-        }
+    rewards: list[str] = HfArg(
+        help="Reward functions: SpatialScore checkpoints (folders or Hub ids), `rules`, `geneval:DETECTOR` or "
+        "`geneval:DETECTOR,CLASSIFIER` (GenEval's rules over an object detector, and a CLIP for colors; "
+        "`geneval-strict:` for its verdict instead of shares), `module:function`, or http://HOST:PORT of `trl_spatial serve`, "
+        "a reward in a process of its own. --reward_weights are their weights."
     )
-    eval_rewards: list[str] | None = field(
+    eval_rewards: list[str] | None = HfArg(
+        default=None, help="Further reward functions that score the images of evaluation and are not trained on."
+    )
+    reward_device: str | None = HfArg(
         default=None,
-        metadata={"help": "Further reward functions that score the images of evaluation and are not trained on."},
+        help="Where SpatialScore checkpoints run, e.g. cuda:1 or cpu. By default the device of the training. In a process "
+        "of its own, a reward is a server: `trl_spatial serve`.",
     )
-    reward_device: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where SpatialScore checkpoints run, e.g. cuda:1 or cpu. By default the device of the training. In a process "
-            "of its own, a reward is a server: `trl_spatial serve`."
-        },
+    eval_dataset: str | None = HfArg(
+        default=None, help="Prompts to evaluate on, in the same forms. By default the test split of --dataset."
     )
-    eval_dataset: str | None = field(
-        default=None, metadata={"help": "Prompts to evaluate on. By default the test split of --dataset."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str = field(
-        default="test", metadata={"help": "Split to evaluate on, if `eval_strategy` asks for it."}
-    )
-    estimate: bool = field(
+    dataset_config: str | None = HfArg(default=None, help="Configuration of a dataset on the Hub.")
+    dataset_train_split: str = HfArg(default="train", help="Split to train on.")
+    dataset_test_split: str = HfArg(default="test", help="Split to evaluate on, if `eval_strategy` asks for it.")
+    estimate: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Print how much memory of a GPU the run would need, in bf16, int8 and NF4, with and without "
-            "checkpointing and offloading, and end. No weights are loaded."
-        },
+        help="Print how much memory of a GPU the run would need, in bf16, int8 and NF4, with and without "
+        "checkpointing and offloading, and end. No weights are loaded.",
     )
 
 
 @dataclass
 class GRPOModelArguments:
-    """
-    Arguments of the GRPO script that say which model is trained and how. Names as in [`~trl.ModelConfig`].
+    """Options that say which model is trained and how, named as in [`~trl.ModelConfig`]; the `help` of each describes it."""
 
-    Args:
-        model_name_or_path (`str`, *optional*, defaults to `"black-forest-labs/FLUX.1-dev"`):
-            Text-to-image pipeline, FLUX.1, Qwen-Image, Stable Diffusion 3 or 3.5, or Z-Image: a folder, ORG/NAME or
-            ORG/NAME@REVISION on the Hub, or hub/NAME.
-        model_revision (`str`, *optional*, defaults to `"main"`):
-            Branch, tag or commit of the pipeline on the Hub.
-        dtype (`str`, *optional*):
-            Type of the frozen weights. By default bfloat16 if `bf16` is on, else float32. What is trained is float32.
-        use_peft (`bool`, *optional*, defaults to `True`):
-            Whether to train LoRA on the transformer's attention.
-        lora_r (`int`, *optional*, defaults to `32`):
-            Rank.
-        lora_alpha (`int`, *optional*, defaults to `64`):
-            Alpha.
-        load_in_4bit (`bool`, *optional*, defaults to `False`):
-            Whether to quantize the frozen transformer to NF4 (QLoRA). Needs LoRA, a GPU and the `quant` extra.
-        load_in_8bit (`bool`, *optional*, defaults to `False`):
-            Whether to quantize it to 8 bits, on the same conditions.
-        load_text_encoders_in_4bit (`bool`, *optional*, defaults to `False`):
-            Whether to quantize the text encoders but CLIP's to NF4. Prompts are then read a little differently: evaluate and use
-            the trained model so, too. Needs the `quant` extra.
-        attention_backend (`str`, *optional*):
-            Attention kernel of the transformer, one of diffusers' `AttentionBackendName` such as `_native_cudnn` or `flash`.
-            By default PyTorch chooses.
-        offload_vae (`bool`, *optional*, defaults to `False`):
-            Whether the VAE is on the accelerator only while it decodes, as the text encoders always are but while they encode.
-        vae_slicing (`bool`, *optional*, defaults to `False`):
-            Whether the VAE decodes one image at a time.
-        vae_tiling (`bool`, *optional*, defaults to `False`):
-            Whether the VAE decodes an image in tiles that overlap. Where they meet, pixels differ a little.
-    """
-
-    model_name_or_path: str = field(
+    model_name_or_path: str = HfArg(
         default="black-forest-labs/FLUX.1-dev",
-        metadata={
-            "help": "Text-to-image pipeline, FLUX.1, Qwen-Image, Stable Diffusion 3 or Z-Image: a folder, ORG/NAME or "
-            "ORG/NAME@REVISION on the Hub, or hub/NAME."
-        },
+        help="Text-to-image pipeline, FLUX.1, Qwen-Image, Stable Diffusion 3 or 3.5, or Z-Image: a folder, ORG/NAME or "
+        "ORG/NAME@REVISION on the Hub, or hub/NAME.",
     )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the pipeline on the Hub."})
-    dtype: str | None = field(
+    model_revision: str = HfArg(default="main", help="Branch, tag or commit of the pipeline on the Hub.")
+    dtype: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Type of the frozen weights. By default bfloat16 if `bf16` is on, else float32.",
-            "choices": ["bfloat16", "float32"],
-        },
+        help="Type of the frozen weights. By default bfloat16 if `bf16` is on, else float32. What is trained is float32.",
+        metadata={"choices": ["bfloat16", "float32"]},
     )
-    use_peft: bool = field(
-        default=True, metadata={"help": "Whether to train LoRA (--no_use_peft: all weights; needs --beta 0)."}
+    use_peft: bool = HfArg(
+        default=True, help="Whether to train LoRA on the attention (--no_use_peft: all weights; needs --beta 0)."
     )
-    lora_r: int = field(default=32, metadata={"help": "LoRA rank."})
-    lora_alpha: int = field(default=64, metadata={"help": "LoRA alpha."})
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "Whether to quantize the frozen transformer to NF4 (QLoRA); needs a GPU."}
-    )
-    load_in_8bit: bool = field(
-        default=False, metadata={"help": "Whether to quantize the frozen transformer to 8 bits; needs a GPU."}
-    )
-    load_text_encoders_in_4bit: bool = field(
+    lora_r: int = HfArg(default=32, help="LoRA rank.")
+    lora_alpha: int = HfArg(default=64, help="LoRA alpha.")
+    load_in_4bit: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Whether to quantize the text encoders but CLIP's to NF4, where encoding prompts is what needs most memory."
-        },
+        help="Whether to quantize the frozen transformer to NF4 (QLoRA); needs LoRA, a GPU and the `quant` extra.",
     )
-    attention_backend: str | None = field(
+    load_in_8bit: bool = HfArg(
+        default=False, help="Whether to quantize the frozen transformer to 8 bits; needs what `load_in_4bit` needs."
+    )
+    load_text_encoders_in_4bit: bool = HfArg(
+        default=False,
+        help="Whether to quantize the text encoders but CLIP's to NF4, where encoding prompts is what needs most memory. "
+        "Prompts are then read a little differently: evaluate and use the trained model so, too. Needs the `quant` extra.",
+    )
+    attention_backend: str | None = HfArg(
         default=None,
-        metadata={"help": "Attention kernel of the transformer, a name of diffusers. By default PyTorch chooses."},
+        help="Attention kernel of the transformer, one of diffusers' `AttentionBackendName` such as _native_cudnn or flash. "
+        "By default PyTorch chooses.",
     )
-    offload_vae: bool = field(
-        default=False, metadata={"help": "Whether the VAE is on the accelerator only while it decodes."}
-    )
-    vae_slicing: bool = field(default=False, metadata={"help": "Whether the VAE decodes one image at a time."})
-    vae_tiling: bool = field(
+    offload_vae: bool = HfArg(
         default=False,
-        metadata={"help": "Whether the VAE decodes an image in tiles. Where they meet, pixels differ a little."},
+        help="Whether the VAE is on the accelerator only while it decodes, as the text encoders are while they encode.",
+    )
+    vae_slicing: bool = HfArg(default=False, help="Whether the VAE decodes one image at a time.")
+    vae_tiling: bool = HfArg(
+        default=False, help="Whether the VAE decodes an image in tiles. Where they meet, pixels differ a little."
     )
 
     def __post_init__(self):
@@ -345,32 +273,6 @@ def train(trainer: "DiffusionGRPOTrainer") -> None:
     else:
         trainer.save_model(trainer.args.output_dir)
         trainer.accelerator.print(f"💾 Weights saved to {trainer.args.output_dir}.")
-
-
-def train_and_compare(trainer: "DiffusionGRPOTrainer") -> None:
-    """
-    Train, and measure what it changed: rewards of the evaluation prompts before and after, from the same noise, with 95 %
-    intervals of the change. They are printed and written to `before_after.json` in the output folder.
-    """
-    from ..statistics import compare_rewards
-
-    if trainer.eval_dataset is None:
-        raise ValueError(
-            "`eval_strategy` is no, so there is nothing to compare on. Set it, or use `trl_spatial grpo`."
-        )
-    before = trainer.predict(trainer.eval_dataset).predictions  # (num_images, num_funcs)
-    train(trainer)
-    after = trainer.predict(trainer.eval_dataset).predictions  # (num_images, num_funcs)
-
-    if trainer.is_world_process_zero():
-        results = compare_rewards(before, after, trainer.eval_reward_functions.names)
-        for name, result in results.items():
-            low, high = result["interval"]
-            print(
-                f"{name:<20} before {result['before']:.4f}  after {result['after']:.4f}  "
-                f"change {result['change']:+.4f}  [{low:+.4f}, {high:+.4f}]  n = {result['n']}"
-            )
-        Path(trainer.args.output_dir, "before_after.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 def main(

@@ -20,20 +20,8 @@ def make_parser(prog: str = "trl_spatial merge") -> SpatialParser:
         "without the backbone, and gives the same scores.",
         examples=EXAMPLES,
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="Checkpoint with an adapter: a folder, or a name on the Hub (ORG/NAME, ORG/NAME@REVISION, hub/NAME).",
-    )
+    parser.add_checkpoint_arguments("Checkpoint with an adapter")
     parser.add_argument("--output", required=True, help="Folder to write; it must be empty or not exist yet.")
-    parser.add_argument("--revision", help="Branch, tag or commit of the checkpoint on the Hub.")
-    parser.add_argument("--backbone", help="Folder or Hub id of the backbone, if it is not where the checkpoint says.")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "bfloat16", "float16", "float32"],
-        help="Type of the merged weights.",
-    )
     return parser
 
 

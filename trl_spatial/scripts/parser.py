@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
@@ -24,8 +23,8 @@ MAX_CONFIG_BYTES = 2**20
 @contextmanager
 def quick_imports() -> Iterator[None]:
     """
-    A context that makes importing torch and transformers a third faster: the garbage collector skips the many objects that
-    they create and keep, both during the import and afterwards.
+    Makes importing torch and transformers a third faster: the garbage collector skips the many objects that they create and
+    keep, both during the import and afterwards.
     """
     num_modules, was_enabled = len(sys.modules), gc.isenabled()
     gc.disable()
@@ -47,20 +46,11 @@ class SpatialParser(TrlParser):
     [`~trl.TrlParser`] with strict checks and short errors.
 
     Flags cannot be abbreviated, `--config=FILE` works like `--config FILE`, an unknown flag or YAML key is an error that names
-    the nearest ones, and a YAML value passes the same checks as a value on the command line (type and choices).
-
-    Args:
-        dataclass_types (dataclass or iterable of dataclasses, *optional*):
-            Dataclasses whose fields become options.
-        examples (`str`):
-            Command lines, shown at the end of `--help`.
-        **kwargs:
-            As for [`argparse.ArgumentParser`].
+    the nearest ones, and a YAML value passes the same checks as a value on the command line (type and choices). `examples` are
+    command lines, shown at the end of `--help`; other arguments are those of the parent.
     """
 
     def __init__(self, dataclass_types: type | Iterable[type] = (), *, examples: str, **kwargs):
-        self.arguments: list[argparse.Action] = []
-        self.actions: argparse.Action | None = None  # its choices are the parsers of subcommands such as `data make`
         super().__init__(
             [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types),
             allow_abbrev=False,
@@ -83,29 +73,34 @@ class SpatialParser(TrlParser):
             "environment, else the logged-in user.",
         )
 
-    def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
-        self.arguments.append(super().add_argument(*args, **kwargs))
-        return self.arguments[-1]
-
-    def add_subparsers(self, **kwargs: Any) -> Any:
-        self.actions = super().add_subparsers(**kwargs)
-        return self.actions
+    def add_checkpoint_arguments(self, what: str) -> None:
+        """Add the options that say which reward model is loaded."""
+        self.add_argument(
+            "--model",
+            required=True,
+            help=f"{what}: a folder, or a name on the Hub (ORG/NAME, ORG/NAME@REVISION, hub/NAME).",
+        )
+        self.add_argument("--revision", help="Branch, tag or commit of the checkpoint on the Hub.")
+        self.add_argument(
+            "--backbone", help="Folder or Hub id of the backbone, if it is not where the checkpoint says."
+        )
+        dtypes = ["auto", "bfloat16", "float16", "float32"]
+        self.add_argument("--dtype", default="auto", choices=dtypes, help="Type of the weights.")
 
     def parse_args_and_config(self, args: list[str] | None = None, *, is_launched: bool = False) -> tuple[Any, ...]:
         """
-        Parse command-line arguments and the YAML file they name.
+        Parse command-line arguments and the YAML file they name. A mistake ends the program with exit code 2.
 
         Under `accelerate launch` (`is_launched`) the file may also hold options of the launcher, which has read them already.
-        Returns one instance per dataclass, then a namespace of the other arguments if there are any. A mistake ends the
-        program with exit code 2.
+        Returns one instance per dataclass, then a namespace of the other arguments if there are any.
         """
         args, config, path = self._read_config(list(sys.argv[1:] if args is None else args))
-        launcher_keys: set[str] = set()
+        launcher = None
         if is_launched and config:
             from accelerate.commands.launch import launch_command_parser
 
-            launcher_keys = _launcher_keys(launch_command_parser())
-        self._chosen_parser(args)._check(args, config, path, launcher_keys)
+            launcher = launch_command_parser()
+        self._chosen_parser(args)._check(args, config, path, launcher)
         try:
             *values, unknown = self.parse_args_into_dataclasses(
                 args, return_remaining_strings=True, look_for_args_file=False
@@ -118,15 +113,14 @@ class SpatialParser(TrlParser):
 
     def split_launch_args(self, args: list[str], launcher: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
         """
-        Separate the arguments of `accelerate launch`, whose parser is `launcher`, from the script's: returns the launcher's and
-        the script's arguments. Launcher options in the YAML file count as the launcher's.
+        Separate the arguments of `accelerate launch`, whose parser is `launcher`, from the script's; returns both. Launcher
+        options in the YAML file count as the launcher's.
         """
         from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
         own_args, config, path = self._read_config(args)
-        launcher_keys = _launcher_keys(launcher)
         launch_args: list[str] = []
-        for key in self._check(own_args, config, path, launcher_keys):
+        for key in self._check(own_args, config, path, launcher):
             if config[key] is not False:
                 launch_args += [f"--{key}"] if config[key] is True else [f"--{key}", str(config[key])]
         _, left_over = self.parse_known_args(own_args)
@@ -151,11 +145,11 @@ class SpatialParser(TrlParser):
         raise SystemExit(2)
 
     def _chosen_parser(self, args: list[str]) -> "SpatialParser":
-        """The parser of the subcommand that `args` begin with; this one if there are no subcommands."""
+        """The parser of the subcommand, such as `data make`, that `args` begin with; else this one."""
         word = next((token for token in args if not token.startswith("-")), None)
-        if self.actions is None or word is None:
+        parsers: Any = next((a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)), None)
+        if parsers is None or word is None:
             return self
-        parsers: Any = self.actions.choices
         if word not in parsers:
             self.error(f"unknown action {word!r}{nearest(word, parsers)}; choose from {', '.join(parsers)}")
         return parsers[word]
@@ -175,11 +169,9 @@ class SpatialParser(TrlParser):
         path, config = (given.config[0], self._load_yaml(given.config[0])) if given.config else ("", {})
         namespace = config.pop("namespace", None)
         variables = config.pop("env", {})
-        if not isinstance(variables, dict) or not all(
-            isinstance(value, (str, int, float)) for value in variables.values()
-        ):
+        if not isinstance(variables, dict) or not all(isinstance(v, str | int | float) for v in variables.values()):
             self.error(f"{path}: `env` must be a mapping from environment variables to values")
-        if not isinstance(namespace, (str, NoneType)):
+        if not isinstance(namespace, str | None):
             self.error(f"{path}: namespace: expected one value, got {namespace!r}")
         if given.namespace or namespace is not None:
             variables |= {NAMESPACE_VARIABLE: given.namespace[0] if given.namespace else namespace}
@@ -202,34 +194,40 @@ class SpatialParser(TrlParser):
             self.error(f"{path}: expected a mapping from options to values")
         return config
 
-    def _check(self, args: list[str], config: dict[str, Any], path: str, launcher_keys: set[str]) -> list[str]:
+    def _check(
+        self, args: list[str], config: dict[str, Any], path: str, launcher: argparse.ArgumentParser | None
+    ) -> list[str]:
         """Refuse unknown flags and YAML keys, and make the YAML file's values the defaults; returns the launcher's keys."""
-        flags = {flag for argument in self.arguments for flag in argument.option_strings}
+        launcher_keys: set[str] = set()
+        if launcher is not None:
+            launcher_keys = {"accelerate_config", *vars(launcher.parse_args(["SCRIPT"]))}
+            launcher_keys -= {"training_script", "training_script_args"}
+        flags = {*self._option_string_actions}
         flags |= {flag for key in launcher_keys for flag in (f"--{key}", f"--{key.replace('_', '-')}")}
         for token in args:
             flag = token.split("=")[0]
             if flag.startswith("--") and flag != "--" and " " not in flag and flag not in flags:
                 self.error(f"unknown option {flag}{nearest(flag, flags)}")
         # `--use_peft` and `--no_use_peft` share a name: the first is meant
-        arguments = {argument.dest: argument for argument in reversed(self.arguments)}
-        own_keys = arguments.keys() - {"help", "config", "namespace"}
+        options = {option.dest: option for option in reversed(self._actions)}
+        own_keys = options.keys() - {"help", "config", "namespace", "action"}
         for key in config:
             if key not in own_keys | launcher_keys:
                 self.error(f"{path}: unknown key {key!r}{nearest(str(key), own_keys | launcher_keys)}")
-        own = {key: value for key, value in config.items() if key in own_keys}
-        self.set_defaults_with_config(
-            **{key: self._as_given(arguments[key], value, f"{path}: {key}") for key, value in own.items()}
-        )
+        own = {key: self._as_given(options[key], config[key], f"{path}: {key}") for key in config if key in own_keys}
+        self.set_defaults_with_config(**own)
         return [key for key in config if key not in own]
 
-    def _as_given(self, argument: argparse.Action, value: Any, where: str) -> Any:
+    def _as_given(self, option: argparse.Action, value: Any, where: str) -> Any:
         """A value of the YAML file, checked and converted as if it had been given on the command line."""
-        number = argument.nargs
-        if isinstance(value, dict | list) and type(value) in self._containers(argument.dest):
+        number = option.nargs
+        hints = [get_type_hints(dataclass_type).get(option.dest) for dataclass_type in self.dataclass_types]
+        kinds = {get_origin(member) or member for hint in hints for member in (hint, *get_args(hint))}
+        if number is None and type(value) in kinds & {dict, list}:  # as of `str | dict` and `str | list[str]`
             return value
         if number == 0:
             return value if isinstance(value, bool) else self.error(f"{where}: expected true or false, got {value!r}")
-        if value is None and argument.default is None:
+        if value is None and option.default is None:
             return None
         takes_many = number in ("+", "*") or isinstance(number, int)
         values = value if isinstance(value, list) and takes_many else [value]
@@ -238,27 +236,14 @@ class SpatialParser(TrlParser):
         if len(values) != number if isinstance(number, int) else number == "+" and not values:
             self.error(f"{where}: expected {number if values else 'some'} values, got {value!r}")
         probe = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-        probe.add_argument("--value", type=argument.type or str, choices=argument.choices)
+        probe.add_argument("--value", type=option.type or str, choices=option.choices)
         try:
             given = [probe.parse_args([f"--value={'null' if item is None else item}"]).value for item in values]
         except argparse.ArgumentError as error:
-            hint = (
-                " (YAML reads a bare yes, no, on or off as true or false: quote it)" if isinstance(value, bool) else ""
-            )
-            self.error(f"{where}: {'a value is missing' if None in values else error.message}{hint}")
+            hint = " (YAML reads a bare yes, no, on or off as true or false: quote it)"
+            problem = "a value is missing" if None in values else error.message
+            self.error(f"{where}: {problem}{hint if isinstance(value, bool) else ''}")
         # an option that takes `null` reads the word as None; for another one, `null` is no text
         if None in values and given != [None]:
             self.error(f"{where}: a value is missing")
         return given if takes_many else given[0]
-
-    def _containers(self, name: str) -> set[type]:
-        """Which of `dict` and `list` a dataclass field takes unchanged (options with several values aside)."""
-        hints = [get_type_hints(dataclass_type).get(name) for dataclass_type in self.dataclass_types]
-        # `list[str]` alone is an option with several values
-        kinds = {get_origin(member) or member for hint in hints for member in (hint, *get_args(hint))}
-        return kinds & {dict, list} if dict in kinds or (str in kinds and list[str] not in hints) else set()
-
-
-def _launcher_keys(launcher: argparse.ArgumentParser) -> set[str]:
-    options = vars(launcher.parse_args(["SCRIPT"])).keys() - {"training_script", "training_script_args"}
-    return options | {"accelerate_config"}

@@ -1,6 +1,7 @@
 """`trl_spatial push`: upload a model, a dataset or a Space to the Hub."""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,15 +37,9 @@ def make_parser(prog: str = "trl_spatial push") -> SpatialParser:
         "command continues the upload.",
         examples=EXAMPLES,
     )
-    parser.add_argument(
-        "run", metavar="RUN", help="Folder to upload: of a training, a merged model, a dataset, a Space."
-    )
-    parser.add_argument(
-        "--to",
-        required=True,
-        metavar="NAME",
-        help="Repository: ORG/NAME, or hub/NAME for NAME under your own namespace.",
-    )
+    parser.add_argument("run", metavar="RUN", help="Folder: of a training, a merged model, a dataset, a Space.")
+    repository = "Repository: ORG/NAME, or hub/NAME for NAME under your own namespace."
+    parser.add_argument("--to", required=True, metavar="NAME", help=repository)
     parser.add_argument("--private", action="store_true", help="Make the repository private, if it is new.")
     parser.add_argument(
         "--dry-run",
@@ -114,20 +109,30 @@ def push_folder(args: argparse.Namespace, repo_id: str, kind: "Kind") -> None:
         private=private,
         replace=args.replace,
     )
-    print(f"Pushed {len(files)} files, {format_size(sum(map(size_of, files.values())))}, to {address}")
+    print(f"Pushed {len(files)} files, {format_size(files.values())}, to {address}")
 
 
 def push_dataset(args: argparse.Namespace, repo_id: str) -> None:
     """Upload a dataset, or show what would be uploaded."""
     from ..data import export
+    from ..data.kinds import FURTHER_CONFIGURATIONS, NOTES_FILE
 
     splits = export.prepare_splits(load_dataset_dict(args.run), args.run)
+    # of a dataset that `trl_spatial data export` has written
+    notes = Path(args.run) / NOTES_FILE
+    others = {
+        name: export.prepare_splits(load_dataset_dict(args.run, config_name=name), args.run)
+        for name in (FURTHER_CONFIGURATIONS if notes.is_file() else ())
+    }
+    text = notes.read_text(encoding="utf-8") if notes.is_file() else None
     report = export.check_splits(splits)
     for finding in report.warnings[:5]:
         print(f"warning: {finding.place}: {finding.value} {finding.reason}")
     rows = ", ".join(f"{len(pairs):,} rows in the {split} split" for split, pairs in splits.items())
     if args.dry_run:
-        card = export.card_files(splits, repo_id, report, config_name=args.config_name, license=args.license)
+        card = export.card_files(
+            splits, repo_id, report, config_name=args.config_name, license=args.license, notes=text
+        )
         print(f"Would push a dataset to {repo_id}: {rows}, as Parquet, and {', '.join(card)}")
         return
     address = export.push_dataset(
@@ -138,6 +143,8 @@ def push_dataset(args: argparse.Namespace, repo_id: str) -> None:
         private=args.private or None,
         max_shard_size=args.max_shard_size,
         license=args.license,
+        notes=text,
+        others=others,
     )
     print(f"Pushed {rows} to {address}")
 
@@ -146,18 +153,14 @@ def show_plan(repo_id: str, kind: "Kind", files: dict[str, Path | bytes], kept: 
     """Print the files that would be uploaded, with their sizes, and what would stay."""
     print(f"Would push {kind.name} to {repo_id}:")
     for name, source in sorted(files.items()):
-        print(f"  {format_size(size_of(source)):>9}  {name}")
-    print(f"  {format_size(sum(map(size_of, files.values()))):>9}  in {len(files)} files")
+        print(f"  {format_size([source]):>9}  {name}")
+    print(f"  {format_size(files.values()):>9}  in {len(files)} files")
     print(f"Would stay here: {', '.join(kept) or 'nothing'}")
 
 
-def size_of(source: Path | bytes) -> int:
-    """Number of bytes of a file."""
-    return len(source) if isinstance(source, bytes) else source.stat().st_size
-
-
-def format_size(size: float) -> str:
-    """`1536` → `1.5 kB`."""
+def format_size(sources: Iterable[Path | bytes]) -> str:
+    """The size of files together: 1536 bytes → `1.5 kB`."""
+    size: float = sum(len(source) if isinstance(source, bytes) else source.stat().st_size for source in sources)
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -1,7 +1,9 @@
 """`trl_spatial reward`: train a spatial reward model on preference pairs."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from transformers.hf_argparser import HfArg
 
 from ..cli import run_command
 from .datasets import hub_dataset_name, load_dataset_dict, pick_split
@@ -34,89 +36,49 @@ EXAMPLES = """\
 
 @dataclass
 class RewardScriptArguments:
-    """
-    Arguments of the reward training script that say what it is trained on.
+    """Options that say what is trained on; the `help` of each describes it."""
 
-    Args:
-        dataset (`str`):
-            Folder written by `datasets` or by `trl_spatial data make`; a Parquet, JSON Lines or CSV file or a folder of
-            them; or a dataset on the Hub, `ORG/NAME`, `ORG/NAME@REVISION`, or `hub/NAME` for one of your own.
-        dataset_config (`str`, *optional*):
-            Configuration of a dataset on the Hub.
-        dataset_train_split (`str`, *optional*, defaults to `"train"`):
-            Split to train on.
-        dataset_test_split (`str`, *optional*, defaults to `"test"`):
-            Split to evaluate on, if `eval_strategy` asks for it.
-        dataset_streaming (`bool`, *optional*, defaults to `False`):
-            Whether to read the dataset while training instead of downloading it first.
-    """
-
-    dataset: str = field(
-        metadata={
-            "help": "Preference pairs with the columns prompt, chosen, rejected: a local folder or file, ORG/NAME or "
-            "ORG/NAME@REVISION on the Hub, or hub/NAME for your own."
-        }
+    dataset: str = HfArg(
+        help="Preference pairs with the columns prompt, chosen, rejected: a folder written by `datasets` or by "
+        "`trl_spatial data make`; a Parquet, JSON Lines or CSV file or a folder of them; ORG/NAME or ORG/NAME@REVISION on the "
+        "Hub, or hub/NAME for your own."
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str = field(
-        default="test", metadata={"help": "Split to evaluate on, if `eval_strategy` asks for it."}
-    )
-    dataset_streaming: bool = field(
-        default=False, metadata={"help": "Whether to read the dataset while training instead of downloading it first."}
+    dataset_config: str | None = HfArg(default=None, help="Configuration of a dataset on the Hub.")
+    dataset_train_split: str = HfArg(default="train", help="Split to train on.")
+    dataset_test_split: str = HfArg(default="test", help="Split to evaluate on, if `eval_strategy` asks for it.")
+    dataset_streaming: bool = HfArg(
+        default=False, help="Whether to read the dataset while training instead of downloading it first."
     )
 
 
 @dataclass
 class RewardModelArguments:
-    """
-    Arguments of the reward training script that say which model is trained and how. Names as in [`~trl.ModelConfig`].
+    """Options that say which model is trained and how, named as in [`~trl.ModelConfig`]; the `help` of each describes it."""
 
-    Args:
-        model_name_or_path (`str`, *optional*, defaults to `"Qwen/Qwen2.5-VL-7B-Instruct"`):
-            Image-text backbone.
-        model_revision (`str`, *optional*, defaults to `"main"`):
-            Branch, tag or commit of the backbone on the Hub.
-        dtype (`str`, *optional*):
-            Type of the backbone's weights. By default the checkpoint's with LoRA, and float32 in full training, whose small
-            steps are lost in bfloat16 weights.
-        attn_implementation (`str`, *optional*):
-            Attention function of the backbone, e.g. `"flash_attention_2"`.
-        use_peft (`bool`, *optional*, defaults to `True`):
-            Whether to train LoRA on the language model. The head and the reward token are trained in either case.
-        lora_r (`int`, *optional*, defaults to `64`):
-            Rank.
-        lora_alpha (`int`, *optional*, defaults to `128`):
-            Alpha.
-        lora_dropout (`float`, *optional*, defaults to `0.05`):
-            Dropout.
-        load_in_4bit (`bool`, *optional*, defaults to `False`):
-            Whether to quantize the language model to NF4 (QLoRA). Needs the `quant` extra.
-    """
-
-    model_name_or_path: str = field(
+    model_name_or_path: str = HfArg(
         default="Qwen/Qwen2.5-VL-7B-Instruct",
-        metadata={"help": "Image-text backbone: a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, or hub/NAME."},
+        help="Image-text backbone: a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, or hub/NAME.",
     )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the backbone on the Hub."})
-    dtype: str | None = field(
+    model_revision: str = HfArg(default="main", help="Branch, tag or commit of the backbone on the Hub.")
+    dtype: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Type of the backbone's weights. By default the checkpoint's with LoRA, float32 in full training.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
-        },
+        help="Type of the backbone's weights. By default the checkpoint's with LoRA, and float32 in full training, whose "
+        "small steps are lost in bfloat16 weights.",
+        metadata={"choices": ["auto", "bfloat16", "float16", "float32"]},
     )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention function of the backbone, e.g. flash_attention_2."}
+    attn_implementation: str | None = HfArg(
+        default=None, help="Attention function of the backbone, e.g. flash_attention_2."
     )
-    use_peft: bool = field(
-        default=True, metadata={"help": "Whether to train LoRA (--no_use_peft: full training of the language model)."}
+    use_peft: bool = HfArg(
+        default=True,
+        help="Whether to train LoRA (--no_use_peft: full training of the language model). The head and the reward token are "
+        "trained in either case.",
     )
-    lora_r: int = field(default=64, metadata={"help": "LoRA rank."})
-    lora_alpha: int = field(default=128, metadata={"help": "LoRA alpha."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "LoRA dropout."})
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "Whether to quantize the language model to NF4 (QLoRA)."}
+    lora_r: int = HfArg(default=64, help="LoRA rank.")
+    lora_alpha: int = HfArg(default=128, help="LoRA alpha.")
+    lora_dropout: float = HfArg(default=0.05, help="LoRA dropout.")
+    load_in_4bit: bool = HfArg(
+        default=False, help="Whether to quantize the language model to NF4 (QLoRA). Needs the `quant` extra."
     )
 
     def __post_init__(self):

@@ -30,17 +30,8 @@ def make_parser(prog: str = "trl_spatial serve") -> SpatialParser:
         "together. The connection is not encrypted: beyond a network that you trust, put a proxy with TLS in front.",
         examples=EXAMPLES,
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="Checkpoint, with an adapter or merged: a folder, or a name on the Hub (ORG/NAME, ORG/NAME@REVISION, hub/NAME).",
-    )
-    parser.add_argument("--revision", help="Branch, tag or commit of the checkpoint on the Hub.")
-    parser.add_argument("--backbone", help="Folder or Hub id of the backbone, if it is not where the checkpoint says.")
+    parser.add_checkpoint_arguments("Checkpoint, with an adapter or merged")
     parser.add_argument("--device", help="Device, e.g. cuda:1; by default the first GPU if there is one.")
-    parser.add_argument(
-        "--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"], help="Type of the weights."
-    )
     parser.add_argument("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 lets other machines in.")
     parser.add_argument("--port", type=int, default=8000, help="Port to listen on.")
     parser.add_argument(
@@ -81,7 +72,7 @@ def main(args: argparse.Namespace) -> None:
     )
     app = create_app(
         scorer,
-        model_name=public_name(args.model),
+        model_name=Path(args.model).absolute().name if Path(args.model).exists() else args.model,  # no local path
         token=token,
         max_batch_size=args.max_batch_size,
         max_queue=args.max_queue,
@@ -100,11 +91,6 @@ def read_token(path: str | None) -> str | None:
     if not token:
         raise ValueError(f"{path} is empty: it should hold the token.")
     return token
-
-
-def public_name(model: str) -> str:
-    """A model's name on the Hub, or of its folder without the way there."""
-    return Path(model).absolute().name if Path(model).exists() else model
 
 
 if __name__ == "__main__":

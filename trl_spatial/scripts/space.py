@@ -59,18 +59,13 @@ def make_parser(prog: str = "trl_spatial space") -> SpatialParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.action == "build":
-        build(args.folder, args.model, args.title)
-    else:
+    if args.action == "serve":
         serve(args.model, args.dir, args.host, args.port)
-
-
-def build(path: str, model_id: str, title: str | None) -> None:
-    """Write a Space into a new folder, and say how to upload it."""
-    folder = new_folder(path)
+        return
+    folder = new_folder(args.folder)
     from ..space.build import build_space
 
-    build_space(folder, model_id, title)
+    build_space(folder, args.model, args.title)
     print(f"Space written to {folder}. Upload it: hf upload ORG/NAME {folder} . --repo-type space")
 
 

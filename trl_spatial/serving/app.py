@@ -46,21 +46,8 @@ td, th {{ text-align: left; padding: .2rem 1rem .2rem 0 }} pre {{ background: #f
 
 class Endpoint:
     """
-    What the pages of [`create_app`] answer.
-
-    Args:
-        batcher ([`Batcher`]):
-            Scores the images.
-        model_name (`str`):
-            What the model is called.
-        token (`str` or `None`):
-            The bearer token that `POST /score` needs.
-        limits ([`Limits`]):
-            What requests may hold.
-
-    Attributes:
-        closing (`asyncio.Event`):
-            Set when the server cannot wait any longer: requests whose images have no score yet are answered with 503.
+    What the pages of [`create_app`] answer. Once `closing` is set, the server cannot wait any longer: requests whose images have no
+    score yet are answered with 503.
     """
 
     def __init__(self, batcher: Batcher, *, model_name: str, token: str | None, limits: Limits):
@@ -183,15 +170,10 @@ def create_app(
             What the model is called, for everybody to read: no local path.
         token (`str`, *optional*):
             The bearer token that `POST /score` needs. If `None`, everybody who reaches the server may ask.
-        max_batch_size (`int`, *optional*, defaults to `16`):
-            Images per forward pass.
-        max_queue (`int`, *optional*, defaults to `256`):
-            Images that may wait.
+        max_batch_size (`int`, *optional*, defaults to `16`), max_queue (`int`, *optional*, defaults to `256`):
+            Images per forward pass, and images that may wait.
         limits ([`Limits`], *optional*):
             What requests may hold. If `None`, the defaults.
-
-    Returns:
-        [`~fastapi.FastAPI`]: The application.
 
     Raises:
         `ValueError`: If a number is not positive, or a request may hold more images than may wait.

@@ -16,17 +16,8 @@ class QueueFullError(RuntimeError):
 @dataclass
 class Counts:
     """
-    What a [`Batcher`] has done since it was made.
-
-    Args:
-        images (`int`):
-            Images with a score.
-        failures (`int`):
-            Images that could not be scored.
-        batches (`int`):
-            Calls of the function that scores.
-        seconds (`float`):
-            Time in that function.
+    What a [`Batcher`] has done since it was made: `images` with a score, `failures`, calls of the function that scores, and the
+    `seconds` in it.
     """
 
     images: int = 0
@@ -47,20 +38,8 @@ class Batcher:
     takes what is waiting, at most `max_batch_size` images, and never waits for more: a single request is answered at once, and
     those that arrive meanwhile share the next batch.
 
-    Args:
-        score (`Callable[[list[str], list], Sequence[tuple[float, float]]]`):
-            Takes prompts and images, returns mean and standard deviation of each. Called from one thread only.
-        max_batch_size (`int`, *optional*, defaults to `16`):
-            Most images of a call.
-        max_queue (`int`, *optional*, defaults to `256`):
-            Most images that wait.
-
-    Attributes:
-        counts ([`Counts`]):
-            What was done so far.
-
-    Raises:
-        `ValueError`: If a number is not positive.
+    `score` takes prompts and images and returns mean and standard deviation of each; it is called from that thread only. At most
+    `max_queue` images wait.
     """
 
     def __init__(
@@ -79,7 +58,7 @@ class Batcher:
         self.counts = Counts()
         self._waiting: deque[tuple[str, Any, Future[tuple[float, float]]]] = deque()
         self._changed = threading.Condition()
-        self._is_closed = False
+        self.is_closed = False  # whether it takes no more images
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self._thread.start()
 
@@ -88,23 +67,10 @@ class Batcher:
         """Images that wait."""
         return len(self._waiting)
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether it takes no more images."""
-        return self._is_closed
-
     def submit(self, prompts: list[str], images: list[Any]) -> list[Future[tuple[float, float]]]:
         """
-        Adds images to the queue: all of them or none.
-
-        Args:
-            prompts (`list[str]`):
-                One per image.
-            images (`list`):
-                What `score` takes.
-
-        Returns:
-            `list[Future]`: Mean and standard deviation of each image, or the error that scoring it raised.
+        Adds images to the queue, all of them or none. Each future gives mean and standard deviation, or the error that scoring the
+        image raised.
 
         Raises:
             [`QueueFullError`]: If they do not fit.
@@ -112,7 +78,7 @@ class Batcher:
         """
         futures: list[Future[tuple[float, float]]] = [Future() for _ in prompts]
         with self._changed:
-            if self._is_closed:
+            if self.is_closed:
                 raise RuntimeError("The batcher is closed.")
             if len(self._waiting) + len(prompts) > self.max_queue:
                 raise QueueFullError(f"{len(self._waiting)} images are waiting, of at most {self.max_queue}.")
@@ -130,14 +96,14 @@ class Batcher:
     def close(self, timeout: float | None = None) -> None:
         """Takes no more images, and returns when those that wait are scored, or after `timeout` seconds."""
         with self._changed:
-            self._is_closed = True
+            self.is_closed = True
             self._changed.notify()
         self._thread.join(timeout)
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._is_closed)
+                self._changed.wait_for(lambda: self._waiting or self.is_closed)
                 if not self._waiting:
                     return
                 rows = [self._waiting.popleft() for _ in range(min(self.max_batch_size, len(self._waiting)))]

@@ -36,13 +36,7 @@ class Hold:
 
 
 class Intake:
-    """
-    Reads the bodies of requests and counts what all of them hold. Everything here runs in the event loop.
-
-    Args:
-        limits ([`Limits`]):
-            How much that may be.
-    """
+    """Reads the bodies of requests and counts what all of them hold. Everything here runs in the event loop."""
 
     def __init__(self, limits: Limits):
         self.limits = limits
@@ -60,10 +54,8 @@ class Intake:
 
     def add(self, hold: Hold, num_bytes: int) -> None:
         """
-        Counts more bytes. If they do not fit, the bodies that arrive most slowly are given up first.
-
-        Raises:
-            [`Refusal`]: With 503 if there is no room; with 413 if there never will be.
+        Counts more bytes. If they do not fit, the bodies that arrive most slowly are given up first. Refuses with 503 if there is no
+        room, with 413 if there never will be.
         """
         if hold.num_bytes + num_bytes > self.limits.max_held_bytes:
             raise Refusal(413, "The images have too many pixels together: send fewer at a time.")

@@ -5,29 +5,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """
-    What requests may hold.
-
-    Args:
-        max_images (`int`, *optional*, defaults to `64`):
-            Images of a request.
-        max_image_bytes (`int`, *optional*, defaults to 64 MiB):
-            Bytes of an image file.
-        max_bytes (`int`, *optional*, defaults to 128 MiB):
-            Bytes of a request.
-        max_pixels (`int`, *optional*, defaults to 48 × 2²⁰):
-            Pixels of an image, by default as many as a scorer here takes. A small file can hold very many.
-        max_prompt_length (`int`, *optional*, defaults to `20_000`):
-            Characters of a prompt, by default as many as a scorer here takes.
-        max_held_bytes (`int`, *optional*, defaults to 2 GiB):
-            Bytes of all requests together, from the first byte of the body until the answer: bodies and decoded images.
-    """
+    """What requests may hold."""
 
     max_images: int = 64
-    max_image_bytes: int = 64 * 2**20
+    max_image_bytes: int = 64 * 2**20  # of an image file
     max_bytes: int = 128 * 2**20
+    # as many as a scorer here takes; a small file can hold very many pixels
     max_pixels: int = 48 * 2**20
     max_prompt_length: int = 20_000
+    # of all requests together, from the first byte of the body until the answer: bodies and decoded images
     max_held_bytes: int = 2**31
 
     def __post_init__(self) -> None:

@@ -43,17 +43,7 @@ class ScoreAnswer(BaseModel):
 
 @dataclass
 class Row:
-    """
-    A row of a request.
-
-    Args:
-        prompt (`str`):
-            The prompt.
-        image (`PIL.Image.Image`, *optional*):
-            The image: first opened, then decoded.
-        error (`str`, *optional*):
-            Why it cannot be scored.
-    """
+    """A row of a request: an image, first opened and then decoded, or the reason why it cannot be scored."""
 
     prompt: str
     image: Image.Image | None = None
@@ -62,16 +52,8 @@ class Row:
 
 def read_rows(body: bytes | bytearray, limits: Limits) -> list[Row]:
     """
-    Reads the rows of a request and opens their images, without decoding them.
-
-    Args:
-        body (`bytes`):
-            The request.
-        limits ([`Limits`]):
-            What it may hold.
-
-    Raises:
-        [`Refusal`]: With 422 if it is not a request, with 413 if it has too many rows.
+    Reads the rows of a request and opens their images, without decoding them. Refuses with 422 what is not a request, and with 413
+    too many rows.
     """
     try:
         # by the standard library: pydantic's parser refuses half a surrogate pair, which would cost the other rows their scores

@@ -99,19 +99,11 @@ class Server(uvicorn.Server):
 
 def make_server(app: FastAPI, *, host: str, port: int) -> Server:
     """
-    Makes the server that `trl_spatial serve` runs.
+    Makes the server that `trl_spatial serve` runs for the application of [`~serving.app.create_app`]; port 0 is any free one.
 
     It closes a connection whose client takes more than 10 seconds to send the head of a request or to read an answer, and keeps
     at most 512. On SIGTERM it takes no more requests, gives up those that are still arriving, answers those that have arrived
     within 6 seconds (503 afterwards), and ends within 10 whatever clients do. Its log has paths without query strings.
-
-    Args:
-        app ([`~fastapi.FastAPI`]):
-            From [`~serving.app.create_app`].
-        host (`str`):
-            Address to listen on.
-        port (`int`):
-            Port; 0 for any free one.
     """
     config = uvicorn.Config(
         app,

@@ -92,17 +92,8 @@ SHOW_RESULT = "() => document.getElementById('gallery').scrollIntoView({behavior
 
 class RankedImage(NamedTuple):
     """
-    An image and its score.
-
-    Args:
-        path (`str`):
-            File of the image.
-        mean (`float`):
-            Mean of the score.
-        std (`float`):
-            Standard deviation of the score.
-        probability (`float` or `None`):
-            Probability that it is preferred to the next image; `None` for the last one.
+    The file of an image, mean and standard deviation of its score, and the probability that it is preferred to the next image
+    (`None` for the last one).
     """
 
     path: str
@@ -116,18 +107,7 @@ class RankedImage(NamedTuple):
 
 
 def check_inputs(prompt: str, paths: list[str]) -> None:
-    """
-    Checks what a user has entered.
-
-    Args:
-        prompt (`str`):
-            The prompt.
-        paths (`list[str]`):
-            Files of the images.
-
-    Raises:
-        `gr.Error`: If the prompt is empty or too long, or there are no images or too many.
-    """
+    """Raises a `gr.Error` if the prompt is empty or too long, or there are no images or too many."""
     problem = None
     if not prompt.strip():
         problem = "The prompt is empty: write the text that the images should show."
@@ -142,23 +122,7 @@ def check_inputs(prompt: str, paths: list[str]) -> None:
 
 
 def rank_images(scorer: SpatialScore, prompt: str, paths: list[str]) -> list[RankedImage]:
-    """
-    Scores images for one prompt.
-
-    Args:
-        scorer ([`SpatialScore`]):
-            The reward model.
-        prompt (`str`):
-            The prompt of all images.
-        paths (`list[str]`):
-            Files of the images.
-
-    Returns:
-        `list[RankedImage]`: The images, best first.
-
-    Raises:
-        `gr.Error`: If an image cannot be read; the message names its file.
-    """
+    """Scores images, given by their files, for one prompt; returns them best first. A `gr.Error` names the file that cannot be read."""
     try:
         scores = scorer.score([prompt] * len(paths), paths)
     except ValueError as error:
@@ -181,16 +145,7 @@ def name_files(message: str, paths: list[str]) -> str:
 
 
 def draw_scores(ranked: list[RankedImage]) -> str:
-    """
-    Draws the mean of each score as a dot on a bar of one standard deviation to each side.
-
-    Args:
-        ranked (`list[RankedImage]`):
-            The images, best first.
-
-    Returns:
-        `str`: HTML, for the classes of `CSS`.
-    """
+    """HTML: the mean of each score as a dot on a bar of one standard deviation to each side. The images come best first."""
     low = min(image.mean - image.std for image in ranked)
     high = max(image.mean + image.std for image in ranked)
     margin = 0.05 * (high - low) or 1.0
@@ -223,16 +178,7 @@ def round_numbers(low: float, high: float) -> list[float]:
 
 
 def tabulate_scores(ranked: list[RankedImage]) -> str:
-    """
-    Writes the scores as a table.
-
-    Args:
-        ranked (`list[RankedImage]`):
-            The images, best first.
-
-    Returns:
-        `str`: HTML, for the classes of `CSS`.
-    """
+    """HTML: the scores as a table. The images come best first."""
     rows = []
     for rank, image in enumerate(ranked, start=1):
         probability = "–" if image.probability is None else f"{image.probability:.1%}"
@@ -251,19 +197,7 @@ def describe_model(model: str) -> str:
 
 
 def build_app(model: str) -> gr.Blocks:
-    """
-    Builds the page.
-
-    Args:
-        model (`str`):
-            What [`SpatialScore.from_pretrained`] loads: a name of the Hub or a local folder.
-
-    Returns:
-        `gr.Blocks`: The page, with the model loaded.
-
-    Raises:
-        `ValueError`: If the model cannot be loaded.
-    """
+    """Builds the page, with the model loaded: a name of the Hub or a local folder. A `ValueError` if it cannot be loaded."""
     scorer = SpatialScore.from_pretrained(model)
 
     def score(prompt: str, files: list[str] | None) -> tuple[list[tuple[str, str]], str, str]:

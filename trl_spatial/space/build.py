@@ -24,11 +24,11 @@ gradio>=6.30,<7
 
 def build_space(folder: str | Path, model_id: str, title: str | None = None) -> None:
     """
-    Writes a Space: `app.py`, `requirements.txt` and `README.md`.
+    Writes a Space, `app.py`, `requirements.txt` and `README.md`, into a folder, which is created if missing.
 
     Args:
         folder (`str` or `Path`):
-            Where to; created if missing.
+            The folder.
         model_id (`str`):
             The reward model on the Hub: `org/name`, `org/name@revision`, or `hub/NAME` for one of your own.
         title (`str`, *optional*):
@@ -37,7 +37,12 @@ def build_space(folder: str | Path, model_id: str, title: str | None = None) -> 
     Raises:
         `ValueError`: If the model is a local path or its name not one of the Hub, or the title is not one line of text.
     """
-    model = find_hub_model(model_id)
+    model = find_reference(model_id, kind="model")
+    if model.is_local:
+        raise ValueError(
+            f"{model_id} is on this machine, where a Space cannot read it. Push the model to the Hub and give its id there "
+            f"(ORG/NAME), or serve the page from here: trl_spatial space serve --model {model_id}"
+        )
     title = model.name.split("/")[1] if title is None else title.strip()
     if not title or not title.isprintable():
         raise ValueError(f"The title {title!r} is not one line of text.")
@@ -52,45 +57,8 @@ def build_space(folder: str | Path, model_id: str, title: str | None = None) -> 
         (folder / name).write_text(content, encoding="utf-8")
 
 
-def find_hub_model(name: str) -> Reference:
-    """
-    Says which model a Space is to load.
-
-    Args:
-        name (`str`):
-            What a user has named.
-
-    Returns:
-        [`Reference`]: The model, on the Hub.
-
-    Raises:
-        `ValueError`: If it is a local path, or not a name of the Hub.
-    """
-    model = find_reference(name, kind="model")
-    if model.is_local:
-        raise ValueError(
-            f"{name} is on this machine, where a Space cannot read it. Push the model to the Hub and give its id there "
-            f"(ORG/NAME), or serve the page from here: trl_spatial space serve --model {name}"
-        )
-    return model
-
-
 def fill_constants(source: str, **constants: str) -> str:
-    """
-    Sets constants in the source of a module.
-
-    Args:
-        source (`str`):
-            The module, with a line `NAME = "..."` per constant.
-        **constants (`str`):
-            Values by name.
-
-    Returns:
-        `str`: The module with these values.
-
-    Raises:
-        `ValueError`: If the module has none or several of these lines.
-    """
+    """Sets constants in the source of a module, which has a line `NAME = "..."` for each; a `ValueError` if it has none or several."""
     lines = source.splitlines(keepends=True)
     for name, value in constants.items():
         places = [index for index, line in enumerate(lines) if line.startswith(f'{name} = "')]
@@ -101,18 +69,7 @@ def fill_constants(source: str, **constants: str) -> str:
 
 
 def build_card(model: Reference, title: str) -> str:
-    """
-    Fills the Space's `README.md`.
-
-    Args:
-        model ([`Reference`]):
-            The reward model.
-        title (`str`):
-            Title of the Space.
-
-    Returns:
-        `str`: Front matter, which the Hub reads, and text.
-    """
+    """Fills the Space's `README.md`: front matter, which the Hub reads, and text."""
     card_data = SpaceCardData(
         title=title,
         emoji="📐",

@@ -1,6 +1,8 @@
 """What a trainer uploads: the model and its card, while it trains and when it is done."""
 
 from concurrent.futures import Future
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from transformers.utils import PushInProgress
 from transformers.utils.hub import hf_api
 
 from ..hub.cards import Card
-from ..hub.checkpoints import Kind, collect_files, find_kind, lacks_base_model
+from ..hub.checkpoints import Kind, collect_files, find_kind, is_local_name, lacks_base_model
 from ..hub.errors import HubError
 from ..hub.references import find_repository
 from ..hub.upload import create_repository, push_files
@@ -46,12 +48,32 @@ class HubTrainer(Trainer):
     _kinds: tuple[Kind, ...]
 
     def _build_card(self) -> Card:
-        """What is known of the model so far."""
+        """What the subclass knows of the model so far, `settings` among its values."""
         raise NotImplementedError
 
     def _card(self) -> Card:
-        """The card, with what the base classes know too."""
-        return self._build_card()
+        """The card, with what all trainings know too."""
+        card = self._build_card()
+        device = self.args.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        # the time is unknown while training goes on, and after it was resumed
+        seconds = next((log["train_runtime"] for log in self.state.log_history if "train_runtime" in log), None)
+        values = {
+            "settings": {name: value for name, value in card.values["settings"].items() if value is not None},
+            "trainer_name": type(self).__name__,
+            "hardware": f"{self.args.world_size} × {name}",
+            "training_time": None if seconds is None or self._is_resumed else format_seconds(seconds),
+            "versions": {package: version(package) for package in card.values["versions"]},
+        }
+        tags = sorted({"generated_from_trainer", *card.front_matter.get("tags", ()), *self._tag_names})
+        return replace(
+            card,
+            front_matter=card.front_matter | {"tags": tags},
+            values=card.values | values,
+            # a local path says nothing to others
+            base_model=None if not card.base_model or is_local_name(card.base_model) else card.base_model,
+            dataset=self.dataset_name,
+        )
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         args = self.args
@@ -187,19 +209,6 @@ class HubTrainer(Trainer):
             self.push_in_progress.jobs.extend(jobs)
         if self.args.save_total_limit == 1 and self.state.best_model_checkpoint is not None:
             self._finish_current_push()  # the end of training deletes every folder but the best one's
-
-    def _hardware(self) -> str:
-        """What the training runs on, in words."""
-        if self.args.device.type == "cuda":
-            name = torch.cuda.get_device_name(self.args.device)
-        else:
-            name = "CPU"
-        return f"{self.args.world_size} × {name}"
-
-    def _training_time(self) -> str | None:
-        """How long the training took, or `None` if it is not over, or was resumed, so that nobody knows."""
-        seconds = next((log["train_runtime"] for log in self.state.log_history if "train_runtime" in log), None)
-        return None if seconds is None or self._is_resumed else format_seconds(seconds)
 
 
 def dataset_split(dataset: Any) -> str | None:
