@@ -15,14 +15,13 @@ from ..generation.seeds import image_generator
 from .advantages import combine_rewards, group_advantages, select_top_k
 from .config import DiffusionGRPOConfig
 from .losses import ScoredStep, policy_objective, reference_kl
-from .reward_functions import RewardFunction
+from .reward_functions import OverlappedRewards, RewardFunction
 from .rollout import Rollout, num_rollouts_per_epoch, rollout_prompts, sample_rollout
 from .runtime.base_trainer import DiffusionTrainer, Rows
 from .runtime.buffer import RolloutBuffer, TrainingStep
 from .runtime.checks import warn_about_settings
 from .runtime.model_setup import freeze_idle_modules
 from .runtime.monitoring import RewardsMonitor
-from .runtime.overlap import OverlappedRewards
 from .runtime.processes import fail_together
 from .sde import sde_step, sde_window
 

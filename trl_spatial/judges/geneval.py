@@ -200,10 +200,8 @@ def relative_positions(box: Box, target: Box) -> set[str]:
     and both on a diagonal.
 
     Args:
-        box (`tuple[float, float, float, float]`):
-            Left, top, right and bottom edge, y down.
-        target (`tuple[float, float, float, float]`):
-            The box it is compared with.
+        box, target (`tuple[float, float, float, float]`):
+            Left, top, right and bottom edge, y down, of the box and of the one it is compared with.
 
     Returns:
         `set[str]`: those of `RELATIONS` that hold; of concentric boxes none.
@@ -260,10 +258,8 @@ def judge(
             What was detected.
         find_color (`Callable[[Detection], str]`, *optional*):
             Names the color of an object. Needed if the specification names colors.
-        threshold (`float`, *optional*, defaults to `0.3`):
-            Score above which a detection counts.
-        counting_threshold (`float`, *optional*, defaults to `0.9`):
-            The same for specifications tagged `counting`.
+        threshold (`float`, *optional*, defaults to `0.3`), counting_threshold (`float`, *optional*, defaults to `0.9`):
+            Score above which a detection counts, and the same for specifications tagged `counting`.
 
     Returns:
         [`GenEvalResult`]: the verdict, its reason and the share.
