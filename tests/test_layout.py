@@ -1,6 +1,7 @@
 """The import graph, the public names and the declared dependencies are what CONTRIBUTING.md and pyproject.toml say."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -113,6 +114,13 @@ def test_every_dependency_has_bounds():
     extras = [line for name, lines in project["optional-dependencies"].items() if name != "dev" for line in lines]
     for requirement in project["dependencies"] + extras:
         assert re.search(r">=\d", requirement) and re.search(r"<\d", requirement), requirement
+
+
+@pytest.mark.parametrize("room", [path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()])
+def test_the_names_of_a_room_are_there(room):
+    module = importlib.import_module(f"trl_spatial.{room}")
+    for name in getattr(module, "__all__", ()):
+        assert getattr(module, name) is not None
 
 
 def test_public_names_resolve():

@@ -17,7 +17,8 @@ _MODULES = {
         "velocity_kl",
     ],
     "policies": ["DiffusionPolicy", "SamplingOptions", "make_policy"],
-    "rollout": ["Rollout", "image_generator", "sample_rollout"],
+    "rollout": ["Rollout", "sample_rollout"],
+    ".generation.seeds": ["image_generator"],
     "sde": ["DYNAMICS", "SDEStepOutput", "sde_step", "sde_window"],
     "trainer": ["DiffusionGRPOTrainer"],
 }
