@@ -8,17 +8,7 @@ from numpy.typing import ArrayLike
 
 @dataclass(frozen=True)
 class Interval:
-    """
-    An estimate and its confidence interval.
-
-    Args:
-        estimate (`float`):
-            Value on all the data.
-        low (`float`):
-            Lower end of the interval.
-        high (`float`):
-            Upper end of the interval.
-    """
+    """An estimate, and the lower and upper end of its confidence interval."""
 
     estimate: float
     low: float
@@ -28,17 +18,9 @@ class Interval:
 @dataclass(frozen=True)
 class ReliabilityBins:
     """
-    What a reliability plot shows: how often the model is right among the pairs it is equally sure of.
-
-    Args:
-        edges (`np.ndarray` of shape `(num_bins + 1,)`):
-            Bounds of the bins, from 0.5 to 1.
-        confidence (`np.ndarray` of shape `(num_bins,)`):
-            Mean confidence of the pairs of a bin. NaN in an empty bin.
-        accuracy (`np.ndarray` of shape `(num_bins,)`):
-            Fraction of the pairs of a bin that the model orders rightly. NaN in an empty bin.
-        counts (`np.ndarray` of shape `(num_bins,)`):
-            Number of pairs of a bin.
+    What a reliability plot shows: how often the model is right among the pairs it is equally sure of. `edges`, of shape
+    `(num_bins + 1,)`, go from 0.5 to 1; `confidence` (mean), `accuracy` and `counts` (of pairs) have the shape `(num_bins,)`,
+    the first two NaN in an empty bin.
     """
 
     edges: np.ndarray
@@ -58,10 +40,6 @@ def accuracy_interval(correct: ArrayLike, confidence: float = 0.95) -> Interval:
             1 (`True`) where the model is right, 0 (`False`) where it is wrong, 0.5 for a tie.
         confidence (`float`, *optional*, defaults to `0.95`):
             Probability that the interval covers the true accuracy.
-
-    Returns:
-        [`Interval`]:
-            Accuracy and its interval.
 
     Raises:
         `ValueError`: If `correct` is empty or has values outside `[0, 1]`, or if `confidence` is outside `(0, 1)`.
@@ -199,21 +177,15 @@ def reliability_bins(
 
     For P(chosen) the outcome is always 1, so that a bin of small P(chosen) would hold errors only, however calibrated
     the model is. So each pair is folded: its confidence is the probability of the order that the model prefers, and it
-    is correct if that is the true order. Counting each pair in both orders, as (p, 1) and (1 - p, 0), says the same,
-    but twice: folded, the counts are numbers of pairs and tell how far the accuracy of a bin can be trusted.
+    is correct if that is the true order.
 
     Args:
         probabilities (array of shape `(num_pairs,)`):
             Predicted probability that the first image of a pair is preferred.
         outcomes (array of shape `(num_pairs,)`, *optional*):
-            1 where the first image is preferred, 0 where the second is, 0.5 for a tie. If not set, always 1:
-            `probabilities` are P(chosen).
+            1 where the first image is preferred, 0 where the second is, 0.5 for a tie. By default always 1.
         num_bins (`int`, *optional*, defaults to `10`):
             Number of bins of equal width between 0.5 and 1. A bin includes its upper bound, the first one also 0.5.
-
-    Returns:
-        [`ReliabilityBins`]:
-            Mean confidence, accuracy and number of pairs per bin.
 
     Raises:
         `ValueError`: If the lengths differ, a value is outside `[0, 1]`, or `num_bins` is below 1.
@@ -246,25 +218,10 @@ def expected_calibration_error(
     probabilities: ArrayLike, outcomes: ArrayLike | None = None, *, num_bins: int = 10
 ) -> float:
     """
-    Mean distance between confidence and accuracy over the [`reliability_bins`], weighted by their counts.
+    Mean distance between confidence and accuracy over the [`reliability_bins`], weighted by their counts, in `[0, 1]`. It
+    takes the same arguments.
 
     Even a calibrated model has an error above 0 on finite data, at most about `0.4 * sqrt(num_bins / num_pairs)`.
-
-    Args:
-        probabilities (array of shape `(num_pairs,)`):
-            Predicted probability that the first image of a pair is preferred.
-        outcomes (array of shape `(num_pairs,)`, *optional*):
-            1 where the first image is preferred, 0 where the second is, 0.5 for a tie. If not set, always 1:
-            `probabilities` are P(chosen).
-        num_bins (`int`, *optional*, defaults to `10`):
-            Number of bins of equal width between 0.5 and 1.
-
-    Returns:
-        `float`:
-            Expected calibration error, in `[0, 1]`.
-
-    Raises:
-        `ValueError`: If the lengths differ, a value is outside `[0, 1]`, or `num_bins` is below 1.
     """
     bins = reliability_bins(probabilities, outcomes, num_bins=num_bins)
     gaps = np.abs(bins.confidence - bins.accuracy)
@@ -273,17 +230,8 @@ def expected_calibration_error(
 
 def area_under_roc_curve(scores: ArrayLike, labels: ArrayLike) -> float:
     """
-    Probability that a random positive scores higher than a random negative, a tie counting half.
-
-    Args:
-        scores (array of shape `(num_samples,)`):
-            Score of each sample, for example the std of a pair.
-        labels (array of shape `(num_samples,)`):
-            1 (`True`) for a positive, 0 (`False`) for a negative, for example whether the label of a pair is noise.
-
-    Returns:
-        `float`:
-            Area under the curve: 0.5 for scores that know nothing, 1 for a perfect separation.
+    Probability that a random positive scores higher than a random negative, a tie counting half: 0.5 for scores that know
+    nothing. `scores` and `labels` (1 for a positive, 0 for a negative) have the shape `(num_samples,)`.
 
     Raises:
         `ValueError`: If the lengths differ, a score is NaN, a label is neither 0 nor 1, or one class is missing.

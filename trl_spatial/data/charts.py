@@ -47,16 +47,8 @@ _NUM_COLUMNS = 3
 @_styled
 def save_statistics(statistics: Mapping[str, SplitStatistics], path: str | Path, *, title: str) -> None:
     """
-    Draw what is in a dataset: a panel per quantity that was counted, with a bar per split in each group. The bars of a
-    split add up to 100 %, so that a small split can be compared with a large one.
-
-    Args:
-        statistics (`Mapping[str, SplitStatistics]`):
-            Statistics by split.
-        path (`str` or `Path`):
-            PNG file to write.
-        title (`str`):
-            Headline.
+    Draw what is in a dataset to a PNG file: a panel per quantity that was counted, with a bar per split in each group. The bars of
+    a split add up to 100 %, so that a small split can be compared with a large one.
     """
     shown = [quantity for quantity in QUANTITIES if tabulate(quantity, statistics)]
     num_columns = min(_NUM_COLUMNS, len(shown)) or 1

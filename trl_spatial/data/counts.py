@@ -125,17 +125,8 @@ class SplitStatistics:
 
 def kinds_of(value: Any, key: str) -> list[str] | None:
     """
-    What stands under `key` in the entries of a list.
-
-    Args:
-        value (`list[dict]`, `list[str]`, `dict[str, list]` or `None`):
-            Value of the column `relations` or `operations`. Strings are kinds themselves; a mapping of lists is a list of
-            mappings as datasets before 4.0 wrote it.
-        key (`str`):
-            `"relation"` or `"operation"`.
-
-    Returns:
-        `list[str]`: a kind per entry, `"not given"` for a null; `None` if there is no list.
+    What stands under `key`, `"relation"` or `"operation"`, in the entries of a list: a kind per entry, `"not given"` for a null,
+    and `None` if there is no list. Strings are kinds themselves; a mapping of lists is what datasets before 4.0 made of a list.
     """
     entries = value.get(key) if isinstance(value, dict) else value
     if entries is None:
@@ -159,17 +150,8 @@ def _summarize(counts: Counter, quantity: Quantity) -> dict[str, Any]:
 
 def tabulate(quantity: Quantity, statistics: Mapping[str, SplitStatistics]) -> list[tuple[str, list[int]]]:
     """
-    Counts of a quantity, split beside split, in as few groups as a report has room for.
-
-    Args:
-        quantity ([`Quantity`]):
-            One of `QUANTITIES`.
-        statistics (`Mapping[str, SplitStatistics]`):
-            Statistics by split.
-
-    Returns:
-        `list[tuple[str, list[int]]]`: label of a group and its count in each split. Numbers stand in their order, in at
-        most 12 bins of equal width; names by their count, the rarest together. Empty if nothing was counted.
+    Counts of a quantity in as few groups as a report has room for: label of a group and its count in each split. Numbers stand in
+    their order, in at most 12 bins of equal width; names by their count, the rarest together. Empty if nothing was counted.
     """
     counters = [split.counts[quantity.name] for split in statistics.values()]
     total = sum(counters, Counter())

@@ -17,13 +17,7 @@ Scorer = Callable[[Sequence[str], Sequence[Any]], tuple[np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class PairScores:
-    """
-    Scores of the two images of every pair for the pair's prompt.
-
-    Args:
-        chosen_mean, chosen_std, rejected_mean, rejected_std (`np.ndarray` of shape `(num_pairs,)`):
-            Mean and standard deviation of the scores.
-    """
+    """Mean and standard deviation of the scores of the two images of every pair, each of shape `(num_pairs,)`."""
 
     chosen_mean: np.ndarray
     chosen_std: np.ndarray
@@ -43,15 +37,7 @@ class PairScores:
 
 @dataclass(frozen=True)
 class GroupAccuracy:
-    """
-    Pair accuracy of one group of pairs.
-
-    Args:
-        accuracy ([`Interval`]):
-            Share of correctly ordered pairs with its 95 % interval.
-        num_pairs (`int`):
-            Number of pairs.
-    """
+    """Share of correctly ordered pairs of a group, with its 95 % interval, and the number of pairs."""
 
     accuracy: Interval
     num_pairs: int
@@ -59,18 +45,9 @@ class GroupAccuracy:
 
 def score_pairs(scorer: Scorer, dataset: Dataset, *, is_mirrored: bool = False) -> PairScores:
     """
-    Score all images of a preference dataset.
-
-    Args:
-        scorer (`Callable`):
-            `(prompts, images)` → mean and std, each of shape `(n,)`; for example `SpatialScore.score`.
-        dataset (`Dataset`):
-            With the columns `prompt`, `chosen` and `rejected`.
-        is_mirrored (`bool`, *optional*, defaults to `False`):
-            Whether to mirror images and prompts, left and right exchanged. The prompts must be descriptions of scenes.
-
-    Returns:
-        [`PairScores`]: the scores, in the order of the dataset.
+    Score all images of a preference dataset. `scorer` maps prompts and images to mean and std, each of shape `(n,)`, as
+    `SpatialScore.score` does. With `is_mirrored`, left and right are exchanged in images and prompts, which must be descriptions
+    of scenes.
     """
     prompts, images = list(dataset["prompt"]), [*dataset["chosen"], *dataset["rejected"]]
     if is_mirrored:
@@ -90,17 +67,8 @@ def mirror_prompt(prompt: str) -> str:
 
 def accuracy_table(scores: PairScores, dataset: Dataset) -> dict[str, dict[str, GroupAccuracy]]:
     """
-    Pair accuracy by group.
-
-    Args:
-        scores ([`PairScores`]):
-            From [`score_pairs`].
-        dataset (`Dataset`):
-            The scored pairs, with the columns `level` and `operations`.
-
-    Returns:
-        `dict`: `"all"`, `"level"` (number of changed relations), `"relation"` and `"operation"` (of the pairs with one
-        change) → name of the group → [`GroupAccuracy`].
+    Pair accuracy by group: `"all"`, `"level"` (number of changed relations), `"relation"` and `"operation"` (of the pairs with one
+    change) → name of the group → [`GroupAccuracy`]. The dataset has the columns `level` and `operations`.
     """
     levels = np.array(dataset["level"])
     first = [operations[0] for operations in dataset["operations"]]

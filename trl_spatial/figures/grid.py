@@ -21,21 +21,8 @@ def make_image_grid(
     num_columns: int | None = None,
 ) -> Image.Image:
     """
-    Draws images in rows, each with its caption and its prompt below.
-
-    Args:
-        images (`Sequence[Image.Image]`):
-            The images. They are drawn at most 320 pixels wide and high; shapes may differ.
-        prompts (`Sequence[str]`):
-            Prompt of each image, shortened to four lines. Letters that Pillow's own font lacks are drawn without their
-            accents or as `?`.
-        captions (`Sequence[str]`, *optional*):
-            A short text for each image, such as its rewards.
-        num_columns (`int`, *optional*):
-            Images per row. If `None`, at most four.
-
-    Returns:
-        `Image.Image`: the sheet.
+    Draws images in rows, each at most 320 pixels wide and high, with a caption, such as its rewards, and its prompt below,
+    shortened to four lines. Without `num_columns`, at most four stand in a row.
 
     Raises:
         `ValueError`: If there is no image, or the lists differ in length.
@@ -61,18 +48,7 @@ def save_image_grid(
     *,
     num_columns: int | None = None,
 ) -> Image.Image:
-    """
-    Draws a grid and saves it.
-
-    Args:
-        path (`str` or `Path`):
-            File to write, such as `images/step_00100.png`; its folder is created if missing.
-        images, prompts, captions, num_columns:
-            See [`make_image_grid`].
-
-    Returns:
-        `Image.Image`: the sheet.
-    """
+    """[`make_image_grid`], saved to a file; its folder is created if missing."""
     grid = make_image_grid(images, prompts, captions, num_columns=num_columns)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     grid.save(path)

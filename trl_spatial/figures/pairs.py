@@ -14,17 +14,8 @@ RIGHT, WRONG = (22, 128, 66), (190, 38, 44)  # colors of the higher score
 @dataclass(frozen=True)
 class ScoredPair:
     """
-    A pair to be drawn.
-
-    Args:
-        prompt (`str`):
-            The prompt.
-        chosen (`Image.Image`), rejected (`Image.Image`):
-            The two images.
-        chosen_score (`tuple[float, float]`, *optional*), rejected_score (`tuple[float, float]`, *optional*):
-            Mean and standard deviation of their scores; both `None` if they have none.
-        caption (`str`):
-            Text below, for example what was changed.
+    A pair to be drawn, with mean and standard deviation of the scores of its images, if they have any, and a text below, for
+    example what was changed.
     """
 
     prompt: str
@@ -39,19 +30,6 @@ def draw_pairs(pairs: Sequence[ScoredPair], *, title: str, num_columns: int = 2,
     """
     Draws scored pairs: the chosen image left, the rejected one right. The higher score is green if it is the chosen
     image's, and red otherwise; equal scores are both red.
-
-    Args:
-        pairs (`Sequence[ScoredPair]`):
-            The pairs.
-        title (`str`):
-            Headline.
-        num_columns (`int`, *optional*, defaults to `2`):
-            Pairs per row.
-        image_size (`int`, *optional*, defaults to `160`):
-            Width and height of the drawn images, in pixels.
-
-    Returns:
-        `Image.Image`: the sheet.
     """
     if not pairs:
         raise ValueError("`pairs` is empty: there is nothing to draw.")

@@ -17,17 +17,7 @@ _ASCII_SIGNS = str.maketrans("−–—‘’“”", "---''\"\"")
 
 @dataclass(frozen=True)
 class Text:
-    """
-    Text of a cell.
-
-    Args:
-        text (`str`):
-            The text. Letters that Pillow's own font lacks are drawn without their accents or as `?`.
-        color (`tuple[int, int, int]`, *optional*):
-            Its color.
-        max_lines (`int`, *optional*):
-            Number of lines after which it is cut short.
-    """
+    """Text of a cell, cut short after `max_lines`. Letters that Pillow's own font lacks are drawn without their accents or as `?`."""
 
     text: str
     color: Color = INK
@@ -36,17 +26,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Cell:
-    """
-    Images beside each other with the texts that belong to them.
-
-    Args:
-        images (`Sequence[Image.Image]`):
-            The images, drawn in the size they have.
-        labels (`Sequence[Text]`):
-            Text below each image.
-        above (`Text`, *optional*), below (`Text`, *optional*):
-            Text above the images, and text below the labels, as wide as all images.
-    """
+    """Images beside each other, in the size they have, with a label below each, and text above and below, as wide as all images."""
 
     images: Sequence[Image.Image]
     labels: Sequence[Text]
@@ -56,18 +36,8 @@ class Cell:
 
 def draw_sheet(cells: Sequence[Cell], *, num_columns: int, title: str = "") -> Image.Image:
     """
-    Draws cells in reading order. All columns are equally wide, and the same parts of all cells equally high.
-
-    Args:
-        cells (`Sequence[Cell]`):
-            At least one cell. All have the same number of images.
-        num_columns (`int`):
-            Cells per row.
-        title (`str`, *optional*):
-            Headline.
-
-    Returns:
-        `Image.Image`: the sheet.
+    Draws cells, which all have the same number of images, in reading order. All columns are equally wide, and the same parts of
+    all cells equally high.
     """
     images = [image for cell in cells for image in cell.images]
     width, height = (max(image.size[side] for image in images) for side in (0, 1))

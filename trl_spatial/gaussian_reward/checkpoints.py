@@ -33,16 +33,8 @@ SMALL_FILES = (
 
 def find_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Path:
     """
-    Finds the folder of a reward model, downloads it if it is on the Hub, and checks its files.
-
-    Args:
-        name_or_path (`str` or `Path`):
-            Local folder, `org/name` or `org/name@revision` on the Hub, or `hub/NAME`.
-        revision (`str`, *optional*):
-            Branch, tag or commit of the Hub repository.
-
-    Returns:
-        `Path`: The local folder. All files that loading needs are there and can be read.
+    Finds the folder of a reward model, `hub/NAME` included, downloads it if it is on the Hub, and checks its files: all that
+    loading needs are there and can be read.
 
     Raises:
         `ValueError`: If it is not the folder of a reward model, or a file is missing or damaged.
@@ -119,16 +111,8 @@ def _check_weight_files(name_or_path: str | Path, folder: Path) -> None:
 
 def fingerprint(folder: Path, *settings: str) -> str:
     """
-    A short name of what a checkpoint holds, so that scores of two models are never taken for those of one.
-
-    Args:
-        folder (`Path`):
-            The checkpoint. Of its weights, which training changes everywhere, only the ends of each file are read.
-        settings (`str`):
-            What else decides the scores.
-
-    Returns:
-        `str`: 12 hexadecimal digits.
+    A short name of what a checkpoint and further settings make of a score, so that scores of two models are never taken for
+    those of one. Of weights, which training changes everywhere, only the ends of each file are read.
     """
     digest = hashlib.sha256(json.dumps(settings).encode())
     for path in sorted(path for pattern in ("*.safetensors", "*config.json") for path in folder.glob(pattern)):
@@ -141,17 +125,8 @@ def fingerprint(folder: Path, *settings: str) -> str:
 
 def load_adapter(folder: Path, config: Any, backbone: str | Path | None, **loading: Any) -> PeftModel:
     """
-    Loads an adapter on its backbone.
-
-    Args:
-        folder (`Path`):
-            From [`find_checkpoint`].
-        config ([`GaussianRewardModelConfig`]):
-            What the folder's `config.json` holds.
-        backbone (`str` or `Path`, *optional*):
-            Folder or Hub id of the backbone. If `None`, what the adapter was trained on.
-        **loading:
-            Type, devices, attention and quantization of the backbone, as [`GaussianRewardModel.from_backbone`] takes them.
+    Loads the adapter in a folder from [`find_checkpoint`] on its backbone: the one that is given, or that it was trained on.
+    `loading` is what [`GaussianRewardModel.from_backbone`] takes: type, devices, attention and quantization.
 
     Raises:
         `ValueError`: If the backbone cannot be loaded, or the weights are not finite or of another model.
@@ -214,17 +189,8 @@ def save_checkpoint(
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """
-    Writes the folder that [`SpatialScore.from_pretrained`] loads: config, weights as safetensors, processor.
-
-    Args:
-        model ([`GaussianRewardModel`] or [`~peft.PeftModel`]):
-            The model. Of a PEFT model only the adapter, the head and the reward token are written.
-        processor ([`SpatialScoreProcessor`]):
-            Its processor.
-        folder (`str` or `Path`):
-            Where to; created if missing.
-        state_dict (`dict[str, torch.Tensor]`, *optional*):
-            Weights gathered from several processes. If `None`, the model's own.
+    Writes the folder that [`SpatialScore.from_pretrained`] loads: config, weights as safetensors, processor. Of a PEFT model
+    only the adapter, the head and the reward token are written. `state_dict` holds weights gathered from several processes.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -32,16 +32,8 @@ ROW_COLUMN, IS_REVERSE_COLUMN = "__row__", "__is_reverse__"
 
 class PreferencePairs(torch.utils.data.Dataset):
     """
-    View of a dataset as pairs. Nothing is copied: adding or renaming columns of a selected or shuffled
-    [`~datasets.Dataset`] would rewrite its images.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Rows with the columns `prompt`, `chosen` and `rejected`, images undecoded.
-        rows (`Sequence[int]`):
-            Numbers of the rows that are used.
-        use_reverse_pairs (`bool`):
-            Whether each row also gives its reverse pair, right after it.
+    View of rows of a dataset as pairs, each row followed by its reverse pair with `use_reverse_pairs`. Nothing is copied:
+    adding or renaming columns of a selected or shuffled [`~datasets.Dataset`] would rewrite its images.
     """
 
     def __init__(self, dataset: Dataset, rows: Sequence[int], use_reverse_pairs: bool):
@@ -62,17 +54,8 @@ class PreferencePairs(torch.utils.data.Dataset):
 @dataclass(frozen=True)
 class RowChecker:
     """
-    Finds out whether a row of a preference dataset can be used in training.
-
-    Args:
-        processor ([`~gaussian_reward.processing.SpatialScoreProcessor`]):
-            Processor that will encode the rows.
-        columns (`Sequence[str]`):
-            Columns that are used.
-        max_length (`int`, *optional*):
-            Maximum number of tokens of a row, image tokens included.
-        decode_images (`bool`, *optional*, defaults to `False`):
-            Whether images are decoded. Otherwise only their headers are read, and damage further on stays unseen.
+    Finds out whether a row of a preference dataset can be used in training: its `columns`, at most `max_length` tokens, image
+    tokens included. Unless `decode_images`, only headers of images are read, and damage further on stays unseen.
     """
 
     processor: SpatialScoreProcessor

@@ -143,13 +143,8 @@ def preference_probability(
 @dataclass
 class _StandardNormal:
     """
-    Points that stand for a standard normal: `(log_weights.exp() * f(points)).sum(-1)` approximates `E[f(x)]`.
-
-    Args:
-        points (`torch.Tensor` of shape `(num_points,)` or `(batch, num_points)`):
-            Where to evaluate.
-        log_weights (`torch.Tensor` broadcastable to `points`):
-            Logarithm of the weights, which sum to 1.
+    Points that stand for a standard normal: `(log_weights.exp() * f(points)).sum(-1)` approximates `E[f(x)]`. `points` have
+    the shape `(num_points,)` or `(batch, num_points)`; the weights sum to 1.
     """
 
     points: torch.Tensor

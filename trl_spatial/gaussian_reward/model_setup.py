@@ -23,22 +23,8 @@ def resolve_model(
     quantization_config: BitsAndBytesConfig | None = None,
 ) -> tuple[GaussianRewardModel | PeftModel, SpatialScoreProcessor]:
     """
-    Loads the model if it was given by name, and its processor if none was given.
-
-    Args:
-        model (`str` or [`GaussianRewardModel`] or [`~peft.PeftModel`]):
-            A backbone or a whole reward model by its folder or Hub id, or a reward model.
-        args ([`GaussianRewardConfig`]):
-            Limits of the image size, seed of the head, and the keyword arguments of [`GaussianRewardModel.from_backbone`].
-        processor ([`SpatialScoreProcessor`], *optional*):
-            Processor of the model.
-        is_adapted (`bool`):
-            Whether the model will get adapters, so that its own weights are not trained and may keep their type.
-        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            Quantizes the language model of a model given by name.
-
-    Returns:
-        `tuple[GaussianRewardModel | PeftModel, SpatialScoreProcessor]`
+    Loads the model if it was given by name, a backbone or a whole reward model, and its processor if none was given. With
+    `is_adapted`, the model will get adapters, so that its own weights may keep their type.
 
     Raises:
         `TypeError`: If the model or the processor is of another class.
@@ -127,14 +113,9 @@ def copy_trained_parameters(model: GaussianRewardModel | PeftModel) -> dict[str,
 @torch.no_grad()
 def restore_fp32(model: GaussianRewardModel | PeftModel, trained: dict[str, torch.Tensor]) -> None:
     """
-    Undoes TRL's cast of a quantized model's trainable parameters to bfloat16. An update at a learning rate of 2e-6 is
-    smaller than bfloat16 can add to a weight of 1e-3, so nothing would be learned.
-
-    Args:
-        model ([`GaussianRewardModel`] or [`~peft.PeftModel`]):
-            The model; one that is not quantized is left as it is.
-        trained (`dict[str, torch.Tensor]`):
-            Values before the cast, from [`copy_trained_parameters`].
+    Undoes TRL's cast of a quantized model's trainable parameters to bfloat16, with their values from
+    [`copy_trained_parameters`]. An update at a learning rate of 2e-6 is smaller than bfloat16 can add to a weight of 1e-3, so
+    nothing would be learned.
     """
     if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
         return

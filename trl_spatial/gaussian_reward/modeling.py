@@ -94,20 +94,8 @@ class GaussianRewardOutput(ModelOutput):
 
 class GaussianHead(nn.Module):
     """
-    Multilayer perceptron from a hidden state to the mean and log standard deviation of a score. It computes in fp32,
-    whatever the backbone's type and whether or not autocast is on: differences of rewards are small.
-
-    Args:
-        input_size (`int`):
-            Size of the backbone's hidden states.
-        hidden_sizes (`tuple[int, ...]`):
-            Sizes of the hidden layers.
-        dropout (`float`):
-            Dropout after each hidden layer.
-        log_std_min (`float`):
-            Lower bound of the log standard deviation.
-        log_std_max (`float`):
-            Upper bound of the log standard deviation.
+    Multilayer perceptron from a hidden state to the mean and log standard deviation of a score, with dropout after each hidden
+    layer. It computes in fp32, whatever the backbone's type and whether or not autocast is on: differences of rewards are small.
     """
 
     def __init__(
@@ -144,12 +132,6 @@ class RewardTokenEmbedding(nn.Module):
 
     The row lives apart from the matrix, so training cannot touch any other row, an adapter stores one row instead of
     the matrix, and the token needs no row of its own there: no resizing, whatever its id.
-
-    Args:
-        base ([`~torch.nn.Embedding`]):
-            The backbone's embedding; its parameters are frozen.
-        reward_token_id (`int`):
-            The token that gets the trainable row.
     """
 
     def __init__(self, base: nn.Embedding, reward_token_id: int):

@@ -56,15 +56,8 @@ _CHAT_TEMPLATE = """\
 
 def build_chat_template(instruction: str) -> str:
     """
-    Writes the chat template of the reward model: the instruction as the system turn, the image and the prompt as the
-    user turn, and the reward token as all the assistant says.
-
-    Args:
-        instruction (`str`):
-            What to judge. An empty string leaves the system turn out.
-
-    Returns:
-        `str`: A Jinja template.
+    Writes the Jinja chat template of the reward model: the instruction, unless it is empty, as the system turn, the image and
+    the prompt as the user turn, and the reward token as all the assistant says.
     """
     # A JSON string that keeps its non-ASCII characters is also a Jinja string literal.
     literal = json.dumps(instruction, ensure_ascii=False)

@@ -221,17 +221,8 @@ class SpatialScore:
 
     def __call__(self, prompts: list[str], images: list[Any], **columns: Any) -> list[float]:
         """
-        The reward function that TRL's trainers call: one float per row. Other columns of the dataset are ignored.
-
-        Args:
-            prompts (`list[str]`):
-                One caption per row.
-            images (`list`):
-                One image per row.
-
-        Returns:
-            `list[float]`: The mean of each score, or a draw from its Gaussian if the scorer was built with
-            `sample=True`.
+        The reward function that TRL's trainers call: for each row the mean of its score, or a draw from its Gaussian if the scorer
+        was built with `sample=True`. Other columns of the dataset are ignored.
         """
         scores = self.score(prompts, images, show_progress=False)
         if not self.sample:

@@ -132,13 +132,7 @@ def check_columns(features: Mapping[str, Any], split: str) -> tuple[list[str], l
 
 def pick_columns(features: Mapping[str, Any], use_reverse_pairs: bool | None, split: str) -> list[str]:
     """
-    The columns that training uses, of those that are there.
-
-    Args:
-        features ([`~datasets.Features`]), split (`str`):
-            As in [`check_columns`].
-        use_reverse_pairs (`bool`, *optional*):
-            Whether `perturbed_prompt` is used. If `None`, when it is there.
+    The columns that training uses, of those that are there: `perturbed_prompt` unless `use_reverse_pairs` is false.
 
     Raises:
         `ValueError`: If a needed column is missing or one that is used is of a wrong type.

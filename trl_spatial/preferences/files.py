@@ -45,18 +45,8 @@ class OutsideError(ValueError):
 
 def load_files(path: Path, *, config_name: str | None = None, streaming: bool = False) -> DatasetDict:
     """
-    Loads a dataset from a file or a folder.
-
-    Args:
-        path (`Path`):
-            A file with one of the suffixes of `FILE_TYPES`, a folder of such files, or one written by `save_to_disk`.
-        config_name (`str`, *optional*):
-            Configuration, if the folder has several.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Whether to read the rows as they are needed. Damage then shows when it is reached.
-
-    Returns:
-        [`~datasets.DatasetDict`] or, with `streaming`, [`~datasets.IterableDatasetDict`]: The splits.
+    Loads a dataset from a file with one of the suffixes of `FILE_TYPES`, a folder of such files, or one that `save_to_disk` wrote,
+    as a [`~datasets.DatasetDict`]. With `streaming`, damage shows when it is reached.
 
     Raises:
         `ValueError`: If a file is empty, damaged or of another type, or the dataset names a file outside its folder. The
@@ -116,16 +106,8 @@ def _check_stream(rows: IterableDataset, folders: Sequence[Path], name: str) -> 
 
 def check_paths(rows: Dataset, folders: Sequence[Path], name: str) -> None:
     """
-    Checks that the files named by cells (images, audio, ...) lie in one of the given folders. Otherwise reading or publishing
-    somebody else's dataset could open, or upload, any file of this machine.
-
-    Args:
-        rows ([`~datasets.Dataset`]):
-            The rows. All cells with `bytes` and `path` are looked at, however deep.
-        folders (`Sequence[Path]`):
-            The folders.
-        name (`str`):
-            Name of the dataset, for messages.
+    Checks that the files named by cells with `bytes` and `path`, however deep, lie in one of the given folders. Otherwise reading
+    or publishing somebody else's dataset could open, or upload, any file of this machine.
 
     Raises:
         [`OutsideError`]: If one lies elsewhere or is an address.

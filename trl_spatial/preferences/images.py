@@ -27,15 +27,8 @@ _PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # color space of 
 
 def open_image(image: Any) -> Image.Image:
     """
-    Opens an image, in whatever form a dataset or a user has it, without decoding its pixels.
-
-    Args:
-        image (`PIL.Image.Image`, `str`, `Path`, `bytes`, `pyarrow.Buffer`, `dict` or file object):
-            A PIL image; the path of a local file; the content of a file, as bytes or as a file opened in binary mode; or
-            a cell of an undecoded [`~datasets.Image`] column (`{"bytes": ..., "path": ...}`).
-
-    Returns:
-        `PIL.Image.Image`: The image as it is stored. [`load_image`] makes it look as a viewer shows it.
+    Opens an image without decoding its pixels: a PIL image, the path of a local file, its content as bytes or as an open file, or
+    a cell of an undecoded [`~datasets.Image`] column. The result is as it is stored: [`load_image`] shows it as a viewer does.
 
     Raises:
         `ValueError`: If the image is missing, of another type, not a local file of one of `FORMATS`, has no pixels or
@@ -58,16 +51,9 @@ def open_image(image: Any) -> Image.Image:
 
 def load_image(image: Any) -> Image.Image:
     """
-    Decodes an image to what a viewer shows: upright by its EXIF orientation, because left must be the viewer's left; on
-    white where it is transparent; in sRGB if it has a color profile; 16-bit grey scaled to 8 bits; the first frame of
-    several, with a warning.
-
-    Args:
-        image (`PIL.Image.Image`, `str`, `Path`, `bytes`, `pyarrow.Buffer`, `dict` or file object):
-            As in [`open_image`].
-
-    Returns:
-        `PIL.Image.Image`: A new image in RGB.
+    Decodes an image, in any form that [`open_image`] takes, to what a viewer shows, in RGB: upright by its EXIF orientation,
+    because left must be the viewer's left; on white where it is transparent; in sRGB if it has a color profile; 16-bit grey
+    scaled to 8 bits; the first frame of several, with a warning.
 
     Raises:
         `ValueError`: As in [`open_image`], or if the pixels cannot be decoded, do not match the file's checksums, or are

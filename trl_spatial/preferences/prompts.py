@@ -8,15 +8,8 @@ MAX_PROMPT_CHARACTERS = 20_000  # tokenizing takes quadratic time: a prompt of a
 
 def clean_prompt(prompt: Any) -> str:
     """
-    Checks a prompt and removes blanks from its ends, so that a prompt has one score wherever it was read from.
-
-    Args:
-        prompt (`str`):
-            The prompt as it was written.
-
-    Returns:
-        `str`: The prompt without whitespace and byte order marks (U+FEFF) at its ends. What is inside stays, line breaks
-        included.
+    Checks a prompt and removes whitespace and byte order marks (U+FEFF) from its ends, so that a prompt has one score wherever
+    it was read from.
 
     Raises:
         `ValueError`: If it is not a string, is empty, has more than `MAX_PROMPT_CHARACTERS` characters, or contains a

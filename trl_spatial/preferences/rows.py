@@ -23,15 +23,8 @@ WAY_OUT = "Repair or remove the row, or set `skip_bad_rows` to leave such rows o
 @dataclass(frozen=True)
 class ImageFacts:
     """
-    What is known of an image.
-
-    Args:
-        width (`int`), height (`int`):
-            Its size in pixels: upright if it was decoded, otherwise as it is stored.
-        mode (`str`):
-            Pillow's name of the pixels in the file, for example `"RGB"`.
-        digest (`bytes`, *optional*):
-            Hash of its pixels, see [`~preferences.images.image_digest`]. `None` if it was not decoded.
+    What is known of an image: its size in pixels, upright if it was decoded, otherwise as it is stored; Pillow's name of the
+    pixels in the file, such as `"RGB"`; and, if it was decoded, [`~preferences.images.image_digest`] of its pixels.
     """
 
     width: int
@@ -56,18 +49,8 @@ def find_faults(
     row: Mapping[str, Any], images: Mapping[str, ImageFacts | ValueError], place: Place
 ) -> Iterator[Finding]:
     """
-    Finds what makes a row unusable.
-
-    Args:
-        row (`Mapping[str, Any]`):
-            Its values. Only columns that training uses are looked at, and only those that are there.
-        images (`Mapping[str, ImageFacts | ValueError]`):
-            Column → what [`look_at_image`] says of the row's image.
-        place ([`~preferences.faults.Place`]):
-            Split and number of the row.
-
-    Yields:
-        [`~preferences.faults.Finding`]: An error.
+    Yields what makes a row unusable. Only columns that training uses are looked at, and only those that are there; `images` is
+    what [`look_at_image`] says of the image in each column.
     """
 
     def found(kind: str, column: str, reason: str) -> Finding:

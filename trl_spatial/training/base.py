@@ -77,15 +77,8 @@ class BaseTrainer(HubTrainer):
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
         """
-        Trains from the beginning or from a checkpoint.
-
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*):
-                A checkpoint; `True` for the last complete one in `output_dir`, or the beginning if there is none yet.
-            trial (*optional*):
-                Trial of a search for hyperparameters.
-            ignore_keys_for_eval (`list[str]`, *optional*):
-                As in the parent.
+        Trains from the beginning or from a checkpoint: `resume_from_checkpoint` is one, or `True` for the last complete one in
+        `output_dir` (the beginning if there is none yet).
 
         Raises:
             `ValueError`: If `output_dir` holds another training, or an option cannot be changed on resuming.
@@ -285,10 +278,6 @@ class BaseTrainer(HubTrainer):
         """
         Saves the model and its card. Weights that were saved there before, in this form or the other, are replaced when
         the new ones are on disk; the folder is then marked complete.
-
-        Args:
-            output_dir (`str`, *optional*):
-                Where to. Defaults to `args.output_dir`.
         """
         self._check_finite_weights()
         folder = Path(self.args.output_dir if output_dir is None else output_dir)

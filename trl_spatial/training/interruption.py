@@ -17,15 +17,8 @@ _SAME = 2.0  # seconds: a terminal and a launcher both pass on one Ctrl-C
 class Interruption(TrainerCallback):
     """
     At SIGTERM or SIGINT, ends the training after the current update, with a checkpoint. A second signal ends the process
-    at once. As a context it replaces the handlers of the main thread.
-
-    Args:
-        agree (`Callable[[int], int]`):
-            Takes a number and returns the largest of all processes.
-
-    Attributes:
-        signum (`int`):
-            The signal that all processes have agreed on, or 0.
+    at once. As a context it replaces the handlers of the main thread. `agree` takes a number and returns the largest of all
+    processes; `signum` is the signal that all of them have agreed on, or 0.
     """
 
     def __init__(self, agree: Callable[[int], int]):

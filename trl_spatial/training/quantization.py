@@ -15,13 +15,8 @@ def nf4_config(
     config_class: Callable[..., ConfigT] = BitsAndBytesConfig,
 ) -> ConfigT:
     """
-    Settings that store weights in NF4 with double quantization, as in [QLoRA](https://huggingface.co/papers/2305.14314).
-
-    Args:
-        compute_dtype (`str` or `torch.dtype`):
-            Type in which the layers compute.
-        config_class (`type`, *optional*, defaults to [`~transformers.BitsAndBytesConfig`]):
-            Class of the settings. Diffusers takes its own `BitsAndBytesConfig`, which has the same fields.
+    Settings that store weights in NF4 with double quantization, as in [QLoRA](https://huggingface.co/papers/2305.14314), and
+    compute in `compute_dtype`. Diffusers takes its own `config_class`, which has the same fields.
     """
     return config_class(
         load_in_4bit=True,

@@ -40,15 +40,8 @@ _FREE = re.compile(
 
 def check_arguments(args: TrainingArguments) -> None:
     """
-    Refuses what no trainer of this package can do right, before any model is loaded. A loss that is not finite ends the
-    training, so nothing is left to be filtered out of the logs.
-
-    Args:
-        args ([`~transformers.TrainingArguments`]):
-            The arguments; `logging_nan_inf_filter` is switched off.
-
-    Raises:
-        `ValueError`: If `output_dir` cannot be written, or `save_on_each_node` is set.
+    Refuses what no trainer of this package can do right, before any model is loaded: an `output_dir` that cannot be written,
+    and `save_on_each_node`. A loss that is not finite ends the training, so `logging_nan_inf_filter` is switched off.
     """
     if args.save_on_each_node:
         raise ValueError(
@@ -74,16 +67,7 @@ def recorded_arguments(args: TrainingArguments) -> dict[str, Any]:
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """
-    The checkpoint to resume from: the latest one that is complete. Later ones that are not are named in a warning.
-
-    Args:
-        output_dir (`str` or `Path`):
-            Folder with the checkpoints of a run, `checkpoint-<step>`.
-
-    Returns:
-        `str`, *optional*: Path of the checkpoint, or `None` if there is none.
-    """
+    """Path of the latest checkpoint in `output_dir` that is complete, or `None`. Later ones that are not are named in a warning."""
     for _, path in sorted(find_checkpoints(output_dir).items(), reverse=True):
         if is_complete(path):
             return str(path)
@@ -102,16 +86,7 @@ def find_checkpoints(output_dir: str | Path) -> dict[int, Path]:
 
 
 def check_complete(folder: str | Path) -> None:
-    """
-    Refuses a checkpoint that was named as the one to resume from but is not complete.
-
-    Args:
-        folder (`str` or `Path`):
-            Folder of the checkpoint.
-
-    Raises:
-        `ValueError`: If it is missing or incomplete.
-    """
+    """Refuses a checkpoint that was named as the one to resume from but is missing or incomplete."""
     if not is_complete(folder):
         state = "incomplete: the run was stopped while writing it" if Path(folder).is_dir() else "not a folder"
         raise ValueError(
@@ -130,17 +105,8 @@ def num_updates_of(checkpoint: str | Path) -> int:
 
 def find_start(output_dir: str | Path, resume: str | bool | None) -> str | None:
     """
-    Decides where a run starts.
-
-    Args:
-        output_dir (`str` or `Path`):
-            Folder of the run.
-        resume (`str` or `bool`, *optional*):
-            A checkpoint; `True` (or `"true"`) for the last complete one in `output_dir`, or the beginning if nothing was
-            saved there yet; otherwise the beginning.
-
-    Returns:
-        `str`, *optional*: the checkpoint to resume from, or `None` for the beginning.
+    The checkpoint that a run resumes from, or `None` for the beginning. `resume` is a checkpoint; `True` or `"true"` for the
+    last complete one in `output_dir`, or the beginning if nothing was saved there yet; otherwise the beginning.
 
     Raises:
         `ValueError`: If the folder holds another training, or the checkpoint cannot be resumed from.
@@ -171,12 +137,7 @@ def find_start(output_dir: str | Path, resume: str | bool | None) -> str | None:
 
 
 def check_start(args: TrainingArguments) -> None:
-    """
-    Refuses an `output_dir` that is in use, or a checkpoint that cannot be resumed from, before a model is loaded.
-
-    Raises:
-        `ValueError`: As in [`find_start`].
-    """
+    """[`find_start`] before a model is loaded: refuses an `output_dir` that is in use, or an unusable checkpoint."""
     if str(args.resume_from_checkpoint).lower() != "true":  # the last complete checkpoint is looked for at the start
         find_start(args.output_dir, args.resume_from_checkpoint)
 
@@ -232,17 +193,8 @@ def new_run(folder: str | Path, kind: str) -> dict[str, Any]:
 
 def move_weights(source: Path, folder: Path) -> list[str]:
     """
-    Moves freshly saved files into a folder in place of those that were saved there before, in whichever form. Until it is
-    marked complete, the folder does not pass for a result.
-
-    Args:
-        source (`Path`):
-            Folder with the new files; it is gone afterwards.
-        folder (`Path`):
-            Where to.
-
-    Returns:
-        `list[str]`: names of the moved files, relative to `folder`.
+    Moves freshly saved files from `source`, which is gone afterwards, into a folder in place of those that were saved there
+    before, in whichever form, and returns their names. Until it is marked complete, the folder does not pass for a result.
     """
     earlier = marked_files(folder) or {}
     files = [path.relative_to(source).as_posix() for path in sorted(source.rglob("*")) if path.is_file()]
@@ -258,10 +210,8 @@ def move_weights(source: Path, folder: Path) -> list[str]:
 
 def begin_weights(folder: Path) -> Path:
     """
-    Makes the folder in which the weights that replace those of `folder` are written first.
-
-    Raises:
-        `ValueError`: If `folder` holds weights that no trainer of this package wrote.
+    Makes the folder in which the weights that replace those of `folder` are written first, unless no trainer of this package
+    wrote those.
     """
     if _weights(folder) and not (folder / MARKER).is_file() and not read_run(folder):
         raise ValueError(f"{folder} holds weights that this trainer did not write. Save to another folder.")
