@@ -183,15 +183,8 @@ class Stages:
 
     def run(self, name: str, function: Callable[[], Any], *, outputs: Sequence[Path] = ()) -> Any:
         """
-        Runs a stage, or returns what it returned when it was run, as read back from JSON.
-
-        Args:
-            name (`str`):
-                Name of the stage, one of `titles`.
-            function (`Callable`):
-                Does the work and returns something that JSON can hold.
-            outputs (`Sequence[Path]`, *optional*):
-                Files that the stage writes. If one is missing, the stage is run again.
+        Runs a stage, or returns what it returned when it was run, as read back from JSON. If one of the files `outputs` is missing, the
+        stage is run again.
         """
         names = list(self.titles)
         title = f"{names.index(name) + 1}/{len(names)}  {self.titles[name]}"

@@ -33,15 +33,7 @@ _SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<
 def prepare_splits(splits: Mapping[str, Dataset], source: str) -> DatasetDict:
     """
     Makes images of what names or holds image files, so that they are embedded when the dataset is uploaded, and checks the rest.
-
-    Args:
-        splits (`Mapping[str, Dataset]`):
-            The splits.
-        source (`str`):
-            Where they are from: paths of images in a file are relative to its folder.
-
-    Returns:
-        [`~datasets.DatasetDict`]: the same rows; the columns of `COLUMNS` first and in their order.
+    Paths of images in a file are relative to the folder of `source`. The columns of `COLUMNS` come first.
 
     Raises:
         [`~preferences.files.OutsideError`]: If a row names a file that is not in that folder: it would be uploaded.
@@ -100,31 +92,9 @@ def push_dataset(
     others: Mapping[str, DatasetDict] | None = None,
 ) -> str:
     """
-    Uploads a dataset: Parquet shards with the images in them, and a card. An interrupted upload that is started again sends
-    only the shards that are not there.
-
-    Args:
-        splits ([`~datasets.DatasetDict`]):
-            From [`prepare_splits`].
-        repo_id (`str`):
-            `"org/name"`; made if it is not there. Splits of the same names in it are replaced, others stay.
-        report ([`ValidationReport`]):
-            From [`check_splits`]: the numbers of the card.
-        config_name (`str`, *optional*, defaults to `"default"`):
-            Configuration: one of several datasets of a repository.
-        private (`bool`, *optional*):
-            Whether a new repository is private.
-        max_shard_size (`str`, *optional*, defaults to `"500MB"`):
-            Largest size of a shard.
-        license (`str`, *optional*):
-            License for the card, as the Hub abbreviates it.
-        notes (`str`, *optional*):
-            See [`card_files`].
-        others (`Mapping[str, DatasetDict]`, *optional*):
-            Further configurations of the repository, such as one without images.
-
-    Returns:
-        `str`: address of the repository.
+    Uploads a dataset from [`prepare_splits`]: Parquet shards with the images in them, and a card with the numbers of `report`, and
+    returns its address. An interrupted upload that is started again sends only the shards that are not there. Splits of the same
+    names in the repository are replaced, others stay. `others` are further configurations, such as one without images.
 
     Raises:
         `HubError`: If the Hub cannot be reached or refuses; the message says why.
@@ -163,24 +133,8 @@ def card_files(
     written: Mapping[str, Any] | None = None,
 ) -> dict[str, Path | bytes]:
     """
-    The card of a dataset with its pictures.
-
-    Args:
-        splits ([`~datasets.DatasetDict`]):
-            The dataset.
-        dataset_id (`str`):
-            Where it goes.
-        report ([`ValidationReport`]):
-            What is in it.
-        config_name (`str`, *optional*, defaults to `"default"`), license (`str`, *optional*):
-            See [`push_dataset`].
-        notes (`str`, *optional*):
-            Sections of the card on how the dataset was made, as Markdown.
-        written (`Mapping[str, Any]`, *optional*):
-            Front matter that is there already, from the upload of the shards: which files are which split.
-
-    Returns:
-        `dict[str, Path | bytes]`: name in the repository → content.
+    The card of a dataset with its pictures: name in the repository → content. `notes` are sections on how the dataset was made, as
+    Markdown; `written` is front matter that is there already: which files are which split.
     """
     written = dict(written or {})
     pictures: dict[str, Path | bytes] = {SAMPLES_FILE: _png(_draw_samples(next(iter(splits.values()))))}

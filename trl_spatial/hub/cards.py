@@ -47,25 +47,8 @@ def card_template(name: str) -> Path:
 @dataclass(frozen=True)
 class Result:
     """
-    A measured number.
-
-    Args:
-        metric (`str`):
-            Name of the metric, such as `"accuracy"`.
-        value (`float`):
-            The number.
-        num_samples (`int`, *optional*):
-            Number of independent samples.
-        unit (`str`, *optional*):
-            Name of the samples: `"pairs"`, `"prompts"`.
-        interval (`tuple[float, float]`, *optional*):
-            95 % confidence interval.
-        dataset (`str`, *optional*):
-            Description of the dataset.
-        dataset_id (`str`, *optional*):
-            Hub id of the dataset.
-        split (`str`, *optional*):
-            Split of the dataset.
+    A measured number of a metric, such as `"accuracy"`: how many independent samples of which unit (`"pairs"`, `"prompts"`) there were,
+    its 95 % interval, and a description, Hub id and split of the dataset.
     """
 
     metric: str
@@ -81,24 +64,11 @@ class Result:
 @dataclass(frozen=True)
 class Card:
     """
-    The record of a model and the template that presents it. The record is saved as `card.json` beside the model, and the
-    template is filled in again for each repository that the model is uploaded to.
+    The record of a model and the template in `hub_cards/` that presents it. The record is saved as `card.json` beside the model, and
+    the template is filled in again for each repository that the model is uploaded to.
 
-    Args:
-        template (`str`):
-            File name of the template in `hub_cards/`.
-        front_matter (`dict[str, Any]`):
-            Metadata of the repository other than the fields below: `library_name`, `pipeline_tag`, `license`, `tags`.
-        values (`dict[str, Any]`, *optional*):
-            Further values for the template, as JSON.
-        results (`list[Result]`, *optional*):
-            Measured numbers.
-        base_model (`str`, *optional*):
-            Hub id of the model that was trained.
-        dataset (`str`, *optional*):
-            Hub id of the training dataset.
-        readme_digest (`str`, *optional*):
-            SHA-256 of the `README.md` that was rendered from the record. A file with another digest has been edited.
+    `front_matter` holds `library_name`, `pipeline_tag`, `license` and `tags`; `values`, as JSON, is for the template; `base_model` and
+    `dataset` are Hub ids; a `README.md` with another SHA-256 than `readme_digest` has been edited.
     """
 
     template: str

@@ -34,22 +34,10 @@ PROCESSOR_FILES = (
 @dataclass(frozen=True)
 class Kind:
     """
-    A kind of folder that can be uploaded. The room that writes such folders defines it.
-
-    Args:
-        name (`str`):
-            Name in messages, such as `"a SpatialScore reward model"`.
-        repo_type (`str`):
-            `"model"`, `"dataset"` or `"space"`.
-        is_one (`Callable[[Path], bool]`):
-            Whether a folder is of this kind.
-        files (`tuple[str, ...]`, *optional*):
-            Files that are uploaded: names or shell patterns, relative to the folder, where `*` does not match a `/`.
-            Everything else stays here. The card and its picture are added for a model.
-        weights (`tuple[str, ...]`, *optional*):
-            Forms that its weights have, as patterns that also belong to `files`. A folder must hold exactly one of them.
-        card (`Card`, *optional*):
-            Card of a folder that has none. Without it such a folder needs a `README.md`.
+    A kind of folder that can be uploaded. The room that writes such folders defines it: its name in messages, whether a folder is one,
+    and the files that are uploaded, as names or shell patterns where `*` does not match a `/`; everything else stays here, but for
+    the card and its picture. `weights` are the forms that its weights have, of which a folder must hold exactly one. A folder
+    without a card gets `card`, or else needs a `README.md`.
     """
 
     name: str
@@ -87,23 +75,9 @@ def collect_files(
     license: str | None = None,
 ) -> dict[str, Path | bytes]:
     """
-    Collects what is uploaded from the folder of a model or a Space: the files that its kind allows, and for a model the
-    card, filled in for `repo_id`, with its picture. A `README.md` that somebody has edited is kept.
-
-    Args:
-        folder (`str` or `Path`):
-            The folder.
-        repo_id (`str`):
-            Repository, `"org/name"`.
-        kind ([`Kind`]):
-            Kind of the folder.
-        base_model (`str`, *optional*):
-            Hub id of the model that was trained, if a local copy of it was.
-        license (`str`, *optional*):
-            License for the card, as the Hub abbreviates it.
-
-    Returns:
-        `dict[str, Path | bytes]`: name in the repository → local file, or its content where that differs from the file's.
+    Collects what is uploaded from the folder of a model or a Space: the files that its kind allows, as paths or, where it differs,
+    as content, and for a model the card, filled in for `repo_id`, with its picture. A `README.md` that somebody has edited is kept.
+    `base_model` is the Hub id of the model that was trained, if a local copy of it was.
 
     Raises:
         `ValueError`: If the folder has no weights, or those of two models, or a damaged file.

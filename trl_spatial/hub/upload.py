@@ -44,29 +44,11 @@ def push_files(
     revision: str | None = None,
 ) -> str:
     """
-    Uploads files to a repository in a single commit. Files that an interrupted upload had finished are not sent again.
+    Uploads files, a path or the content for each name in the repository, to an existing repository in a single commit, and returns
+    its address. Files that an interrupted upload had finished are not sent again.
 
-    Args:
-        files (`Mapping[str, Path | bytes]`):
-            Name in the repository → local file, or its content.
-        repo_id (`str`):
-            `"org/name"`, an existing repository, see [`create_repository`].
-        repo_type (`str`, *optional*, defaults to `"model"`):
-            `"model"`, `"dataset"` or `"space"`.
-        message (`str`):
-            Title of the commit.
-        path_in_repo (`str`, *optional*):
-            Folder in the repository.
-        private (`tuple[Path, ...]`, *optional*):
-            Folders whose paths must not be in the files, see [`~hub.safety.check_public`].
-        replace (`bool`, *optional*):
-            What to do with other files in the repository: `True` deletes them, `False` raises an error, so that two models
-            are not mixed, and `None` keeps them.
-        token (`str`, *optional*), revision (`str`, *optional*):
-            Token of the Hub, by default the logged-in user's, and the branch, by default `"main"`.
-
-    Returns:
-        `str`: address of the commit.
+    Paths of the folders `private` must not be in the files, see [`~hub.safety.check_public`]. Other files in the repository are
+    deleted if `replace` is true, an error if it is false, so that two models are not mixed, and kept if it is `None`.
 
     Raises:
         `ValueError`: If a file holds something private, or the repository has other files.

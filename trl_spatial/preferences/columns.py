@@ -16,21 +16,8 @@ PROMPT_COLUMNS = ("prompt", "perturbed_prompt")
 @dataclass(frozen=True)
 class Column:
     """
-    One column of a preference dataset.
-
-    Args:
-        name (`str`):
-            Its name.
-        holds (`str`):
-            What it holds, in words.
-        accepts (`Callable[[Any], bool]`):
-            Whether a feature of a [`~datasets.Dataset`] can hold that.
-        purpose (`str`):
-            What its values are for.
-        is_required (`bool`, *optional*, defaults to `False`):
-            Whether a preference dataset must have it.
-        is_usual (`bool`, *optional*, defaults to `True`):
-            Whether its absence is worth a note.
+    One column of a preference dataset: what it holds, in words; whether a feature of a [`~datasets.Dataset`] can hold that; what its
+    values are for; whether it must be there, and whether its absence is worth a note.
     """
 
     name: str
@@ -98,13 +85,7 @@ COLUMNS = {column.name: column for column in _COLUMNS}
 
 def check_columns(features: Mapping[str, Any], split: str) -> tuple[list[str], list[Finding]]:
     """
-    Compares the columns of a split with those of a preference dataset.
-
-    Args:
-        features ([`~datasets.Features`]):
-            Columns of the split and their types; `None` for a type that is not known, which is not checked.
-        split (`str`):
-            Name of the split.
+    Compares the columns of a split with those of a preference dataset. A type of `None` is not known, and not checked.
 
     Returns:
         `tuple[list[str], list[Finding]]`: the columns that are there and of the right type, in the order of `COLUMNS`,

@@ -30,17 +30,7 @@ KINDS: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Place:
-    """
-    A place in a dataset.
-
-    Args:
-        split (`str`):
-            Name of the split.
-        row (`int`, *optional*):
-            Number of the row, from 0. `None`: all of the split.
-        column (`str`, *optional*):
-            Name of the column. `None`: the row as a whole.
-    """
+    """A place in a dataset: all of a split, a row, counted from 0, or a column of it."""
 
     split: str
     row: int | None = None
@@ -58,19 +48,8 @@ class Place:
 @dataclass(frozen=True)
 class Finding:
     """
-    One thing that is wrong, or worth knowing.
-
-    Args:
-        kind (`str`):
-            A key of `KINDS`.
-        place ([`Place`]):
-            Where it is.
-        value (`str`):
-            What is there, shortened.
-        reason (`str`):
-            What is wrong with it, as a sentence whose subject is the value.
-        other ([`Place`], *optional*):
-            The other place, of what is in two.
+    One thing that is wrong, or worth knowing: its kind, a key of `KINDS`; where it is; what is there, shortened; what is wrong with it,
+    as a sentence whose subject is the value; and the other place, of what is in two.
     """
 
     kind: str

@@ -101,17 +101,8 @@ class RemoteReward:
 
     def __call__(self, prompts: list[str], images: list[Any], **columns: Any) -> list[float | None]:
         """
-        The reward function that trainers call.
-
-        Args:
-            prompts (`list[str]`), images (`list`):
-                A caption for each image, and the images, in any form that [`~preferences.images.load_image`] takes.
-
-        Returns:
-            `list[float | None]`: The mean of each score; `None` where the server gave none.
-
-        Raises:
-            `ValueError`: If an image cannot be read, as a scorer here would.
+        The reward function that trainers call: the mean of each score, `None` where the server gave none. An image that cannot be read
+        is a `ValueError`, as with a scorer here.
         """
         with ThreadPoolExecutor(self.num_connections) as executor:
             starts = range(0, len(images), self.batch_size)

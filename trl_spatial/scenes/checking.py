@@ -17,17 +17,7 @@ __all__ = ["RelationCheck", "SceneCheck", "check_scene", "locate_objects"]
 
 @dataclass(frozen=True)
 class RelationCheck:
-    """
-    What one relation of a graph is in an image.
-
-    Args:
-        relation ([`Relation`]):
-            The relation.
-        verdict ([`Verdict`]):
-            Satisfied, violated or undecidable.
-        reason (`str`):
-            The measurement behind the verdict, in canvas units.
-    """
+    """What one relation of a graph is in an image, and the measurement behind the verdict, in canvas units."""
 
     relation: Relation
     verdict: Verdict
@@ -37,24 +27,11 @@ class RelationCheck:
 @dataclass(frozen=True)
 class SceneCheck:
     """
-    What an image shows of a scene graph.
+    What an image shows of a scene graph: a check per relation, everything found, the largest first, and entities that are missing,
+    there more than once, or not named. `remark` says what an image without objects is: blank or noise.
 
     Sizes are not judged: no two objects of a graph differ in nothing but their size word, so that a wrong size never
     makes an image show another scene.
-
-    Args:
-        relations (`list[RelationCheck]`):
-            One per relation of the graph, in its order.
-        objects (`list[LocatedObject]`):
-            Everything found, the largest first.
-        missing (`list[Entity]`):
-            Entities that are not in the image.
-        duplicated (`list[Entity]`):
-            Entities that are in the image more than once.
-        extra (`list[LocatedObject]`):
-            Objects that the graph does not name.
-        remark (`str`, *optional*):
-            What the image is if it shows no object at all: blank or noise.
     """
 
     relations: list[RelationCheck]

@@ -167,16 +167,7 @@ _MIRRORED_SIDES = {"left": "right", "right": "left"}
 
 
 def mirror(graph: SceneGraph) -> SceneGraph:
-    """
-    The graph that the horizontally mirrored image shows.
-
-    Args:
-        graph ([`SceneGraph`]):
-            Any graph.
-
-    Returns:
-        [`SceneGraph`]: left and right exchanged in relations and regions, rows reversed.
-    """
+    """The graph that the horizontally mirrored image shows: left and right exchanged in relations and regions, rows reversed."""
     relations = []
     for relation in graph.relations:
         name = _MIRRORED_RELATIONS.get(relation.name, relation.name)
@@ -209,22 +200,7 @@ def sample_entities(
     shapes: Sequence[str] = SHAPES,
 ) -> tuple[Entity, ...]:
     """
-    Draw objects of pairwise different colors.
-
-    Args:
-        rng (`np.random.Generator`):
-            Source of the draw.
-        num_objects (`int`):
-            Number of objects, at most the number of colors.
-        split (`str`, *optional*):
-            Draw from this split only.
-        size_probability (`float`, *optional*, defaults to `0.0`):
-            Probability that an object is given a size word.
-        colors (`Sequence[str]`, *optional*), shapes (`Sequence[str]`, *optional*):
-            Colors and shapes to draw from. Default to all.
-
-    Returns:
-        `tuple[Entity, ...]`: the objects.
+    Draw objects of pairwise different colors, if need be from one split only. `size_probability` is that of a size word.
 
     Raises:
         `ValueError`: If there are too few colors, or `split` or a shape is unknown.

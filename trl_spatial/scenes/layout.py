@@ -29,17 +29,7 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True)
 class PlacedObject:
-    """
-    One object on the canvas.
-
-    Args:
-        entity ([`Entity`]):
-            What it is.
-        x (`float`), y (`float`):
-            Center, in canvas units.
-        radius (`float`):
-            Half the width and half the height, in canvas units.
-    """
+    """One object on the canvas: what it is, its center, and half its width and height, in canvas units."""
 
     entity: Entity
     x: float
@@ -93,19 +83,9 @@ class DifferenceSystem:
 
 def sample_radii(graphs: Sequence[SceneGraph], rng: np.random.Generator, freedom: float = 1.0) -> dict[Entity, float]:
     """
-    Draw the sizes of the objects, such that they fit every one of several graphs over the same objects. Images of a
-    pair share their sizes, or the sizes would tell the two apart.
-
-    Args:
-        graphs (`Sequence[SceneGraph]`):
-            Graphs over the same entities.
-        rng (`np.random.Generator`):
-            Source of the draw.
-        freedom (`float`, *optional*, defaults to `1.0`):
-            Share of the possible sizes to draw from, the smallest first; 0 gives the smallest.
-
-    Returns:
-        `dict[Entity, float]`: half the width of every object, in canvas units.
+    Draw half the width of every object, in canvas units, such that they fit every one of several graphs over the same objects.
+    Images of a pair share their sizes, or the sizes would tell the two apart. `freedom` is the share of the possible sizes to draw
+    from, the smallest first.
 
     Raises:
         [`LayoutError`]: if a size word and a relation, or two relations, ask for different sizes.
@@ -133,18 +113,8 @@ def sample_radii(graphs: Sequence[SceneGraph], rng: np.random.Generator, freedom
 
 def place_scene(graph: SceneGraph, radii: dict[Entity, float], rng: np.random.Generator) -> list[PlacedObject]:
     """
-    Place the objects of a graph such that every relation holds clearly and no two objects touch that need not.
-
-    Args:
-        graph ([`SceneGraph`]):
-            What to place.
-        radii (`dict[Entity, float]`):
-            Half the width of every object, in canvas units.
-        rng (`np.random.Generator`):
-            Source of the draw: the same state gives the same layout.
-
-    Returns:
-        `list[PlacedObject]`: the objects in drawing order, those behind first.
+    Place the objects of a graph, of given radii, such that every relation holds clearly and no two objects touch that need not.
+    They are returned in drawing order, those behind first.
 
     Raises:
         [`LayoutError`]: if no layout satisfies the graph.
@@ -212,18 +182,8 @@ def place_together(
     graphs: Sequence[SceneGraph], rng: np.random.Generator, num_draws: int = 20
 ) -> list[list[PlacedObject]]:
     """
-    Place several graphs over the same objects, with the same sizes of the objects in every layout.
-
-    Args:
-        graphs (`Sequence[SceneGraph]`):
-            Graphs over the same entities.
-        rng (`np.random.Generator`):
-            Source of the draw.
-        num_draws (`int`, *optional*, defaults to `20`):
-            Draws of the sizes, every other one from smaller and smaller sizes: in a crowded scene some leave no room.
-
-    Returns:
-        `list[list[PlacedObject]]`: a layout of every graph, objects in drawing order.
+    Place several graphs over the same objects, with the same sizes of the objects in every layout. Sizes are drawn up to
+    `num_draws` times, every other one from smaller and smaller sizes: in a crowded scene some leave no room.
 
     Raises:
         [`LayoutError`]: if no layout was found.

@@ -47,26 +47,8 @@ def sample_graph(
     shapes: Sequence[str] = SHAPES,
 ) -> SceneGraph:
     """
-    Draw a consistent scene graph: one that can be placed on a canvas.
-
-    Args:
-        rng (`np.random.Generator`):
-            Source of the draw.
-        num_objects (`int`, *optional*, defaults to `3`):
-            Number of objects.
-        num_relations (`int`, *optional*, defaults to `2`):
-            Number of relations; two objects are related at most once, and an object is at one region at most.
-        relations (`Sequence[str]`, *optional*):
-            Kinds of relations to draw from, each equally often where they fit. Defaults to all.
-        split (`str`, *optional*):
-            Draw from this split only, see [`~SceneGraph.split`].
-        size_probability (`float`, *optional*, defaults to `0.0`):
-            Probability that an object is given a size word.
-        colors (`Sequence[str]`, *optional*), shapes (`Sequence[str]`, *optional*):
-            Colors and shapes of the objects. Default to all.
-
-    Returns:
-        [`SceneGraph`]: the graph.
+    Draw a consistent scene graph: one that can be placed on a canvas. Two objects are related at most once, and an object is at one
+    region at most; the kinds of relations are drawn equally often where they fit. The rest is as for [`sample_entities`].
     """
     for name in relations:
         if name not in RELATIONS:

@@ -29,21 +29,8 @@ class Verdict(StrEnum):
 class LocatedObject:
     """
     One object as found in an image. Its outline is the fitted one: where another object hides a part, the hidden part
-    belongs to the outline but not to the mask.
-
-    Args:
-        color (`str`):
-            Name of the color, a key of `COLORS`.
-        shape (`str`):
-            Name of the shape, one of `SHAPES`, or `"unknown"`, in which case no relation uses the object.
-        x (`float`), y (`float`):
-            Center of the outline, in canvas units.
-        radius (`float`):
-            Half the width of the outline, in canvas units.
-        completeness (`float`):
-            Share of the outline's area that is visible, in `[0, 1]`.
-        mask (`np.ndarray` of shape `(height, width)` and type `bool`):
-            Visible pixels.
+    belongs to the outline but not to the mask, `(height, width)`. The shape is `"unknown"` where none fits, and no relation uses the
+    object then; center and radius are in canvas units; `completeness` is the share of the outline's area that is visible.
     """
 
     color: str

@@ -17,23 +17,9 @@ MIN_IMAGE_SIZE = 16
 @dataclass(frozen=True)
 class Style:
     """
-    Everything about an image that says nothing about where objects are. The images of a pair share it.
-
-    Args:
-        background (`np.ndarray` of shape `(2, 3)`):
-            The two colors of the background, 0 to 255.
-        pattern (`str`):
-            `"gradient"`, `"stripes"` or `"checks"`: how the two are mixed.
-        angle (`float`):
-            Direction of the gradient or the stripes, in radians.
-        period (`float`):
-            Width of stripes and checks, in canvas units.
-        noise (`float`):
-            Standard deviation of the background's noise, 0 to 255.
-        noise_seed (`int`):
-            Seed of the noise.
-        colors (`dict[Entity, np.ndarray]`):
-            Color of every object, 0 to 255.
+    Everything about an image that says nothing about where objects are. The images of a pair share it: two background colors
+    `(2, 3)`, 0 to 255, and how a `"gradient"`, `"stripes"` or `"checks"` mix them (`angle` in radians, `period` in canvas units), the
+    standard deviation and the seed of its noise, and the color of every object.
     """
 
     background: np.ndarray
@@ -67,20 +53,7 @@ def sample_style(entities: Sequence[Entity], rng: np.random.Generator) -> Style:
 
 
 def render_layout(objects: Sequence[PlacedObject], style: Style, image_size: int = 64) -> Image.Image:
-    """
-    Draw placed objects.
-
-    Args:
-        objects (`Sequence[PlacedObject]`):
-            The objects in drawing order.
-        style ([`Style`]):
-            Background and colors.
-        image_size (`int`, *optional*, defaults to `64`):
-            Width and height, in pixels.
-
-    Returns:
-        `PIL.Image.Image`: an RGB image.
-    """
+    """Draw placed objects, in drawing order, as an RGB image of `image_size` pixels."""
     if image_size < MIN_IMAGE_SIZE:
         raise ValueError(f"image_size={image_size} is too small to show shapes; use at least {MIN_IMAGE_SIZE}.")
     canvas = _render_background(style, image_size)
@@ -118,18 +91,8 @@ def _render_background(style: Style, image_size: int) -> np.ndarray:
 
 def render_scene(graph: SceneGraph, *, seed: int, image_size: int = 64) -> Image.Image:
     """
-    Place and draw a scene graph.
-
-    Args:
-        graph ([`SceneGraph`]):
-            What to draw.
-        seed (`int`):
-            Seed of sizes, places, background and shades: the same seed gives the same image.
-        image_size (`int`, *optional*, defaults to `64`):
-            Width and height, in pixels.
-
-    Returns:
-        `PIL.Image.Image`: an RGB image in which every relation of the graph holds.
+    Place and draw a scene graph: an RGB image of `image_size` pixels in which every relation holds. The same seed, of sizes, places,
+    background and shades, gives the same image.
 
     Raises:
         [`LayoutError`]: if no layout satisfies the graph.

@@ -10,18 +10,8 @@ SHAPES = ("circle", "square", "triangle", "diamond")
 
 def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float | np.ndarray) -> np.ndarray:
     """
-    Signed distance to the outline of a shape, negative inside, exact next to the edges.
-
-    Args:
-        shape (`str`):
-            `"circle"`, `"square"`, `"triangle"` (apex up) or `"diamond"`.
-        dx (`np.ndarray`), dy (`np.ndarray`):
-            Offset from the shape's center, broadcast against each other.
-        radius (`float` or `np.ndarray`):
-            Half the width and half the height of the shape, in the unit of the offsets.
-
-    Returns:
-        `np.ndarray`: the distances, in the unit of the offsets.
+    Signed distance to the outline of a `"circle"`, `"square"`, `"triangle"` (apex up) or `"diamond"`, negative inside, exact next to the
+    edges, at offsets from its center. `radius` is half its width and height; all in one unit.
     """
     if shape == "circle":
         return np.sqrt(dx**2 + dy**2) - radius

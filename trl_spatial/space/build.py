@@ -24,15 +24,8 @@ gradio>=6.30,<7
 
 def build_space(folder: str | Path, model_id: str, title: str | None = None) -> None:
     """
-    Writes a Space, `app.py`, `requirements.txt` and `README.md`, into a folder, which is created if missing.
-
-    Args:
-        folder (`str` or `Path`):
-            The folder.
-        model_id (`str`):
-            The reward model on the Hub: `org/name`, `org/name@revision`, or `hub/NAME` for one of your own.
-        title (`str`, *optional*):
-            Title of the page and of the Space. If `None`, the name of the model.
+    Writes a Space, `app.py`, `requirements.txt` and `README.md`, into a folder, which is created if missing. Its reward model is
+    `org/name`, `org/name@revision`, or `hub/NAME`, which is its title too unless another is given.
 
     Raises:
         `ValueError`: If the model is a local path or its name not one of the Hub, or the title is not one line of text.

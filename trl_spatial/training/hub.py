@@ -101,21 +101,8 @@ class HubTrainer(Trainer):
         **kwargs: Any,
     ) -> str | Future | None:
         """
-        Saves the model and uploads it with its card to the repository `self.hub_model_id`.
-
-        Args:
-            commit_message (`str`, *optional*, defaults to `"End of training"`):
-                Title of the commit.
-            blocking (`bool`, *optional*, defaults to `True`):
-                Whether to wait until it is uploaded.
-            token (`str`, *optional*):
-                Token with the right to write. Defaults to `args.hub_token`.
-            revision (`str`, *optional*):
-                Branch. Defaults to `args.hub_revision`.
-            private (`bool`, *optional*):
-                Whether a new repository is private. Defaults to `args.hub_private_repo`.
-            **kwargs:
-                As for [`create_model_card`].
+        Saves the model and uploads it with its card to the repository `self.hub_model_id`. Further arguments are those of
+        [`create_model_card`]; by default token, branch and visibility are those of `args`.
 
         Returns:
             `str`: address of the commit; a `Future` of it if not `blocking`; `None` on all but the first process.
@@ -133,15 +120,8 @@ class HubTrainer(Trainer):
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, **kwargs: Any) -> None:
         """
-        Writes `card.json` and `README.md` with what is known of the model.
-
-        Args:
-            model_name (`str`, *optional*):
-                What users load. Defaults to the name of the output folder.
-            dataset_name (`str`, *optional*):
-                Id of the training dataset on the Hub.
-            **kwargs:
-                `tags` (`str` or `list[str]`) and `license` (`str`) for the front matter.
+        Writes `card.json` and `README.md` with what is known of the model. `model_name` is what users load, by default the name of the
+        output folder; `tags` and `license` go into the front matter.
         """
         if not self.is_world_process_zero():
             return

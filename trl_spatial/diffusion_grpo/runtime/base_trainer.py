@@ -153,16 +153,7 @@ class DiffusionTrainer(BaseTrainer):
     ) -> dict[str, float]:
         """
         Evaluates the averaged weights: the same noise every time, no noise in the steps, the rewards of training and
-        those that were not trained on. `ignore_keys` is not used.
-
-        Args:
-            eval_dataset ([`~datasets.Dataset`], `list[dict]` or a `dict` of them, *optional*):
-                Pass a dataset if you wish to override `self.eval_dataset`.
-            metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
-                Prefix of the metrics' names.
-
-        Returns:
-            `dict[str, float]`: Metrics such as `eval_reward` and `eval_rewards/<name>/mean`.
+        those that were not trained on. `ignore_keys` is not used. Gives metrics such as `eval_reward` and `eval_rewards/<name>/mean`.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
