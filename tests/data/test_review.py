@@ -156,6 +156,17 @@ class TestDesk:
             assert clients["Ada"].get(path).status_code == 404
         assert clients["Ada"].post("/api/votes", content=b" " * 70000).status_code == 413
 
+    def test_of_two_reviewers_in_one_browser_neither_votes_for_the_other(self, desk):
+        votes, clients = desk
+        item, browser = open_ids(clients["Ada"])[0], clients["Ada"]
+        browser.get("/", params={"token": "token-of-ben"})
+        content = {"id": "vote-0001", "item": item, "answer": "left"}
+        assert browser.post("/api/votes", json=content, headers={"X-Reviewer": "Ada"}).status_code == 409
+        assert browser.get("/image", params={"id": item, "side": "left", "by": "Ada"}).status_code == 409
+        assert list(votes) == []
+        assert browser.post("/api/votes", json=content, headers={"X-Reviewer": "Ben"}).status_code == 200
+        assert browser.get("/api/next?number=x").json()["error"]
+
     def test_the_page_loads_nothing_from_elsewhere(self, desk):
         _, clients = desk
         page = clients["Ada"].get("/")
@@ -335,7 +346,7 @@ def test_the_page_by_keyboard_on_a_telephone(served, page):
         page.keyboard.press(key)
         page.wait_for_timeout(30)
     until(page, "document.getElementById('count').textContent.startsWith('4 of')")
-    until(page, "localStorage.length === 0 || Object.values(localStorage).every((text) => text === '[]')")
+    until(page, "localStorage.length === 0")
     votes = [record for record in VoteLog(path) if record["item"] not in {item for item, _ in before}]
     assert [record["answer"] for record in votes] == ["left", "right", "both", "neither", "cannot_tell", None]
     assert votes[0]["ticks"] == {"0": {"left": True, "right": False}, "1": {"left": False, "right": True}}
@@ -365,6 +376,29 @@ def test_a_lost_connection_loses_no_vote(served, page):
     page.context.set_offline(False)
     until(page, "document.getElementById('state').textContent.includes('everything is saved')")
     assert [record["answer"] for record in VoteLog(path) if record["id"] not in known] == ["left", "right"]
+
+
+def test_a_key_that_is_held_and_the_last_pair(tmp_path, served, page):
+    """Of a held key one vote is taken; after the last pair the server is left alone."""
+    address, path = served
+    requests = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.route("**/api/next*", lambda route: route.fulfill(json={"items": [], "progress": {"done": 7, "left": 0}}))
+    page.goto(address)
+    page.wait_for_selector("#end:not([hidden])")
+    page.wait_for_timeout(500)
+    assert len(requests) < 10
+    page.unroute("**/api/next*")
+    page.reload()
+    page.wait_for_selector("#work:not([hidden])")
+    page.wait_for_timeout(300)
+    number = len(list(VoteLog(path)))
+    for is_repeat in (False, True, True, True):
+        page.evaluate(
+            f"document.dispatchEvent(new KeyboardEvent('keydown', {{key: 'ArrowLeft', repeat: {str(is_repeat).lower()}}}))"
+        )
+    until(page, "localStorage.length === 0")
+    assert len(list(VoteLog(path))) == number + 1
 
 
 def test_ten_thousand_pairs_are_as_quick_as_ten(served, page):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from importlib import resources
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
 from .votes import ANSWERS, VERSION, ReviewItem, VoteLog
 
@@ -158,6 +159,7 @@ def create_review_app(
     """
     try:
         from fastapi import FastAPI, Request
+        from fastapi.exceptions import RequestValidationError
         from fastapi.responses import JSONResponse
         from starlette.exceptions import HTTPException
         from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -171,16 +173,27 @@ def create_review_app(
     async def show_error(request: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse({"error": error.detail}, error.status_code)
 
+    @app.exception_handler(RequestValidationError)
+    async def show_fault(request: Request, error: RequestValidationError) -> JSONResponse:
+        return JSONResponse({"error": "A value in the address is missing or of the wrong type."}, 422)
+
     def name_of(token: str | None) -> str:
         for known, name in reviewers.items():
             if token is not None and hmac.compare_digest(known.encode(), token.encode()):
                 return name
         raise HTTPException(401, "Open the address with your token, as `trl_spatial data review` printed it.")
 
+    def reviewer_of(request: Request, by: str | None = None) -> str:
+        name = name_of(request.cookies.get(_COOKIE))
+        # of two reviewers in one browser the cookie knows the last one only
+        if unquote(by or request.headers.get("X-Reviewer", quote(name))) != name:
+            raise HTTPException(409, f"{name} has opened the page in this browser since. Open your own address again.")
+        return name
+
     desk = ReviewDesk(items, votes, votes_per_item, seed)
     _add_page(app, name_of)
-    _add_items(app, name_of, desk)
-    _add_votes(app, name_of, desk)
+    _add_items(app, reviewer_of, desk)
+    _add_votes(app, reviewer_of, desk)
     return app
 
 
@@ -195,7 +208,7 @@ def _add_page(app: "FastAPI", name_of: Callable[[str | None], str]) -> None:
         if token is not None:  # into a cookie, and out of the address bar and the history
             name_of(token)
             response = RedirectResponse("/", 303)
-            response.set_cookie(_COOKIE, token, max_age=30 * 86400, httponly=True, samesite="strict")
+            response.set_cookie(_COOKIE, token, max_age=30 * 86400, httponly=True, samesite="lax")
             return response
         name, nonce = name_of(request.cookies.get(_COOKIE)), secrets.token_urlsafe(16)
         policy = (
@@ -206,7 +219,7 @@ def _add_page(app: "FastAPI", name_of: Callable[[str | None], str]) -> None:
         return HTMLResponse(content, headers={"Content-Security-Policy": policy, "Cache-Control": "no-store"})
 
 
-def _add_items(app: "FastAPI", name_of: Callable[[str | None], str], desk: ReviewDesk) -> None:
+def _add_items(app: "FastAPI", reviewer_of: Callable[..., str], desk: ReviewDesk) -> None:
     from fastapi import HTTPException, Request
     from fastapi.responses import Response
 
@@ -218,12 +231,12 @@ def _add_items(app: "FastAPI", name_of: Callable[[str | None], str], desk: Revie
 
     @app.get("/api/next")
     def hand_out_next(request: Request, number: int = 3) -> dict[str, Any]:
-        name = name_of(request.cookies.get(_COOKIE))
+        name = reviewer_of(request)
         return hand_out(desk.next_items(name, min(max(number, 1), MAX_ITEMS)), name)
 
     @app.get("/image")
-    def show_image(request: Request, id: str, side: str) -> Response:
-        name = name_of(request.cookies.get(_COOKIE))
+    def show_image(request: Request, id: str, side: str, by: str | None = None) -> Response:
+        name = reviewer_of(request, by)
         if id not in desk.items or side not in _SIDES:
             raise HTTPException(404, "There is no such image.")
         path = desk.items[id].images[desk.order_of_sides(name, id)[_SIDES.index(side)]]
@@ -236,12 +249,12 @@ def _add_items(app: "FastAPI", name_of: Callable[[str | None], str], desk: Revie
         return Response(content, media_type=kind, headers=headers)
 
 
-def _add_votes(app: "FastAPI", name_of: Callable[[str | None], str], desk: ReviewDesk) -> None:
+def _add_votes(app: "FastAPI", reviewer_of: Callable[..., str], desk: ReviewDesk) -> None:
     from fastapi import HTTPException, Request
 
     @app.post("/api/votes")
     async def take_vote(request: Request) -> dict[str, Any]:
-        name = name_of(request.cookies.get(_COOKIE))
+        name = reviewer_of(request)
         body = b""
         async for part in request.stream():
             body += part
