@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from ..scenes import parse_description, render_scene
-from ..scenes.tabletop import Rendering, parse_tabletop, render_tabletop, scene_of
+from ..scenes.tabletop import MIN_IMAGE_SIZE, Rendering, parse_tabletop, render_tabletop, scene_of
 
 
 class ImageGenerator(Protocol):
@@ -71,6 +71,8 @@ class TabletopGenerator:
     """
 
     def __init__(self, image_size: int = 128):
+        if image_size < MIN_IMAGE_SIZE:
+            raise ValueError(f"image_size is {image_size}. It should be at least {MIN_IMAGE_SIZE}.")
         self.image_size = image_size
 
     def __call__(self, prompts: list[str], generators: list[torch.Generator]) -> list[Image.Image]:

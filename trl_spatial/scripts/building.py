@@ -147,6 +147,7 @@ def _status(args: argparse.Namespace, store: "BuildStore") -> None:
 
 def _review(args: argparse.Namespace, store: "BuildStore") -> None:
     from ..data.building.decisions import review_items
+    from ..data.building.filter import drawn_pairs
     from ..data.review import VoteLog, create_review_app, from_label_studio, serve_review, to_label_studio
     from ..data.review.server import LOOPBACK
 
@@ -167,10 +168,15 @@ def _review(args: argparse.Namespace, store: "BuildStore") -> None:
             print(f"Saved to {args.to_label_studio}: {len(tasks):,} tasks")
             return
         if args.from_label_studio is not None:
-            given = from_label_studio(json.loads(Path(args.from_label_studio).read_text(encoding="utf-8")))
-            if unknown := sorted({vote["item"] for vote in given} - {item.id for item in items}):
-                raise ValueError(f"{args.from_label_studio} has votes on {unknown[0]}, which is not reviewed here.")
-            print(f"Added {sum(votes.append(vote) for vote in given):,} of {len(given):,} votes.")
+            try:
+                given = from_label_studio(json.loads(Path(args.from_label_studio).read_text(encoding="utf-8")))
+            except ValueError as error:
+                raise ValueError(f"{args.from_label_studio}: {error}") from error
+            if unknown := sorted({vote["item"].rpartition(":")[0] for vote in given} - drawn_pairs(store).keys()):
+                raise ValueError(
+                    f"{args.from_label_studio} has votes on {unknown[0]}, which is not a pair of this store."
+                )
+            print(f"Added {sum(votes.add_changed(vote) for vote in given):,} of {len(given):,} votes.")
             return
         reviewers = _reviewer_tokens(store)
         app = create_review_app(

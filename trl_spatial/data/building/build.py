@@ -36,8 +36,7 @@ def make_writer(store: BuildStore) -> Writer:
                 f"prompts.num_relations goes to {max(recipe.num_relations)}. The grammar writes at most {MAX_RELATIONS}."
             )
         return GrammarWriter()
-    spent = sum(record["cost"] for log in (store.prompts, store.edits) for record in log)
-    spend = Spend(float("inf") if recipe.max_cost is None else recipe.max_cost, spent)
+    spend = store.spend("prompts")
     writer = _load_model("writer", recipe.writer, store, spend)
     reader = None if recipe.reader is None else _load_model("reader", recipe.reader, store, spend)
     return ModelWriter(LanguageWriter(writer, reader=reader), writer)

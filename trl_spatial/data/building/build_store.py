@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ...endpoints import Spend
 from ...store import ContentStore, RecordLog, lock_folder, read_record, write_record
 from .recipe import load_recipe, make_recipe
 
@@ -49,6 +51,12 @@ class SharedLog:
             yield from RecordLog(path)
 
 
+_PRACTICAL = {
+    "base_url", "endpoint", "api_key_env", "concurrency", "timeout_s", "max_attempts", "prices", "price_per_image", "license",
+    "device",
+}  # fmt: skip
+
+
 class BuildStore:
     """
     A dataset that is being built.
@@ -82,6 +90,7 @@ class BuildStore:
         self.edits = RecordLog(self.folder / "edits.jsonl")
         self.images = SharedLog(self.folder, "images")
         self.verdicts = RecordLog(self.folder / "verdicts.jsonl")
+        self.payments = SharedLog(self.folder, "payments")
         self.votes_file = self.folder / "votes.jsonl"
         self.cache = self.folder / "answers.sqlite"
         self._check_recipe()
@@ -97,7 +106,7 @@ class BuildStore:
         for section, log in _LOGS.items():
             has_begun = (self.folder / f"{log}.jsonl").is_file()
             for key, value in now[section].items():
-                if has_begun and (section, key) not in _FREE and then[section][key] != value:
+                if has_begun and (section, key) not in _FREE and _deciding(then[section][key]) != _deciding(value):
                     self._refuse(f"{section}.{key}", then[section][key], value)
 
     def _refuse(self, key: str, then: Any, now: Any) -> None:
@@ -111,6 +120,12 @@ class BuildStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock_folder(self.folder))
             write_record(self.folder / RECIPE_FILE, self.recipe.to_dict())
+
+    def spend(self, section: str) -> Spend:
+        """What may still be spent on a section of the recipe. Each payment has reached the disk before its result has."""
+        limit = getattr(self.recipe, section).max_cost
+        spent = sum(record["cost"] for record in self.payments if record["section"] == section)
+        return _RecordedSpend(float("inf") if limit is None else limit, spent, self.payments, section)
 
     @property
     def files(self) -> ContentStore:
@@ -139,9 +154,28 @@ class BuildStore:
         return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 
 
+class _RecordedSpend(Spend):
+    def __init__(self, limit_usd: float, spent: float, payments: SharedLog, section: str):
+        super().__init__(limit_usd, spent)
+        self.payments, self.section, self.write_lock = payments, section, threading.Lock()
+
+    def add(self, cost: float) -> None:
+        super().add(cost)
+        if cost:
+            with self.write_lock:
+                self.payments.append([{"section": self.section, "cost": cost}])
+
+
 def drop_reasons(records: RecordLog) -> Counter[str]:
     """How often records of a log were dropped for which reason, apart from its details."""
     return Counter(record["dropped"].split(":")[0] for record in records if "dropped" in record)
+
+
+def _deciding(value: Any) -> Any:
+    """A setting without what says only where a model is, how fast it is asked, and what it costs."""
+    if isinstance(value, Mapping):
+        return {key: _deciding(item) for key, item in value.items() if key not in _PRACTICAL}
+    return [_deciding(item) for item in value] if isinstance(value, list) else value
 
 
 class Quota:

@@ -1,5 +1,6 @@
 """What becomes of every pair, by its judges and reviewers, and what reviewers have yet to see."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,14 +53,17 @@ def decide_pairs(store: BuildStore) -> dict[str, Decision]:
         elif "dropped" in verdicts[id]:
             decisions[id] = Decision("dropped", verdicts[id]["dropped"], "judges")
         else:
-            decisions[id] = _decide(id, verdicts[id]["directions"], votes, needed)
+            decisions[id] = _decide(verdicts[id], votes, needed)
     return decisions
 
 
-def _decide(id: str, directions: dict[str, str], votes: dict[str, list[dict[str, Any]]], needed: int) -> Decision:
+def _decide(verdict: dict[str, Any], votes: dict[str, list[dict[str, Any]]], needed: int) -> Decision:
     found, by = [], "judges"
+    directions = verdict["directions"]
     for side in SIDES:
-        voted = decide(votes.get(f"{id}:{side}", []), needed)
+        # votes on pairs with a known answer say something of the reviewer only
+        is_asked = directions[side] == "disputed" or verdict["is_sampled"]
+        voted = decide(votes.get(f"{verdict['id']}:{side}", []), needed) if is_asked else None
         if voted is not None:  # people have the last word
             by = "people"
             found.append("pass" if voted == side else f"reviewers {'' if voted == 'disagree' else 'say '}{voted}")
@@ -91,18 +95,19 @@ def review_items(store: BuildStore) -> list[ReviewItem]:
     """
     pairs, asked, known = drawn_pairs(store), [], []
     for record in store.verdicts:
-        pair = pairs[record["id"]]
+        pair = pairs.get(record["id"], "its prompt is missing")
         if isinstance(pair, str) or "dropped" in record:
             continue
+        is_open = "fail" not in record["directions"].values()
         for side in SIDES:
-            if record["directions"][side] == "disputed" or record["is_sampled"]:
+            if (record["directions"][side] == "disputed" and is_open) or record["is_sampled"]:
                 asked.append(_review_item(store, pair, side))
             elif record["directions"] == dict.fromkeys(SIDES, "pass"):
                 known.append((pair, side))
     share = store.recipe.review.gold_share
     num_gold = min(len(known), round(len(asked) * share / (1 - share)))
-    chosen = sorted(store.rng("gold").permutation(len(known))[:num_gold].tolist())
-    return asked + [_review_item(store, *known[number], is_gold=True) for number in chosen]
+    known.sort(key=lambda item: store.seed_of("gold", item[0].id, item[1]))
+    return asked + [_review_item(store, *item, is_gold=True) for item in known[:num_gold]]
 
 
 def _review_item(store: BuildStore, pair: DrawnPair, side: str, *, is_gold: bool = False) -> ReviewItem:
@@ -116,6 +121,11 @@ def _review_item(store: BuildStore, pair: DrawnPair, side: str, *, is_gold: bool
         images={name: store.image_path(pair.images[name]["image"]) for name in SIDES},
         gold=side if is_gold else None,
     )
+
+
+def count_votes(store: BuildStore) -> dict[str, int]:
+    """Name of a reviewer → number of votes that hold."""
+    return dict(Counter(reviewer for _, reviewer in VoteLog(store.votes_file).current()))
 
 
 def describe_votes(store: BuildStore) -> str:

@@ -13,7 +13,15 @@ from datasets import Dataset, Features, Value, disable_progress_bars, enable_pro
 from ...preferences.images import load_image
 from ...scenes import RELATIONS
 from ...scenes.dataset import FEATURES
-from ...store import begin_folder, is_complete, mark_complete, new_folder
+from ...store import (
+    MARKER,
+    begin_folder,
+    is_complete,
+    mark_complete,
+    marked_files,
+    new_folder,
+    write_record,
+)
 from .build_store import BuildStore
 from .decisions import decide_pairs
 from .filter import OTHER, DrawnPair, drawn_pairs
@@ -23,6 +31,7 @@ from .writers import scene_weights
 
 SHARD_BYTES = 500 * 10**6
 ROWS_PER_GROUP = 100  # what the viewer of the Hub reads at once
+EXPORT_FILE = "export.json"  # says that the folder may be replaced
 NUM_PREVIEWED, PREVIEW_SIZE = 100, 256
 
 EXPORTED = Features(
@@ -88,14 +97,15 @@ def accepted_rows(store: BuildStore) -> dict[str, list[tuple[DrawnPair, str]]]:
     for pair in accepted:
         rows[split_of[pair.prompt["scene"]]] += [(pair, side) for side in SIDES]  # type: ignore[union-attr, misc]
     rows["benchmark"] = _benchmark(store, rows["test"])
-    measured = {pair.id for pair, _ in rows["benchmark"]}
-    rows["test"] = [row for row in rows["test"] if row[0].id not in measured]
+    measured = {pair.prompt["id"] for pair, _ in rows["benchmark"]}
+    rows["test"] = [row for row in rows["test"] if row[0].prompt["id"] not in measured]
     return {split: part for split, part in rows.items() if part}
 
 
 def _benchmark(store: BuildStore, rows: list[tuple[DrawnPair, str]]) -> list[tuple[DrawnPair, str]]:
     """Half of the pairs at most; about as many with one change as with more, each in one direction, as many in each."""
-    order = range(len(rows) // 2)  # the first prompts, which stay the first when others are added
+    # the first pair of each prompt, and the first prompts, which stay the first when others are added
+    order = list({rows[2 * i][0].prompt["id"]: i for i in reversed(range(len(rows) // 2))}.values())[::-1]
     wanted = min(store.recipe.export.num_benchmark_pairs, len(order) // 2)
     numbers = {is_one: [i for i in order if (rows[2 * i][0].edit["level"] == 1) == is_one] for is_one in (True, False)}
     num_one = min(len(numbers[True]), max(wanted // 2, wanted - len(numbers[False])))
@@ -288,13 +298,15 @@ def export_dataset(store: BuildStore, output: Path, *, form: str = "hub") -> dic
         raise ValueError(
             f"No pair of {store.folder} was accepted yet. `trl_spatial data status {store.folder}` says where they are."
         )
-    if output.exists() and not is_complete(output):
-        new_folder(str(output))  # somebody else's
+    files = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    if not (EXPORT_FILE in files and is_complete(output) and files <= {*(marked_files(output) or {}), MARKER}):
+        new_folder(str(output))  # it holds something else
     partial = output.with_name(f".{output.name}.partial")
     begin_folder(partial)
     with _quiet():
         FORMATS[form](store, rows, partial)
     shutil.rmtree(partial / ".cache", ignore_errors=True)
+    write_record(partial / EXPORT_FILE, {"format": form})
     mark_complete(partial)
     shutil.rmtree(output, ignore_errors=True)
     partial.replace(output)

@@ -1,12 +1,12 @@
 """The fourth stage: which pairs hold, by judges that see each image by itself; what they dispute goes to people."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from ...endpoints import Spend
 from ...judges.questions import JudgedRelation
 from ...preferences.images import load_image
 from ...rewards import load_reward
@@ -59,9 +59,9 @@ def drawn_pairs(store: BuildStore) -> dict[str, DrawnPair | str]:
         images.setdefault(record["pair"], {})[record["side"]] = record
     pairs: dict[str, DrawnPair | str] = {}
     for id, sides in sorted(images.items()):
-        if len(sides) == len(SIDES):
+        prompt = id.rsplit("-", 1)[0]
+        if len(sides) == len(SIDES) and prompt in prompts and prompt in edits:
             refused = next((image["refusal"] for image in sides.values() if image["image"] is None), None)
-            prompt = id.rsplit("-", 1)[0]
             pairs[id] = refused or DrawnPair(id, prompts[prompt], edits[prompt], sides)
     return pairs
 
@@ -89,16 +89,14 @@ def filter_pairs(store: BuildStore, *, progress: bool = True) -> None:
     if not todo:
         return
     recipe = store.recipe.filter
-    spent = sum(record["cost"] for record in store.verdicts)
-    spend = Spend(float("inf") if recipe.max_cost is None else recipe.max_cost, spent)
+    spend = store.spend("filter")
     judges = [make_judge(spec, store, spend) for spec in recipe.judges]
     quality = None if recipe.quality is None else load_reward(recipe.quality)
     with tqdm(total=len(pairs), initial=len(done), desc="Verdicts", unit="pair", disable=not progress) as bar:
         for start in range(0, len(todo), CHUNK):
-            chunk, before = todo[start : start + CHUNK], spend.spent
+            chunk = todo[start : start + CHUNK]
             answers = {judge.name: _ask(store, judge, chunk) for judge in judges}
             qualities = None if quality is None else _qualities(store, quality, chunk)
-            cost = (spend.spent - before) / len(chunk)
             store.verdicts.append(
                 [
                     _record(
@@ -107,7 +105,6 @@ def filter_pairs(store: BuildStore, *, progress: bool = True) -> None:
                         {name: found[pair.id] for name, found in answers.items()},
                         None if qualities is None else qualities[pair.id],
                     )
-                    | {"cost": round(cost, 6)}
                     for pair in chunk
                 ]
             )
@@ -138,7 +135,8 @@ def _ask(store: BuildStore, judge: Judge, pairs: Sequence[DrawnPair]) -> dict[st
 
 def _qualities(store: BuildStore, quality: Any, pairs: Sequence[DrawnPair]) -> dict[str, dict[str, float | None]]:
     images = [load_image(store.files.get(pair.images[side]["image"])) for pair in pairs for side in SIDES]
-    values = iter(quality(prompts=["an image"] * len(images), images=images))
+    given = quality(prompts=["an image"] * len(images), images=images)
+    values = (None if value is None or not math.isfinite(value) else float(value) for value in given)
     return {pair.id: {side: next(values) for side in SIDES} for pair in pairs}
 
 
@@ -188,7 +186,7 @@ def judge_agreement(store: BuildStore) -> dict[str, float]:
     agreed: dict[str, list[bool]] = {}
     pairs = drawn_pairs(store)
     for record in store.verdicts:
-        pair = pairs[record["id"]]
+        pair = pairs.get(record["id"], "its prompt is missing")
         if len(record["answers"]) < 2 or isinstance(pair, str):
             continue
         for side in SIDES:
@@ -202,6 +200,6 @@ def iterate_decided(store: BuildStore) -> Iterator[tuple[DrawnPair, dict[str, An
     """The pairs that were judged, with their verdicts."""
     pairs = drawn_pairs(store)
     for record in store.verdicts:
-        pair = pairs[record["id"]]
+        pair = pairs.get(record["id"])
         if isinstance(pair, DrawnPair):
             yield pair, record

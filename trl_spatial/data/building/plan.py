@@ -1,12 +1,12 @@
 """What a build will do and cost, and where it stands."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ...generation.engines import estimate
 from .build_store import BuildStore, drop_reasons
-from .decisions import decide_pairs, review_items
+from .decisions import count_votes, decide_pairs, review_items
 from .filter import drawn_pairs
 from .recipe import endpoint_settings
 from .render import SIDES, generator_of
@@ -111,18 +111,15 @@ def status(store: BuildStore) -> dict[str, Any]:
 
     Returns:
         `dict`: `stages`, see [`plan`]; `dropped`, stage → reason → number; `pairs`, outcome → number; `waiting`, number of
-        items for reviewers; `spent`, stage → US dollars.
+        items for reviewers; `votes`, reviewer → number; `spent`, section of the recipe → US dollars.
     """
     decisions = decide_pairs(store)
     reasons = Counter(
         decision.reason.split(":")[0] for decision in decisions.values() if decision.outcome == "dropped"
     )
-    logs: dict[str, Iterable[dict[str, Any]]] = {
-        "prompts": store.prompts,
-        "perturb": store.edits,
-        "render": store.images,
-        "filter": store.verdicts,
-    }
+    spent: Counter[str] = Counter()
+    for record in store.payments:
+        spent[record["section"]] += record["cost"]
     return {
         "stages": plan(store),
         "dropped": {
@@ -132,7 +129,8 @@ def status(store: BuildStore) -> dict[str, Any]:
         },
         "pairs": dict(Counter(decision.outcome for decision in decisions.values())),
         "waiting": len(review_items(store)),
-        "spent": {name: round(sum(record.get("cost", 0.0) for record in log), 2) for name, log in logs.items()},
+        "votes": count_votes(store),
+        "spent": {name: round(cost, 2) for name, cost in spent.items()},
     }
 
 
@@ -140,7 +138,8 @@ def format_status(found: Mapping[str, Any]) -> str:
     """The status as text."""
     lines = [format_plan(found["stages"])]
     pairs = ", ".join(f"{number:,} {outcome}" for outcome, number in sorted(found["pairs"].items())) or "none yet"
-    lines.append(f"{'pairs':>8}: {pairs}; reviewers see {found['waiting']:,} items")
+    votes = ", ".join(f"{name} {number:,}" for name, number in sorted(found["votes"].items())) or "none yet"
+    lines.append(f"{'pairs':>8}: {pairs}; reviewers see {found['waiting']:,} items; votes: {votes}")
     for stage, reasons in found["dropped"].items():
         lines += [f"{stage:>8}: dropped {number:,}, {reason}" for reason, number in reasons.items()]
     if any(found["spent"].values()):

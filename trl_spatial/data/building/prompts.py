@@ -15,6 +15,7 @@ from .writers import Order, Writer, scene_weights
 
 CHUNK = 32  # orders that are recorded together
 ATTEMPTS = 4
+MIN_ACCEPTED = 0.2  # share of the orders, below which something is wrong
 
 
 def write_prompts(store: BuildStore, writer: Writer, *, progress: bool = True) -> None:
@@ -33,16 +34,18 @@ def write_prompts(store: BuildStore, writer: Writer, *, progress: bool = True) -
         `ValueError`: If most of what the writer writes has to be dropped.
     """
     wanted = store.recipe.prompts.num_prompts
-    finder, num_records, num_accepted = DuplicateFinder(), 0, 0
+    finder, num_accepted = DuplicateFinder(), 0
+    done: set[str] = set()
     for record in store.prompts:
-        num_records += 1
+        done.add(record["id"])
         if "dropped" not in record:
             finder.add(record)
             num_accepted += 1
-    orders = itertools.islice(iterate_orders(store), num_records, None)
+    orders = (order for order in iterate_orders(store) if order.id not in done)
+    num_records = len(done)
     with tqdm(total=wanted, initial=num_accepted, desc="Prompts", unit="prompt", disable=not progress) as bar:
         while num_accepted < wanted:
-            if num_records >= 2 * wanted + 100:
+            if num_records >= 100 and num_accepted < MIN_ACCEPTED * num_records:
                 raise ValueError(
                     f"Of {num_records} prompts {num_records - num_accepted} were dropped; `trl_spatial data status "
                     f"{store.folder}` says why. Change the writer, the scenes or the numbers of relations, in a new store."

@@ -10,6 +10,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from ...endpoints import Prices
+from ...generation.painters import check_spec
 from ...scenes import RELATIONS
 
 
@@ -105,6 +106,8 @@ class RenderRecipe:
     def __post_init__(self):
         if not self.generators or not all(isinstance(generator, dict) for generator in self.generators):
             raise ValueError("render.generators should be a list of generators, each with its settings.")
+        for generator in self.generators:
+            check_spec({key: value for key, value in generator.items() if key not in ("share", "license")})
         if self.draws < 1:
             raise ValueError(f"render.draws is {self.draws}. It should be at least 1.")
         _check_weights("render.generators: share", dict(enumerate(g.get("share", 1) for g in self.generators)))
@@ -141,6 +144,12 @@ class FilterRecipe:
     def __post_init__(self):
         if not self.judges or not all(isinstance(judge, dict) for judge in self.judges):
             raise ValueError("filter.judges should be a list of judges, each with its settings.")
+        names = [judge.get("model") or judge.get("local") or judge.get("name") for judge in self.judges]
+        for judge, name in zip(self.judges, names, strict=True):
+            if not isinstance(name, str) or ("name" in judge and judge != {"name": "rules"}):
+                raise ValueError(f"filter.judges names {judge}. Give `name: rules`, a `model` or a `local` model.")
+        if len(set(names)) < len(names):
+            raise ValueError(f"filter.judges names a model twice: {', '.join(names)}. Two judges are two models.")
         if not 0 <= self.review_share <= 1:
             raise ValueError(f"filter.review_share is {self.review_share}. It should be between 0 and 1.")
         if (self.quality is None) != (self.max_quality_gap is None):
@@ -169,6 +178,9 @@ class ReviewRecipe:
     def __post_init__(self):
         if self.votes_per_item < 1:
             raise ValueError(f"review.votes_per_item is {self.votes_per_item}. It should be at least 1.")
+        names = self.reviewers
+        if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
+            raise ValueError(f"review.reviewers is {names}. It should be a list of different names.")
         if not 0 <= self.gold_share < 1:
             raise ValueError(f"review.gold_share is {self.gold_share}. It should be from 0 to below 1.")
 
@@ -192,6 +204,8 @@ class ExportRecipe:
     num_benchmark_pairs: int = 365
 
     def __post_init__(self):
+        if self.num_benchmark_pairs < 0:
+            raise ValueError(f"export.num_benchmark_pairs is {self.num_benchmark_pairs}. It should not be negative.")
         if min(self.validation, self.test) < 0 or self.validation + self.test >= 1:
             raise ValueError(
                 f"export.validation is {self.validation} and export.test {self.test}. They should leave some for training."
@@ -273,6 +287,12 @@ def endpoint_settings(spec: Mapping[str, Any]) -> dict[str, Any]:
     known = ("model", "base_url", "api_key_env", "concurrency", "timeout_s", "max_attempts", "extra_body", "prices")
     _check_keys("", spec, known)
     prices = spec.get("prices")
+    if not isinstance(spec.get("model"), str):
+        raise ValueError(f"The model {spec.get('model')!r} should be a name.")
+    if prices is not None:
+        if not isinstance(prices, Mapping):
+            raise ValueError(f"The prices of {spec['model']} are {prices!r}. They should be a mapping.")
+        _check_keys("prices.", prices, ("input_per_million", "output_per_million"))
     return dict(spec) | ({} if prices is None else {"prices": Prices(**prices)})
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ...endpoints import Spend
 from ...generation.engines import draw_jobs, process_state
 from ...generation.jobs import DrawnImage, ImageJob
 from ...generation.painters import RENDERERS
@@ -49,6 +48,8 @@ def iterate_pairs(store: BuildStore) -> Iterator[Pair]:
     generators = iter(Quota(shares, store.rng("quota", "generators")))
     prompts = store.accepted_prompts()
     for id, edit in store.accepted_edits().items():
+        if id not in prompts:
+            continue  # its record was removed; it is written again
         for draw in range(recipe.draws):
             pair = f"{id}-{draw}"
             seed = store.seed_of("image", pair) >> 32  # 31 bits: servers take no more
@@ -64,7 +65,11 @@ def iterate_pairs(store: BuildStore) -> Iterator[Pair]:
 
 def missing_jobs(store: BuildStore) -> dict[int, list[ImageJob]]:
     """Number of a generator → what it has yet to draw. What was refused is not asked for again."""
-    done = {record["id"] for record in store.images}
+    done = {
+        record["id"]
+        for record in store.images
+        if record["image"] is None or store.image_path(record["image"]).is_file()  # or it is drawn again
+    }
     jobs = defaultdict(list)
     for pair in iterate_pairs(store):
         for side in SIDES:
@@ -94,8 +99,7 @@ def render_images(
         `ValueError`: If a generator cannot be loaded or fails.
         [`~endpoints.BudgetReached`]: If `render.max_cost` is spent.
     """
-    limit = store.recipe.render.max_cost
-    spend = Spend(float("inf") if limit is None else limit, sum(record["cost"] for record in store.images))
+    spend = store.spend("render")
     missing = sorted(missing_jobs(store).items())
     if engine == "local":
         process_state().wait_for_everyone()  # before any draws: all processes share the same jobs

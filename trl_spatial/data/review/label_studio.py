@@ -51,7 +51,7 @@ def to_label_studio(items: Sequence[ReviewItem], votes: Iterable[Mapping[str, An
         data = {"item": item.id, "prompt": item.prompt, "order": order, "left": left, "right": right}
         annotations = [
             {
-                "result": [_result(_seen_in(vote, order))],
+                "result": [_result(_seen_in(vote, order)) | {"id": vote["id"]}],
                 "completed_by": {"email": vote["reviewer"]},
                 "lead_time": vote["milliseconds"] / 1000,
             }
@@ -87,18 +87,16 @@ def from_label_studio(export: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
         `ValueError`: If a task is not one of [`to_label_studio`], or an answer is unknown. The message names the task.
     """
     votes = []
+    if not isinstance(export, Sequence) or not all(isinstance(task, Mapping) for task in export):
+        raise ValueError("An export of Label Studio is a list of tasks: choose its JSON format.")
     for task in export:
         name = f"Task {task.get('id', '?')}"
         data = task.get("data") or {}
         if not {"item", "order"} <= data.keys():
             raise ValueError(f"{name} has no `item` and `order` in its data: it was not made from this dataset.")
         for annotation in task.get("annotations") or []:
-            chosen = [
-                choice
-                for result in annotation.get("result") or []
-                if result.get("from_name") == "answer"
-                for choice in result["value"]["choices"]
-            ]
+            results = [result for result in annotation.get("result") or [] if result.get("from_name") == "answer"]
+            chosen = [choice for result in results for choice in result["value"]["choices"]]
             if annotation.get("was_cancelled") or not chosen:
                 continue
             if len(chosen) != 1 or chosen[0] not in ANSWERS:
@@ -107,7 +105,8 @@ def from_label_studio(export: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
             reviewer = by.get("email") or by.get("id") if isinstance(by, Mapping) else by
             votes.append(
                 {
-                    "id": f"label-studio-{task.get('id', data['item'])}-{annotation.get('id', reviewer)}",
+                    # an annotation that was a vote already keeps its id
+                    "id": results[0].get("id") or f"label-studio-{data['item']}-{annotation.get('id', reviewer)}",
                     "item": data["item"],
                     "reviewer": str(reviewer),
                     "answer": chosen[0],

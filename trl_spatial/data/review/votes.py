@@ -82,6 +82,21 @@ class VoteLog:
             self._count(vote)
             return True
 
+    def add_changed(self, vote: Mapping[str, Any]) -> bool:
+        """
+        Adds a vote that comes back from elsewhere: if it is one of this log, only if it says something else, and for the
+        reviewer who gave it.
+
+        Returns:
+            `bool`: whether it was added.
+        """
+        known = next((kept for kept in self if kept["id"] == vote["id"]), None)
+        if known is None:
+            return self.append(vote)
+        if preferred_side(known) == preferred_side(vote):
+            return False
+        return self.append({**vote, "id": f"{vote['id']}:{vote['answer']}", "reviewer": known["reviewer"]})
+
     def current(self) -> dict[tuple[str, str], dict[str, Any]]:
         """Item and reviewer → the vote that holds."""
         with self._lock:

@@ -2,7 +2,7 @@
 
 from .checking import check_tabletop
 from .placing import PlacedItem, is_possible, place_tabletop, sample_sizes
-from .raycasting import Rendering, render_tabletop
+from .raycasting import MIN_IMAGE_SIZE, Rendering, render_tabletop
 from .sampling import MAX_RELATIONS, sample_tabletop_graph
 from .things import NOUNS, SCENES, Item
 from .wording import Description, describe_tabletop, parse_tabletop, scene_of
@@ -10,6 +10,7 @@ from .wording import Description, describe_tabletop, parse_tabletop, scene_of
 
 __all__ = [
     "MAX_RELATIONS",
+    "MIN_IMAGE_SIZE",
     "NOUNS",
     "SCENES",
     "Description",
