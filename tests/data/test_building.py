@@ -30,7 +30,7 @@ from trl_spatial.data.review import VoteLog
 from trl_spatial.data.validation import validate_splits
 from trl_spatial.scenes import RELATIONS
 from trl_spatial.scripts.datasets import load_dataset_dict
-from trl_spatial.store import RecordLog
+from trl_spatial.store import RecordLog, mark_complete
 
 
 RECIPE = {
@@ -430,3 +430,67 @@ def test_a_spend_cap_stops_the_work_and_keeps_what_was_paid_for(tmp_path, capfd)
         recipe = write_recipe(tmp_path, render={"generators": [generator], "max_cost": 50.0}, **changes)
         assert main(["data", "render", str(recipe)]) == 0
         assert [record["id"] for record in BuildStore(recipe).images][: len(drawn)] == drawn
+
+
+def test_what_was_paid_counts_in_the_next_run(tmp_path, capfd):
+    """A cap holds over runs that end before anything is recorded."""
+    with OpenAIStub() as stub:
+        model = {"model": "writer", "base_url": stub.url, "prices": {"input_per_million": 1000.0}}
+        recipe = write_recipe(tmp_path, prompts={"num_prompts": 30, "writer": model, "max_cost": 2.0})
+        assert main(["data", "prompts", str(recipe)]) == 1
+        num_calls = stub.num_calls
+        assert main(["data", "prompts", str(recipe)]) == 1
+        assert stub.num_calls == num_calls  # from the cache, and then no further
+        assert json.loads(capture_status(recipe, capfd))["spent"]["prompts"] >= 2
+        recipe = write_recipe(
+            tmp_path, prompts={"num_prompts": 30, "writer": model | {"concurrency": 2}, "max_cost": 99.0}
+        )
+        build(recipe, action="prompts")  # settings that change no answer may change
+        assert len(BuildStore(recipe).accepted_prompts()) == 30
+
+
+def capture_status(recipe, capfd):
+    capfd.readouterr()
+    build(recipe, "--json", action="status")
+    return capfd.readouterr().out
+
+
+def test_what_was_lost_is_made_again(built, tmp_path):
+    recipe = write_recipe(tmp_path)
+    build(recipe)
+    store = BuildStore(recipe)
+    lines = (store.folder / "prompts.jsonl").read_text().splitlines(keepends=True)
+    (store.folder / "prompts.jsonl").write_text("".join(lines[:6] + lines[7:]))
+    next((store.folder / "images").iterdir()).unlink()
+    build(recipe)
+    assert contents(BuildStore(recipe))[:2] == contents(built)[:2]
+
+
+def test_an_export_replaces_only_exports(built, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "weights.bin").write_text("precious")
+    mark_complete(folder)
+    assert main(["data", "export", str(built.folder), "--output", str(folder)]) == 1
+    assert (folder / "weights.bin").read_text() == "precious"
+    build(built.folder, "--output", str(tmp_path / "out"), action="export")
+    build(built.folder, "--output", str(tmp_path / "out"), action="export")
+    (tmp_path / "out" / "mine.txt").write_text("precious")
+    assert main(["data", "export", str(built.folder), "--output", str(tmp_path / "out")]) == 1
+
+
+def test_votes_on_known_items_decide_nothing(tmp_path):
+    recipe = write_recipe(
+        tmp_path, prompts={"num_prompts": 12}, review={"gold_share": 0.5}, filter={"review_share": 0.4}
+    )
+    build(recipe)
+    store = BuildStore(recipe)
+    before = decide_pairs(store)
+    gold = [item for item in review_items(store) if item.gold]
+    assert gold
+    votes = VoteLog(store.votes_file)
+    for number, item in enumerate(gold):
+        for reviewer in ("a", "b"):
+            votes.append({"id": f"{reviewer}-{number:06d}", "item": item.id, "reviewer": reviewer, "answer": "neither",
+                          "order": ["original", "edited"], "ticks": {}, "milliseconds": 1})  # fmt: skip
+    assert decide_pairs(store) == before
