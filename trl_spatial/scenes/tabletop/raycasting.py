@@ -256,20 +256,21 @@ def _pattern(scene: str, x: _Array, z: _Array, rng: np.random.Generator) -> _Arr
     kind = _LOOKS[scene][2]
     if kind == "planks":
         width = rng.uniform(0.1, 0.18)
-        plank = np.floor(z / np.float32(width)).astype(np.int64)
-        shades = rng.uniform(0.92, 1.06, size=64).astype(np.float32)
-        grain = np.sin(x * np.float32(rng.uniform(9, 16)) + shades[plank % 64] * 90) * np.float32(0.015)
-        seam = np.abs(z / np.float32(width) - plank - 0.5) > 0.48
-        return shades[plank % 64] + grain - seam * np.float32(0.12)
+        along = z / np.float32(width)
+        plank = np.floor(along)
+        shade = rng.uniform(0.92, 1.06, size=64).astype(np.float32)[plank.astype(np.intp) & 63]
+        grain = np.sin(x * np.float32(rng.uniform(9, 16)) + shade * 90) * np.float32(0.015)
+        seam = np.abs(along - plank - 0.5) > 0.48
+        return shade + grain - seam * np.float32(0.12)
     if kind == "tiles":
         width = float(np.float32(rng.uniform(0.16, 0.24)))
-        seam = (np.abs(x / width - np.floor(x / width) - 0.5) > 0.475) | (
-            np.abs(z / width - np.floor(z / width) - 0.5) > 0.475
-        )
+        across, along = x / width, z / width
+        seam = (np.abs(across - np.floor(across) - 0.5) > 0.475) | (np.abs(along - np.floor(along) - 0.5) > 0.475)
         return np.float32(1.0) - seam * np.float32(0.14)
     scale = 18 if kind == "concrete" else 160
     noise = rng.uniform(-1, 1, size=(64, 64)).astype(np.float32)
-    cells = noise[(np.floor(x * scale) % 64).astype(np.int64), (np.floor(z * scale) % 64).astype(np.int64)]
+    column, row = (np.floor(place * scale).astype(np.intp) & 63 for place in (x, z))
+    cells = noise.ravel()[64 * column + row]
     return 1 + np.float32(0.02 if kind == "concrete" else 0.05) * cells
 
 
@@ -335,43 +336,71 @@ def _draw(placed: Sequence[PlacedItem], scene: str, rng: np.random.Generator, im
         hit.distance[window][is_nearer] = other.distance[is_nearer]
         for part, normal in zip(hit.normal, other.normal, strict=True):
             part[window][is_nearer] = np.broadcast_to(normal, is_nearer.shape)[is_nearer]
-    x, y, z = rays.at(hit.distance)
+    points = rays.at(hit.distance)
+    palette, colors = _colors(placed, scene, found, is_wall, rng)
+    brightness = np.where(found < 0, _pattern(scene, points[0], points[2], rng), np.float32(1))
+    brightness[is_wall & (found < 0)] = 1
+    angle, height = rng.uniform(-0.9, 0.9), rng.uniform(1.0, 1.5)
+    light = np.array([np.sin(angle), height, np.cos(angle) * 0.6])
+    light /= np.sqrt((light * light).sum())
+    is_shaded = _shadows(placed, camera, hit, points, light)
+    facing = np.maximum(sum(n * np.float32(part) for n, part in zip(hit.normal, light, strict=True)), 0)
+    # light from the sky: a little more from above
+    shade = np.float32(0.5) + np.float32(0.1) * hit.normal[1]
+    shade += np.float32(0.5) * np.where(is_shaded, np.float32(0), facing)
+    # only things shine
+    shining = np.flatnonzero((found >= 0) & ~is_shaded)
+    glint = _glint(rays, hit, light, shining)
+    pixels = np.empty((image_size, image_size, 3), np.uint8)
+    for channel, values in enumerate(palette.T):
+        canvas = (values[colors] * brightness * shade).astype(np.float64)
+        canvas.ravel()[shining] += glint
+        np.clip(canvas, 0, 255, out=canvas)
+        parts = [canvas[i::SAMPLES, j::SAMPLES] for i in range(SAMPLES) for j in range(SAMPLES)]
+        pixels[..., channel] = sum(parts) / SAMPLES**2 + 0.5
+    corner = (slice(None, None, SAMPLES), slice(None, None, SAMPLES))
+    return Rendering(
+        Image.fromarray(pixels, "RGB"),
+        [item.item for item in placed],
+        found[corner],
+        np.stack([part[corner] for part in points], axis=-1),
+        hit.distance[corner],
+    )
+
+
+def _colors(
+    placed: Sequence[PlacedItem], scene: str, found: _Array, is_wall: _Array, rng: np.random.Generator
+) -> tuple[_Array, _Array]:
+    """Colors `(num_items + 2, 3)` of the wall, the table and the things, and which of them each ray meets."""
     table, wall, _ = _LOOKS[scene]
     shift = rng.uniform(0.93, 1.05, size=(2, 1))
     table_color, wall_color = (np.array([table, wall]) * shift + rng.uniform(-8, 8, size=(2, 3))).astype(np.float32)
     shades = {item.item: rng.uniform(0.93, 1.04) for item in sorted(placed, key=lambda item: item.item)}
     colors = [np.float32(shades[item.item]) * np.array(COLORS[item.item.color], np.float32) for item in placed]
-    palette = np.stack([*colors, table_color])  # the table is the last one, -1
-    albedo = palette[found]
-    brightness = _pattern(scene, x, z, rng)
-    albedo = np.where((found < 0)[..., None], albedo * brightness[..., None], albedo)
-    albedo = np.where((is_wall & (found < 0))[..., None], wall_color, albedo)
+    numbers = found.astype(np.intp) + 2
+    numbers[is_wall & (found < 0)] = 0
+    return np.stack([wall_color, table_color, *colors]), numbers
 
-    angle, height = rng.uniform(-0.9, 0.9), rng.uniform(1.0, 1.5)
-    light = np.array([np.sin(angle), height, np.cos(angle) * 0.6])
-    light /= np.sqrt((light * light).sum())
-    lx, ly, lz = (np.float32(part) for part in light)
-    facing = np.maximum(hit.normal[0] * lx + hit.normal[1] * ly + hit.normal[2] * lz, 0)
-    start = tuple(p + np.float32(2e-3) * n for p, n in zip((x, y, z), hit.normal, strict=True))
-    towards = _Rays(start, (lx, ly, lz))  # type: ignore[arg-type]
-    is_shaded = np.zeros(found.shape, bool)
+
+def _shadows(
+    placed: Sequence[PlacedItem], camera: _Camera, hit: _Hit, points: tuple[_Array, _Array, _Array], light: _Array
+) -> _Array:
+    """Where a thing stands between a surface and the light."""
+    is_shaded = np.zeros(hit.distance.shape, bool)
+    direction = tuple(np.float32(part) for part in light)
     for item in placed:
         # between the thing and where its top throws a shadow
         middle = _middle(item)
         window = camera.window(np.stack([middle, middle - light * (middle[1] / light[1])]), _reach(item))
-        is_shaded[window] |= _hit(towards.part(window), item).distance < 2.0
-    lit = np.where(is_shaded, np.float32(0.0), facing)
-    # light from the sky: a little more from above
-    shade = np.float32(0.5) + np.float32(0.1) * hit.normal[1] + np.float32(0.5) * lit
-    half = [p - d for p, d in zip(light, rays.direction, strict=True)]
+        start = tuple(p[window] + np.float32(2e-3) * n[window] for p, n in zip(points, hit.normal, strict=True))
+        towards = _Rays(start, direction)  # type: ignore[arg-type]
+        is_shaded[window] |= _hit(towards, item).distance < 2.0
+    return is_shaded
+
+
+def _glint(rays: _Rays, hit: _Hit, light: _Array, where: _Array) -> _Array:
+    """What some rays, given by number, see of the light's reflection."""
+    half = [part - d.ravel()[where] for part, d in zip(light, rays.direction, strict=True)]
     length = np.sqrt(sum(h * h for h in half))
-    glint = np.maximum(sum(n * h for n, h in zip(hit.normal, half, strict=True)) / length, 0) ** 40
-    glint = np.where(is_shaded | (found < 0), np.float32(0), glint * np.float32(55))
-    canvas = albedo * shade[..., None] + glint[..., None]
-    parts = np.clip(canvas, 0, 255).reshape(image_size, SAMPLES, image_size, SAMPLES, 3)
-    pixels = (parts.mean(axis=(1, 3)) + 0.5).astype(np.uint8)
-    corner = (slice(None, None, SAMPLES), slice(None, None, SAMPLES))
-    points = np.stack([x[corner], y[corner], z[corner]], axis=-1)
-    return Rendering(
-        Image.fromarray(pixels, "RGB"), [item.item for item in placed], found[corner], points, hit.distance[corner]
-    )
+    facing = sum(n.ravel()[where] * h for n, h in zip(hit.normal, half, strict=True))
+    return np.maximum(facing / length, 0) ** 40 * np.float32(55)
