@@ -105,7 +105,7 @@ def test_the_seed_decides_about_everything_but_the_places(graphs):
     assert sizes[0] == sizes[1]
 
 
-@pytest.mark.parametrize("num_relations", [3, 8, 12])
+@pytest.mark.parametrize("num_relations", [1, 2, 3, 8, 12])
 def test_graphs_of_any_size_are_found(num_relations):
     rng = np.random.default_rng(num_relations)
     for _ in range(10):
@@ -115,9 +115,26 @@ def test_graphs_of_any_size_are_found(num_relations):
 
 
 @pytest.mark.parametrize("dimension", DIMENSIONS)
-def test_a_wanted_dimension_is_there(dimension):
-    graph = sample_tabletop_graph(np.random.default_rng(1), num_relations=4, dimensions=[dimension])
-    assert dimension in {RELATIONS[relation.name].dimension for relation in graph.relations}
+@pytest.mark.parametrize("num_relations", [1, 4])
+def test_a_wanted_dimension_is_there(dimension, num_relations):
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        graph = sample_tabletop_graph(rng, num_relations=num_relations, dimensions=[dimension])
+        assert len(graph.relations) == num_relations
+        assert dimension in {RELATIONS[relation.name].dimension for relation in graph.relations}
+
+
+def test_all_wanted_dimensions_are_there():
+    wanted = ["vertical", "containment", "between"]
+    for seed in range(12):
+        graph = sample_tabletop_graph(np.random.default_rng(seed), num_relations=4, dimensions=wanted)
+        assert {RELATIONS[relation.name].dimension for relation in graph.relations} >= set(wanted)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_wanted_split_is_drawn_from(split):
+    for seed in range(5):
+        assert sample_tabletop_graph(np.random.default_rng(seed), num_relations=3, split=split).split == split
 
 
 def test_what_cannot_be_is_refused():
@@ -143,4 +160,10 @@ def test_errors_name_what_is_wrong():
         parse_tabletop("A red box sings.")
     with pytest.raises(ValueError, match="num_relations=13"):
         sample_tabletop_graph(np.random.default_rng(0), num_relations=13)
+    with pytest.raises(ValueError, match="unknown \\['height'\\]"):
+        sample_tabletop_graph(np.random.default_rng(0), num_relations=3, dimensions=["height"])
+    with pytest.raises(ValueError, match="num_relations=1 is too small"):
+        sample_tabletop_graph(np.random.default_rng(0), num_relations=1, dimensions=["depth", "order"])
+    with pytest.raises(ValueError, match="Unknown split 'dev'"):
+        sample_tabletop_graph(np.random.default_rng(0), num_relations=3, split="dev")
     assert all(Item("red", noun).solid for noun in NOUNS)

@@ -5,16 +5,17 @@ from itertools import combinations, permutations
 
 import numpy as np
 
-from ..graph import COLORS, Relation, SceneGraph, split_of
+from ..graph import COLORS, SPLITS, Relation, SceneGraph, split_of
 from ..placements import REGIONS, Bound
 from ..relations import RELATIONS
 from .placing import CANVAS, CLEARANCE, PLACEMENTS, SHADE, Slot, is_possible, sample_sizes
 from .things import NOUNS, SCENES, SOLIDS, Item
 
 
-_ATTEMPTS = 60
+_ATTEMPTS = 300
 MAX_ITEMS = 8
 MAX_RELATIONS = 12
+DIMENSIONS = tuple(dict.fromkeys(RELATIONS[name].dimension for name in PLACEMENTS))
 
 
 def sample_tabletop_graph(
@@ -45,11 +46,17 @@ def sample_tabletop_graph(
     """
     if not 1 <= num_relations <= MAX_RELATIONS:
         raise ValueError(f"num_relations={num_relations} must be between 1 and {MAX_RELATIONS}.")
-    wanted = list(dimensions or ())
+    wanted = list(dict.fromkeys(dimensions or ()))
+    if unknown := [dimension for dimension in wanted if dimension not in DIMENSIONS]:
+        raise ValueError(f"dimensions has unknown {unknown}; choose from {list(DIMENSIONS)}.")
+    if len(wanted) > num_relations:
+        raise ValueError(f"num_relations={num_relations} is too small for a relation of each dimension of {wanted}.")
+    if split is not None and split not in SPLITS:
+        raise ValueError(f"Unknown split {split!r}; choose one of {list(SPLITS)}.")
     for _ in range(_ATTEMPTS):
         items = _sample_items(rng, num_relations, wanted)
-        if split is not None and split_of(items) != split:
-            continue
+        while split is not None and split_of(items) != split:
+            items = _sample_items(rng, num_relations, wanted)
         sizes = sample_sizes(items, rng)
         scattered = _scatter(items, sizes, wanted, rng)
         if scattered is None:
@@ -67,8 +74,11 @@ def sample_tabletop_graph(
 
 
 def _sample_items(rng: np.random.Generator, num_relations: int, wanted: Sequence[str]) -> list[Item]:
-    least = max(3, -(-num_relations * 5 // 8), 2 if "order" not in wanted else 3)
-    number = int(rng.integers(least, min(least + 2, MAX_ITEMS) + 1)) if least < MAX_ITEMS else MAX_ITEMS
+    least = max(3, -(-num_relations * 5 // 8))
+    if num_relations == 1:  # each thing is in it
+        number = {"region": 1, "between": 3, "order": 3}.get(wanted[0] if wanted else "", 2)
+    else:
+        number = int(rng.integers(least, min(least + 2, MAX_ITEMS) + 1)) if least < MAX_ITEMS else MAX_ITEMS
     nouns = list(NOUNS)
     items: dict[str, Item] = {}
     if "vertical" in wanted or rng.random() < 0.3:
@@ -166,7 +176,7 @@ def _read_off(
     missing = [dimension for dimension in wanted if dimension not in ("vertical", "containment")]
     while len(chosen) < num_relations:
         open_items = set(items) - {item for relation in chosen for item in relation.arguments}
-        if len(open_items) > 2 * (num_relations - len(chosen)):
+        if num_relations > 1 and len(open_items) > 2 * (num_relations - len(chosen)):
             return None
         dimension = missing.pop() if missing else None
         pool = [
@@ -187,7 +197,9 @@ def _read_off(
         relation = pool[rng.integers(len(pool))]
         chosen.append(relation)
         covered |= _pairs(relation)
-    if {item for relation in chosen for item in relation.arguments} != set(items):
+    named = {item for relation in chosen for item in relation.arguments}
+    found = {RELATIONS[relation.name].dimension for relation in chosen}
+    if len(chosen) > num_relations or named != set(items) or not found >= set(wanted):
         return None
     return [chosen[i] for i in rng.permutation(len(chosen))]
 
