@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import IO, Any
 
 
+# Number of this process among those that accelerate has launched.
+PROCESS = int(os.environ.get("RANK", "0"))
+
+
 def write_atomically(path: str | Path, data: str | bytes) -> None:
     """
     Writes a file, text as UTF-8, so that at any moment `path` holds either its old content or all of the new one, even if the disk
@@ -132,6 +136,31 @@ class RecordLog:
                         f"{self.path}, line {number} is damaged ({error}). Restore the file, or remove that line: what it "
                         "records is then done again."
                     ) from None
+
+
+class SharedLog:
+    """
+    A log to which several processes add records, each to a file of its own.
+
+    Args:
+        folder (`Path`):
+            Folder of the files.
+        name (`str`):
+            How their names begin.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        self.folder, self.name = folder, name
+        self._own = RecordLog(folder / (f"{name}.jsonl" if PROCESS == 0 else f"{name}-{PROCESS}.jsonl"))
+
+    def append(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """See [`RecordLog.append`]."""
+        self._own.append(records)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The records of all processes."""
+        for path in sorted(self.folder.glob(f"{self.name}*.jsonl")):
+            yield from RecordLog(path)
 
 
 def _whole_lines(file: IO[bytes]) -> int:

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..store import lock_folder, read_record, write_atomically, write_record
+from ..store import PROCESS, lock_folder, read_record, write_atomically, write_record
 
 
 if TYPE_CHECKING:
@@ -108,7 +108,6 @@ def main(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace, store: "BuildStore") -> None:
     from ..data.building.build import STAGES, run_stage
-    from ..data.building.build_store import PROCESS
     from ..data.building.plan import format_plan, plan
 
     if getattr(args, "estimate", False):

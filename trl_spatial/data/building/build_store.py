@@ -1,10 +1,9 @@
 """The folder in which a dataset is built: the recipe, a log of records for each stage, and the images."""
 
 import hashlib
-import os
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...endpoints import Spend
-from ...store import ContentStore, RecordLog, lock_folder, read_record, write_record
+from ...store import PROCESS, ContentStore, RecordLog, SharedLog, lock_folder, read_record, write_record
 from .recipe import load_recipe, make_recipe
 
 
@@ -20,35 +19,6 @@ RECIPE_FILE = "recipe.json"
 # What each section of the recipe decides, as logs; and what may be changed although it has begun.
 _LOGS = {"prompts": "prompts", "render": "images", "filter": "verdicts"}
 _FREE = {("prompts", "num_prompts"), ("prompts", "max_cost"), ("render", "max_cost"), ("filter", "max_cost")}
-
-
-# Number of this process among those that accelerate has launched.
-PROCESS = int(os.environ.get("RANK", "0"))
-
-
-class SharedLog:
-    """
-    A log to which several processes add records, each to a file of its own.
-
-    Args:
-        folder (`Path`):
-            Folder of the files.
-        name (`str`):
-            How their names begin.
-    """
-
-    def __init__(self, folder: Path, name: str):
-        self.folder, self.name = folder, name
-        self._own = RecordLog(folder / (f"{name}.jsonl" if PROCESS == 0 else f"{name}-{PROCESS}.jsonl"))
-
-    def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """See [`~store.RecordLog.append`]."""
-        self._own.append(records)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The records of all processes."""
-        for path in sorted(self.folder.glob(f"{self.name}*.jsonl")):
-            yield from RecordLog(path)
 
 
 _PRACTICAL = {
