@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
 from huggingface_hub import constants
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
 from tests.generation.pipelines import BUILDERS
@@ -326,3 +327,22 @@ def test_estimates_are_the_sums_that_the_timings_make():
     assert estimate(server | {"price_per_image": 0.03}, 100)["cost"] == pytest.approx(3.0)
     assert estimate(server, 100) == {"images": 100, "calls": 100, "gpu_hours": 0.0, "cost": None}
     assert estimate({"name": "flat"}, 10) == {"images": 10, "calls": 0, "gpu_hours": 0.0, "cost": 0.0}
+
+
+def test_lora_weights_are_drawn_with(folders, tmp_path):
+    # The oracle: diffusers itself, with the same weights loaded by hand.
+    pipeline = diffusers.FluxPipeline.from_pretrained(folders["FluxPipeline"])
+    pipeline.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    weights = get_peft_model_state_dict(pipeline.transformer)
+    diffusers.FluxPipeline.save_lora_weights(tmp_path / "my lora", transformer_lora_layers=weights)
+    spec = {"name": str(folders["FluxPipeline"]), **TINY}
+    job = JOBS[0]
+    (plain,) = make_painter(spec).draw([job])
+    (drawn,) = make_painter(spec | {"lora": str(tmp_path / "my lora")}).draw([job])
+    pipeline.set_progress_bar_config(disable=True)
+    (expected,) = pipeline(job.prompt, generator=image_generator(job.seed), guidance_scale=3.5, **SMALL).images
+    assert np.abs(pixels(drawn.png).astype(int) - np.asarray(expected)).max() <= 1  # of 255: another number of threads
+    assert not np.array_equal(pixels(drawn.png), pixels(plain.png))
+    assert drawn.recipe["lora"] == "my lora" and plain.recipe["lora"] is None
+    with pytest.raises(ValueError, match="nowhere"):
+        make_painter(spec | {"lora": "./nowhere"}).draw([job])

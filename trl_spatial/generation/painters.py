@@ -10,6 +10,7 @@ import torch
 
 from .. import __version__
 from ..hub.errors import explain_errors
+from ..hub.references import find_reference
 from ..hub.safety import check_repository
 from ..preferences.images import load_image
 from ..scenes import LayoutError
@@ -45,6 +46,8 @@ class PipelinePainter(Painter):
             Where to draw. If `None`, on the GPU if there is one. The noise is always drawn on the CPU.
         batch_size (`int`, *optional*, defaults to `1`):
             Images that are drawn together.
+        lora (`str`, *optional*):
+            LoRA weights to draw with, such as `trl_spatial grpo` writes: a folder, or a name on the Hub as for the pipeline.
         **overrides:
             Arguments of the pipeline's call that differ from its family's in `FAMILIES`, such as `num_inference_steps`.
 
@@ -62,6 +65,7 @@ class PipelinePainter(Painter):
         dtype: str = "bfloat16",
         device: str | None = None,
         batch_size: int = 1,
+        lora: str | None = None,
         **overrides: Any,
     ):
         if dtype not in DTYPES:
@@ -76,6 +80,7 @@ class PipelinePainter(Painter):
         self.batch_size = batch_size
         self.uses_gpu = device is None or device.startswith("cuda")
         self._source = (name_or_path, revision)
+        self._lora = lora
         self._dtype = dtype
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._overrides = overrides
@@ -108,6 +113,7 @@ class PipelinePainter(Painter):
                 dtype=getattr(torch, self._dtype),
                 use_safetensors=True,
             )
+        adapter = None if self._lora is None else _load_lora(pipeline, self._lora)
         pipeline.to(self._device)
         pipeline.set_progress_bar_config(disable=True)
         # The call of every pipeline encodes through this method, so images stay what the call gives.
@@ -115,6 +121,7 @@ class PipelinePainter(Painter):
         self._recipe = {
             "model": self.name.partition("@")[0],
             "revision": reference.revision,
+            "lora": adapter,
             "pipeline": family.pipeline_class,
             "scheduler": type(pipeline.scheduler).__name__,
             **self._arguments,
@@ -142,6 +149,15 @@ class PipelinePainter(Painter):
             png, refusal = (None, FLAGGED) if is_flagged else (encode_png(image), None)
             drawn.append(DrawnImage(job.id, png, refusal, recipe, seconds, 0.0))
         return drawn
+
+
+def _load_lora(pipeline: Any, name: str) -> str:
+    """Loads LoRA weights into a pipeline, and returns what to call them in public: no folder but its name."""
+    reference = find_reference(name, kind="model")
+    check_repository(reference, kind="model")
+    with explain_errors(f"Loading the LoRA weights {reference}"):
+        pipeline.load_lora_weights(reference.name, revision=reference.revision, use_safetensors=True)
+    return Path(name).resolve().name if reference.is_local else str(reference)
 
 
 class RendererPainter(Painter):
@@ -269,7 +285,14 @@ _ENDPOINT_KEYS: dict[str, Any] = {
     "timeout_s": _NUMBER,
 }
 _RENDERER_KEYS: dict[str, Any] = {"name": str, "image_size": int}
-_PIPELINE_KEYS: dict[str, Any] = {"name": str, "revision": str, "dtype": str, "device": str, "batch_size": int} | {
+_PIPELINE_KEYS: dict[str, Any] = {
+    "name": str,
+    "revision": str,
+    "dtype": str,
+    "device": str,
+    "batch_size": int,
+    "lora": str,
+} | {
     key: _NUMBER if isinstance(value, float) else type(value)
     for family in FAMILIES
     for key, value in family.arguments.items()
@@ -283,7 +306,7 @@ def make_painter(spec: Mapping[str, Any]) -> Painter:
     Args:
         spec (`Mapping[str, Any]`):
             A renderer, `{"name": "tabletop", "image_size": 128}` or `"flat"`; a pipeline, `{"name":
-            "black-forest-labs/FLUX.1-dev"}` with any of `revision`, `dtype`, `device`, `batch_size` and the arguments of its
+            "black-forest-labs/FLUX.1-dev"}` with any of `revision`, `dtype`, `device`, `batch_size`, `lora` and the arguments of its
             family in `FAMILIES`; or a model behind a server, `{"endpoint": "https://HOST/v1", "model": NAME}` with any of
             `api_key_env`, `extra_body`, `price_per_image` (US dollars), `size`, `concurrency` and `timeout_s`.
 
