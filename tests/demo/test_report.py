@@ -16,7 +16,8 @@ import pytest
 from jinja2 import UndefinedError
 from PIL import Image
 
-from trl_spatial.demo.report import describe_change, format_duration, write_report
+from trl_spatial.demo.report import describe_change, write_report
+from trl_spatial.figures.page import format_duration
 
 
 PAPER = "https://huggingface.co/papers/2602.24233"

@@ -332,7 +332,9 @@ def test_estimates_are_the_sums_that_the_timings_make():
 def test_lora_weights_are_drawn_with(folders, tmp_path):
     # The oracle: diffusers itself, with the same weights loaded by hand.
     pipeline = diffusers.FluxPipeline.from_pretrained(folders["FluxPipeline"])
-    pipeline.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    pipeline.transformer.add_adapter(
+        LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    )
     weights = get_peft_model_state_dict(pipeline.transformer)
     diffusers.FluxPipeline.save_lora_weights(tmp_path / "my lora", transformer_lora_layers=weights)
     spec = {"name": str(folders["FluxPipeline"]), **TINY}

@@ -1,0 +1,175 @@
+"""Charts for a page: each an `<svg>` element that uses the colors of the page."""
+
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from io import StringIO
+
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MultipleLocator
+from matplotlib.transforms import blended_transform_factory
+
+
+# A figure is as wide as a column of text on a phone. One unit is one pixel at that width.
+_WIDTH = 360
+_FONT_SIZE = 13.5
+
+# What the figures are drawn with, and which custom property of the page takes its place.
+COLORS = {
+    name: f"#0a0b{number:02x}" for number, name in enumerate(("ink", "quiet", "rule", "paper", "accent", "second"))
+}
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "trl_spatial",
+    "font.sans-serif": ["DejaVu Sans"],  # measures the text; it is wider than what pages are set in
+    "font.size": _FONT_SIZE,
+    "path.simplify": False,  # a curve goes through every measurement
+    "figure.dpi": 72,
+    "axes.edgecolor": COLORS["quiet"],
+    "axes.labelcolor": COLORS["quiet"],
+    "axes.labelsize": _FONT_SIZE,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "grid.color": COLORS["rule"],
+    "text.color": COLORS["ink"],
+    "xtick.color": COLORS["quiet"],
+    "xtick.labelsize": _FONT_SIZE,
+    "ytick.color": COLORS["quiet"],
+    "ytick.labelsize": _FONT_SIZE,
+    "xtick.major.pad": 5,
+    "ytick.major.pad": 7,
+    "ytick.major.size": 0,
+    "legend.fontsize": _FONT_SIZE,
+    "legend.frameon": False,
+    "lines.solid_capstyle": "round",
+}
+styled = style.context(["default", _STYLE])
+
+
+def format_share(share: float, num_digits: int = 1) -> str:
+    """Format a share from 0 to 1 in per cent, with a space that does not break."""
+    return f"{100 * share:.{num_digits}f}\N{NO-BREAK SPACE}%"
+
+
+@styled
+def pair_accuracy_dots(groups: Mapping[str, Mapping[str, float]]) -> str:
+    """
+    How often a reward model ranks the two images of a pair correctly, with a line at chance: title of a group of pairs → the shares
+    `"estimate"`, `"low"` and `"high"`. The dots are the group `pairs-accuracy`, the intervals `pairs-accuracy-intervals`, chance
+    `pairs-chance`.
+    """
+    figure, axes = new_figure(height=88 + 36 * len(groups), left=82, right=66, top=28, bottom=48)
+    axes.axvline(0.5, color=COLORS["quiet"], linestyle=(0, (4, 3)), linewidth=1.2, gid="chance")
+    axes.annotate("chance", (0.5, 1), xycoords=("data", "axes fraction"), xytext=(0, 5), textcoords="offset points",
+                  ha="center", color=COLORS["quiet"])  # fmt: skip
+    rows = list(groups.values())
+    plot_intervals(axes, rows, list(range(len(rows))), "accuracy", color="accent", marker="o", is_filled=True)
+    for position, row in enumerate(rows):
+        axes.annotate(
+            format_share(row["estimate"]), (1, position), xycoords=("axes fraction", "data"), xytext=(12, 0),
+            textcoords="offset points", va="center",
+        )  # fmt: skip
+    axes.set_yticks(range(len(rows)), list(groups))
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    set_share_axis(axes.xaxis, spacing=0.5)
+    axes.set_xlabel("pairs ranked rightly")
+    axes.grid(visible=False, axis="y")
+    label = "Dot plot with 95 % intervals. Share of pairs ranked rightly, chance at 50 %: "
+    label += "; ".join(f"{title} {format_share(row['estimate'])}" for title, row in groups.items())
+    return to_svg(figure, "pairs", label + ".")
+
+
+@styled
+def reliability_diagram(bins: Sequence[Mapping[str, float]]) -> str:
+    """
+    The accuracy of a reward model by its confidence, for bins with `"confidence"` from 0.5 to 1, `"accuracy"` from 0 to 1, and
+    `"num_pairs"`, at least one. A larger dot stands for more pairs. The bins are the group `calibration-bins`, the diagonal
+    `calibration-diagonal`.
+    """
+    figure, axes = new_figure(height=290, left=58, bottom=50)
+    axes.plot([0.5, 1], [0.5, 1], color=COLORS["quiet"], linestyle=(0, (4, 3)), linewidth=1.2, gid="diagonal")
+    axes.annotate("calibrated", (0.68, 0.68), xytext=(-6, 6), textcoords="offset points", ha="right",
+                  color=COLORS["quiet"])  # fmt: skip
+    largest = max(row["num_pairs"] for row in bins)
+    areas = [20 + 160 * row["num_pairs"] / largest for row in bins]
+    confidence, accuracy = ([row[key] for row in bins] for key in ("confidence", "accuracy"))
+    axes.scatter(
+        confidence, accuracy, areas, color=COLORS["accent"], alpha=0.85, linewidths=0, clip_on=False, zorder=3,
+        gid="bins",
+    )  # fmt: skip
+    axes.set_xlim(0.5, 1)
+    axes.xaxis.set_major_locator(MultipleLocator(0.1))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: format_share(share, 0)))
+    set_share_axis(axes.yaxis)
+    axes.set_xlabel("confidence in the preferred order")
+    axes.grid(visible=False, axis="x")
+    label = "Reliability diagram. Confidence and share of pairs ranked rightly: "
+    label += "; ".join(f"{format_share(row['confidence'])} and {format_share(row['accuracy'])}" for row in bins)
+    return to_svg(figure, "calibration", label + ".")
+
+
+def new_figure(*, height: int, left: int, right: int = 26, top: int = 14, bottom: int = 44) -> tuple[Figure, Axes]:
+    """A figure and its axes, with margins in pixels: panels of equal margins are aligned."""
+    figure = Figure(figsize=(_WIDTH / 72, height / 72), facecolor="none")
+    inner = (left / _WIDTH, bottom / height, 1 - (left + right) / _WIDTH, 1 - (top + bottom) / height)
+    axes = figure.add_axes(inner, facecolor="none")
+    axes.tick_params(axis="y", labelcolor=COLORS["ink"])
+    return figure, axes
+
+
+def plot_intervals(
+    axes: Axes, rows: Sequence[Mapping[str, float]], positions: Sequence[float], gid: str,
+    *, color: str, marker: str, is_filled: bool,
+) -> None:  # fmt: skip
+    low, high, estimate = ([row[key] for row in rows] for key in ("low", "high", "estimate"))
+    ink = COLORS[color]
+    axes.hlines(positions, low, high, color=ink, linewidth=2, gid=f"{gid}-intervals")
+    axes.plot(
+        estimate, positions, marker, color=ink, markerfacecolor=ink if is_filled else COLORS["paper"], markersize=7,
+        markeredgewidth=1.8, label=gid, gid=gid, clip_on=False,
+    )  # fmt: skip
+
+
+def set_share_axis(axis: Axis, spacing: float = 0.25) -> None:
+    """Show the whole range of a share, 0 to 1, in per cent."""
+    axis.axes.set(**{f"{axis.axis_name}lim": (0, 1)})  # type: ignore[attr-defined]
+    axis.set_major_locator(MultipleLocator(spacing))
+    axis.set_major_formatter(FuncFormatter(lambda share, _: format_share(share, 0)))
+
+
+def add_legend(axes: Axes) -> None:
+    """A line above the axes, from the left edge of the figure."""
+    transform = blended_transform_factory(axes.figure.transFigure, axes.transAxes)
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), bbox_transform=transform, ncols=2, borderpad=0, borderaxespad=1.0,
+        handlelength=1.8, handletextpad=0.5, columnspacing=1.4,
+    )  # fmt: skip
+
+
+def to_svg(figure: Figure, name: str, label: str) -> str:
+    """
+    The figure as an `<svg>` element that can stand beside others in a page: ids begin with `name`, colors are the
+    page's, text is text in the page's font, and nothing refers outside.
+    """
+    buffer = StringIO()
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    svg = buffer.getvalue()
+    height = re.search(r'viewBox="0 0 \S+ (\S+)"', svg)[1]  # type: ignore[index]
+    body = re.search(r"</metadata>(.*)</svg>", svg, flags=re.DOTALL)[1]  # type: ignore[index]
+    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)  # its selector is *, which would reach the page
+    body = re.sub(r'(?<= id=")|(?<=href="#)|(?<=url\(#)', f"{name}-", body.replace("xlink:href", "href"))
+    body = re.sub(r"font: ([\d.]+px) 'DejaVu Sans'[^;\"]*", r"font-size: \1", body)
+    for property_name, color in COLORS.items():
+        body = body.replace(color, f"var(--{property_name})")
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {_WIDTH} {height}" role="img" '
+        f'aria-label="{escape(label)}" stroke-linejoin="round">{body}</svg>'
+    )
