@@ -1,0 +1,136 @@
+"""How runs of one benchmark differ: paired by prompt, tested, and flagged where a comparison would mislead."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..hub.cards import Card
+from ..statistics import holm
+from .benchmarks.base import Metric
+from .image_results import generator_label
+from .image_run import ImageRun
+from .intervals import metric_difference, metric_interval
+
+
+def compare_runs(runs: Sequence[ImageRun]) -> dict[str, Any]:
+    """
+    Compares runs with the first of them, by the fixed protocol.
+
+    Args:
+        runs (`Sequence[ImageRun]`):
+            Two or more runs of one benchmark.
+
+    Returns:
+        `dict`: `kind`, `benchmark`, `title`, `runs` (`label`, `folder`, `flags`) and `rows`: for each metric of each further run `metric`,
+        `run`, `before`, `after`, `difference`, `low`, `high`, `p_value`, `p_holm`, which is corrected for all rows, and `num_prompts`.
+
+    Raises:
+        `ValueError`: If there are fewer than two runs, they are of different benchmarks or data, or have no prompt in common.
+    """
+    if len(runs) < 2:
+        raise ValueError("Name two runs or more.")
+    first = runs[0]
+    for run in runs[1:]:
+        for name in ("benchmark", "data_hash"):
+            one, other = getattr(first.plan, name), getattr(run.plan, name)
+            if one != other:
+                raise ValueError(f"{first.folder} and {run.folder} are not comparable: {name} is {one} and {other}.")
+    metrics = [
+        {metric.name: metric for metric in run.benchmark.fixed(run.items, run.evidence()["fixed"])} for run in runs
+    ]
+    rows = [
+        _row(name, number, metrics[0][name], metric)
+        for number in range(1, len(runs))
+        for name, metric in metrics[number].items()
+        if name in metrics[0]
+    ]
+    rows = [row for row in rows if row is not None]
+    if not rows:
+        raise ValueError(f"{first.folder} and the others have no prompt in common.")
+    for row, corrected in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
+        row["p_holm"] = float(corrected)
+    return {
+        "kind": "compare",
+        "benchmark": first.benchmark.name,
+        "title": first.benchmark.title,
+        "runs": [
+            {"label": generator_label(run), "folder": run.folder.name, "flags": find_flags(run, first)} for run in runs
+        ],
+        "rows": rows,
+    }
+
+
+def _row(name: str, number: int, before: Metric, after: Metric) -> dict[str, Any] | None:
+    difference = metric_difference(before, after)
+    if difference is None or np.isnan(difference.interval.estimate):
+        return None
+    return {
+        "metric": name,
+        "run": number,
+        "is_headline": after.is_headline,
+        "before": metric_interval(before).estimate,
+        "after": metric_interval(after).estimate,
+        "difference": difference.interval.estimate,
+        "low": difference.interval.low,
+        "high": difference.interval.high,
+        "p_value": difference.p_value,
+        "num_prompts": difference.num_items,
+    }
+
+
+def find_flags(run: ImageRun, first: ImageRun | None = None) -> list[str]:
+    """
+    What makes a run's numbers say less than they seem to.
+
+    Args:
+        run ([`~evaluation.image_run.ImageRun`]):
+            The run.
+        first ([`~evaluation.image_run.ImageRun`], *optional*):
+            The run that it is compared with.
+
+    Returns:
+        `list[str]`: Sentences; empty if nothing speaks against the numbers.
+    """
+    flags = []
+    plan, title = run.plan, run.benchmark.title
+    if run.benchmark.name in plan.trained_on:
+        flags.append(f"The generator was trained on {title}.")
+    rewards = training_rewards(run)
+    if rewards and run.benchmark.name.startswith("geneval") and any(name.startswith("geneval") for name in rewards):
+        flags.append(f"The generator was trained with {title}'s own rules as the reward.")
+    for role, judge in plan.judges.items():
+        if any(judge == name or judge.rpartition("/")[2] == name for name in rewards):
+            flags.append(f"The judge {judge} ({role}) was a reward in training: the gain may be the judge's taste.")
+    if first is not None and dict(first.plan.judges) != dict(plan.judges):
+        flags.append("Other judges than in the first run: differences may be theirs.")
+    if first is not None and (first.plan.seed, first.plan.num_images) != (plan.seed, plan.num_images):
+        flags.append("Other seeds or numbers of images than in the first run.")
+    return flags
+
+
+def training_rewards(run: ImageRun) -> list[str]:
+    """Names of the rewards that the generator's LoRA was trained with, as its card says; none if it has no card."""
+    folder = (run.plan.generator or {}).get("lora")
+    card = None if folder is None else Card.load(folder)
+    settings = {} if card is None else card.values.get("settings", {})
+    return [name.rpartition(" (")[0] for name in settings.get("rewards", "").split(", ") if name]
+
+
+def describe_comparison(comparison: dict[str, Any]) -> str:
+    """The comparison as Markdown."""
+    runs = comparison["runs"]
+    lines = [f"# {comparison['title']}: {' against '.join(run['label'] for run in runs)}", ""]
+    lines += [f"- {run['label']} ({run['folder']}): {flag}" for run in runs for flag in run["flags"]]
+    lines += [
+        "",
+        "| metric | run | before | after | difference | 95 % interval | p | p, Holm |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in comparison["rows"]:
+        name = f"**{row['metric']}**" if row["is_headline"] else row["metric"]
+        lines.append(
+            f"| {name} | {runs[row['run']]['label']} | {row['before']:.3f} | {row['after']:.3f} | {row['difference']:+.3f} "
+            f"| {row['low']:+.3f} to {row['high']:+.3f} | {row['p_value']:.4f} | {row['p_holm']:.4f} |"
+        )
+    return "\n".join(lines) + "\n"

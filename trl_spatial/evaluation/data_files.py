@@ -1,0 +1,70 @@
+"""A benchmark's data: found in a folder, or fetched once with a checked hash."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import requests
+
+from ..store import write_atomically
+from .benchmarks.base import Benchmark, DataFile
+
+
+EXAMPLE = "example"  # a few rows of our own in the benchmark's format
+_TIMEOUT = 60.0  # seconds without a byte
+
+
+def find_data(benchmark: Benchmark, where: str | None = None) -> Path:
+    """
+    Finds the folder of a benchmark's data.
+
+    Args:
+        benchmark ([`~evaluation.benchmarks.base.Benchmark`]):
+            The benchmark.
+        where (`str`, *optional*):
+            A folder with its files; or `"example"`, for a few rows that come with this package and show the format. If not
+            set, its files are fetched from where they are published, unless they have been before.
+
+    Raises:
+        `ValueError`: If there is no such folder, a file cannot be fetched, or its content is not the published one.
+    """
+    if where == EXAMPLE:
+        module = type(benchmark).__module__.rpartition(".")[2]
+        return Path(__file__).parent / "benchmarks" / "examples" / module
+    if where is not None:
+        if not Path(where).is_dir():
+            raise ValueError(f"There is no folder {where} with the data of {benchmark.title}.")
+        return Path(where)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "trl_spatial" / "benchmarks" / benchmark.name
+    for file in benchmark.files:
+        if not (folder / file.name).is_file():
+            _fetch(file, folder, benchmark)
+    return folder
+
+
+def _fetch(file: DataFile, folder: Path, benchmark: Benchmark) -> None:
+    way_out = f"Fetch it yourself ({file.url}, licence: {benchmark.license}), put it into a folder as {file.name}, and name the folder with --data."
+    try:
+        with requests.get(file.url, timeout=_TIMEOUT) as response:
+            response.raise_for_status()
+            content = response.content
+    except requests.RequestException as error:
+        raise ValueError(f"The data of {benchmark.title} cannot be fetched: {error}. {way_out}") from None
+    found = hashlib.sha256(content).hexdigest()
+    if found != file.sha256:
+        raise ValueError(
+            f"{file.url} is not the file that this version knows: its SHA-256 is {found}, not {file.sha256}. {way_out}"
+        )
+    path = folder / file.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content)
+
+
+def hash_data(folder: Path) -> str:
+    """SHA-256 over the names and contents of the files in a folder of data."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
