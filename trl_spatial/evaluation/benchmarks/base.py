@@ -73,8 +73,9 @@ class Question:
         key (`str`):
             Names it among the questions about an image. Questions of one key are the same question.
         kind (`str`):
-            `"text"`: words are asked for, and the reply is a string. `"probabilities"`: the reply is a mapping, token → its
-            probability of being the first of the answer. `"boxes"`: the reply is `{"size": [width, height], "boxes": [{"label",
+            `"text"`: words are asked for, and the reply is a string. `"probabilities"`: the reply is `{"probabilities": {token:
+            its probability of being the first of the answer}, "tokens": {spelling: [token, ...]}}`, tokens as text, and every
+            spelling of `options` cut into tokens. `"boxes"`: the reply is `{"size": [width, height], "boxes": [{"label",
             "score", "box": [left, top, right, bottom]}, ...]}`, most confident first, with `"color"` and `"depth"` where `options` asks.
         text (`str`, *optional*):
             The words of the question.
@@ -82,7 +83,7 @@ class Question:
             For `"boxes"`: `classes`, names of what to look for; `colors`, those of them whose color is to be named; `depth`,
             whether to add the mean depth in each box, as `depth` and, with rows and columns exchanged, `depth_transposed` (0 to
             255, near is bright); `detector`, `"first"` or `"second"`; `view`, a change of the image beforehand.
-            For `"text"`: `max_tokens` and `temperature`.
+            For `"text"`: `max_tokens` and `temperature`. For `"probabilities"`: `spellings`, the answers that may be accepted.
         num_replies (`int`, *optional*, defaults to `1`):
             How many usable replies are wanted.
         max_tries (`int`, *optional*, defaults to `1`):
