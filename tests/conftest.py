@@ -180,3 +180,11 @@ def detector_folder(tmp_path_factory):
     from tests.detectors import save_yolos
 
     return save_yolos(tmp_path_factory.mktemp("yolos"))
+
+
+@pytest.fixture(scope="session")
+def judge_folder(backbone_folder, tmp_path_factory):
+    """Folder of a tiny Qwen2.5-VL that knows the words Yes and No. Treat it as read-only."""
+    from tests.vision_models import save_vision_model
+
+    return save_vision_model(tmp_path_factory.mktemp("judge"), backbone_folder)

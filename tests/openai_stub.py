@@ -16,6 +16,7 @@ import argparse
 import base64
 import hashlib
 import json
+import math
 import random
 import re
 import socket
@@ -214,6 +215,12 @@ def refusing_some(request, usual):
     return refusing(request, usual) if _hash(key) % 3 == 0 else usual(request)
 
 
+def without_logprobs(request, usual):
+    if "logprobs" in request.body:
+        return error(400, "This model does not support logprobs.", parameter="logprobs")
+    return usual(request)
+
+
 BEHAVIOURS: dict[str, Behaviour] = {
     "default": lambda request, usual: usual(request),
     "faulty": faulty,
@@ -226,6 +233,7 @@ BEHAVIOURS: dict[str, Behaviour] = {
     "dying": lambda request, usual: dying(request, usual) if request.number % 2 else usual(request),
     "other_model": other_model,
     "without_schema": without_schema,
+    "without_logprobs": without_logprobs,
     "in_prose": in_prose,
 }
 
@@ -380,6 +388,13 @@ def default_chat(request: Request) -> str:
     return json.dumps(role(request)) if role else f"An answer, {_hash(request.body) % 1000:03d}."
 
 
+def default_probabilities(request: Request) -> dict[str, float]:
+    """How likely an answer begins with a token: anything, but always the same."""
+    tokens = ("Yes", "yes", " Yes", " yes", "No", "no", " No", "The", *"ABCDE", *"0123456789")
+    weights = {token: 1.5 ** (_hash(request.body["messages"], token) % 20) for token in tokens}
+    return {token: weight / sum(weights.values()) for token, weight in weights.items()}
+
+
 class OpenAIStub:
     """
     The server, as a context or with `start` and `stop`.
@@ -389,13 +404,16 @@ class OpenAIStub:
             One of `BEHAVIOURS`, or a function.
         chat (`Callable`, *optional*):
             `(request)` → the text of the answer, or a whole [`Response`].
+        probabilities (`Callable`, *optional*):
+            `(request)` → {token: probability of being the first}, for who asks for log-probabilities.
         port (`int`, *optional*):
             0 for a free one.
     """
 
-    def __init__(self, behaviour="default", *, chat=default_chat, port=0):
+    def __init__(self, behaviour="default", *, chat=default_chat, probabilities=default_probabilities, port=0):
         self.behaviour = BEHAVIOURS[behaviour] if isinstance(behaviour, str) else behaviour
         self.chat = chat
+        self.probabilities = probabilities
         self.requests: list[Request] = []
         self.next: deque[Behaviour] = deque()
         self.files: dict[str, bytes] = {}
@@ -442,9 +460,16 @@ class OpenAIStub:
         message = {"role": "assistant", "content": said}
         usage = {"prompt_tokens": len(request.text) // 4, "completion_tokens": len(said) // 4}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        if body.get("logprobs"):
+            choice["logprobs"] = {"content": [self._first_token(request)]}
         return Response(
             {"id": "1", "object": "chat.completion", "model": body["model"], "choices": [choice], "usage": usage}
         )
+
+    def _first_token(self, request: Request) -> dict:
+        chances = sorted(self.probabilities(request).items(), key=lambda pair: -pair[1])
+        rows = [{"token": token, "logprob": math.log(chance), "bytes": None} for token, chance in chances]
+        return {**rows[0], "top_logprobs": rows[: request.body["top_logprobs"]]}
 
     def _draw(self, body: dict) -> Response:
         picture = draw_picture(body["prompt"], body.get("seed", 0))

@@ -7,16 +7,15 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-import torch
-from models import build_qwen2_5_vl, build_tokenizer
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from tests import openai_stub as stubs
 from tests.openai_stub import OpenAIStub
+from tests.vision_models import ByHand
 from trl_spatial.endpoints import BudgetReached, Endpoint, ServerError, Spend
-from trl_spatial.judges.endpoint_judge import EndpointJudge, encode_image
+from trl_spatial.judges.endpoint_judge import EndpointJudge
 from trl_spatial.judges.local_judge import LocalJudge
+from trl_spatial.judges.pictures import encode_image
 from trl_spatial.judges.questions import negated_question, relation_question, relation_statement
 from trl_spatial.scenes import REGIONS, RELATIONS
 
@@ -176,47 +175,13 @@ def test_the_stub_judges_its_own_pictures_by_their_prompts():
 
 # On this machine
 
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
-
-@pytest.fixture(scope="module")
-def judge_folder(backbone_folder, tmp_path_factory):
-    """A tiny Qwen2.5-VL that knows the words Yes and No."""
-    folder = tmp_path_factory.mktemp("judge")
-    tokenizer = build_tokenizer(
-        ["Yes No", " Yes No", "yes no", " yes no", "Is the mug to the left of the plate?"], 1000
+def chance_of_yes(by_hand, image, question):
+    probabilities = by_hand.probabilities(
+        image, f"{question} Left and right are the viewer's, as in the picture. Answer with one word, Yes or No."
     )
-    model = build_qwen2_5_vl(
-        tokenizer, hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1, vision_hidden_size=16,
-        vision_window_size=32, vocab_size=512, initializer_range=0.2,
-    )  # fmt: skip
-    model.save_pretrained(folder)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    shutil.copy(backbone_folder / "preprocessor_config.json", folder)
-    return folder
-
-
-def chance_of_yes(folder, image, question):
-    """The same by hand: the image's tokens are counted and written out, and the model runs once."""
-    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    features = AutoImageProcessor.from_pretrained(folder)([image], return_tensors="pt")
-    num_tokens = int(features["image_grid_thw"].prod()) // 4
-    text = (
-        f"<|im_start|>user\n<|vision_start|>{'<|image_pad|>' * num_tokens}<|vision_end|>{question} Left and right are the "
-        "viewer's, as in the picture. Answer with one word, Yes or No.<|im_end|>\n<|im_start|>assistant\n"
-    )
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    types = (ids == tokenizer.convert_tokens_to_ids("<|image_pad|>")).long()
-    with torch.no_grad():
-        probabilities = model(input_ids=ids, mm_token_type_ids=types, **features).logits[0, -1].softmax(-1)
     yes, no = (
-        sum(probabilities[tokenizer.convert_tokens_to_ids(token)] for token in (word, word.lower(), f"Ġ{word}",
+        sum(probabilities[by_hand.tokenizer.convert_tokens_to_ids(token)] for token in (word, word.lower(), f"Ġ{word}",
             f"Ġ{word.lower()}"))
         for word in ("Yes", "No")
     )  # fmt: skip
@@ -224,11 +189,11 @@ def chance_of_yes(folder, image, question):
 
 
 def test_a_local_judge_compares_yes_and_no(judge_folder, images):
-    judge = LocalJudge(str(judge_folder), device="cpu", margin=0.02)
+    judge, by_hand = LocalJudge(str(judge_folder), device="cpu", margin=0.02), ByHand(judge_folder)
     seen = set()
     for image in images[:3]:
         for answer, asked in zip(judge.ask(image, RECORDS), RECORDS, strict=True):
-            expected = chance_of_yes(judge_folder, image, relation_question(asked))
+            expected = chance_of_yes(by_hand, image, relation_question(asked))
             assert float(answer.raw.removeprefix("P(Yes) = ")) == pytest.approx(expected, abs=1e-3)
             words = "cannot_tell" if abs(expected - 0.5) <= 0.02 else "yes" if expected > 0.5 else "no"
             assert answer.answer == words

@@ -1,7 +1,12 @@
 """What a server answers, and the errors when it does not."""
 
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+
+_LEAST_LOGPROB = -9999.0  # what servers write for minus infinity, which is not JSON
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,8 @@ class Answer:
             Price in US dollars; 0 for an answer from the cache.
         is_cached (`bool`):
             Whether no call was made.
+        top_logprobs (`Sequence[Mapping[str, float]]`, *optional*):
+            For each token of the answer, the most likely tokens → natural logarithm of their probability, if asked for.
     """
 
     text: str
@@ -31,6 +38,7 @@ class Answer:
     output_tokens: int
     cost: float
     is_cached: bool
+    top_logprobs: Sequence[Mapping[str, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,31 @@ class Drawing:
     cost: float
     is_flagged: bool = False
     seed: int | None = None
+
+
+def clean_text(text: str) -> str:
+    """The text without halves of surrogate pairs, which no file takes."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def read_top_logprobs(choice: Mapping[str, Any]) -> list[dict[str, float]] | None:
+    """The most likely tokens at each place of a server's answer; `None` if it does not say, or not in OpenAI's form."""
+    try:
+        return [_add_up_tokens(place["top_logprobs"]) for place in choice["logprobs"]["content"]] or None
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _add_up_tokens(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Token → log-probability; several tokens may be written alike."""
+    added: dict[str, float] = {}
+    for row in rows:
+        token, logprob = clean_text(row["token"]), max(float(row["logprob"]), _LEAST_LOGPROB)
+        if token in added:
+            high, low = max(added[token], logprob), min(added[token], logprob)
+            logprob = high + math.log1p(math.exp(low - high))
+        added[token] = logprob
+    return added
 
 
 class EndpointError(RuntimeError):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from .answers import Answer, BadAnswer, Drawing, ServerError, Stopped
+from .answers import Answer, BadAnswer, Drawing, ServerError, Stopped, clean_text, read_top_logprobs
 from .cache import AnswerCache, hash_request
 from .pictures import decode_picture, download, is_flagged, is_policy_refusal
 from .sending import Failure, advise, check_address, persist, read_answer, read_failure, shorten
@@ -129,6 +129,7 @@ class Endpoint:
         temperature: float | None = None,
         max_tokens: int | None = None,
         vote: int = 0,
+        top_logprobs: int | None = None,
     ) -> Answer:
         """
         Asks the model.
@@ -144,16 +145,20 @@ class Endpoint:
                 Of the sampling. If not set, the server's.
             vote (`int`, *optional*, defaults to `0`):
                 Number of the answer, where the same is asked several times: only equal votes share an answer in the cache.
+            top_logprobs (`int`, *optional*):
+                How many of the most likely tokens to name at every place of the answer. Servers allow 20 at most.
 
         Returns:
             [`Answer`]: The answer.
 
         Raises:
             [`BadAnswer`]: If the model refuses, or does not answer as the schema asks.
-            [`ServerError`]: If the server gives no answer.
+            [`ServerError`]: If the server gives no answer, or no log-probabilities although they are asked for.
             [`BudgetReached`]: If the limit is reached.
         """
         settings = {"seed": seed, "temperature": temperature, "max_tokens": max_tokens, "vote": vote}
+        if top_logprobs is not None:  # else not a part of the cache's keys
+            settings |= {"logprobs": True, "top_logprobs": top_logprobs}
         if schema is None:
             return self._ask(messages, None, settings)
         check_keywords(schema)
@@ -249,10 +254,12 @@ class Endpoint:
         except Failure as failure:
             if is_policy_refusal(failure):
                 raise BadAnswer("The server refuses the request.", failure.message) from None
+            if "logprobs" in body and "logprobs" in f"{failure.parameter} {failure.message}".lower():
+                raise self._no_logprobs(failure.message, failure.status) from None
             raise self._error(failure) from None
         served = self._note_served(content)
         message = content["choices"][0]["message"]
-        text = _clean(message.get("content") or message.get("refusal") or "")
+        text = clean_text(message.get("content") or message.get("refusal") or "")
         tokens = _count_tokens(content, messages, text)
         cost = self.prices.of_tokens(*tokens)
         self._count(cost)
@@ -264,6 +271,12 @@ class Endpoint:
             "input_tokens": tokens[0],
             "output_tokens": tokens[1],
         }
+        if "logprobs" in body:
+            answer["top_logprobs"] = read_top_logprobs(content["choices"][0])
+            if answer["top_logprobs"] is None and not text:
+                raise BadAnswer("The model gives neither words nor log-probabilities.", "", served, cost)
+            if answer["top_logprobs"] is None:
+                raise self._no_logprobs("Its answer holds none")
         if self._cache is not None:
             self._cache.put(key, answer)
         return Answer(**answer, data=None, cost=cost, is_cached=False)
@@ -341,7 +354,7 @@ class Endpoint:
         served = answer.get("model")
         if not isinstance(served, str) or not served:
             return None
-        served = _clean(shorten(served, self._key))
+        served = clean_text(shorten(served, self._key))
         if not _is_same_model(self.model, served):
             with self._lock:
                 is_new = served not in self._warned
@@ -349,6 +362,13 @@ class Endpoint:
             if is_new:
                 logger.warning(f"{self.address} was asked for {self.model} and answers with {served}.")
         return served
+
+    def _no_logprobs(self, reason: str, status: int | None = None) -> ServerError:
+        return ServerError(
+            f"{self.model} at {self.address} gives no log-probabilities: {reason.rstrip('.')}. Take a model and a server that "
+            "do, such as an open model behind vLLM or SGLang.",
+            status, is_final=True,
+        )  # fmt: skip
 
     def _error(self, failure: Failure) -> ServerError:
         what = "gives no answer" if failure.status is None else f"answers {failure.status}"
@@ -396,11 +416,6 @@ def _count_tokens(answer: Mapping[str, Any], messages: Sequence[Mapping[str, Any
     num_images = sum(isinstance(part, Mapping) and part.get("type") == "image_url" for part in parts)
     num_read = sum(map(len, texts)) // _CHARACTERS_PER_TOKEN + num_images * _TOKENS_PER_IMAGE
     return num_read, -(-len(text) // _CHARACTERS_PER_TOKEN)
-
-
-def _clean(text: str) -> str:
-    """The text without halves of surrogate pairs, which no file takes."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def _find_key(variable: str, address: str) -> str:

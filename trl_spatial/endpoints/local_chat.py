@@ -13,6 +13,7 @@ from ..hub.references import Reference, find_reference
 from ..hub.safety import check_repository
 from .answers import Answer
 from .structured import add_text, ask_for_json, check_keywords, describe_schema
+from .threads import map_in_order
 
 
 _MOST_TOKENS = 2048
@@ -84,12 +85,7 @@ class LocalChat:
 
     def map(self, function: Any, items: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         """As [`~endpoints.Endpoint.map`], one item after another."""
-        for index, item in enumerate(items):
-            try:
-                result = function(item)
-            except Exception as error:
-                result = error
-            yield index, result
+        return map_in_order(function, items)
 
     @torch.no_grad()
     def _ask(self, messages: Sequence[Mapping[str, Any]], seed: int, settings: Mapping[str, Any]) -> Answer:

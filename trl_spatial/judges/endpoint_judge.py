@@ -1,14 +1,10 @@
 """A vision-language model behind a server that says which relations hold in an image."""
 
-import base64
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from typing import Any
 
-from PIL import Image
-
 from ..endpoints import BadAnswer, Endpoint
-from .pictures import load_picture
+from .pictures import check_side, user_message
 from .questions import ANSWERS, JudgedRelation, relation_question
 
 
@@ -25,7 +21,6 @@ _SCHEMA = {
     "required": ["answers"],
     "additionalProperties": False,
 }
-_LARGEST_PNG = 2**19  # bytes; larger pictures are sent as JPEG
 
 
 class EndpointJudge:
@@ -40,10 +35,8 @@ class EndpointJudge:
     """
 
     def __init__(self, endpoint: Endpoint, *, max_side: int = 1024):
-        if max_side < 1:
-            raise ValueError(f"`max_side` must be at least 1, got {max_side}.")
         self.endpoint = endpoint
-        self.max_side = max_side
+        self.max_side = check_side(max_side)
 
     def ask(self, image: Any, relations: Sequence[Mapping[str, Any]]) -> list[JudgedRelation]:
         """
@@ -57,11 +50,7 @@ class EndpointJudge:
         if not relations:
             return []
         questions = "\n".join(f"{i}. {relation_question(relation)}" for i, relation in enumerate(relations, start=1))
-        picture = {"type": "image_url", "image_url": {"url": encode_image(image, self.max_side)}}
-        messages: list[dict[str, Any]] = [
-            {"role": "system", "content": _INSTRUCTION},
-            {"role": "user", "content": [picture, {"type": "text", "text": questions}]},
-        ]
+        messages = [{"role": "system", "content": _INSTRUCTION}, user_message(image, questions, self.max_side)]
         try:
             answer = self.endpoint.chat(messages, schema=_SCHEMA)
         except BadAnswer as error:
@@ -71,29 +60,3 @@ class EndpointJudge:
             given = []
         given = given + ["cannot_tell"] * (len(relations) - len(given))
         return [JudgedRelation(said, answer.text, answer.served_model) for said in given]
-
-
-def encode_image(image: Any, max_side: int) -> str:
-    """
-    An image as a data URL: PNG, or JPEG if that would be large.
-
-    Args:
-        image (any image):
-            In any form that [`~preferences.images.load_image`] takes.
-        max_side (`int`):
-            The longer side in pixels; larger images are shrunk.
-
-    Raises:
-        `ValueError`: If the image cannot be read.
-    """
-    picture = load_picture(image, max_side)
-    kind, data = "png", _save(picture, "PNG")
-    if len(data) > _LARGEST_PNG:
-        kind, data = "jpeg", _save(picture, "JPEG", quality=95, subsampling=0)
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _save(picture: Image.Image, kind: str, **settings: Any) -> bytes:
-    file = BytesIO()
-    picture.save(file, kind, **settings)
-    return file.getvalue()

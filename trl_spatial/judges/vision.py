@@ -1,0 +1,291 @@
+"""Vision-language models, on this machine or behind a server, that answer questions about images."""
+
+import hashlib
+import math
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+from ..endpoints import Answer, Endpoint
+from ..endpoints.local_chat import load_model
+from ..endpoints.threads import map_in_order
+from ..hub.errors import explain_errors
+from ..hub.references import Reference
+from .pictures import check_side, load_picture, user_message
+
+
+_MOST_TOKENS = 2048
+_NUM_TOP_LOCAL, _NUM_TOP_ENDPOINT = 50, 20  # servers give 20 at most
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class VisionModel(Protocol):
+    """
+    Answers questions about images, each by itself.
+
+    Attributes:
+        name (`str`):
+            Its name.
+    """
+
+    name: str
+
+    def answer(
+        self,
+        image: Any,
+        text: str,
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        vote: int = 0,
+    ) -> Answer:
+        """
+        Asks about an image. The model sees the image, then the text, and no other instruction.
+
+        Args:
+            image (any image):
+                In any form that [`~preferences.images.load_image`] takes.
+            text (`str`):
+                The question.
+            max_tokens (`int`, *optional*), temperature (`float`, *optional*):
+                Of the sampling. If not set, the model's. A temperature of 0 takes the most likely token each time.
+            vote (`int`, *optional*, defaults to `0`):
+                Number of the answer, where the same is asked several times.
+
+        Returns:
+            [`~endpoints.Answer`]: The words, the model that answered, and the cost.
+
+        Raises:
+            `ValueError`: If the image cannot be read.
+        """
+        ...
+
+    def probabilities(self, image: Any, text: str, spellings: Sequence[str]) -> Answer:
+        """
+        Asks how an answer begins.
+
+        Args:
+            image (any image), text (`str`):
+                As for [`~VisionModel.answer`].
+            spellings (`Sequence[str]`):
+                Answers of interest, such as `["Yes", " Yes", "No"]`.
+
+        Returns:
+            [`~endpoints.Answer`]: Its `data` is `{"probabilities": {token: probability of being the first token of the
+            answer}, "tokens": {spelling: [token, ...]}}`, tokens as they are written. Tokens that are written alike count
+            together.
+
+        Raises:
+            `ValueError`: If the image cannot be read.
+            [`~endpoints.ServerError`]: If a server gives no log-probabilities.
+        """
+        ...
+
+    def map(
+        self, function: Callable[[Item], Result], items: Iterable[Item]
+    ) -> Iterator[tuple[int, Result | Exception]]:
+        """Runs a function, which calls this model, for many items, as [`~endpoints.Endpoint.map`]."""
+        ...
+
+
+class EndpointVision:
+    """
+    A vision-language model behind a server. A [`VisionModel`].
+
+    Of [`~VisionModel.probabilities`] it knows the 20 most likely tokens that a server names at most, and of each spelling that
+    it may be a token: less than a model on this machine does.
+
+    Args:
+        endpoint ([`~endpoints.Endpoint`]):
+            The model; it has to take images.
+        max_side (`int`, *optional*, defaults to `1024`):
+            The longer side of an image in pixels; larger ones are shrunk.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, max_side: int = 1024):
+        self.endpoint = endpoint
+        self.max_side = check_side(max_side)
+        self.name = endpoint.model
+
+    def answer(
+        self,
+        image: Any,
+        text: str,
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        vote: int = 0,
+    ) -> Answer:
+        """See [`~VisionModel.answer`]; raises what [`~endpoints.Endpoint.chat`] raises, too."""
+        message = user_message(image, text, self.max_side)
+        return self.endpoint.chat([message], max_tokens=max_tokens, temperature=temperature, vote=vote)
+
+    def probabilities(self, image: Any, text: str, spellings: Sequence[str]) -> Answer:
+        """See [`~VisionModel.probabilities`]; raises what [`~endpoints.Endpoint.chat`] raises, too."""
+        answer = self.endpoint.chat(
+            [user_message(image, text, self.max_side)], max_tokens=1, temperature=0.0, top_logprobs=_NUM_TOP_ENDPOINT
+        )
+        assert answer.top_logprobs  # else there is an error
+        chances = {token: math.exp(logprob) for token, logprob in answer.top_logprobs[0].items()}
+        return _with_data(answer, chances, {spelling: [spelling] for spelling in spellings})
+
+    def map(
+        self, function: Callable[[Item], Result], items: Iterable[Item]
+    ) -> Iterator[tuple[int, Result | Exception]]:
+        """See [`~VisionModel.map`]."""
+        return self.endpoint.map(function, items)
+
+
+class LocalVision:
+    """
+    A vision-language model of transformers, such as Qwen2.5-VL. A [`VisionModel`]. It costs nothing, has no cache, and answers
+    one question after another. Equal arguments give equal answers.
+
+    Args:
+        name (`str`):
+            The model: a folder, `ORG/NAME` or `ORG/NAME@REVISION` on the Hub, or `hub/NAME`. Its weights are safetensors, its
+            processor has a chat template.
+        device (`str` or `torch.device`, *optional*):
+            Where it runs. If `None`, the accelerator if there is one.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
+            Type of the weights; `"auto"` is the one they are saved in.
+        max_side (`int`, *optional*, defaults to `1024`):
+            The longer side of an image in pixels; larger ones are shrunk.
+
+    Raises:
+        `ValueError`: If a number is out of its range, there is no such model, it takes no images, weights are missing, or the
+            repository holds pickles or code.
+    """
+
+    def __init__(self, name: str, *, device: Any = None, dtype: Any = "auto", max_side: int = 1024):
+        self.max_side = check_side(max_side)
+        reference, config, self._model = load_model(
+            name,
+            AutoModelForImageTextToText,
+            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+            what="a vision-language model",
+            device=device,
+            dtype=dtype,
+        )
+        self.name = str(reference)
+        self._processor = _load_processor(reference, config)
+        self._lock = threading.Lock()
+
+    def answer(
+        self,
+        image: Any,
+        text: str,
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        vote: int = 0,
+    ) -> Answer:
+        """See [`~VisionModel.answer`]."""
+        settings: dict[str, Any] = {"max_new_tokens": max_tokens or _MOST_TOKENS}
+        if temperature is not None:
+            settings |= {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        picture = load_picture(image, self.max_side)
+        num_read, output = self._generate(picture, text, _seed(picture, text, vote), settings)
+        tokens = output.sequences[0, num_read:]
+        words = self._processor.tokenizer.decode(tokens, skip_special_tokens=True)
+        return Answer(words, None, self.name, num_read, len(tokens), 0.0, is_cached=False)
+
+    def probabilities(self, image: Any, text: str, spellings: Sequence[str]) -> Answer:
+        """See [`~VisionModel.probabilities`]; of the 50 most likely tokens and the first of each spelling."""
+        num_read, logits = self.first_logits(image, text)
+        chances = logits.softmax(0)  # (vocab_size,)
+        ids = {spelling: self.tokenize(spelling) for spelling in spellings}
+        chosen = set(chances.topk(min(_NUM_TOP_LOCAL, len(chances))).indices.tolist())
+        chosen |= {tokens[0] for tokens in ids.values() if tokens}
+        written: dict[str, float] = defaultdict(float)
+        for token in sorted(chosen, key=lambda token: -float(chances[token])):
+            written[self._write(token)] += float(chances[token])
+        best = self._write(int(chances.argmax()))
+        answer = Answer(best, None, self.name, num_read, 1, 0.0, is_cached=False)
+        return _with_data(answer, written, {name: [*map(self._write, tokens)] for name, tokens in ids.items()})
+
+    def map(
+        self, function: Callable[[Item], Result], items: Iterable[Item]
+    ) -> Iterator[tuple[int, Result | Exception]]:
+        """See [`~VisionModel.map`]; one item after another."""
+        return map_in_order(function, items)
+
+    def first_logits(self, image: Any, text: str) -> tuple[int, torch.Tensor]:
+        """
+        What the answer's first token may be.
+
+        Args:
+            image (any image), text (`str`):
+                As for [`~VisionModel.answer`].
+
+        Returns:
+            `tuple[int, torch.Tensor]`: Number of tokens read, and float32 logits of shape `(vocab_size,)`.
+        """
+        picture = load_picture(image, self.max_side)
+        num_read, output = self._generate(
+            picture, text, 0, {"max_new_tokens": 1, "do_sample": False, "output_logits": True}
+        )
+        return num_read, output.logits[0][0].float()
+
+    def tokenize(self, text: str) -> list[int]:
+        """The tokens of a text."""
+        return self._processor.tokenizer.encode(text, add_special_tokens=False)
+
+    def _write(self, token: int) -> str:
+        return self._processor.tokenizer.decode([token])
+
+    @torch.no_grad()
+    def _generate(self, picture: Image.Image, text: str, seed: int, settings: dict[str, Any]) -> tuple[int, Any]:
+        """Number of tokens read, and what the model generates."""
+        # one question at a time: an answer must not depend on those beside it
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
+        inputs = self._processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        ).to(self._model.device, dtype=self._model.dtype)
+        devices = [self._model.device] if self._model.device.type == "cuda" else []
+        with self._lock, torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            output = self._model.generate(**inputs, **settings, return_dict_in_generate=True)
+        return inputs["input_ids"].shape[1], output
+
+
+def _with_data(answer: Answer, probabilities: dict[str, float], tokens: dict[str, list[str]]) -> Answer:
+    return replace(answer, data={"probabilities": dict(probabilities), "tokens": tokens})
+
+
+def _seed(picture: Image.Image, text: str, vote: int) -> int:
+    """A seed of what is asked: with one seed for all, the answers to different questions would not be independent."""
+    digest = hashlib.sha256(f"{vote} {picture.size} {text}".encode() + picture.tobytes()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def _load_processor(reference: Reference, config: Any) -> Any:
+    """The processor of a model, without its half for videos, which needs torchvision."""
+    processor_class = PROCESSOR_MAPPING.get(type(config), AutoProcessor)
+    if "video_processor" in getattr(processor_class, "get_attributes", list)():
+        processor_class = type(
+            processor_class.__name__,
+            (processor_class,),
+            {"get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"])},
+        )
+    with explain_errors(f"Loading the processor of {reference}"):
+        processor = processor_class.from_pretrained(
+            reference.name, revision=reference.revision, trust_remote_code=False
+        )
+    if processor.chat_template is None:
+        raise ValueError(f"The processor of {reference} has no chat template. Take a model that is made to chat.")
+    return processor
