@@ -1,0 +1,115 @@
+"""Scorers without a model of preferences: rules on pixels or on detected boxes, and a control that knows nothing."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ...endpoints import Spend
+from ...judges.geneval import COUNTING_THRESHOLD, THRESHOLD, Requirement, Specification, geneval_name, judge
+from ...rewards.rules import SceneRules
+from .base import PairScorer, Score
+
+
+_RELATION = re.compile(
+    r"(?:a photo of )?(?:an?|the) (?P<subject>[\w -]+?)(?: is)?(?: directly)?(?: to the)? (?P<relation>left of|right of|above|below) "
+    r"(?:an?|the) (?P<target>[\w -]+?)\.?",
+    re.IGNORECASE,
+)
+
+
+class Rules(PairScorer):
+    """The share of a scene's relations that the pixels show, by the rules of the flat world; abstains on other prompts."""
+
+    name = "rules"
+    trained_on = "nothing: it reads the pixels of the flat world, whose pairs it decides by construction"
+    default = ""
+
+    def __init__(self) -> None:
+        self._rules = SceneRules()
+
+    @classmethod
+    def make(
+        cls, reference: str, *, device: Any = None, spend: Spend | None = None, cache: Path | None = None
+    ) -> "Rules":
+        """See [`PairScorer`]; it takes nothing."""
+        return cls()
+
+    def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Score]:
+        """See [`PairScorer`]."""
+        return [
+            Score(None, raw="the prompt describes no scene of the flat world") if share is None else Score(share)
+            for share in self._rules(list(prompts), list(images))
+        ]
+
+
+class Pixels(PairScorer):
+    """The mean brightness of an image: a control. Pairs that it orders better than a coin give their answer away."""
+
+    name = "pixels"
+    trained_on = "nothing: a control that does not read the prompt"
+    default = ""
+
+    @classmethod
+    def make(
+        cls, reference: str, *, device: Any = None, spend: Spend | None = None, cache: Path | None = None
+    ) -> "Pixels":
+        """See [`PairScorer`]; it takes nothing."""
+        return cls()
+
+    def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Score]:
+        """See [`PairScorer`]."""
+        return [Score(float(np.asarray(image.convert("L"), np.float64).mean()) / 255) for image in images]
+
+
+class GenEvalRule(PairScorer):
+    """
+    GenEval's rule on detected boxes: 1 if both things are there and the one lies to the other as the prompt says, else the
+    share of this that is so. It abstains where the prompt is not of the form "a A left of a B" (right of, above, below), or
+    names a class that the detector does not know.
+
+    Args:
+        reference (`str`):
+            An object detector of transformers.
+        device (`str` or `torch.device`, *optional*):
+            Where it runs. If `None`, the accelerator if there is one.
+    """
+
+    name = "geneval"
+    trained_on = "object detection, as the detector's card says; its rule is GenEval's scorer"
+
+    def __init__(self, reference: str, *, device: Any = None):
+        from ...judges.detection import TransformersDetector
+
+        self._detector = TransformersDetector(reference, THRESHOLD, device=device)
+
+    def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Score]:
+        """See [`PairScorer`]."""
+        specifications = [read_relation(prompt) for prompt in prompts]
+        rows = [row for row, specification in enumerate(specifications) if specification is not None]
+        found = dict(zip(rows, self._detector([images[row] for row in rows]), strict=True))
+        scores = []
+        for row, specification in enumerate(specifications):
+            if specification is None:
+                scores.append(Score(None, raw="the prompt names no two things and how they lie"))
+            elif unknown := sorted(set(specification.class_names) - set(self._detector.labels)):
+                scores.append(Score(None, raw=f"the detector does not know {', '.join(unknown)}"))
+            else:
+                result = judge(specification, found[row], threshold=THRESHOLD, counting_threshold=COUNTING_THRESHOLD)
+                scores.append(Score(result.partial, raw=result.reason or None))
+        return scores
+
+
+def read_relation(prompt: str) -> Specification | None:
+    """
+    GenEval's specification of a prompt that says how one thing lies to another, such as "a photo of a dog left of a cat"; `None`
+    of any other.
+    """
+    match = _RELATION.fullmatch(prompt.strip())
+    if match is None:
+        return None
+    target, subject = geneval_name(match["target"]), geneval_name(match["subject"])
+    return Specification((Requirement(target, 1), Requirement(subject, 1, position=(match["relation"].lower(), 0))))
