@@ -10,6 +10,8 @@ from trl_spatial.statistics import (
     bootstrap_interval,
     compare_rewards,
     expected_calibration_error,
+    holm,
+    paired_permutation_test,
     reliability_bins,
 )
 
@@ -200,3 +202,91 @@ class TestCompareRewards:
         ours = noisy["interval"]
         assert ours == pytest.approx(list(theirs.confidence_interval), abs=0.1)
         assert noisy["after"] - noisy["before"] == pytest.approx(noisy["change"], abs=1e-6)
+
+
+class TestPairedPermutationTest:
+    def test_few_samples_give_the_exact_value_of_scipy(self, rng):
+        for num_samples in (2, 5, 9):
+            first, second = rng.normal(size=(2, num_samples))
+            theirs = scipy.stats.permutation_test(
+                (first, second), lambda a, b, axis: (a - b).mean(axis), permutation_type="samples", vectorized=True
+            )
+            ours = paired_permutation_test(first, second, rng=rng)
+            assert ours == pytest.approx(theirs.pvalue, abs=1e-12)
+
+    def test_right_and_wrong_give_the_sign_test(self, rng):
+        """Of answers that are right or wrong only the pairs on which two models differ count, as in McNemar's exact test."""
+        for only_first, only_second in ((3, 1), (9, 0), (60, 30), (40, 41)):
+            first = np.repeat([1, 0, 1, 0], [only_first, only_second, 50, 20])
+            second = np.repeat([0, 1, 1, 0], [only_first, only_second, 50, 20])
+            exact = scipy.stats.binomtest(only_first, only_first + only_second).pvalue
+            ours = paired_permutation_test(first, second, rng=rng)
+            assert ours == pytest.approx(exact, abs=1e-12 if only_first + only_second <= 12 else 0.02)
+
+    def test_a_cluster_counts_once(self, rng):
+        """Ten copies of each sample are no more evidence than one."""
+        first, second = rng.integers(2, size=(2, 10))
+        once = paired_permutation_test(first, second, rng=rng)
+        copied = paired_permutation_test(
+            np.repeat(first, 10), np.repeat(second, 10), np.repeat(np.arange(10), 10), rng=rng
+        )
+        assert copied == pytest.approx(once)
+        assert paired_permutation_test(np.repeat(first, 10), np.repeat(second, 10), rng=rng) <= once
+
+    @pytest.mark.parametrize("num_clusters", [8, 40])
+    def test_alike_models_are_rarely_called_different(self, num_clusters):
+        rng = np.random.default_rng(1)
+        clusters = np.repeat(np.arange(num_clusters), 3)
+        p_values = [
+            paired_permutation_test(
+                *(np.repeat(rng.random(num_clusters) < 0.6, 3) for _ in range(2)), clusters, rng=rng, num_resamples=199
+            )
+            for _ in range(400)
+        ]
+        for level in (0.05, 0.2):
+            assert np.mean(np.array(p_values) <= level) < level + 2 * (level * (1 - level) / 400) ** 0.5
+
+    def test_sides_are_alike_and_no_difference_is_none(self, rng):
+        first, second = rng.random((2, 11))
+        assert paired_permutation_test(first, second, rng=rng) == paired_permutation_test(second, first, rng=rng)
+        assert paired_permutation_test(first, first, rng=rng) == 1
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (([], []), "two equal vectors"),
+            (([1, 0], [1]), "two equal vectors"),
+            (([1, np.nan], [1, 0]), "Sample 1 has a NaN"),
+            (([1, 0], [1, 0], [1]), "one key per sample"),
+        ],
+    )
+    def test_bad_input_is_named(self, arguments, message, rng):
+        with pytest.raises(ValueError, match=message):
+            paired_permutation_test(*arguments, rng=rng)
+
+
+class TestHolm:
+    def test_steps_down_by_hand(self):
+        np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+        np.testing.assert_allclose(holm([0.5, 0.9]), [1, 1])
+        assert len(holm([])) == 0
+
+    def test_lies_between_no_adjustment_and_bonferroni(self, rng):
+        p_values = rng.random(20) ** 3
+        adjusted = holm(p_values)
+        assert (adjusted >= p_values).all() and (adjusted <= np.minimum(20 * p_values, 1)).all()
+        assert (np.diff(adjusted[np.argsort(p_values)]) >= 0).all()
+        assert adjusted.min() == pytest.approx(20 * p_values.min())
+
+    def test_bad_values_are_named(self):
+        with pytest.raises(ValueError, match=r"p_values\[1\] is 1.5"):
+            holm([0.5, 1.5])
+
+
+def test_means_of_clusters_have_the_interval_of_any_statistic():
+    """The quick way to resample means draws the same clusters as the general one."""
+    rng = np.random.default_rng(0)
+    clusters, values = rng.integers(7, size=40), rng.random(40)
+    quick = bootstrap_interval(values, clusters, rng=np.random.default_rng(1))
+    general = bootstrap_interval(values, clusters, rng=np.random.default_rng(1), statistic=lambda rows: rows.mean())
+    assert (quick.low, quick.high) == pytest.approx((general.low, general.high), abs=1e-12)

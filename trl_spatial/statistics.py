@@ -6,6 +6,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 
+_BLOCK = 2**20  # numbers that are drawn at once
+
+
 @dataclass(frozen=True)
 class Interval:
     """An estimate, and the lower and upper end of its confidence interval."""
@@ -118,13 +121,115 @@ def bootstrap_interval(
         raise ValueError(f"num_resamples is {num_resamples}: use at least 1.")
 
     _, cluster_of = np.unique(keys, return_inverse=True)  # (num_samples,)
-    num_clusters = cluster_of.max() + 1
-    resampled = []
-    for _ in range(num_resamples):
-        times_drawn = np.bincount(rng.integers(num_clusters, size=num_clusters), minlength=num_clusters)
-        resampled.append(statistic(np.repeat(values, times_drawn[cluster_of], axis=0)))
+    if statistic is np.mean and values.ndim == 1:
+        resampled = _resampled_means(values, cluster_of, rng, num_resamples)
+    else:
+        num_clusters = cluster_of.max() + 1
+        resampled = []
+        for _ in range(num_resamples):
+            times_drawn = np.bincount(rng.integers(num_clusters, size=num_clusters), minlength=num_clusters)
+            resampled.append(statistic(np.repeat(values, times_drawn[cluster_of], axis=0)))
     low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(statistic(values)), float(low), float(high))
+
+
+def _resampled_means(
+    values: np.ndarray, cluster_of: np.ndarray, rng: np.random.Generator, num_resamples: int
+) -> np.ndarray:
+    """Means of the resamples, from the sums of the clusters: a table of many intervals takes a second, not ten."""
+    sums, sizes = np.bincount(cluster_of, values), np.bincount(cluster_of)
+    block = max(_BLOCK // len(sums), 1)
+    means = []
+    for start in range(0, num_resamples, block):
+        drawn = rng.integers(len(sums), size=(min(block, num_resamples - start), len(sums)))
+        means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
+    return np.concatenate(means)
+
+
+def paired_permutation_test(
+    first: ArrayLike,
+    second: ArrayLike,
+    clusters: Sequence | np.ndarray | None = None,
+    *,
+    rng: np.random.Generator,
+    num_resamples: int = 9999,
+) -> float:
+    """
+    Two-sided p-value of the mean difference of two paired measurements. If both are alike, the sign of a difference is a
+    coin flip; those of one cluster, which succeed and fail together, flip together.
+
+    All signs are tried where there are at most 12 clusters that differ; otherwise they are drawn.
+
+    Args:
+        first, second (array of shape `(num_samples,)`):
+            The two measurements of each sample, for example whether each of two models is right.
+        clusters (sequence of length `num_samples`, *optional*):
+            Key of the cluster of each sample. If not set, every sample is its own cluster.
+        rng (`np.random.Generator`):
+            Source of the signs.
+        num_resamples (`int`, *optional*, defaults to `9999`):
+            How many signs of all clusters are drawn. The smallest p-value is `1 / (num_resamples + 1)`.
+
+    Raises:
+        `ValueError`: If the lengths differ, there are no samples, a value is NaN, or `num_resamples` is below 1.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from trl_spatial.statistics import paired_permutation_test
+
+    >>> paired_permutation_test([1, 1, 1, 1], [0, 0, 0, 0], rng=np.random.default_rng(0))
+    0.125
+    ```
+    """
+    first, second = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    if first.shape != second.shape or first.ndim != 1 or len(first) == 0:
+        raise ValueError(f"first has shape {first.shape}, second has shape {second.shape}: pass two equal vectors.")
+    difference = first - second
+    if np.isnan(difference).any():
+        raise ValueError(f"Sample {int(np.isnan(difference).argmax())} has a NaN: drop it, or count it as wrong.")
+    keys = np.arange(len(first)) if clusters is None else np.asarray(clusters)
+    if keys.shape != first.shape:
+        raise ValueError(
+            f"clusters has shape {keys.shape} but there are {len(first)} samples: pass one key per sample."
+        )
+    if num_resamples < 1:
+        raise ValueError(f"num_resamples is {num_resamples}: use at least 1.")
+
+    _, cluster_of = np.unique(keys, return_inverse=True)
+    sums = np.bincount(cluster_of, difference)
+    sums = sums[np.abs(sums) > 1e-12]  # the sign of no difference changes nothing
+    if len(sums) == 0:
+        return 1.0
+    observed = abs(sums.sum()) - 1e-9 * np.abs(sums).sum()  # rounding depends on the order of the sum
+    if len(sums) <= 12:
+        signs = 1 - 2 * (np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums)) & 1)
+        return float((np.abs(signs @ sums) >= observed).mean())
+    block, num_extreme = max(_BLOCK // len(sums), 1), 0
+    for start in range(0, num_resamples, block):
+        signs = rng.integers(2, size=(min(block, num_resamples - start), len(sums)), dtype=np.int8) * 2 - 1
+        num_extreme += int((np.abs(signs @ sums) >= observed).sum())
+    return (num_extreme + 1) / (num_resamples + 1)  # what was observed is one of the possible signs
+
+
+def holm(p_values: ArrayLike) -> np.ndarray:
+    """
+    Holm's adjustment of p-values of several tests, of shape `(num_tests,)`: calling those significant whose adjusted value is
+    at most 0.05 makes any false call with a probability of at most 0.05, however the tests depend on each other.
+
+    Raises:
+        `ValueError`: If a value is outside `[0, 1]`.
+    """
+    values = np.asarray(p_values, dtype=float)
+    if len(values) == 0:
+        return values
+    values = _fractions("p_values", values)
+    order = np.argsort(values, kind="stable")
+    scaled = np.minimum(values[order] * np.arange(len(values), 0, -1), 1)
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.maximum.accumulate(scaled)
+    return adjusted
 
 
 def compare_rewards(before: np.ndarray, after: np.ndarray, names: Sequence[str]) -> dict[str, dict]:
