@@ -242,7 +242,8 @@ class ImageRun:
 
     def unreadable(self) -> dict[str, str]:
         """File → why it could not be read, when judges were asked."""
-        return {answer["file"]: answer["unreadable"] for answer in self.answers if "unreadable" in answer}
+        reasons = {answer["file"]: answer.get("unreadable") for answer in self.answers}  # the last word counts
+        return {file: reason for file, reason in reasons.items() if reason is not None}
 
     def refusals(self) -> dict[ImageKey, str]:
         """Why images were not drawn."""

@@ -1,6 +1,7 @@
 """Images in the size in which judges look at them, and as servers take them."""
 
 import base64
+from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
@@ -42,9 +43,17 @@ def load_picture(image: Any, max_side: int) -> Image.Image:
     return picture.resize([max(round(scale * side), 1) for side in picture.size], Image.Resampling.LANCZOS)
 
 
-def user_message(image: Any, text: str, max_side: int) -> dict[str, Any]:
+def crop_box(image: Image.Image, box: Sequence[float]) -> Image.Image:
+    """The part of an image in a box: at least the pixel that the box begins in, and nothing outside the image."""
+    left, top = (min(max(int(edge), 0), side - 1) for edge, side in zip(box[:2], image.size, strict=True))
+    right = min(max(round(box[2]), left + 1), image.width)
+    bottom = min(max(round(box[3]), top + 1), image.height)
+    return image.crop((left, top, right, bottom))
+
+
+def user_message(url: str, text: str) -> dict[str, Any]:
     """A message of the user as OpenAI's API takes it: an image, see [`encode_image`], and words about it."""
-    picture = {"type": "image_url", "image_url": {"url": encode_image(image, max_side)}}
+    picture = {"type": "image_url", "image_url": {"url": url}}
     return {"role": "user", "content": [picture, {"type": "text", "text": text}]}
 
 
