@@ -43,7 +43,7 @@ def find_boxes(
         boxes = [detection.box for detection in detections]
         if view:
             boxes = views.map_back(view, boxes, image.size)
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"label": detection.label, "score": float(detection.score), "box": [float(edge) for edge in box]}
             for detection, box in zip(detections, boxes, strict=True)
         ]
