@@ -4,12 +4,15 @@ import base64
 from io import BytesIO
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ..preferences.images import load_image
+from .geneval import Detection
 
 
 _LARGEST_PNG = 2**19  # bytes; larger pictures are sent as JPEG
+_HIDDEN = (153, 153, 153)  # GenEval's grey for what is not the object
 
 
 def check_side(max_side: int) -> int:
@@ -72,3 +75,25 @@ def _save(picture: Image.Image, kind: str, **settings: Any) -> bytes:
     file = BytesIO()
     picture.save(file, kind, **settings)
     return file.getvalue()
+
+
+def crop_object(image: Image.Image, detection: Detection) -> Image.Image:
+    """
+    Cuts an object out of an image, for those who name its color.
+
+    Args:
+        image (`PIL.Image.Image`):
+            The RGB image.
+        detection ([`~judges.geneval.Detection`]):
+            The object. If it has a mask, all other pixels become grey, as in GenEval.
+
+    Returns:
+        `PIL.Image.Image`: The part of the image in its box, at least one pixel.
+    """
+    left, top, right, bottom = detection.box
+    # at least the pixel that the box begins in, and nothing outside the image
+    left, top = min(max(int(left), 0), image.width - 1), min(max(int(top), 0), image.height - 1)
+    right, bottom = min(max(round(right), left + 1), image.width), min(max(round(bottom), top + 1), image.height)
+    if detection.mask is not None:
+        image = Image.fromarray(np.where(detection.mask[..., None], np.asarray(image), np.uint8(_HIDDEN)))
+    return image.crop((left, top, right, bottom))
