@@ -9,9 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ..endpoints import Prices, Spend
-from ..judges.checked_detector import Detector
-from ..judges.depth import load_depth
-from ..judges.detectors import load_colors, load_detector
+from ..judges.loading import ClassDetector, load_colors, load_depth, load_detector
 from ..judges.self_tests import check_depth, check_detector, check_vision
 from ..judges.vision import VisionModel, load_vision
 from .benchmarks.base import Benchmark
@@ -35,7 +33,7 @@ class Judges:
     Args:
         vision ([`~judges.vision.VisionModel`], *optional*):
             Answers questions.
-        detectors (`Mapping[str, Detector]`):
+        detectors (`Mapping[str, ClassDetector]`):
             `"first"` and, where a benchmark has two, `"second"` → detector.
         colors (`Callable`, *optional*):
             Crop and class name → name of its color.
@@ -46,7 +44,7 @@ class Judges:
     """
 
     vision: VisionModel | None
-    detectors: Mapping[str, Detector]
+    detectors: Mapping[str, ClassDetector]
     colors: Callable[[Image.Image, str], str] | None
     depth: Callable[[Image.Image], np.ndarray] | None
     names: Mapping[str, str]
