@@ -55,7 +55,9 @@ def test_the_permutation_test_agrees_with_all_permutations():
     found = metric_difference(_metric(before, items), _metric(after, items))
     differences = np.subtract(after, before)
     estimate = differences.mean()
-    exact = np.mean([abs(np.mean(signs * differences)) >= abs(estimate) - 1e-9 for signs in product((1, -1), repeat=8)])
+    exact = np.mean(
+        [abs(np.mean(signs * differences)) >= abs(estimate) - 1e-9 for signs in product((1, -1), repeat=8)]
+    )
     assert found.interval.estimate == pytest.approx(estimate)
     assert found.p_value == pytest.approx(exact, abs=0.02)
     back = metric_difference(_metric(after, items), _metric(before, items))

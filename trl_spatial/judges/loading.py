@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from ..hub.errors import explain_errors
+from ..hub.functions import is_function, load_function
 from ..hub.references import UnknownReferenceError, find_reference
 from .checked_detector import check_detections
 from .geneval import THRESHOLD, Detection
@@ -133,7 +134,7 @@ def load_depth(spec: str, device: Any = None) -> Callable[[Image.Image], np.ndar
 
         return FlatDepth()
     if is_function(spec):
-        return import_function(spec, what="estimator of depth", forms=_FORMS)
+        return load_function(spec, what="estimator of depth", hint=f"Name {_FORMS}.")
     _check_reference(spec, "estimator of depth")
     from .depth import DepthEstimator
 
@@ -159,7 +160,7 @@ def load_colors(spec: str, device: Any = None) -> Callable[[Image.Image, str], s
 
         return FlatColors()
     if is_function(spec):
-        return import_function(spec, what="namer of colors", forms=_FORMS)
+        return load_function(spec, what="namer of colors", hint=f"Name {_FORMS}.")
     _check_reference(spec, "namer of colors")
     from .detection import ZeroShotColors
 
