@@ -12,7 +12,8 @@ import yaml
 
 from ..evaluation.benchmarks import BENCHMARKS
 from ..evaluation.benchmarks.base import PROTOCOLS, Protocol
-from ..store import PROCESS, cache_folder, lock_folder
+from ..store import PROCESS, cache_folder, lock_folder, write_atomically
+from .evaluate_pairs import add_spending, find_prices
 
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ IMAGE_EXAMPLES = """\
 
   # what it takes, before anything is drawn or asked
   trl_spatial evaluate images --benchmark tiif --generator Qwen/Qwen-Image --vision https://HOST/v1#MODEL \\
-      --prices 1.25 10 --output_dir tiif --dry_run
+      --prices MODEL=1.25/10 --output_dir tiif --dry_run
 
   # images that were drawn elsewhere, in the benchmark's own layout
   trl_spatial evaluate images --benchmark dpg-bench --images FOLDER --vision Qwen/Qwen2.5-VL-7B-Instruct --output_dir dpg
@@ -90,16 +91,7 @@ def add_images(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--engine", default="local", choices=["local", "ray"], help="Where images are drawn.")
     parser.add_argument("--num_workers", type=int, help="Workers of Ray; by default one per GPU, or per core.")
-    parser.add_argument(
-        "--max_cost", type=float, help="US dollars that the judge may cost, with --prices; by default no limit."
-    )
-    parser.add_argument(
-        "--prices",
-        type=float,
-        nargs=2,
-        metavar=("INPUT", "OUTPUT"),
-        help="US dollars for a million tokens that the judge reads and writes.",
-    )
+    add_spending(parser)
     parser.add_argument("--dry_run", action="store_true", help="Only print what is to be done and what it takes.")
     parser.add_argument(
         "--skip_self_test",
@@ -123,18 +115,15 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
 
 def run_images(args: argparse.Namespace) -> None:
     """Runs `evaluate images`."""
-    from ..endpoints import Prices
     from ..evaluation.estimates import describe_estimate, estimate_run
     from ..evaluation.image_run import ImageRun
     from ..evaluation.roles import check_roles
 
-    if args.max_cost is not None and args.prices is None:
-        raise ValueError("--max_cost needs --prices: without them nothing seems to cost anything.")
-    prices = None if args.prices is None else Prices(*args.prices)
-    protocols = PROTOCOLS if args.protocol == "both" else (args.protocol,)
+    protocols: tuple[Protocol, ...] = PROTOCOLS if args.protocol == "both" else (args.protocol,)
     folder = Path(args.output_dir)
     run = ImageRun(folder, _plan_of(args))
     check_roles(run.benchmark, run.plan.judges)
+    prices = find_prices(run.plan.judges.get("vision", ""), args.prices, args.max_cost is not None)
     if args.dry_run:
         run.prepare(args.data)
         print(describe_estimate(estimate_run(run, protocols, prices)))
@@ -153,7 +142,7 @@ def run_images(args: argparse.Namespace) -> None:
         if PROCESS > 0:
             return
         _judge(run, protocols, args, settings)
-        print(write_tables(run, protocols))
+        print(write_tables(run.folder, protocols))
 
 
 def _plan_of(args: argparse.Namespace) -> "ImagePlan":
@@ -221,12 +210,14 @@ def _judge(
     ask_judges(tasks, judges, run.open, run.answers)
 
 
-def write_tables(run: "ImageRun", protocols: tuple[Protocol, ...] = PROTOCOLS) -> str:
+def write_tables(folder: Path, protocols: tuple[Protocol, ...] = PROTOCOLS) -> str:
     """Makes the tables of a run from its records: results.json, results.md and report.html in its folder. Returns the Markdown."""
     from ..evaluation.image_results import describe_results, image_results, save_pictures
+    from ..evaluation.image_run import ImageRun
     from ..evaluation.report import write_report
     from ..evaluation.sharing import write_shared_results
 
+    run = ImageRun(folder)
     results = image_results(run, protocols)
     text = describe_results(results)
     _save(run.folder, results, "results", text)
@@ -254,8 +245,6 @@ def run_compare(args: argparse.Namespace) -> None:
 
 
 def _save(folder: Path, results: Mapping[str, Any], name: str, text: str) -> None:
-    from ..store import write_atomically
-
     write_atomically(
         folder / f"{name}.json", json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     )
