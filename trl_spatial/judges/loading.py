@@ -204,7 +204,9 @@ def import_function(spec: str, *, what: str, forms: str) -> Callable[..., Any]:
         raise ValueError(
             f"The {what} {spec} is not a function: the functions of {module_name} are {', '.join(functions) or 'none'}."
         )
-    return function() if inspect.isclass(function) else function
+    if inspect.isclass(function):
+        function = function()
+    return function
 
 
 def _check_reference(spec: str, what: str) -> Any:
