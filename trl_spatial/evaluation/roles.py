@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..endpoints import Prices, Spend
 from ..judges.loading import ClassDetector, load_colors, load_depth, load_detector
-from ..judges.self_tests import check_depth, check_detector, check_vision
+from ..judges.self_test import check_depth, check_detector, check_vision
 from ..judges.vision import VisionModel, load_vision
 from .benchmarks.base import Benchmark
 

@@ -16,9 +16,6 @@ NO_COLOR = "none"
 _IGNORED = {"a", "an", "the", "small", "large"}  # sizes are not judged
 # Least pixels, in each direction, of two outlines that overlap rather than touch.
 _LEAST_OVERLAP = 2
-# How much brighter what is in front is than what it hides: a thin triangle stays brighter, on average over its box, than a
-# square behind it.
-_STEP = 4.0
 
 
 class FlatDetector:
@@ -69,8 +66,11 @@ class FlatColors:
 
 class FlatDepth:
     """
-    The depth of pictures of the flat world, by who hides whom: the background is 0, what hides nothing and is hidden is darker
-    than what hides it, and what nothing hides is 255 or, beside a stack of others, as bright as the stack's lowest.
+    The depth of pictures of the flat world, by who hides whom: 0 for the background, then a step for each object of a stack, up to
+    255 for the uppermost of the highest stack.
+
+    Each shape counts as a square card around its outline. So the mean depth in an object's box compares the order in which the
+    objects lie, not how much of its box a shape fills.
     """
 
     name = "flat"
@@ -78,10 +78,11 @@ class FlatDepth:
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Depth of each pixel of an RGB image: float32 of shape `(height, width)`, 0 to 255, near is large."""
         objects = _known(image)
-        depth = np.zeros((image.height, image.width), dtype=np.float32)
         levels = _levels(objects, image)
-        for located, level in zip(objects, levels, strict=True):
-            depth[located.mask] = 255 / _STEP ** (max(levels) - level)
+        depth = np.zeros((image.height, image.width), dtype=np.float32)
+        for level, located in sorted(zip(levels, objects, strict=True), key=lambda pair: pair[0]):
+            left, top, right, bottom = _box(located, image)
+            depth[round(top) : round(bottom), round(left) : round(right)] = 255 * (1 + level) / (1 + max(levels))
         return depth
 
 

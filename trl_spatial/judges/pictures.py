@@ -95,5 +95,5 @@ def crop_object(image: Image.Image, detection: Detection) -> Image.Image:
     left, top = min(max(int(left), 0), image.width - 1), min(max(int(top), 0), image.height - 1)
     right, bottom = min(max(round(right), left + 1), image.width), min(max(round(bottom), top + 1), image.height)
     if detection.mask is not None:
-        image = Image.fromarray(np.where(detection.mask[..., None], np.asarray(image), np.uint8(_HIDDEN)))
+        image = Image.fromarray(np.where(detection.mask[..., None], np.asarray(image), np.array(_HIDDEN, np.uint8)))
     return image.crop((left, top, right, bottom))
