@@ -32,6 +32,11 @@ COLUMNS = (
 )  # fmt: skip
 
 
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        pass  # whoever asked has been killed
+
+
 class Judge(BaseHTTPRequestHandler):
     """Says yes to two of three questions, always to the same."""
 
@@ -119,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     folder = Path(tempfile.mkdtemp(prefix="evaluation_"))
     make_inputs(folder, args.num_prompts, args.num_questions)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    server = Server(("127.0.0.1", 0), Judge)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     port = server.server_port
     total = args.num_prompts * 4 * args.num_questions

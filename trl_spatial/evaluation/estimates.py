@@ -68,13 +68,14 @@ def describe_estimate(numbers: dict[str, Any]) -> str:
     lines = [f"{numbers['prompts']:,} prompts", f"{numbers['images']:,} images to draw"]
     if numbers["images"]:
         hours, cost = numbers["gpu_hours"], numbers["cost"]
-        lines[-1] += ": " + ("GPU hours not known" if hours is None else f"about {hours:,.1f} GPU hours (H100)")
+        lines[-1] += (
+            ", GPU hours not known" if hours is None else f", about {hours:,.1f} GPU hours (H100)" if hours else ""
+        )
         lines[-1] += ", price not known" if cost is None else f", {cost:,.2f} US dollars" if cost else ""
     for role, number in numbers["questions"].items():
         lines.append(f"{number:,} questions to --{role}")
         if role == "vision" and number:
             cost = numbers["judge_cost"]
-            lines[-1] += f": about {numbers['input_tokens']:,} tokens in and {numbers['output_tokens']:,} out, " + (
-                "at no known price (--prices)" if cost is None else f"{cost:,.2f} US dollars behind a server"
-            )
+            lines[-1] += f", about {numbers['input_tokens']:,} tokens in and {numbers['output_tokens']:,} out"
+            lines[-1] += "" if cost is None else f", {cost:,.2f} US dollars"
     return "\n".join(lines)

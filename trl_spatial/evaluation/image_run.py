@@ -227,6 +227,16 @@ class ImageRun:
                 asked |= {question.key: question for question in self.benchmark.questions(items[id], protocol)}
         return [Task(id, file, list(asked.values())) for (id, file), asked in questions.items()]
 
+    def question_kinds(self) -> set[str]:
+        """The kinds of questions to the vision-language model, by either protocol."""
+        kinds: set[str] = {
+            question.kind
+            for protocol in PROTOCOLS
+            for item in self.items
+            for question in self.benchmark.questions(item, protocol)
+        }
+        return kinds - {"boxes"}
+
     def assignments(self, files: Sequence[str]) -> dict[Protocol, dict[ImageKey, str]]:
         """Which file is which image, by protocol."""
         return {protocol: self.benchmark.assign(self.items, files, protocol) for protocol in PROTOCOLS}

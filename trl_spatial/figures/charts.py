@@ -17,7 +17,7 @@ from matplotlib.transforms import blended_transform_factory
 # A figure is as wide as a column of text on a phone. One unit is one pixel at that width.
 _WIDTH = 360
 _FONT_SIZE = 13.5
-_LONGEST_TITLE = 20  # characters
+_LONGEST_TITLE = 12  # characters of a title beside its line
 
 # What the figures are drawn with, and which custom property of the page takes its place.
 COLORS = {
@@ -115,12 +115,23 @@ def difference_dots(rows: Mapping[str, Mapping[str, float]], name: str, x_label:
 
 
 def _dot_axes(rows: Mapping[str, Mapping[str, float]]) -> tuple[Figure, Axes]:
-    titles = [shorten_title(title) for title in rows]
+    """Axes with a line for each row; titles stand beside the lines, or above them if they are long."""
+    longest = max(map(len, rows))
+    is_beside = longest <= _LONGEST_TITLE
     figure, axes = new_figure(
-        height=88 + 36 * len(rows), left=10 + 8 * max(map(len, titles)), right=66, top=28, bottom=48
+        height=88 + (36 if is_beside else 50) * len(rows),
+        left=10 + 8 * longest if is_beside else 14,
+        right=66,
+        top=28 if is_beside else 40,
+        bottom=48,
     )
-    axes.set_yticks(range(len(rows)), titles)
+    axes.set_yticks(range(len(rows)), list(rows) if is_beside else [""] * len(rows))
     axes.set_ylim(len(rows) - 0.5, -0.5)
+    for position, title in enumerate(() if is_beside else rows):
+        axes.annotate(
+            title, (0, position), xycoords=("axes fraction", "data"), xytext=(-10, 9), textcoords="offset points",
+            color=COLORS["quiet"],
+        )  # fmt: skip
     return figure, axes
 
 
@@ -133,11 +144,6 @@ def _plot_dots(axes: Axes, rows: Mapping[str, Mapping[str, float]], as_text: Cal
             as_text(row["estimate"]), (1, position), xycoords=("axes fraction", "data"), xytext=(12, 0),
             textcoords="offset points", va="center",
         )  # fmt: skip
-
-
-def shorten_title(title: str) -> str:
-    """A title that leaves room for the dots beside it."""
-    return title if len(title) <= _LONGEST_TITLE else f"{title[: _LONGEST_TITLE - 1]}…"
 
 
 @styled

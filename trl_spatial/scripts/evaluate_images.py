@@ -133,10 +133,14 @@ def run_images(args: argparse.Namespace) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock_folder(folder))
         run.begin(args.data)
-        settings: dict[str, Any] = {"prices": prices, "cache": cache_folder() / "answers.sqlite"}
+        settings: dict[str, Any] = {
+            "prices": prices,
+            "cache": cache_folder() / "answers.sqlite",
+            "tested_kinds": () if args.skip_self_test else run.question_kinds() or ("text",),
+        }
         if PROCESS == 0:
             print(describe_estimate(estimate_run(run, protocols, prices)), flush=True)
-            if not args.skip_self_test and run.plan.generator is not None and run.missing_jobs():
+            if run.plan.generator is not None and run.missing_jobs():
                 _test_judges(run, settings)
         run.generate(engine=args.engine, num_workers=args.num_workers)
         if PROCESS > 0:
@@ -188,6 +192,8 @@ def _test_judges(run: "ImageRun", settings: Mapping[str, Any]) -> None:
 
     from ..evaluation.roles import load_judges
 
+    if not settings["tested_kinds"]:
+        return
     load_judges(run.plan.judges, **settings)
     gc.collect()
     if torch.cuda.is_available():
@@ -206,7 +212,7 @@ def _judge(
         return
     if args.max_cost is not None:
         settings["spend"] = Spend(args.max_cost, spent=sum(answer["cost"] for answer in run.answers))
-    judges = load_judges(run.plan.judges, self_test=not args.skip_self_test, **settings)
+    judges = load_judges(run.plan.judges, **settings)
     ask_judges(tasks, judges, run.open, run.answers)
 
 
