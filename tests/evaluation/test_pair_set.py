@@ -91,7 +91,9 @@ def benchmark_folder(tmp_path):
             PILImage.new("RGB", (8, 8), color).save(tmp_path / name)
             answers[f"response_{side}"] = {"model_name": "imagen4", "response_content": [["image", name]]}
         prompt = [["text", f"a thing {number}"], ["text", "in a box"]]
-        pairs.append({"id": str(number), "prompt_source": "wise", "prompt_content": prompt, "chosen": chosen} | answers)
+        pairs.append(
+            {"id": str(number), "prompt_source": "wise", "prompt_content": prompt, "chosen": chosen} | answers
+        )
     (tmp_path / "t2i.json").write_text(json.dumps({"pairs": pairs}))
     return tmp_path
 
