@@ -12,7 +12,7 @@ from trl_spatial.evaluation.published import published_numbers
 
 def make_plan(*names, dataset="some/pairs", is_pairwise=False):
     facts = {"trained_on": "nothing", "is_pairwise": is_pairwise}
-    return {"dataset": dataset, "scorers": {name: facts for name in names}}
+    return {"dataset": dataset, "scorers": dict.fromkeys(names, facts)}
 
 
 def make_pairs(clusters, **groups):
