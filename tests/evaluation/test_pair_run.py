@@ -11,7 +11,7 @@ from PIL import Image
 from tests import openai_stub as stubs
 from tests.openai_stub import OpenAIStub
 from trl_spatial.cli import main
-from trl_spatial.endpoints import BudgetReached, Endpoint, Prices, Spend
+from trl_spatial.endpoints import BudgetReached, Endpoint, Prices
 from trl_spatial.evaluation.pair_run import PairRun, replay_pairs
 from trl_spatial.evaluation.pair_set import PairSet
 from trl_spatial.evaluation.scorers import Comparison, PairScorer, PairwiseScorer, Score
@@ -247,7 +247,8 @@ def test_a_judge_behind_a_server(rows, tmp_path):
     pairs = PairSet(rows, "rows", limit=10)
     with OpenAIStub(chat=by_rules) as stub:
         run = PairRun(tmp_path, pairs)
-        judge = Judge(Endpoint("judge-1", base_url=stub.url, prices=Prices(1e6, 0)))
+        endpoint = Endpoint("judge-1", base_url=stub.url, prices=Prices(1e6, 0), spend=run.spend())
+        judge = Judge(endpoint)
         run.measure("judge", judge, ["image_only"], batch_size=4)
         assert stub.num_calls == 2 * 2 * 10
         assert run.tasks("judge", ["image_only"]) == [] and len(run.tasks("judge", ["flip"])) == 10
@@ -255,26 +256,30 @@ def test_a_judge_behind_a_server(rows, tmp_path):
     assert row["accuracy"]["estimate"] == row["order_consistency"] == 1 and row["served_models"] == ["judge-1"]
     # "A" in both orders is a coin
     assert row["controls"]["image_only"]["estimate"] == 0.5
-    assert row["price_per_1000"] == pytest.approx(1000 * run.spent / 20) and run.spent > 0
+    assert row["price_per_1000"] == pytest.approx(1000 * run.spend().spent / 20)
     answers = {verdict["raw"] for record in read_records(tmp_path) for verdict in record["verdicts"]}
     assert answers == {"A", "B"}
 
 
-def test_a_limit_ends_the_run_and_keeps_what_was_answered(rows, tmp_path):
+def test_a_limit_ends_the_run_and_forgets_no_payment(rows, tmp_path):
     pairs = PairSet(rows, "rows", limit=10)
-    price = Prices(output_per_million=0, input_per_million=1e4)
     with OpenAIStub(chat=by_rules) as stub:
-        spend = Spend(1e-9)
+
+        def measure(limit, batch_size):
+            run = PairRun(tmp_path, pairs)
+            prices = {"prices": Prices(input_per_million=1e4), "spend": run.spend(limit)}
+            run.measure("judge", Judge(Endpoint("judge-1", base_url=stub.url, **prices)), [], batch_size=batch_size)
+            return run.spend().spent
+
         with pytest.raises(BudgetReached):
-            judge = Judge(Endpoint("judge-1", base_url=stub.url, prices=price, spend=spend))
-            PairRun(tmp_path, pairs).measure("judge", judge, [], batch_size=1)
+            measure(1e-4, 1)
+        assert stub.num_calls == 1  # the first order of the first pair
+        first = PairRun(tmp_path, pairs).spend().spent
         (row,) = replay_pairs(tmp_path)["scorers"]
-        reasons = [failure["reason"] for failure in row["failures"]]
-        assert reasons == ["not asked"] * 10
-        run = PairRun(tmp_path, pairs)
-        judge = Judge(Endpoint("judge-1", base_url=stub.url, prices=price, spend=Spend(100.0, run.spent)))
-        run.measure("judge", judge, [], batch_size=3)
-    assert replay_pairs(tmp_path)["scorers"][0]["coverage"] == 1
+        assert first > 0 and [failure["reason"] for failure in row["failures"]] == ["not asked"] * 10
+        total = measure(100.0, 3)
+    (row,) = replay_pairs(tmp_path)["scorers"]
+    assert row["coverage"] == 1 and total == pytest.approx(first + row["price_per_1000"] * 10 / 1000)
 
 
 def test_unreadable_and_missing_answers(rows, tmp_path):
