@@ -108,7 +108,7 @@ def test_a_whole_run(evaluate, rows, make_reward_model, processor, tmp_path, cap
     )
 
     printed = capsys.readouterr().out
-    assert printed.strip() == (tmp_path / "run" / "results.md").read_text().strip() and "| rules | 1.000" in printed
+    assert printed.startswith((tmp_path / "run" / "results.md").read_text()) and "| rules | 1.000" in printed
     for example in results["examples"]:
         with Image.open(tmp_path / "run" / example["chosen"]) as image:
             assert image.convert("RGB").tobytes() == rows[int(example["pair"])]["chosen"].convert("RGB").tobytes()

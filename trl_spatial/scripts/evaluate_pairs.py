@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..store import lock_folder
+from ..store import cache_folder, lock_folder
 from .datasets import load_dataset_dict, pick_split
 from .parser import quick_imports
 
@@ -74,6 +74,11 @@ def add_pairs(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--batch_size", type=int, default=8, help="Pairs that a scorer is given at once.")
     parser.add_argument("--device", help="Device, e.g. cuda:1; by default the first GPU if there is one.")
+    add_spending(parser)
+
+
+def add_spending(parser: argparse.ArgumentParser) -> None:
+    """Adds the options about what models behind servers cost."""
     parser.add_argument("--max_cost", type=float, help="Limit on what models behind servers cost, in US dollars.")
     parser.add_argument(
         "--prices",
@@ -90,14 +95,13 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--batch_size is {args.batch_size}. It must be at least 1.")
     specs = list(dict.fromkeys(args.scorers))
     with quick_imports():
-        from ..evaluation.pair_run import PairRun, read_run, replay_pairs
+        from ..evaluation.pair_run import PairRun, read_run
         from ..evaluation.pair_tables import make_results
-        from ..evaluation.pair_text import describe_pairs
         from ..evaluation.scorers import find_scorer
 
     for spec in specs:  # before the work, not after it
         find_scorer(spec)
-    prices = {spec: _find_prices(spec, args.prices, args.max_cost is not None) for spec in specs}
+    prices = {spec: find_prices(spec.partition(":")[2], args.prices, args.max_cost is not None) for spec in specs}
     pairs = _load_pairs(args)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,9 +111,18 @@ def main(args: argparse.Namespace) -> None:
         for spec in specs:
             _measure(run, spec, args, spend, prices[spec])
         run.save_images(make_results(*read_run(folder))["examples"])
-        results = replay_pairs(folder)
-    print(describe_pairs(results))
-    print(f"Saved to {folder}: results.json, results.md", file=sys.stderr)
+        print(write_tables(folder))
+
+
+def write_tables(folder: Path) -> str:
+    """Makes the tables of a run from its records: results.json, results.md and report.html in its folder. Returns the Markdown."""
+    from ..evaluation.pair_run import replay_pairs
+    from ..evaluation.pair_text import describe_pairs
+    from ..evaluation.report import write_report
+
+    results = replay_pairs(folder)
+    write_report(folder, results)
+    return f"{describe_pairs(results)}\nSaved to {folder}: results.json, results.md, report.html"
 
 
 def _load_pairs(args: argparse.Namespace) -> "PairSet":
@@ -129,15 +142,15 @@ def _measure(run: "PairRun", spec: str, args: argparse.Namespace, spend: "Spend"
     if not run.tasks(spec, args.controls):
         print(f"{spec}: measured before", file=sys.stderr)
         return
-    cache = run.folder / "answers.sqlite"
+    cache = cache_folder() / "answers.sqlite"
     scorer = make_scorer(spec, device=args.device, spend=spend, cache=cache, prices=prices)
     run.measure(spec, scorer, args.controls, batch_size=args.batch_size)
     del scorer
     gc.collect()  # the next model needs the memory
 
 
-def _find_prices(spec: str, given: list[str], is_limited: bool) -> "Prices | None":
-    """The prices of the model of a scorer, if it is behind a server."""
+def find_prices(reference: str, given: list[str], is_limited: bool) -> "Prices | None":
+    """The prices of a model, if it is behind a server and they are given; a `ValueError` if they are needed for the limit."""
     from ..endpoints import Prices
 
     known = {}
@@ -150,7 +163,6 @@ def _find_prices(spec: str, given: list[str], is_limited: bool) -> "Prices | Non
                 f"--prices {text} is not of the form MODEL=INPUT/OUTPUT, such as gpt-5=1.25/10."
             ) from None
         known[model] = Prices(input_per_million=read, output_per_million=written)
-    reference = spec.partition(":")[2]
     if not reference.startswith(("http://", "https://")):
         return None
     model = reference.partition("#")[2]
