@@ -3,6 +3,7 @@
 import hashlib
 import math
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from PIL import ImageOps
 from PIL.Image import Image
 from tqdm.auto import tqdm
 
-from ..endpoints import BadAnswer, BudgetReached, EndpointError, ServerError
+from ..endpoints import BadAnswer, BudgetReached, EndpointError, ServerError, Spend
 from ..gaussian_reward.checkpoints import fingerprint
 from ..store import RecordLog, read_record, write_atomically, write_record
 from .pair_controls import GIVEN
@@ -26,7 +27,7 @@ from .pair_text import describe_pairs
 if TYPE_CHECKING:
     from .scorers import Comparison, PairScorer, PairwiseScorer, Score
 
-PLAN_FILE, PAIRS_FILE, RECORDS_FOLDER = "plan.json", "pairs.jsonl", "records"
+PLAN_FILE, PAIRS_FILE, PAYMENTS_FILE, RECORDS_FOLDER = "plan.json", "pairs.jsonl", "payments.jsonl", "records"
 RESULTS_FILE, TABLES_FILE = "results.json", "results.md"
 Task = tuple[int, str]  # number of a pair, and the condition under which it is shown
 Shown = tuple[str, Image, Image]  # prompt, chosen, rejected
@@ -67,10 +68,12 @@ class PairRun:
             write_record(folder / PLAN_FILE, self.plan)
         self._prompts = [record["prompts"] for record in RecordLog(folder / PAIRS_FILE)]
 
-    @property
-    def spent(self) -> float:
-        """What the answers so far have cost, in US dollars."""
-        return float(sum(record["cost"] for facts in self.plan["scorers"].values() for record in self._log(facts)))
+    def spend(self, limit_usd: float = math.inf) -> Spend:
+        """
+        What models behind servers may still cost, in US dollars. A payment has reached the disk before its answer has, so that
+        none is forgotten.
+        """
+        return _RecordedSpend(limit_usd, RecordLog(self.folder / PAYMENTS_FILE))
 
     def tasks(self, spec: str, controls: Sequence[str]) -> list[Task]:
         """What a scorer has not been asked yet. Pairs on which a server failed are asked again."""
@@ -166,6 +169,18 @@ class PairRun:
             yield from _compare_all(scorer, tasks, shown)  # type: ignore[arg-type]
         else:
             yield from _score_all(scorer, tasks, shown)
+
+
+class _RecordedSpend(Spend):
+    def __init__(self, limit_usd: float, payments: RecordLog):
+        super().__init__(limit_usd, float(sum(record["cost"] for record in payments)))
+        self._payments, self._write_lock = payments, threading.Lock()
+
+    def add(self, cost: float) -> None:
+        super().add(cost)
+        if cost:
+            with self._write_lock:
+                self._payments.append([{"cost": cost}])
 
 
 def _score_all(scorer: "PairScorer", tasks: Sequence[Task], shown: Sequence[Shown]) -> Iterator[list[dict[str, Any]]]:

@@ -95,7 +95,6 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--batch_size is {args.batch_size}. It must be at least 1.")
     specs = list(dict.fromkeys(args.scorers))
     with quick_imports():
-        from ..endpoints import Spend
         from ..evaluation.pair_run import PairRun, read_run
         from ..evaluation.pair_tables import make_results
         from ..evaluation.scorers import find_scorer
@@ -108,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder):
         run = PairRun(folder, pairs)
-        spend = None if args.max_cost is None else Spend(args.max_cost, run.spent)
+        spend = run.spend() if args.max_cost is None else run.spend(args.max_cost)
         for spec in specs:
             _measure(run, spec, args, spend, prices[spec])
         run.save_images(make_results(*read_run(folder))["examples"])
@@ -137,9 +136,7 @@ def _load_pairs(args: argparse.Namespace) -> "PairSet":
     return PairSet(rows, args.dataset, limit=args.limit, folder=path.parent if path.is_file() else path)
 
 
-def _measure(
-    run: "PairRun", spec: str, args: argparse.Namespace, spend: "Spend | None", prices: "Prices | None"
-) -> None:
+def _measure(run: "PairRun", spec: str, args: argparse.Namespace, spend: "Spend", prices: "Prices | None") -> None:
     from ..evaluation.scorers import make_scorer
 
     if not run.tasks(spec, args.controls):
