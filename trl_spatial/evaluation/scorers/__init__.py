@@ -60,7 +60,7 @@ def make_scorer(spec: str, device: Any = None, spend: "Spend | None" = None, cac
     if scorer.default == "" and reference:
         raise ValueError(f"The scorer {name} takes no model, got {reference!r}. Write {name} alone.")
     if not reference and scorer.default is None:
-        raise ValueError(f"The scorer {name} needs a model. Write {name}:REFERENCE, such as {name}:FOLDER.")
+        raise ValueError(f"The scorer {name} needs a model. {scorer.hint}.")
     return scorer.make(reference or scorer.default or "", device=device, spend=spend, cache=cache)
 
 
