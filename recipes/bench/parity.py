@@ -196,10 +196,10 @@ def run_hpsv2(folder: Path) -> dict[str, Any]:
     torch.save({"state_dict": model.state_dict()}, checkpoint)
     scores = [
         float(img_score.score(image, prompt, cp=str(checkpoint))[0])
-        for prompt, image in zip(PROMPTS, pictures(IMAGE_SIZES))
+        for prompt, image in zip(PROMPTS, pictures(IMAGE_SIZES), strict=True)
     ]
     words = {f"{word}</w>" for prompt in PROMPTS for word in re.findall(r"[a-z]+|[^\sa-z]+", prompt.lower())}
-    merges = gzip.open(merges_file).read().decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
+    merges = gzip.decompress(merges_file.read_bytes()).decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
     used = [merge for merge in merges if any(merge.replace(" ", "") in word for word in words)]
     numbers = {merge.replace(" ", ""): 512 + merges.index(merge) for merge in used}
     tokens = [[int(token) for token in row if token] for row in tokenize(list(PROMPTS))]
@@ -233,7 +233,7 @@ def run_image_reward(folder: Path) -> dict[str, Any]:
         model = module.ImageReward(str(folder / "med_config.json"))
     shapes = set_weights(model)
     model.eval()
-    scores = [model.score(prompt, image) for prompt, image in zip(PROMPTS, pictures(IMAGE_SIZES))]
+    scores = [model.score(prompt, image) for prompt, image in zip(PROMPTS, pictures(IMAGE_SIZES), strict=True)]
     return {"text": text, "vision": {"patch": 32, "width": 24}, "shapes": shapes, "scores": scores}
 
 
@@ -267,7 +267,7 @@ def run_hpsv3(folder: Path) -> dict[str, Any]:
     images = pictures(IMAGE_SIZES)
     with torch.no_grad():
         together = scorer.reward(images, list(PROMPTS)).tolist()
-        alone = [scorer.reward([image], [prompt])[0].tolist() for image, prompt in zip(images, PROMPTS)]
+        alone = [scorer.reward([image], [prompt])[0].tolist() for image, prompt in zip(images, PROMPTS, strict=True)]
     batch = scorer.prepare_batch(images[:1], list(PROMPTS[:1]))
     return {
         "shapes": shapes, "scores": alone, "scores_together": together, "num_tokens": batch["input_ids"].shape[1],
@@ -292,7 +292,7 @@ def run_vqascore(folder: Path) -> dict[str, Any]:
     }
     scorer = published.Qwen2VLModel("qwen2-vl-2b", device="cpu")
     files = [str(folder / f"{number}.png") for number in range(len(PROMPTS))]
-    for file, image in zip(files, pictures(IMAGE_SIZES)):
+    for file, image in zip(files, pictures(IMAGE_SIZES), strict=True):
         image.save(file)
     question = 'Does this figure show "{}"? Please answer Yes or No.'
     scores = scorer.forward(files, list(PROMPTS), question_template=question).tolist()
@@ -311,7 +311,7 @@ def stand_in_for_what_is_not_needed() -> None:
     library = torch.library.Library("torchvision", "DEF")
     for name in sorted(names):
         library.define(f"{name}(Tensor x) -> Tensor")
-    stand_in_for_what_is_not_needed.library = library  # type: ignore[attr-defined] - it must not be collected
+    stand_in_for_what_is_not_needed.library = library  # type: ignore[attr-defined]  # it must not be collected
     import transformers
 
     if not hasattr(transformers, "Qwen2_5_VLForConditionalGeneration"):

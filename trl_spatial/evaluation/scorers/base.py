@@ -99,7 +99,7 @@ class PairScorer(ABC):
             spend (`Spend`, *optional*), cache (`Path`, *optional*):
                 Limit and cache of a model behind a server.
         """
-        return cls(reference, device=device)  # type: ignore[call-arg] - most have this form
+        return cls(reference, device=device)  # type: ignore[call-arg]  # most have this form
 
     @abstractmethod
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Score]:
