@@ -43,9 +43,10 @@ def load_picture(image: Any, max_side: int) -> Image.Image:
 
 
 def user_message(image: Any, text: str, max_side: int) -> dict[str, Any]:
-    """A message of the user as OpenAI's API takes it: an image, see [`encode_image`], and words about it."""
-    picture = {"type": "image_url", "image_url": {"url": encode_image(image, max_side)}}
-    return {"role": "user", "content": [picture, {"type": "text", "text": text}]}
+    """A message of the user as OpenAI's API takes it: an image or a list of them, see [`encode_image`], and words about it."""
+    images = image if isinstance(image, list) else [image]
+    pictures = [{"type": "image_url", "image_url": {"url": encode_image(each, max_side)}} for each in images]
+    return {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
 
 
 def encode_image(image: Any, max_side: int) -> str:
