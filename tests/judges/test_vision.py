@@ -74,6 +74,20 @@ def test_probabilities_are_of_the_whole_vocabulary(vision, by_hand, images):
     assert answer.text == tokenizer.decode([int(expected.argmax())])
 
 
+def test_several_images_are_shown_in_their_order(vision, by_hand, images):
+    first, second = images[0].resize((32, 32)), images[1].resize((32, 32))
+    both, swapped = (vision.first_logits(pair, QUESTION)[1] for pair in ([first, second], [second, first]))
+    shown = f"<|vision_start|>{'<|image_pad|>' * 4}<|vision_end|>"
+    ids = torch.tensor([by_hand.tokenizer(
+        f"<|im_start|>user\n{shown}{shown}{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+    )["input_ids"]])  # fmt: skip
+    types = (ids == by_hand.tokenizer.convert_tokens_to_ids("<|image_pad|>")).long()
+    features = by_hand.image_processor([first, second], return_tensors="pt")
+    with torch.no_grad():
+        expected = by_hand.model(input_ids=ids, mm_token_type_ids=types, **features).logits[0, -1]
+    assert torch.allclose(both, expected, atol=1e-4) and not torch.allclose(swapped, expected, atol=1e-2)
+
+
 def test_items_are_asked_in_order_and_faults_are_theirs(vision, images):
     results = list(vision.map(lambda image: vision.answer(image, QUESTION, max_tokens=1), [images[0], "nowhere.png"]))
     assert [index for index, _ in results] == [0, 1]
@@ -97,6 +111,14 @@ def test_a_server_is_shown_the_image_then_the_question(tmp_path, images):
     assert (body["max_tokens"], body["temperature"], "logprobs" in body) == (3, 0.5, False)
     with pytest.raises(ValueError, match=r"max_side.*0"):
         EndpointVision(endpoint, max_side=0)
+
+
+def test_a_server_is_shown_several_images_in_their_order(images):
+    with OpenAIStub(chat=lambda request: "1") as stub:
+        vision = EndpointVision(Endpoint("judge", base_url=stub.url))
+        vision.answer([images[0], images[2]], QUESTION)
+    sizes = [Image.open(BytesIO(data)).size for data in stub.requests[0].images]
+    assert sizes == [images[0].size, images[2].size] and stub.requests[0].text == QUESTION
 
 
 def test_probabilities_of_a_server_are_those_it_names(tmp_path, images):

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..endpoints import BadAnswer, Endpoint
-from .pictures import check_side, encode_image, user_message
+from .pictures import check_side, user_message
 from .questions import ANSWERS, JudgedRelation, relation_question
 
 
@@ -52,7 +52,7 @@ class EndpointJudge:
         questions = "\n".join(f"{i}. {relation_question(relation)}" for i, relation in enumerate(relations, start=1))
         messages = [
             {"role": "system", "content": _INSTRUCTION},
-            user_message(encode_image(image, self.max_side), questions),
+            user_message(image, questions, self.max_side),
         ]
         try:
             answer = self.endpoint.chat(messages, schema=_SCHEMA)

@@ -45,10 +45,15 @@ def load_picture(image: Any, max_side: int) -> Image.Image:
     return picture.resize([max(round(scale * side), 1) for side in picture.size], Image.Resampling.LANCZOS)
 
 
-def user_message(url: str, text: str) -> dict[str, Any]:
-    """A message of the user as OpenAI's API takes it: an image, see [`encode_image`], and words about it."""
-    picture = {"type": "image_url", "image_url": {"url": url}}
-    return {"role": "user", "content": [picture, {"type": "text", "text": text}]}
+def user_message(image: Any, text: str, max_side: int) -> dict[str, Any]:
+    """A message of the user as OpenAI's API takes it: an image or a list of them, see [`encode_image`], and words about it."""
+    return {"role": "user", "content": [*image_parts(image, max_side), {"type": "text", "text": text}]}
+
+
+def image_parts(image: Any, max_side: int) -> list[dict[str, Any]]:
+    """The parts of a message that are images: one, or those of a list."""
+    images = image if isinstance(image, list) else [image]
+    return [{"type": "image_url", "image_url": {"url": encode_image(each, max_side)}} for each in images]
 
 
 def encode_image(image: Any, max_side: int) -> str:

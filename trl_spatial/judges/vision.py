@@ -22,7 +22,7 @@ from ..hub.errors import explain_errors
 from ..hub.functions import is_function, load_function
 from ..hub.references import Reference
 from ..preferences.images import load_image
-from .pictures import check_side, encode_image, load_picture, user_message
+from .pictures import check_side, image_parts, load_picture
 
 
 _MOST_TOKENS = 2048
@@ -57,7 +57,7 @@ class VisionModel(Protocol):
 
         Args:
             image (any image):
-                In any form that [`~preferences.images.load_image`] takes.
+                In any form that [`~preferences.images.load_image`] takes, or a list of them, which are shown in this order.
             text (`str`):
                 The question.
             max_tokens (`int`, *optional*), temperature (`float`, *optional*):
@@ -151,8 +151,8 @@ class EndpointVision:
 
     def _message(self, image: Any, text: str) -> dict[str, Any]:
         if getattr(self._last, "image", None) is not image:
-            self._last.url, self._last.image = encode_image(image, self.max_side), image
-        return user_message(self._last.url, text)
+            self._last.parts, self._last.image = image_parts(image, self.max_side), image
+        return {"role": "user", "content": [*self._last.parts, {"type": "text", "text": text}]}
 
 
 class LocalVision:
@@ -187,7 +187,7 @@ class LocalVision:
             dtype=dtype,
         )
         self.name = str(reference)
-        self._processor = _load_processor(reference, config)
+        self._processor = load_processor(reference, config)
         self._lock = threading.Lock()
 
     def answer(
@@ -203,8 +203,8 @@ class LocalVision:
         settings: dict[str, Any] = {"max_new_tokens": max_tokens or _MOST_TOKENS}
         if temperature is not None:
             settings |= {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-        picture = load_picture(image, self.max_side)
-        num_read, output = self._generate(picture, text, _seed(picture, text, vote), settings)
+        pictures = self._load(image)
+        num_read, output = self._generate(pictures, text, _seed(pictures, text, vote), settings)
         tokens = output.sequences[0, num_read:]
         words = self._processor.tokenizer.decode(tokens, skip_special_tokens=True)
         return Answer(words, None, self.name, num_read, len(tokens), 0.0, is_cached=False)
@@ -240,9 +240,8 @@ class LocalVision:
         Returns:
             `tuple[int, torch.Tensor]`: Number of tokens read, and float32 logits of shape `(vocab_size,)`.
         """
-        picture = load_picture(image, self.max_side)
         num_read, output = self._generate(
-            picture, text, 0, {"max_new_tokens": 1, "do_sample": False, "output_logits": True}
+            self._load(image), text, 0, {"max_new_tokens": 1, "do_sample": False, "output_logits": True}
         )
         return num_read, output.logits[0][0].float()
 
@@ -250,14 +249,21 @@ class LocalVision:
         """The tokens of a text."""
         return self._processor.tokenizer.encode(text, add_special_tokens=False)
 
+    def _load(self, image: Any) -> list[Image.Image]:
+        images = image if isinstance(image, list) else [image]
+        return [load_picture(each, self.max_side) for each in images]
+
     def _write(self, token: int) -> str:
         return self._processor.tokenizer.decode([token])
 
     @torch.no_grad()
-    def _generate(self, picture: Image.Image, text: str, seed: int, settings: dict[str, Any]) -> tuple[int, Any]:
+    def _generate(
+        self, pictures: Sequence[Image.Image], text: str, seed: int, settings: dict[str, Any]
+    ) -> tuple[int, Any]:
         """Number of tokens read, and what the model generates."""
         # one question at a time: an answer must not depend on those beside it
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
+        images = [{"type": "image", "image": picture} for picture in pictures]
+        content = [*images, {"type": "text", "text": text}]
         inputs = self._processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
@@ -356,14 +362,20 @@ def _with_data(answer: Answer, probabilities: dict[str, float], tokens: dict[str
     return replace(answer, data={"probabilities": dict(probabilities), "tokens": tokens})
 
 
-def _seed(picture: Image.Image, text: str, vote: int) -> int:
+def _seed(pictures: Sequence[Image.Image], text: str, vote: int) -> int:
     """A seed of what is asked: with one seed for all, the answers to different questions would not be independent."""
-    digest = hashlib.sha256(f"{vote} {picture.size} {text}".encode() + picture.tobytes()).digest()
-    return int.from_bytes(digest[:7], "big")
+    sizes = " ".join(str(picture.size) for picture in pictures)
+    pixels = b"".join(picture.tobytes() for picture in pictures)
+    return int.from_bytes(hashlib.sha256(f"{vote} {sizes} {text}".encode() + pixels).digest()[:7], "big")
 
 
-def _load_processor(reference: Reference, config: Any) -> Any:
-    """The processor of a model, without its half for videos, which needs torchvision."""
+def load_processor(reference: Reference, config: Any) -> Any:
+    """
+    The processor of a model, without its half for videos, which needs torchvision.
+
+    Raises:
+        `ValueError`: If it cannot be loaded, or has no chat template.
+    """
     processor_class = PROCESSOR_MAPPING.get(type(config), AutoProcessor)
     if "video_processor" in getattr(processor_class, "get_attributes", list)():
         processor_class = type(

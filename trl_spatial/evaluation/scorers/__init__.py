@@ -84,7 +84,7 @@ def find_scorer(spec: str) -> tuple[type[PairScorer], str]:
     if scorer.default == "" and reference:
         raise ValueError(f"The scorer {name} takes no model, got {reference!r}. Write {name} alone.")
     if not reference and scorer.default is None:
-        raise ValueError(f"The scorer {name} needs a model. Write {name}:REFERENCE, such as {name}:FOLDER.")
+        raise ValueError(f"The scorer {name} needs a model. {scorer.hint}.")
     return scorer, reference or scorer.default or ""
 
 

@@ -72,6 +72,8 @@ class PairScorer(ABC):
             On what data and for which benchmark it was trained, in a line.
         default (`str`, *optional*):
             The model, if none is named. `""` if it has none; `None` if one must be named.
+        hint (`str`):
+            How to name one, for the error.
         is_pairwise (`bool`):
             Whether it compares two images in place of scoring each.
     """
@@ -79,6 +81,7 @@ class PairScorer(ABC):
     name: ClassVar[str]
     trained_on: ClassVar[str]
     default: ClassVar[str | None] = None
+    hint: ClassVar[str] = "Write it after a colon: a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, or hub/NAME"
     is_pairwise: ClassVar[bool] = False
 
     @classmethod

@@ -86,6 +86,10 @@ class HPSv2(CLIPScorer):
 
     name = "hpsv2"
     trained_on = "HPD v2: choices between images of many generators; it is also a common reward of image models"
+    hint = (
+        "HPSv2.1 is published as a pickle, HPS_v2.1_compressed.pt, which is not loaded. Save it as safetensors once with "
+        "trl_spatial.evaluation.scorers.hpsv2.save_hpsv2, and write hpsv2:FOLDER"
+    )
 
     def prepare_images(self, images: list[Image.Image]) -> torch.Tensor:
         """See [`CLIPScorer`]."""
