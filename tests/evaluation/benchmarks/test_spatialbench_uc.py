@@ -324,6 +324,13 @@ def test_the_risk_is_of_the_images_that_are_judged():
     assert official["pass_rate_conditional"] == pytest.approx(1 - found["selective risk"])
 
 
+@pytest.mark.parametrize("relation", ["left_of", "right_of", "above", "below"])
+def test_a_distance_of_exactly_the_margin_is_undecidable(relation):
+    sign = 1 if relation in ("right_of", "below") else -1
+    verdicts = [judge_distance(relation, sign * delta, 0.25)[0] for delta in (0.26, 0.25, -0.25, -0.26)]
+    assert verdicts == ["PASS", "UNDECIDABLE", "UNDECIDABLE", "FAIL"]
+
+
 def test_a_verdict_that_views_unsettle_is_none():
     benchmark = SpatialBenchUC()
     items = benchmark.load(EXAMPLES)[:2]
