@@ -167,7 +167,7 @@ class T2ICompBench(Benchmark):
         ]
         if not scores:
             raise OfficialError("There are no images in the folder 'samples': it divides by zero.")
-        return {"avg score": sum(scores) / len(scores)}
+        return {"avg score": float(sum(scores) / len(scores))}
 
     def official_image_score(self, item: Item, number: int, evidence: Evidence) -> float:
         """
