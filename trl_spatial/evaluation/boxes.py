@@ -1,13 +1,13 @@
 """What detectors see in images, with colors and depths, as a benchmark asks for it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ..judges import views
-from ..judges.pictures import crop_box
+from ..judges.pictures import crop_object
 from .roles import Judges
 
 
@@ -34,38 +34,26 @@ def find_boxes(
     """
     find = judges.detectors[detector]
     shown = [views.apply(view, image) for image in images] if view else list(images)
-    if getattr(find, "takes_classes", False):
-        found = find(shown, [list(asked.get("classes", ())) for asked in options])  # type: ignore[call-arg]
-    else:
-        found = find(shown)
+    found = find(shown, [list(asked.get("classes", ())) for asked in options])
     replies = []
     for image, detections, asked in zip(images, found, options, strict=True):
         boxes = [detection.box for detection in detections]
         if view:
             boxes = views.map_back(view, boxes, image.size)
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"label": detection.label, "score": float(detection.score), "box": [float(edge) for edge in box]}
             for detection, box in zip(detections, boxes, strict=True)
         ]
+        for row, detection in zip(rows, detections, strict=True):
+            if row["label"] in asked.get("colors", ()):
+                assert judges.colors is not None
+                row["color"] = judges.colors(crop_object(image, detection), row["label"])
         rows.sort(key=lambda row: -row["score"])
-        _add_colors(rows, image, asked.get("colors", ()), judges.colors)
         if asked.get("depth"):
             assert judges.depth is not None
             add_depths(rows, judges.depth(image))
         replies.append({"size": list(image.size), "boxes": rows})
     return replies
-
-
-def _add_colors(
-    rows: Sequence[dict[str, Any]],
-    image: Image.Image,
-    classes: Sequence[str],
-    name_color: Callable[[Image.Image, str], str] | None,
-) -> None:
-    for row in rows if classes else ():
-        if row["label"] in classes:
-            assert name_color is not None
-            row["color"] = name_color(crop_box(image, row["box"]), row["label"])
 
 
 def add_depths(rows: Sequence[dict[str, Any]], depth: np.ndarray) -> None:

@@ -204,8 +204,8 @@ def _detect(
     groups: dict[tuple[str, str], list[tuple[Task, Question]]] = defaultdict(list)
     for task in tasks:
         for question in task.questions:
-            place = question.options.get("detector", "first"), question.options.get("view", "")
-            groups[place].append((task, question))
+            shown_to = question.options.get("detector", "first"), question.options.get("view", "")
+            groups[shown_to].append((task, question))
     for (place, view), asked in groups.items():
         judge = judges.names["second_detector" if place == "second" else "detector"]
         for start in range(0, len(asked), _BATCH):

@@ -1,6 +1,6 @@
 """Who is asked about the images of a benchmark: judges by their roles."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,8 @@ import numpy as np
 from PIL import Image
 
 from ..endpoints import Prices, Spend
-from ..judges.checked_detector import Detector
-from ..judges.depth import load_depth
-from ..judges.detectors import load_colors, load_detector
-from ..judges.self_tests import check_depth, check_detector, check_vision
+from ..judges.loading import ClassDetector, load_colors, load_depth, load_detector
+from ..judges.self_test import check_depth, check_detector, check_vision
 from ..judges.vision import VisionModel, load_vision
 from .benchmarks.base import Benchmark
 
@@ -35,7 +33,7 @@ class Judges:
     Args:
         vision ([`~judges.vision.VisionModel`], *optional*):
             Answers questions.
-        detectors (`Mapping[str, Detector]`):
+        detectors (`Mapping[str, ClassDetector]`):
             `"first"` and, where a benchmark has two, `"second"` → detector.
         colors (`Callable`, *optional*):
             Crop and class name → name of its color.
@@ -46,7 +44,7 @@ class Judges:
     """
 
     vision: VisionModel | None
-    detectors: Mapping[str, Detector]
+    detectors: Mapping[str, ClassDetector]
     colors: Callable[[Image.Image, str], str] | None
     depth: Callable[[Image.Image], np.ndarray] | None
     names: Mapping[str, str]
@@ -76,7 +74,7 @@ def load_judges(
     spend: Spend | None = None,
     prices: Prices | None = None,
     cache: Path | None = None,
-    self_test: bool = True,
+    tested_kinds: Collection[str] = ("text",),
 ) -> Judges:
     """
     Loads judges and shows each a picture whose content is known.
@@ -90,26 +88,26 @@ def load_judges(
             Where models on this machine run. If not set, the accelerator if there is one.
         spend (`Spend`, *optional*), prices (`Prices`, *optional*), cache (`Path`, *optional*):
             Limit, prices and cache of a model behind a server.
-        self_test (`bool`, *optional*, defaults to `True`):
-            Whether to show them the pictures.
+        tested_kinds (`Collection[str]`, *optional*, defaults to `("text",)`):
+            How a vision-language model is tested, see [`~judges.self_test.check_vision`]. If empty, no judge is tested.
 
     Raises:
         `ValueError`: If a judge cannot be loaded.
-        `RuntimeError`: If a judge fails its self-test: it sees nothing, or says the same of everything.
+        [`~judges.self_test.JudgeError`], [`~judges.checked_detector.SilentDetectorError`]: If a judge fails its test.
     """
     vision = None
     if "vision" in names:
         vision = load_vision(names["vision"], device=device, spend=spend, prices=prices, cache=cache)
-        if self_test:
-            check_vision(vision)
+        if tested_kinds:
+            check_vision(vision, kinds=tested_kinds)
     detectors = {}
     for role, place in (("detector", "first"), ("second_detector", "second")):
         if role in names:
             detectors[place] = load_detector(names[role], device=device)
-            if self_test:
+            if tested_kinds:
                 check_detector(detectors[place])
     depth = load_depth(names["depth"], device=device) if "depth" in names else None
-    if depth is not None and self_test:
-        check_depth(depth)
+    if depth is not None and tested_kinds:
+        check_depth(depth, names["depth"])
     colors = load_colors(names["colors"], device=device) if "colors" in names else None
     return Judges(vision, detectors, colors, depth, dict(names))

@@ -51,4 +51,6 @@ def load_function(name: str, *, what: str = "function", hint: str = "") -> Calla
         raise ValueError(
             f"The {what} {name} is not a function: the functions of {module_name} are {', '.join(functions) or 'none'}."
         )
-    return function() if inspect.isclass(function) else function
+    if inspect.isclass(function):
+        function = function()
+    return function

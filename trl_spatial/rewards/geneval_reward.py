@@ -18,7 +18,7 @@ from ..judges.geneval import (
     judge,
     read_specification,
 )
-from ..judges.pictures import crop_box
+from ..judges.pictures import crop_object
 from ..preferences.images import load_image
 
 
@@ -211,7 +211,7 @@ class GenEvalReward:
 
     def _find_color(self, image: Image.Image, detection: Detection) -> str:
         assert self.color_classifier is not None
-        return self.color_classifier(crop_box(image, detection.box), geneval_name(detection.label))
+        return self.color_classifier(crop_object(image, detection), geneval_name(detection.label))
 
 
 def _load(prompt: str, image: Any) -> Image.Image:
