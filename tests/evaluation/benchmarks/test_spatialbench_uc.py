@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tests.evaluation.goldens import assert_same, goldens
 from trl_spatial.evaluation.benchmarks.base import Evidence, OfficialError
@@ -31,8 +31,11 @@ from trl_spatial.evaluation.benchmarks.spatialbench_uc_tables import (
     risk_coverage_curve,
 )
 from trl_spatial.evaluation.benchmarks.t2i_compbench_rules import intersection_over_union
+from trl_spatial.evaluation.boxes import find_boxes
+from trl_spatial.evaluation.roles import Judges
+from trl_spatial.judges.flat import FlatDetector
 from trl_spatial.judges.views import VIEWS
-from trl_spatial.scenes import parse_description
+from trl_spatial.scenes import parse_description, render_scene
 from trl_spatial.scenes.layout import place_scene, sample_radii
 
 
@@ -283,6 +286,26 @@ def test_a_whole_pass_over_the_examples():
     assert headline.name == "pass rate" and len(headline.values) == len(headline.items) == 4 * len(items)
     pairs = {metric.name: metric for metric in benchmark.fixed(items, right)}["twins that both pass"]
     assert len(pairs.values) == len(items) / 2
+
+
+def test_pictures_of_the_scenes_pass_and_of_their_mirror_images_fail():
+    benchmark = SpatialBenchUC()
+    items = [item for item in benchmark.load(EXAMPLES) if item.data["relation"] in ("left_of", "right_of")]
+    detector = FlatDetector()
+    judges = Judges(None, {"first": detector, "second": detector}, None, None, {})
+    benchmark.num_images = 1
+    for is_mirrored in (False, True):
+        images, replies = {}, {}
+        for item in items:
+            picture = render_scene(parse_description(item.prompt), seed=1, image_size=96)
+            picture = ImageOps.mirror(picture) if is_mirrored else picture
+            images[item.id, 0] = benchmark.image_path(item, 0)
+            for question in benchmark.questions(item, "fixed"):
+                options = question.options
+                place, view = options.get("detector", "first"), options.get("view", "")
+                replies[item.id, 0, question.key] = find_boxes(judges, place, view, [picture], [options])
+        found = estimates(benchmark, items, Evidence(images, replies))
+        assert found["pass rate"] == (not is_mirrored) and found["selective risk"] == is_mirrored
 
 
 def test_missing_images_and_answers_count_as_wrong_and_as_abstentions_in_the_fixed_protocol_only():
