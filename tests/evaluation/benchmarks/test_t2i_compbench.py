@@ -249,8 +249,10 @@ def test_near_needs_both_axes_in_the_fixed_protocol():
     assert official_relation_score("near", first, second) == 1.0
     assert not fixed_relation("near", first, second, FRAME).is_right
     assert fixed_relation("near", first, [140, 140, 160, 160], FRAME).is_right
-    small, large = (fixed_relation("near", first, [0, side, 20, side + 20], (side, side)) for side in (200, 800))
-    assert small.is_right == large.is_right is False
+    for side in (200, 800):  # pixels
+        for share, is_near in ((0.3, True), (0.33, False)):
+            second = np.array([0, 0, 20, 20]) + side * share * np.array([0, 1, 0, 1])
+            assert fixed_relation("near", first, second, (side, side // 2)).is_right == is_near
 
 
 def test_depth_decides_without_overlap_in_the_fixed_protocol():

@@ -2,7 +2,7 @@
 
 import re
 from abc import abstractmethod
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -22,6 +22,7 @@ from .base import (
     _read,
     images_of,
 )
+from .numbering import number_images
 from .t2i_compbench_rules import (
     OFFICIAL_PHRASES_2D,
     OFFICIAL_PHRASES_3D,
@@ -132,31 +133,21 @@ class T2ICompBench(Benchmark):
             `ValueError`: If two files are the same image, by the fixed protocol.
         """
         ids = {item.prompt: item.id for item in items}
-        found: dict[str, dict[int, str]] = defaultdict(dict)
+        named, counts = [], Counter[str]()
         for file in files:
             folder, _, name = file.rpartition("/")
             if protocol == "official":
                 prompt = name.split("_")[0]
                 if folder == "samples" and prompt in ids:
-                    found[ids[prompt]][len(found[ids[prompt]])] = file
+                    named.append((ids[prompt], counts[prompt], file))
+                    counts[prompt] += 1
                 continue
             parts = re.fullmatch(r"(.+)_(\d+)\.(?:png|jpe?g|webp)", name, re.IGNORECASE)
-            if folder not in ("", "samples") or parts is None or parts[1] not in ids:
-                continue
-            known, number = found[ids[parts[1]]], int(parts[2])
-            if number in known:
-                raise ValueError(
-                    f"{known[number]!r} and {file!r} are both image {number} of {parts[1]!r}: remove one."
-                )
-            known[number] = file
+            if folder in ("", "samples") and parts is not None and parts[1] in ids:
+                named.append((ids[parts[1]], int(parts[2]), file))
         if protocol == "official":
-            return {(id, number): file for id, known in found.items() for number, file in known.items()}
-        return {
-            (id, rank if max(known) >= self.num_images else number): known[number]
-            for id, known in found.items()
-            for rank, number in enumerate(sorted(known))
-            if rank < self.num_images
-        }
+            return {(id, number): file for id, number, file in named}
+        return number_images(named, self.num_images)
 
     def questions(self, item: Item, protocol: Protocol) -> list[Question]:
         nouns = list(item.data["nouns"])
@@ -176,7 +167,7 @@ class T2ICompBench(Benchmark):
         ]
         if not scores:
             raise OfficialError("There are no images in the folder 'samples': it divides by zero.")
-        return {"avg score": sum(scores) / len(scores)}
+        return {"avg score": float(sum(scores) / len(scores))}
 
     def official_image_score(self, item: Item, number: int, evidence: Evidence) -> float:
         """
