@@ -15,7 +15,8 @@ INSTALLED := $(VENV)/.installed-$(firstword $(shell echo '$(TORCH)' | cksum))
 TEST_ENV  := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-BENCHES := $(wildcard recipes/bench/*.py)
+# parity.py runs in an environment of its own
+BENCHES := $(filter-out recipes/bench/parity.py,$(wildcard recipes/bench/*.py))
 
 .PHONY: help demo test quality style bench $(BENCHES) test-min clean
 

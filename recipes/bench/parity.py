@@ -22,6 +22,8 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
+from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -209,7 +211,6 @@ def run_hpsv2(folder: Path) -> dict[str, Any]:
 def run_image_reward(folder: Path) -> dict[str, Any]:
     """`ImageReward.score` with a small vision transformer and a small text encoder."""
     import contextlib
-    from importlib import import_module
 
     module: Any = import_module("ImageReward.ImageReward")
     from ImageReward.models.BLIP import blip_pretrain
@@ -277,11 +278,17 @@ def run_hpsv3(folder: Path) -> dict[str, Any]:
 
 def run_vqascore(folder: Path) -> dict[str, Any]:
     """`Qwen2VLModel.forward` of t2v_metrics with a small Qwen2-VL."""
-    import t2v_metrics.models.vqascore_models.qwen2vl_model as published
     import torch
     import transformers
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
+    # imported beside Qwen2-VL, and too new for the version of transformers that hpsv3 needs
+    transformers.Qwen2_5_VLForConditionalGeneration = None
+    videos: Any = ModuleType("decord")
+    videos.VideoReader = videos.cpu = None
+    videos.__spec__ = ModuleSpec("decord", None)  # which others look for
+    sys.modules.setdefault("decord", videos)
+    published = import_module("t2v_metrics.models.vqascore_models.qwen2vl_model")
     save_qwen2_vl(folder / "qwen")
     model = Qwen2VLForConditionalGeneration(Qwen2VLConfig.from_pretrained(folder / "qwen"))
     shapes = set_weights(model)
@@ -300,10 +307,9 @@ def run_vqascore(folder: Path) -> dict[str, Any]:
 
 
 def stand_in_for_what_is_not_needed() -> None:
-    """Operators of torchvision, whose wheels may not fit torch's; a reader of videos; and what imports every other model."""
+    """Operators of torchvision, whose wheels may not fit torch's, and what imports every other model."""
     import sysconfig
 
-    import datasets  # noqa: F401 - it looks for the reader of videos
     import torch
 
     source = Path(sysconfig.get_paths()["purelib"], "torchvision", "_meta_registrations.py").read_text()
@@ -312,13 +318,6 @@ def stand_in_for_what_is_not_needed() -> None:
     for name in sorted(names):
         library.define(f"{name}(Tensor x) -> Tensor")
     stand_in_for_what_is_not_needed.library = library  # type: ignore[attr-defined]  # it must not be collected
-    import transformers
-
-    if not hasattr(transformers, "Qwen2_5_VLForConditionalGeneration"):
-        transformers.Qwen2_5_VLForConditionalGeneration = None
-    videos: Any = ModuleType("decord")
-    videos.VideoReader = videos.cpu = None
-    sys.modules.setdefault("decord", videos)
     place = Path(sysconfig.get_paths()["purelib"])
     for name in ("t2v_metrics", "t2v_metrics.models", "t2v_metrics.models.vqascore_models"):
         package: Any = ModuleType(name)

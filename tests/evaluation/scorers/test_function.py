@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from trl_spatial.evaluation.scorers import make_scorer
+from trl_spatial.evaluation.scorers import SCORERS, make_scorer
 
 
 IMAGES = [Image.new("RGB", (8, 4)), Image.new("RGB", (6, 8))]
@@ -46,3 +46,10 @@ def test_every_image_needs_a_score(module):
 def test_what_is_no_scorer_is_explained(spec, message):
     with pytest.raises(ValueError, match=message):
         make_scorer(spec)
+
+
+def test_every_name_has_a_class_of_that_name():
+    from trl_spatial.evaluation import scorers
+
+    for name, path in SCORERS.items():
+        assert scorers._load(path).name == name and scorers._load(path).trained_on

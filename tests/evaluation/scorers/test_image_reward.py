@@ -44,7 +44,7 @@ def folder(published, config, tmp_path_factory):
 
 def test_the_rewards_are_those_of_the_published_package(published, folder):
     scores = make_scorer(f"image-reward:{folder}", device="cpu").score(published.prompts, published.images)
-    assert [score.mean for score in scores] == pytest.approx(published.scores, abs=1e-5)
+    assert [score.mean for score in scores] == pytest.approx(published.scores, abs=5e-5)
 
 
 def test_a_row_does_not_depend_on_its_batch(published, folder):

@@ -26,6 +26,7 @@ SCORERS = {
     "rules": "rules:Rules",
     "spatialscore": "spatialscore:SpatialScorer",
     "unified-reward": "unified_reward:UnifiedReward",
+    "unified-reward-pointwise": "unified_reward:UnifiedRewardPointwise",
     "vqascore": "vqascore:VQAScore",
 }
 

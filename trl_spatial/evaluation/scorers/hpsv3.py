@@ -1,0 +1,183 @@
+"""HPSv3: Qwen2-VL with a head that gives the mean and the deviation of a preference, and its published weights."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from PIL import Image
+from torch import nn
+from transformers import AutoConfig, Qwen2VLConfig
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
+
+from ...hub.errors import explain_errors
+from ...hub.references import Reference, find_reference
+from ...hub.safety import check_repository
+from ...judges.vision import load_processor
+from .base import PairScorer, Score, in_batches
+from .weights import fill, find_file, pick_device, read_weights
+
+
+# Word for word what the model was trained on, from the package hpsv3 1.0.0 (MIT), spaces at the ends of lines included. Other
+# words would be another scorer.
+_INSTRUCTION = (Path(__file__).parent / "hpsv3_instruction.txt").read_text(encoding="utf-8")
+_REWARD_TOKEN = "<|Reward|>"
+_BACKBONE = "Qwen/Qwen2-VL-7B-Instruct"
+_WEIGHTS = "HPSv3.safetensors"
+_NUM_PIXELS = 256 * 28 * 28
+_BATCH_SIZE = 4
+
+
+class HPSv3Model(nn.Module):
+    """
+    The network. Image tokens are numbered along one line with the words, as where it was trained; Qwen2-VL itself has three axes.
+
+    Args:
+        config ([`~transformers.Qwen2VLConfig`]):
+            Sizes of the backbone.
+    """
+
+    def __init__(self, config: Qwen2VLConfig):
+        super().__init__()
+        self.backbone = Qwen2VLModel(config)
+        hidden_size = config.get_text_config().hidden_size
+        self.head = nn.Sequential(
+            nn.Linear(hidden_size, 1024), nn.ReLU(), nn.Identity(), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
+        )
+        self.image_token_id = config.image_token_id
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, places: torch.Tensor, **pixels: Any
+    ) -> torch.Tensor:
+        """
+        Mean and logarithm of the deviation, `(batch_size, 2)`, in float32.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(batch_size, num_tokens)`), attention_mask (of the same shape):
+                Tokens, padded on the right.
+            places (`torch.Tensor` of shape `(batch_size,)`):
+                Where the reward token stands.
+            pixels (`pixel_values`, `image_grid_thw`):
+                Patches of all images, and how many there are.
+        """
+        embedded = self.backbone.get_input_embeddings()(input_ids)
+        features = self.backbone.get_image_features(**pixels).pooler_output
+        image_tokens = (input_ids == self.image_token_id)[..., None].expand_as(embedded)
+        embedded = embedded.masked_scatter(image_tokens, torch.cat(tuple(features)).to(embedded))
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand(3, *input_ids.shape)
+        hidden = self.backbone.language_model(
+            inputs_embeds=embedded, attention_mask=attention_mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+        rows = torch.arange(len(places), device=places.device)
+        return self.head(hidden[rows, places].float())
+
+
+class HPSv3(PairScorer):
+    """
+    HPSv3 ([papers/2508.03789](https://huggingface.co/papers/2508.03789)): the mean of the preference, and its deviation.
+
+    Weights are kept in the type in which they are saved; the published ones are of a Qwen2-VL-7B. HPSv3++, which is another
+    model, with another backbone, published as a pickle, is not loaded.
+
+    Args:
+        reference (`str`):
+            A folder or a repository on the Hub with `HPSv3.safetensors`. Configuration, tokenizer and image processor are those
+            of Qwen2-VL-7B unless they lie beside it.
+        device (`str` or `torch.device`, *optional*):
+            Where it runs. If `None`, the accelerator if there is one.
+
+    Raises:
+        `ValueError`: If there is no such model, or weights are missing or unknown.
+    """
+
+    name = "hpsv3"
+    trained_on = (
+        "HPDv3: choices between images of many generators and photographs; it is also a common reward of image models"
+    )
+    default = "MizzenAI/HPSv3"
+
+    def __init__(self, reference: str, *, device: Any = None):
+        place = find_reference(reference, kind="model")
+        check_repository(place, kind="model")
+        beside = place.is_local and (Path(place.name) / "config.json").is_file()
+        base = place if beside else find_reference(_BACKBONE, kind="model")
+        self.processor, config = self._load_parts(base)
+        weights = convert_hpsv3(read_weights(find_file(place, _WEIGHTS)))
+        # the published weights have a row for each token of the tokenizer, and no spare ones
+        config.get_text_config().vocab_size = len(self.processor.tokenizer)
+        with init_empty_weights(include_buffers=False):
+            model = HPSv3Model(config)
+        fill(model, weights, place)
+        model.head.float()
+        self.device = pick_device(device)
+        self.model = model.eval().to(self.device)
+
+    def _load_parts(self, place: Reference) -> tuple[Any, Qwen2VLConfig]:
+        """Processor, which knows the reward token, and configuration."""
+        check_repository(place, kind="model")
+        with explain_errors(f"Loading {place}"):
+            config = AutoConfig.from_pretrained(place.name, revision=place.revision, trust_remote_code=False)
+            if not isinstance(config, Qwen2VLConfig):
+                raise ValueError(f"{place} is a {config.model_type} model, not HPSv3's Qwen2-VL.")
+        processor = load_processor(place, config)
+        processor.tokenizer.padding_side = "right"
+        processor.tokenizer.add_special_tokens(
+            {"additional_special_tokens": [_REWARD_TOKEN]}, replace_extra_special_tokens=False
+        )
+        return processor, config
+
+    @torch.inference_mode()
+    def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Score]:
+        """See [`PairScorer`]."""
+        scores: list[Score] = []
+        reward_token = self.processor.tokenizer.convert_tokens_to_ids(_REWARD_TOKEN)
+        for texts, pictures in in_batches(prompts, images, _BATCH_SIZE):
+            inputs = self._prepare(texts, pictures)
+            found = inputs["input_ids"] == reward_token
+            # the last one: a prompt may name the token, too
+            places = found.shape[1] - 1 - found.flip(1).int().argmax(1)
+            inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+            values = self.model(places=places.to(self.device), **inputs)
+            scores += [
+                Score(mean, std) for mean, std in zip(values[:, 0].tolist(), values[:, 1].exp().tolist(), strict=True)
+            ]
+        return scores
+
+    def _prepare(self, prompts: list[str], images: list[Image.Image]) -> dict[str, torch.Tensor]:
+        texts = []
+        for prompt in prompts:
+            words = {"type": "text", "text": _INSTRUCTION.replace("{text_prompt}", prompt)}
+            messages = [{"role": "user", "content": [{"type": "image"}, words]}]
+            texts.append(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        inputs = self.processor(
+            text=texts, images=[_resize(image) for image in images], padding=True, return_tensors="pt"
+        )
+        names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+        return {name: inputs[name] for name in names}
+
+
+def _resize(image: Image.Image) -> Image.Image:
+    """The image with sides that are multiples of 28, in about its proportions, of about 448 × 448 pixels."""
+    height, width = smart_resize(image.height, image.width, min_pixels=_NUM_PIXELS, max_pixels=_NUM_PIXELS)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def convert_hpsv3(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Renames HPSv3's published weights for [`HPSv3Model`]. The head over words is left out: nothing reads it.
+
+    Raises:
+        `ValueError`: If a name is unknown.
+    """
+    renamed = {"visual.": "backbone.visual.", "model.": "backbone.language_model.", "rm_head.": "head."}
+    converted = {}
+    for name, weight in state_dict.items():
+        if name == "lm_head.weight":
+            continue
+        start = next((start for start in renamed if name.startswith(start)), None)
+        if start is None:
+            raise ValueError(f"{name} is no weight of HPSv3.")
+        converted[renamed[start] + name.removeprefix(start)] = weight
+    return converted
