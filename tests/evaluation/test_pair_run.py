@@ -109,6 +109,8 @@ def test_a_whole_run(evaluate, rows, make_reward_model, processor, tmp_path, cap
 
     printed = capsys.readouterr().out
     assert printed.startswith((tmp_path / "run" / "results.md").read_text()) and "| rules | 1.000" in printed
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "pixels − rules" in page and "None" not in page  # the second minus the first; a control that has no share
     for example in results["examples"]:
         with Image.open(tmp_path / "run" / example["chosen"]) as image:
             assert image.convert("RGB").tobytes() == rows[int(example["pair"])]["chosen"].convert("RGB").tobytes()
