@@ -207,5 +207,5 @@ def _part(
     name: str, values: np.ndarray, ids: Sequence[str], is_chosen: Sequence[bool], is_headline: bool = False
 ) -> Metric:
     """The metric of some of the images."""
-    chosen = np.flatnonzero(is_chosen)
+    chosen = [i for i, is_one in enumerate(is_chosen) if is_one]
     return Metric(name, values[chosen], [ids[i] for i in chosen], is_headline=is_headline)
