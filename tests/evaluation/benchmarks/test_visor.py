@@ -179,6 +179,8 @@ def test_what_is_missing_is_wrong_and_every_value_has_its_item(tmp_path):
         assert metrics["OA"].values.tolist() == [0, 1, 1, 0, 0, 0, 0, 0]
         assert metrics["OA"].items == metrics["VISOR_uncond"].items == ["0"] * 4 + ["1"] * 4
         assert metrics["VISOR_cond"].values.tolist() == [1, 0] and metrics["VISOR_cond"].items == ["0", "0"]
+        assert metrics["VISOR_cond: above"].values.tolist() == [1, 0]
+        assert len(metrics["VISOR_cond: to the left of"].values) == 0
         assert metrics["VISOR_1"].values.tolist() == [1, 0] and metrics["VISOR_2"].values.tolist() == [0, 0]
         assert metrics["VISOR_uncond: above"].values.tolist() == [0, 1, 0, 0]
         assert metrics["VISOR_uncond: to the left of"].items == ["1"] * 4
