@@ -5,9 +5,11 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
+
+import numpy as np
 
 
 THRESHOLD = 0.3  # scores above it count
@@ -53,11 +55,14 @@ class Detection:
             Confidence, 0 to 1.
         box (`tuple[float, float, float, float]`):
             Left, top, right and bottom edge in pixels, y down.
+        mask (`np.ndarray` of shape `(height, width)` and type `bool`, *optional*):
+            Its pixels among the image's, of detectors that say so. Not compared.
     """
 
     label: str
     score: float
     box: Box
+    mask: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
