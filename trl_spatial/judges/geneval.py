@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,7 @@ class GenEvalResult:
         return float(self.correct)
 
 
+@cache
 def geneval_name(label: str) -> str:
     """GenEval's name of a class, whatever a detector calls it: `"tvmonitor"` → `"tv"`. Other names only lose their case."""
     words = re.sub(r"[\s_-]+", " ", label.strip().lower())

@@ -4,6 +4,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Literal
 
@@ -118,7 +119,14 @@ class Evidence:
 
     def numbers(self, item: Item) -> list[int]:
         """Numbers of the images of an item that are there, in their order."""
-        return sorted(number for id, number in self.images if id == item.id)
+        return self._numbers.get(item.id, [])
+
+    @cached_property
+    def _numbers(self) -> dict[str, list[int]]:
+        numbers: dict[str, list[int]] = {}
+        for id, number in sorted(self.images):
+            numbers.setdefault(id, []).append(number)
+        return numbers
 
     def reply(self, item: Item, number: int, key: str) -> Any:
         """The last reply to a question, or `None` if there is none."""
