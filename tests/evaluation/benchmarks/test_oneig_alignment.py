@@ -78,7 +78,7 @@ def test_official_files_begin_with_the_id_and_are_alone(example):
     benchmark, items = example
     files = [
         "anime/m/000_final.webp",
-        "anime/m/001.png",
+        "anime/m/001.jpg",
         "anime/m/0012.png",
         "human/m/000/0.png",
         "object/m/000.png",
