@@ -29,6 +29,7 @@ COMMANDS = {
     "score": "score images for prompts with a trained reward model",
     "merge": "fold a checkpoint's LoRA adapter into its backbone",
     "data": "build, make and validate datasets of preference pairs",
+    "evaluate": "measure scorers of images on preference pairs",
     "push": "upload a model, a dataset or a Space to the Hub, with its card",
     "serve": "score images over HTTP: a reward in a process of its own",
     "space": "build or run a page that scores images",
@@ -36,7 +37,7 @@ COMMANDS = {
 # Training commands also take the arguments of `accelerate launch`, as in TRL's CLI.
 LAUNCHED_COMMANDS = {"reward", "grpo"}
 # Started again after an interruption, they continue from what is on disk.
-RESUMED_COMMANDS = {"data", "demo", "push"}
+RESUMED_COMMANDS = {"data", "demo", "evaluate", "push"}
 # Number of the launching process, for the processes that it launches.
 LAUNCHER_VARIABLE = "TRL_SPATIAL_LAUNCHER"
 TRACEBACK_VARIABLE = "TRL_SPATIAL_TRACEBACK"

@@ -125,10 +125,10 @@ def bootstrap_interval(
         resampled = _resampled_means(values, cluster_of, rng, num_resamples)
     else:
         num_clusters = cluster_of.max() + 1
-        resampled = []
-        for _ in range(num_resamples):
+        resampled = np.empty(num_resamples)
+        for number in range(num_resamples):
             times_drawn = np.bincount(rng.integers(num_clusters, size=num_clusters), minlength=num_clusters)
-            resampled.append(statistic(np.repeat(values, times_drawn[cluster_of], axis=0)))
+            resampled[number] = statistic(np.repeat(values, times_drawn[cluster_of], axis=0))
     low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(statistic(values)), float(low), float(high))
 

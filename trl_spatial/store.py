@@ -17,6 +17,13 @@ from typing import IO, Any
 PROCESS = int(os.environ.get("RANK", "0"))
 
 
+def cache_folder() -> Path:
+    """Folder, made if missing, of what can be had again: in `XDG_CACHE_HOME`, by default `~/.cache`."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl_spatial"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def write_atomically(path: str | Path, data: str | bytes) -> None:
     """
     Writes a file, text as UTF-8, so that at any moment `path` holds either its old content or all of the new one, even if the disk

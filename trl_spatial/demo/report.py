@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from ..figures.charts import pair_accuracy_dots, reliability_diagram
+from ..figures.charts import reliability_diagram, share_dots
 from ..figures.page import render_page
 from ..store import ContentStore, write_atomically
 from .charts import relation_dots, reward_curve, truth_curve
@@ -47,7 +47,9 @@ def draw_charts(results: Mapping[str, Any]) -> dict[str, str]:
     reward_model = results["reward_model"]
     accuracy = reward_model["accuracy"]
     levels = {f"{level} change" + "s" * (level != "1"): row for level, row in accuracy["level"].items()}
-    charts["pairs"] = pair_accuracy_dots({"all pairs": accuracy["all"]["all"], **levels})
+    charts["pairs"] = share_dots(
+        {"all pairs": accuracy["all"]["all"], **levels}, "pairs", "pairs ranked rightly", chance=0.5
+    )
     if reward_model["reliability"]:
         charts["calibration"] = reliability_diagram(reward_model["reliability"])
     if training := results.get("training"):

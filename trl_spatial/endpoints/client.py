@@ -29,7 +29,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _LONGEST_CONNECT = 15.0  # seconds
-_CHARACTERS_PER_TOKEN, _TOKENS_PER_IMAGE = 4, 1000  # where a server does not count
+CHARACTERS_PER_TOKEN, TOKENS_PER_IMAGE = 4, 1000  # where a server does not count
 
 
 class Endpoint:
@@ -414,8 +414,8 @@ def _count_tokens(answer: Mapping[str, Any], messages: Sequence[Mapping[str, Any
     parts = [part for content in parts for part in ([content] if isinstance(content, str) else content)]
     texts = [part if isinstance(part, str) else part.get("text", "") for part in parts]
     num_images = sum(isinstance(part, Mapping) and part.get("type") == "image_url" for part in parts)
-    num_read = sum(map(len, texts)) // _CHARACTERS_PER_TOKEN + num_images * _TOKENS_PER_IMAGE
-    return num_read, -(-len(text) // _CHARACTERS_PER_TOKEN)
+    num_read = sum(map(len, texts)) // CHARACTERS_PER_TOKEN + num_images * TOKENS_PER_IMAGE
+    return num_read, -(-len(text) // CHARACTERS_PER_TOKEN)
 
 
 def _find_key(variable: str, address: str) -> str:

@@ -5,10 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from ..hub.cards import Card
 from ..statistics import holm
 from .benchmarks.base import Metric
-from .image_results import generator_label
+from .flags import find_flags, generator_label
 from .image_run import ImageRun
 from .intervals import metric_difference, metric_interval
 
@@ -40,12 +39,11 @@ def compare_runs(runs: Sequence[ImageRun]) -> dict[str, Any]:
         {metric.name: metric for metric in run.benchmark.fixed(run.items, run.evidence()["fixed"])} for run in runs
     ]
     rows = [
-        _row(name, number, metrics[0][name], metric)
+        row
         for number in range(1, len(runs))
         for name, metric in metrics[number].items()
-        if name in metrics[0]
+        if name in metrics[0] and (row := _row(name, number, metrics[0][name], metric)) is not None
     ]
-    rows = [row for row in rows if row is not None]
     if not rows:
         raise ValueError(f"{first.folder} and the others have no prompt in common.")
     for row, corrected in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
@@ -77,44 +75,6 @@ def _row(name: str, number: int, before: Metric, after: Metric) -> dict[str, Any
         "p_value": difference.p_value,
         "num_prompts": difference.num_items,
     }
-
-
-def find_flags(run: ImageRun, first: ImageRun | None = None) -> list[str]:
-    """
-    What makes a run's numbers say less than they seem to.
-
-    Args:
-        run ([`~evaluation.image_run.ImageRun`]):
-            The run.
-        first ([`~evaluation.image_run.ImageRun`], *optional*):
-            The run that it is compared with.
-
-    Returns:
-        `list[str]`: Sentences; empty if nothing speaks against the numbers.
-    """
-    flags = []
-    plan, title = run.plan, run.benchmark.title
-    if run.benchmark.name in plan.trained_on:
-        flags.append(f"The generator was trained on {title}.")
-    rewards = training_rewards(run)
-    if rewards and run.benchmark.name.startswith("geneval") and any(name.startswith("geneval") for name in rewards):
-        flags.append(f"The generator was trained with {title}'s own rules as the reward.")
-    for role, judge in plan.judges.items():
-        if any(judge == name or judge.rpartition("/")[2] == name for name in rewards):
-            flags.append(f"The judge {judge} ({role}) was a reward in training: the gain may be the judge's taste.")
-    if first is not None and dict(first.plan.judges) != dict(plan.judges):
-        flags.append("Other judges than in the first run: differences may be theirs.")
-    if first is not None and (first.plan.seed, first.plan.num_images) != (plan.seed, plan.num_images):
-        flags.append("Other seeds or numbers of images than in the first run.")
-    return flags
-
-
-def training_rewards(run: ImageRun) -> list[str]:
-    """Names of the rewards that the generator's LoRA was trained with, as its card says; none if it has no card."""
-    folder = (run.plan.generator or {}).get("lora")
-    card = None if folder is None else Card.load(folder)
-    settings = {} if card is None else card.values.get("settings", {})
-    return [name.rpartition(" (")[0] for name in settings.get("rewards", "").split(", ") if name]
 
 
 def describe_comparison(comparison: dict[str, Any]) -> str:

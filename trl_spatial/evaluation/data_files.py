@@ -1,12 +1,11 @@
 """A benchmark's data: found in a folder, or fetched once with a checked hash."""
 
 import hashlib
-import os
 from pathlib import Path
 
 import requests
 
-from ..store import write_atomically
+from ..store import cache_folder, write_atomically
 from .benchmarks.base import Benchmark, DataFile
 
 
@@ -35,8 +34,7 @@ def find_data(benchmark: Benchmark, where: str | None = None) -> Path:
         if not Path(where).is_dir():
             raise ValueError(f"There is no folder {where} with the data of {benchmark.title}.")
         return Path(where)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "trl_spatial" / "benchmarks" / benchmark.name
+    folder = cache_folder() / "benchmarks" / benchmark.name
     for file in benchmark.files:
         if not (folder / file.name).is_file():
             _fetch(file, folder, benchmark)

@@ -1,15 +1,18 @@
 """Tables of an evaluation of images, made from its records alone."""
 
-import json
-from collections import Counter
+import hashlib
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
+from ..generation.jobs import encode_png
 from ..statistics import Interval
+from ..store import write_atomically
 from .benchmarks.base import PROTOCOLS, Benchmark, Evidence, Item, Metric, OfficialError, images_of
+from .flags import find_flags, generator_label
 from .image_run import ImageRun
 from .intervals import metric_interval, official_intervals
 from .published import published_numbers
@@ -17,6 +20,8 @@ from .published import published_numbers
 
 _NUM_EXAMPLES = 6  # best images, and as many worst
 _NUM_WORDS = 4  # questions shown with each
+PICTURES = "examples"
+_PICTURE_SIDE = 384  # pixels
 _MOST_FAILURES = 200  # that are listed in the results
 
 
@@ -55,6 +60,7 @@ def image_results(run: ImageRun, protocols: Sequence[str] = PROTOCOLS) -> dict[s
         "license": benchmark.license,
         "plan": asdict(run.plan),
         "generator": generator_label(run),
+        "flags": find_flags(run),
         "num_prompts": len(items),
         "num_images": len(items) * benchmark.num_images,
         "protocols": tables,
@@ -147,10 +153,10 @@ def find_examples(run: ImageRun, evidence: Evidence, metrics: Sequence[Metric]) 
     headline = next((metric for metric in metrics if metric.is_headline), None)
     if headline is None:
         return {"worst": [], "best": []}
-    sums, counts = Counter[str](), Counter[str]()
+    sums: dict[str, float] = defaultdict(float)
+    counts = Counter(headline.items)
     for item, value in zip(headline.items, headline.values, strict=True):
         sums[item] += float(value)
-        counts[item] += 1
     items = {item.id: item for item in run.items}
     ranked = sorted((id for id in counts if evidence.numbers(items[id])), key=lambda id: sums[id] / counts[id])
     half = min(_NUM_EXAMPLES, len(ranked) // 2 or len(ranked))
@@ -162,9 +168,23 @@ def find_examples(run: ImageRun, evidence: Evidence, metrics: Sequence[Metric]) 
             (question.text or question.key, _shorten(evidence.reply(item, number, question.key))) for question in asked
         ]
         file = evidence.images[id, number]
-        return {"item": id, "prompt": item.prompt, "file": file, "value": sums[id] / counts[id], "words": words}
+        picture = f"{PICTURES}/{hashlib.sha256(file.encode()).hexdigest()[:16]}.png"
+        value = sums[id] / counts[id]
+        return {"item": id, "prompt": item.prompt, "file": file, "picture": picture, "value": value, "words": words}
 
     return {"worst": [example(id) for id in ranked[:half]], "best": [example(id) for id in ranked[::-1][:half]]}
+
+
+def save_pictures(run: ImageRun, results: Mapping[str, Any]) -> None:
+    """Writes the pictures of the examples, small enough for a page, as far as the images are still there."""
+    for example in (*results["examples"]["worst"], *results["examples"]["best"]):
+        path = run.folder / example["picture"]
+        if path.is_file() or not (run.image_folder / example["file"].partition("#")[0]).is_file():
+            continue
+        image = run.open(example["file"])
+        image.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, encode_png(image))
 
 
 def _shorten(reply: Any) -> str:
@@ -175,15 +195,6 @@ def _shorten(reply: Any) -> str:
         return ", ".join(f"{token.strip()} {chance:.2f}" for token, chance in best)
     text = "no answer" if reply is None else str(reply)
     return text if len(text) <= 200 else f"{text[:199]}…"
-
-
-def generator_label(run: ImageRun) -> str:
-    """What a report calls the generator."""
-    spec = run.plan.generator
-    if spec is None:
-        return f"images of {run.image_folder.name}"
-    name = str(spec.get("name") or spec.get("model"))
-    return f"{name} + {spec['lora']}" if "lora" in spec else name
 
 
 def describe_results(results: Mapping[str, Any]) -> str:
@@ -222,8 +233,3 @@ def describe_results(results: Mapping[str, Any]) -> str:
             for row in results["published"]
         ]
     return "\n".join(lines) + "\n"
-
-
-def dump(results: Mapping[str, Any]) -> str:
-    """Results as JSON."""
-    return json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -7,6 +7,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ..generation.engines import draw_jobs, process_state
 from ..generation.jobs import DrawnImage, ImageJob
 from ..store import PROCESS, RecordLog, SharedLog, read_record, write_atomically, write_record
@@ -117,13 +119,16 @@ class ImageRun:
         """Where the images lie."""
         return self.folder / "images" if self.plan.images is None else Path(self.plan.images)
 
-    def begin(self, data: str | None) -> None:
+    def prepare(self, data: str | None) -> dict[str, Any]:
         """
-        Reads the benchmark's data and records the plan.
+        Reads the benchmark's data and compares the plan with that of the folder. Nothing is written.
 
         Args:
             data (`str`, *optional*):
                 See [`~evaluation.data_files.find_data`].
+
+        Returns:
+            `dict`: The plan, as it is recorded.
 
         Raises:
             `ValueError`: If the data cannot be had or is damaged, or the folder was begun with another plan.
@@ -141,11 +146,16 @@ class ImageRun:
                 f"{self.folder} was begun with {name} {then.get(name)!r}, which is {now[name]!r} now. Restore it, or name another folder."
             )
         self.items = items
+        return now
+
+    def begin(self, data: str | None) -> None:
+        """As [`prepare`], and records the prompts and the plan in the folder."""
+        plan = self.prepare(data)
         if PROCESS == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lines = (json.dumps(asdict(item), ensure_ascii=False) for item in items)
+            lines = (json.dumps(asdict(item), ensure_ascii=False) for item in self.items)
             write_atomically(self.folder / "items.jsonl", "".join(f"{line}\n" for line in lines))
-            write_record(self.folder / PLAN_FILE, now)
+            write_record(self.folder / PLAN_FILE, plan)
 
     def missing_jobs(self) -> list[ImageJob]:
         """The images that are still to be drawn. What was refused is not asked for again."""
@@ -191,6 +201,10 @@ class ImageRun:
         if PROCESS == 0:
             self.benchmark.finish(self.image_folder, self.items)
 
+    def open(self, file: str) -> Image.Image:
+        """See [`~evaluation.benchmarks.base.Benchmark.open`]."""
+        return self.benchmark.open(self.image_folder, file)
+
     def files(self) -> list[str]:
         """Every file in the folder of images, relative to it, sorted."""
         folder = self.image_folder
@@ -212,6 +226,16 @@ class ImageRun:
                 asked = questions.setdefault((id, file), {})
                 asked |= {question.key: question for question in self.benchmark.questions(items[id], protocol)}
         return [Task(id, file, list(asked.values())) for (id, file), asked in questions.items()]
+
+    def question_kinds(self) -> set[str]:
+        """The kinds of questions to the vision-language model, by either protocol."""
+        kinds: set[str] = {
+            question.kind
+            for protocol in PROTOCOLS
+            for item in self.items
+            for question in self.benchmark.questions(item, protocol)
+        }
+        return kinds - {"boxes"}
 
     def assignments(self, files: Sequence[str]) -> dict[Protocol, dict[ImageKey, str]]:
         """Which file is which image, by protocol."""
@@ -242,7 +266,8 @@ class ImageRun:
 
     def unreadable(self) -> dict[str, str]:
         """File → why it could not be read, when judges were asked."""
-        return {answer["file"]: answer["unreadable"] for answer in self.answers if "unreadable" in answer}
+        reasons = {answer["file"]: answer.get("unreadable") for answer in self.answers}  # the last word counts
+        return {file: reason for file, reason in reasons.items() if reason is not None}
 
     def refusals(self) -> dict[ImageKey, str]:
         """Why images were not drawn."""

@@ -13,6 +13,7 @@ from .benchmarks.base import Evidence, Item, Metric, OfficialError
 NUM_RESAMPLES = 2000
 _NUM_PERMUTATIONS = 10_000
 _NUM_BLOCKS = 50  # parts of the prompts, of which the jackknife leaves out one
+_FEWEST_ITEMS = 10  # for which a jackknife says anything
 _Z = 1.959963984540054  # of 95 %
 
 
@@ -38,7 +39,7 @@ class Difference:
 def metric_interval(metric: Metric) -> Interval:
     """
     A metric with its 95 % interval: a bootstrap over prompts; Wilson's, over prompts, where all values are 0 or all are 1, since a
-    bootstrap would collapse. NaN if there are no values.
+    bootstrap would collapse. NaN if there are no values; its ends are NaN if all are of one prompt.
     """
     if len(metric.values) == 0:
         return Interval(np.nan, np.nan, np.nan)
@@ -46,6 +47,8 @@ def metric_interval(metric: Metric) -> Interval:
         if not np.isin(metric.values, (0, 1)).all():  # chance-corrected ones are no shares
             return Interval(metric.estimate, metric.estimate, metric.estimate)
         return accuracy_interval(np.full(len(set(metric.items)), metric.values[0]))
+    if len(set(metric.items)) < 2:
+        return Interval(metric.estimate, np.nan, np.nan)
     (sums, counts), _ = _by_item(metric, sorted(set(metric.items)))
     low, high = np.nanquantile(_ratios(_draws(len(sums)), sums, counts), [0.025, 0.975])
     return Interval(metric.estimate, float(low), float(high))
@@ -91,17 +94,17 @@ def official_intervals(
             Its arguments.
 
     Returns:
-        `dict`: Name → interval, whose ends are NaN where the program does not run on parts of the prompts; `None` where the number is
-        undefined.
+        `dict`: Name → interval, whose ends are NaN where there are fewer than 10 prompts or the program does not run on a part of them;
+        `None` where the number is undefined.
 
     Raises:
         [`~evaluation.benchmarks.base.OfficialError`]: If the official program would stop.
     """
     numbers = official(items, evidence)
-    num_blocks = min(_NUM_BLOCKS, len(items))
-    block_of = np.random.default_rng(0).permutation(len(items)) % num_blocks if num_blocks > 1 else np.zeros(0, int)
+    num_blocks = min(_NUM_BLOCKS, len(items)) if len(items) >= _FEWEST_ITEMS else 0
+    block_of = np.random.default_rng(0).permutation(len(items)) % max(num_blocks, 1)
     replicates: list[dict[str, Any]] = []
-    for block in range(num_blocks if num_blocks > 1 else 0):
+    for block in range(num_blocks):
         kept = [item for item, number in zip(items, block_of, strict=True) if number != block]
         try:
             replicates.append(official(kept, evidence_of(kept, evidence)))

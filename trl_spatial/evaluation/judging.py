@@ -2,11 +2,10 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -14,6 +13,8 @@ from ..endpoints import BadAnswer, ServerError
 from ..judges.vision import VisionModel
 from ..store import RecordLog
 from .benchmarks.base import Question
+from .boxes import find_boxes
+from .roles import Judges
 
 
 _BATCH = 16  # images that a detector sees together
@@ -37,34 +38,13 @@ class Task:
     questions: Sequence[Question]
 
 
-@dataclass(frozen=True)
-class Judges:
-    """
-    Who is asked, by role.
-
-    Args:
-        vision ([`~judges.vision.VisionModel`], *optional*):
-            Answers questions.
-        detectors (`Mapping[str, Callable]`):
-            `"first"` and, where a benchmark has two, `"second"` → detector.
-        colors (`Callable`, *optional*):
-            Names the color of a crop.
-        depth (`Callable`, *optional*):
-            Depth of each pixel, 0 to 255, near is large.
-        names (`Mapping[str, str]`):
-            Role → name, for the records.
-    """
-
-    vision: VisionModel | None
-    detectors: Mapping[str, Callable[..., Any]]
-    colors: Callable[..., str] | None
-    depth: Callable[[Image.Image], np.ndarray] | None
-    names: Mapping[str, str]
-
-
 def unanswered(tasks: Sequence[Task], log: RecordLog) -> list[Task]:
-    """The tasks without the questions that are answered. What failed because of a server is asked again."""
-    done = {(record["item"], record["file"], record["question"]) for record in log if record.get("error") is None}
+    """The tasks without the questions that are answered. What a server did not answer, and images that could not be read, come again."""
+    done = {
+        (record["item"], record["file"], record["question"])
+        for record in log
+        if "error" not in record and "unreadable" not in record
+    }
     remaining = []
     for task in tasks:
         questions = [question for question in task.questions if (task.item, task.file, question.key) not in done]
@@ -145,20 +125,39 @@ def _converse(
     """Records of the questions to the vision-language model, image by image."""
     if not tasks:
         return
-    model = judges.vision
+    model, name = judges.vision, judges.names["vision"]
     assert model is not None
 
     def ask_all(task: Task) -> list[dict[str, Any]]:
-        image = open_image(task.file)
+        try:
+            image = open_image(task.file)
+        except ValueError as error:
+            return _unreadable(task, name, error)
         return [
-            ask_question(model, image, question) | {"item": task.item, "file": task.file}
-            for question in task.questions
+            _record(task, question.key, name) | ask_question(model, image, question) for question in task.questions
         ]
 
     for _, result in model.map(ask_all, tasks):
         if isinstance(result, Exception):
             raise result
-        yield [record | {"judge": judges.names["vision"]} for record in result]
+        yield result
+
+
+def _record(task: Task, question: str, judge: str) -> dict[str, Any]:
+    return {
+        "item": task.item,
+        "file": task.file,
+        "question": question,
+        "judge": judge,
+        "replies": [],
+        "served_model": None,
+        "cost": 0.0,
+        "seconds": 0.0,
+    }
+
+
+def _unreadable(task: Task, judge: str, error: ValueError) -> list[dict[str, Any]]:
+    return [_record(task, question.key, judge) | {"unreadable": str(error)} for question in task.questions]
 
 
 def ask_question(model: VisionModel, image: Image.Image, question: Question) -> dict[str, Any]:
@@ -205,26 +204,26 @@ def _detect(
     groups: dict[tuple[str, str], list[tuple[Task, Question]]] = defaultdict(list)
     for task in tasks:
         for question in task.questions:
-            groups[question.options.get("detector", "first"), question.options.get("view", "")].append(
-                (task, question)
-            )
-    for (role, view), asked in groups.items():
+            shown_to = question.options.get("detector", "first"), question.options.get("view", "")
+            groups[shown_to].append((task, question))
+    for (place, view), asked in groups.items():
+        judge = judges.names["second_detector" if place == "second" else "detector"]
         for start in range(0, len(asked), _BATCH):
-            batch = asked[start : start + _BATCH]
             began = time.perf_counter()
-            pictures = [open_image(task.file) for task, _ in batch]
-            found = find_boxes(judges, role, view, pictures, [question.options for _, question in batch])
-            seconds = (time.perf_counter() - began) / len(batch)
-            yield [
-                {
-                    "item": task.item,
-                    "file": task.file,
-                    "question": question.key,
-                    "judge": judges.names[role],
-                    "replies": [reply],
-                    "served_model": None,
-                    "cost": 0.0,
-                    "seconds": round(seconds, 4),
-                }
-                for (task, question), reply in zip(batch, found, strict=True)
-            ]
+            records, shown = [], []
+            for task, question in asked[start : start + _BATCH]:
+                try:
+                    image = open_image(task.file)
+                except ValueError as error:
+                    records += _unreadable(Task(task.item, task.file, [question]), judge, error)
+                    continue
+                shown.append((image, question))
+                records.append(_record(task, question.key, judge))
+            if shown:
+                images, questions = zip(*shown, strict=True)
+                found = iter(find_boxes(judges, place, view, images, [question.options for question in questions]))
+                seconds = round((time.perf_counter() - began) / len(shown), 4)
+                answered = (record for record in records if "unreadable" not in record)
+                for record, reply in zip(answered, found, strict=True):
+                    record.update(replies=[reply], seconds=seconds)
+            yield records

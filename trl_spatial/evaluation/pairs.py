@@ -72,7 +72,7 @@ def accuracy_table(scores: PairScores, dataset: Dataset) -> dict[str, dict[str, 
     """
     levels = np.array(dataset["level"])
     first = [operations[0] for operations in dataset["operations"]]
-    relations = np.array([_relation_of(operation["before"]) for operation in first])
+    relations = np.array([relation_of(operation["before"]) for operation in first])
     operations = np.array([operation["operation"] for operation in first])
     is_single = levels == 1
 
@@ -91,6 +91,6 @@ def accuracy_table(scores: PairScores, dataset: Dataset) -> dict[str, dict[str, 
     }
 
 
-def _relation_of(changed: Mapping[str, Any] | str) -> str:
-    # older datasets hold strings, as `left_of(red circle, blue square)`
+def relation_of(changed: Mapping[str, Any] | str) -> str:
+    """Name of the relation `before` or `after` a change. Older datasets hold strings, as `left_of(red circle, blue square)`."""
     return changed.partition("(")[0] if isinstance(changed, str) else changed["relation"]

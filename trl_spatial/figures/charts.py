@@ -1,7 +1,7 @@
 """Charts for a page: each an `<svg>` element that uses the colors of the page."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from io import StringIO
 
@@ -10,13 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MultipleLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 from matplotlib.transforms import blended_transform_factory
 
 
 # A figure is as wide as a column of text on a phone. One unit is one pixel at that width.
 _WIDTH = 360
 _FONT_SIZE = 13.5
+_LONGEST_TITLE = 12  # characters of a title beside its line
 
 # What the figures are drawn with, and which custom property of the page takes its place.
 COLORS = {
@@ -59,40 +60,97 @@ def format_share(share: float, num_digits: int = 1) -> str:
     return f"{100 * share:.{num_digits}f}\N{NO-BREAK SPACE}%"
 
 
+def format_points(difference: float, num_digits: int = 1) -> str:
+    """Format a difference of shares in percentage points, with its sign and a real minus."""
+    return f"{100 * difference:+.{num_digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
 @styled
-def pair_accuracy_dots(groups: Mapping[str, Mapping[str, float]]) -> str:
+def share_dots(rows: Mapping[str, Mapping[str, float]], name: str, x_label: str, chance: float | None = None) -> str:
     """
-    How often a reward model ranks the two images of a pair correctly, with a line at chance: title of a group of pairs → the shares
-    `"estimate"`, `"low"` and `"high"`. The dots are the group `pairs-accuracy`, the intervals `pairs-accuracy-intervals`, chance
-    `pairs-chance`.
+    Shares with their intervals, one below another.
+
+    Args:
+        rows (`Mapping[str, Mapping[str, float]]`):
+            Title → the shares `"estimate"`, `"low"` and `"high"`.
+        name (`str`):
+            How ids on the page begin. The dots are the group `NAME-accuracy`, the intervals `NAME-accuracy-intervals`.
+        x_label (`str`):
+            What the shares are of.
+        chance (`float`, *optional*):
+            Share that guessing would give: a line, `NAME-chance`.
     """
-    figure, axes = new_figure(height=88 + 36 * len(groups), left=82, right=66, top=28, bottom=48)
-    axes.axvline(0.5, color=COLORS["quiet"], linestyle=(0, (4, 3)), linewidth=1.2, gid="chance")
-    axes.annotate("chance", (0.5, 1), xycoords=("data", "axes fraction"), xytext=(0, 5), textcoords="offset points",
-                  ha="center", color=COLORS["quiet"])  # fmt: skip
-    rows = list(groups.values())
-    plot_intervals(axes, rows, list(range(len(rows))), "accuracy", color="accent", marker="o", is_filled=True)
-    for position, row in enumerate(rows):
+    figure, axes = _dot_axes(rows)
+    if chance is not None:
+        axes.axvline(chance, color=COLORS["quiet"], linestyle=(0, (4, 3)), linewidth=1.2, gid="chance")
+        axes.annotate("chance", (chance, 1), xycoords=("data", "axes fraction"), xytext=(0, 5),
+                      textcoords="offset points", ha="center", color=COLORS["quiet"])  # fmt: skip
+    _plot_dots(axes, rows, format_share)
+    set_share_axis(axes.xaxis, spacing=0.5)
+    axes.set_xlabel(x_label)
+    axes.grid(visible=False, axis="y")
+    label = f"Dot plot with 95 % intervals. Share of {x_label}"
+    label += "" if chance is None else f", chance at {format_share(chance, 0)}"
+    label += ": " + "; ".join(f"{title} {format_share(row['estimate'])}" for title, row in rows.items())
+    return to_svg(figure, name, label + ".")
+
+
+@styled
+def difference_dots(rows: Mapping[str, Mapping[str, float]], name: str, x_label: str) -> str:
+    """
+    Differences of shares with their intervals, one below another, and a line where there is none; arguments as for [`share_dots`].
+    """
+    figure, axes = _dot_axes(rows)
+    axes.axvline(0, color=COLORS["quiet"], linestyle=(0, (4, 3)), linewidth=1.2, gid="none")
+    _plot_dots(axes, rows, format_points)
+    most = max(0.02, *(abs(row[end]) for row in rows.values() for end in ("low", "high")))
+    axes.set_xlim(-1.05 * most, 1.05 * most)
+    axes.xaxis.set_major_locator(MaxNLocator(4, symmetric=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: format_points(share, 0)))
+    axes.set_xlabel(x_label)
+    axes.grid(visible=False, axis="y")
+    label = f"Dot plot with 95 % intervals. {x_label}: "
+    label += "; ".join(f"{title} {format_points(row['estimate'])}" for title, row in rows.items())
+    return to_svg(figure, name, label + ".")
+
+
+def _dot_axes(rows: Mapping[str, Mapping[str, float]]) -> tuple[Figure, Axes]:
+    """Axes with a line for each row; titles stand beside the lines, or above them if they are long."""
+    longest = max(map(len, rows))
+    is_beside = longest <= _LONGEST_TITLE
+    figure, axes = new_figure(
+        height=88 + (36 if is_beside else 50) * len(rows),
+        left=10 + 8 * longest if is_beside else 14,
+        right=66,
+        top=28 if is_beside else 40,
+        bottom=48,
+    )
+    axes.set_yticks(range(len(rows)), list(rows) if is_beside else [""] * len(rows))
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    for position, title in enumerate(() if is_beside else rows):
         axes.annotate(
-            format_share(row["estimate"]), (1, position), xycoords=("axes fraction", "data"), xytext=(12, 0),
+            title, (0, position), xycoords=("axes fraction", "data"), xytext=(-10, 9), textcoords="offset points",
+            color=COLORS["quiet"],
+        )  # fmt: skip
+    return figure, axes
+
+
+def _plot_dots(axes: Axes, rows: Mapping[str, Mapping[str, float]], as_text: Callable[[float], str]) -> None:
+    plot_intervals(
+        axes, list(rows.values()), list(range(len(rows))), "accuracy", color="accent", marker="o", is_filled=True
+    )
+    for position, row in enumerate(rows.values()):
+        axes.annotate(
+            as_text(row["estimate"]), (1, position), xycoords=("axes fraction", "data"), xytext=(12, 0),
             textcoords="offset points", va="center",
         )  # fmt: skip
-    axes.set_yticks(range(len(rows)), list(groups))
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    set_share_axis(axes.xaxis, spacing=0.5)
-    axes.set_xlabel("pairs ranked rightly")
-    axes.grid(visible=False, axis="y")
-    label = "Dot plot with 95 % intervals. Share of pairs ranked rightly, chance at 50 %: "
-    label += "; ".join(f"{title} {format_share(row['estimate'])}" for title, row in groups.items())
-    return to_svg(figure, "pairs", label + ".")
 
 
 @styled
-def reliability_diagram(bins: Sequence[Mapping[str, float]]) -> str:
+def reliability_diagram(bins: Sequence[Mapping[str, float]], name: str = "calibration") -> str:
     """
     The accuracy of a reward model by its confidence, for bins with `"confidence"` from 0.5 to 1, `"accuracy"` from 0 to 1, and
-    `"num_pairs"`, at least one. A larger dot stands for more pairs. The bins are the group `calibration-bins`, the diagonal
-    `calibration-diagonal`.
+    `"num_pairs"`, at least one. A larger dot stands for more pairs. The bins are the group `NAME-bins`, the diagonal `NAME-diagonal`.
     """
     figure, axes = new_figure(height=290, left=58, bottom=50)
     axes.plot([0.5, 1], [0.5, 1], color=COLORS["quiet"], linestyle=(0, (4, 3)), linewidth=1.2, gid="diagonal")
@@ -113,7 +171,7 @@ def reliability_diagram(bins: Sequence[Mapping[str, float]]) -> str:
     axes.grid(visible=False, axis="x")
     label = "Reliability diagram. Confidence and share of pairs ranked rightly: "
     label += "; ".join(f"{format_share(row['confidence'])} and {format_share(row['accuracy'])}" for row in bins)
-    return to_svg(figure, "calibration", label + ".")
+    return to_svg(figure, name, label + ".")
 
 
 def new_figure(*, height: int, left: int, right: int = 26, top: int = 14, bottom: int = 44) -> tuple[Figure, Axes]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -168,24 +169,29 @@ class Card:
         )
 
     def result_files(self) -> dict[str, bytes]:
-        """Results measured on datasets of the Hub, in its newer format: name in the repository → content."""
-        files = {}
-        for result in self.results:
-            if result.dataset_id is None:
-                continue
-            notes = [f"{result.num_samples} {result.unit or 'samples'}"] if result.num_samples else []
-            if result.interval:
-                notes.append("95 % interval {:.4g} to {:.4g}".format(*result.interval))
-            entry = EvalResultEntry(
-                dataset_id=result.dataset_id,
-                task_id=_slug(" ".join(part for part in (result.split, result.metric) if part)),
-                value=_rounded(result.value),
-                notes=", ".join(notes) or None,
-            )
-            name = _slug(f"{result.dataset_id} {result.split or ''} {result.metric}")
-            content = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
-            files[f".eval_results/{name}.yaml"] = content.encode()
-        return files
+        """See [`result_files`]."""
+        return result_files(self.results)
+
+
+def result_files(results: Iterable[Result]) -> dict[str, bytes]:
+    """Results measured on datasets of the Hub, in its newer format: name in the repository → content."""
+    files = {}
+    for result in results:
+        if result.dataset_id is None:
+            continue
+        notes = [f"{result.num_samples} {result.unit or 'samples'}"] if result.num_samples else []
+        if result.interval:
+            notes.append("95 % interval {:.4g} to {:.4g}".format(*result.interval))
+        entry = EvalResultEntry(
+            dataset_id=result.dataset_id,
+            task_id=_slug(" ".join(part for part in (result.split, result.metric) if part)),
+            value=_rounded(result.value),
+            notes=", ".join(notes) or None,
+        )
+        name = _slug(f"{result.dataset_id} {result.split or ''} {result.metric}")
+        content = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+        files[f".eval_results/{name}.yaml"] = content.encode()
+    return files
 
 
 def _row(result: Result) -> dict[str, str]:

@@ -24,6 +24,18 @@ class SilentDetectorError(RuntimeError):
     """A detector finds nothing where there is something: every reward would be next to 0."""
 
 
+def check_detections(results: Any, num_images: int) -> list[Sequence[Detection]]:
+    """What a detector has returned; a `TypeError` if that is not a list of [`Detection`] for each image."""
+    results = list(results)
+    wrong = [found for detections in results for found in detections if not isinstance(found, Detection)]
+    if wrong or len(results) != num_images:
+        raise TypeError(
+            "The detector must return a list of `trl_spatial.rewards.Detection` for each image; of "
+            f"{num_images} images it returned {len(results)} lists" + (f", with {wrong[0]!r:.80}." if wrong else ".")
+        )
+    return results
+
+
 class CheckedDetector:
     """
     A detector that is shown a photograph when this object is made, and watched afterwards.
@@ -85,15 +97,7 @@ class CheckedDetector:
         raise ValueError(f"The detector does not know the class {name!r} among its {len(self._labels)}: {shown}.")
 
     def _detect(self, images: list[Image.Image]) -> list[Sequence[Detection]]:
-        results = list(self.detector(images))
-        wrong = [found for detections in results for found in detections if not isinstance(found, Detection)]
-        if wrong or len(results) != len(images):
-            raise TypeError(
-                "The detector must return a list of `trl_spatial.rewards.Detection` for each image; of "
-                f"{len(images)} images it returned {len(results)} lists"
-                + (f", with {wrong[0]!r:.80}." if wrong else ".")
-            )
-        return results
+        return check_detections(self.detector(images), len(images))
 
     def _watch(self, detections: Sequence[Detection]) -> None:
         if self._num_silent is None:

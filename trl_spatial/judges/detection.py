@@ -1,7 +1,7 @@
 """Models of transformers for GenEval's rules: they detect objects, and name their colors."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,8 @@ class TransformersDetector:
         `OSError`: If the folder holds no model in safetensors.
     """
 
+    takes_classes = False
+
     def __init__(
         self,
         name: str,
@@ -66,10 +68,11 @@ class TransformersDetector:
         batch_size: int = 16,
         counting_threshold: float | None = None,
     ):
+        self.name = name
         self.threshold = threshold
         self.counting_threshold = threshold if counting_threshold is None else counting_threshold
         self.batch_size = batch_size
-        self.model, self.processor = _load(
+        self.model, self.processor = load_with_processor(
             name,
             AutoModelForObjectDetection,
             AutoImageProcessor,
@@ -78,26 +81,19 @@ class TransformersDetector:
             dtype=dtype,
             device=device,
         )
-        # COCO's numbering has gaps, which checkpoints call N/A
-        self._names = {
-            int(index): geneval_name(label) for index, label in self.model.config.id2label.items() if label != "N/A"
-        }
+        self._names = class_names(self.model.config)
         self.labels = sorted(set(self._names.values()))
 
-    @torch.no_grad()
-    def __call__(self, images: list[Image.Image]) -> list[list[Detection]]:
-        """What is in each RGB image, of any size, with a score of more than `threshold`; boxes are in its pixels."""
-        by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for index, image in enumerate(images):
-            by_size[image.size].append(index)
-        found: list[list[Detection]] = [[] for _ in images]
-        for indices in by_size.values():
-            for start in range(0, len(indices), self.batch_size):
-                batch = indices[start : start + self.batch_size]
-                for index, detections in zip(batch, self._detect([images[i] for i in batch]), strict=True):
-                    found[index] = detections
-        return found
+    def __call__(
+        self, images: Sequence[Image.Image], classes: Sequence[Sequence[str]] | None = None
+    ) -> list[list[Detection]]:
+        """
+        What is in each RGB image, of any size, with a score of more than `threshold`; boxes are in its pixels. Whatever `classes`
+        are asked for, it finds all that it knows.
+        """
+        return in_batches(images, self.batch_size, self._detect)
 
+    @torch.no_grad()
     def _detect(self, images: Sequence[Image.Image]) -> list[list[Detection]]:
         """Objects in images of one size."""
         inputs = self.processor(images=list(images), return_tensors="pt").to(self.model.device)
@@ -125,7 +121,7 @@ class ZeroShotColors:
     """
 
     def __init__(self, name: str, *, device: Any = None):
-        self.model, self.processor = _load(
+        self.model, self.processor = load_with_processor(
             name,
             AutoModelForZeroShotImageClassification,
             AutoProcessor,
@@ -149,10 +145,34 @@ class ZeroShotColors:
         return COLORS[int(logits.view(len(COLORS), len(COLOR_TEMPLATES)).mean(dim=1).argmax())]
 
 
-def _load(
+def in_batches(
+    images: Sequence[Image.Image],
+    batch_size: int,
+    detect: Callable[[Sequence[Image.Image]], list[list[Detection]]],
+) -> list[list[Detection]]:
+    """Detects objects in images of any size with a function for images of one size, of which it is given `batch_size` at most."""
+    by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, image in enumerate(images):
+        by_size[image.size].append(index)
+    found: list[list[Detection]] = [[] for _ in images]
+    for indices in by_size.values():
+        for start in range(0, len(indices), batch_size):
+            batch = indices[start : start + batch_size]
+            for index, detections in zip(batch, detect([images[i] for i in batch]), strict=True):
+                found[index] = detections
+    return found
+
+
+def class_names(config: Any) -> dict[int, str]:
+    """Names of a model's classes by their numbers, in GenEval's words where they differ."""
+    # COCO's numbering has gaps, which checkpoints call N/A
+    return {int(index): geneval_name(label) for index, label in config.id2label.items() if label != "N/A"}
+
+
+def load_with_processor(
     name: str, model_class: Any, processor_class: Any, mapping: Any, *, what: str, dtype: torch.dtype, device: Any
 ) -> Any:
-    """A model in evaluation mode and its processor."""
+    """A model in evaluation mode, as [`~endpoints.local_chat.load_model`] loads it, and its processor."""
     reference, _, model = load_model(name, model_class, mapping, what=what, device=device, dtype=dtype)
     with explain_errors(f"Loading the processor of {reference}"):
         processor = processor_class.from_pretrained(

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..endpoints import BadAnswer, Endpoint
-from .pictures import check_side, user_message
+from .pictures import check_side, encode_image, user_message
 from .questions import ANSWERS, JudgedRelation, relation_question
 
 
@@ -50,7 +50,10 @@ class EndpointJudge:
         if not relations:
             return []
         questions = "\n".join(f"{i}. {relation_question(relation)}" for i, relation in enumerate(relations, start=1))
-        messages = [{"role": "system", "content": _INSTRUCTION}, user_message(image, questions, self.max_side)]
+        messages = [
+            {"role": "system", "content": _INSTRUCTION},
+            user_message(encode_image(image, self.max_side), questions),
+        ]
         try:
             answer = self.endpoint.chat(messages, schema=_SCHEMA)
         except BadAnswer as error:

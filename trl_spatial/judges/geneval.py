@@ -5,8 +5,10 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 
 THRESHOLD = 0.3  # scores above it count
@@ -14,6 +16,7 @@ COUNTING_THRESHOLD = 0.9  # in prompts about numbers, where a doubtful box is on
 MAX_OBJECTS = 16  # of a class
 POSITION_MARGIN = 0.1  # share of both sizes that two centers must be apart
 POSITION_DOMINANCE = 0.5  # share of the offset that must be left on an axis
+_LEAST_OFFSET = 1e-3  # pixels; with less left on both axes, two boxes are in one place
 RELATIONS = ("left of", "right of", "above", "below")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 # What detectors call classes of GenEval, written without spaces.
@@ -51,11 +54,14 @@ class Detection:
             Confidence, 0 to 1.
         box (`tuple[float, float, float, float]`):
             Left, top, right and bottom edge in pixels, y down.
+        mask (`np.ndarray` of shape `(height, width)` and type `bool`, *optional*):
+            Its pixels among the image's, of detectors that say so. Not compared.
     """
 
     label: str
     score: float
     box: Box
+    mask: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -209,11 +215,14 @@ def relative_positions(box: Box, target: Box) -> set[str]:
     dx, width = (box[0] + box[2] - target[0] - target[2]) / 2, abs(box[2] - box[0]) + abs(target[2] - target[0])
     dy, height = (box[1] + box[3] - target[1] - target[3]) / 2, abs(box[3] - box[1]) + abs(target[3] - target[1])
     distance = math.hypot(dx, dy)
-    relations = set()
+    rest_x, rest_y = abs(dx) - POSITION_MARGIN * width, abs(dy) - POSITION_MARGIN * height
+    relations: set[str] = set()
+    if max(rest_x, rest_y) < _LEAST_OFFSET:
+        return relations
     # What is left has the sign of the offset: only its size is compared, without dividing by a distance of 0.
-    if abs(dx) - POSITION_MARGIN * width > POSITION_DOMINANCE * distance:
+    if rest_x > POSITION_DOMINANCE * distance:
         relations.add("left of" if dx < 0 else "right of")
-    if abs(dy) - POSITION_MARGIN * height > POSITION_DOMINANCE * distance:
+    if rest_y > POSITION_DOMINANCE * distance:
         relations.add("above" if dy < 0 else "below")
     return relations
 
@@ -251,6 +260,8 @@ def judge(
     - each position: 1 or 0 as in `correct`;
     - each class in `exclude` that `include` does not name: 1 or 0 as in `correct`.
 
+    A specification that asks for nothing is met by every image.
+
     Args:
         specification ([`Specification`]):
             What should be there.
@@ -287,7 +298,7 @@ def judge(
             shares.append(float(number < requirement.count))
         if number >= requirement.count:
             reasons.append(f"expected {requirement.class_name} < {requirement.count}, found {number}")
-    return GenEvalResult(not reasons, "\n".join(reasons), sum(shares) / len(shares))
+    return GenEvalResult(not reasons, "\n".join(reasons), sum(shares) / len(shares) if shares else 1.0)
 
 
 def _number_share(requirement: Requirement, number: int, exclude: Sequence[Requirement]) -> float:

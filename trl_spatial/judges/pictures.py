@@ -4,12 +4,15 @@ import base64
 from io import BytesIO
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ..preferences.images import load_image
+from .geneval import Detection
 
 
 _LARGEST_PNG = 2**19  # bytes; larger pictures are sent as JPEG
+_HIDDEN = (153, 153, 153)  # GenEval's grey for what is not the object
 
 
 def check_side(max_side: int) -> int:
@@ -42,9 +45,9 @@ def load_picture(image: Any, max_side: int) -> Image.Image:
     return picture.resize([max(round(scale * side), 1) for side in picture.size], Image.Resampling.LANCZOS)
 
 
-def user_message(image: Any, text: str, max_side: int) -> dict[str, Any]:
+def user_message(url: str, text: str) -> dict[str, Any]:
     """A message of the user as OpenAI's API takes it: an image, see [`encode_image`], and words about it."""
-    picture = {"type": "image_url", "image_url": {"url": encode_image(image, max_side)}}
+    picture = {"type": "image_url", "image_url": {"url": url}}
     return {"role": "user", "content": [picture, {"type": "text", "text": text}]}
 
 
@@ -72,3 +75,25 @@ def _save(picture: Image.Image, kind: str, **settings: Any) -> bytes:
     file = BytesIO()
     picture.save(file, kind, **settings)
     return file.getvalue()
+
+
+def crop_object(image: Image.Image, detection: Detection) -> Image.Image:
+    """
+    Cuts an object out of an image, for those who name its color.
+
+    Args:
+        image (`PIL.Image.Image`):
+            The RGB image.
+        detection ([`~judges.geneval.Detection`]):
+            The object. If it has a mask, all other pixels become grey, as in GenEval.
+
+    Returns:
+        `PIL.Image.Image`: The part of the image in its box, at least one pixel.
+    """
+    left, top, right, bottom = detection.box
+    # at least the pixel that the box begins in, and nothing outside the image
+    left, top = min(max(int(left), 0), image.width - 1), min(max(int(top), 0), image.height - 1)
+    right, bottom = min(max(round(right), left + 1), image.width), min(max(round(bottom), top + 1), image.height)
+    if detection.mask is not None:
+        image = Image.fromarray(np.where(detection.mask[..., None], np.asarray(image), np.array(_HIDDEN, np.uint8)))
+    return image.crop((left, top, right, bottom))

@@ -6,6 +6,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -14,12 +15,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from ..endpoints import Answer, Endpoint
+from ..endpoints import Answer, Endpoint, Prices, Spend
 from ..endpoints.local_chat import load_model
 from ..endpoints.threads import map_in_order
 from ..hub.errors import explain_errors
+from ..hub.functions import is_function, load_function
 from ..hub.references import Reference
-from .pictures import check_side, load_picture, user_message
+from ..preferences.images import load_image
+from .pictures import check_side, encode_image, load_picture, user_message
 
 
 _MOST_TOKENS = 2048
@@ -116,6 +119,7 @@ class EndpointVision:
         self.endpoint = endpoint
         self.max_side = check_side(max_side)
         self.name = endpoint.model
+        self._last = threading.local()  # several questions in a row are about one image
 
     def answer(
         self,
@@ -127,13 +131,13 @@ class EndpointVision:
         vote: int = 0,
     ) -> Answer:
         """See [`~VisionModel.answer`]; raises what [`~endpoints.Endpoint.chat`] raises, too."""
-        message = user_message(image, text, self.max_side)
-        return self.endpoint.chat([message], max_tokens=max_tokens, temperature=temperature, vote=vote)
+        messages = [self._message(image, text)]
+        return self.endpoint.chat(messages, max_tokens=max_tokens, temperature=temperature, vote=vote)
 
     def probabilities(self, image: Any, text: str, spellings: Sequence[str]) -> Answer:
         """See [`~VisionModel.probabilities`]; raises what [`~endpoints.Endpoint.chat`] raises, too."""
         answer = self.endpoint.chat(
-            [user_message(image, text, self.max_side)], max_tokens=1, temperature=0.0, top_logprobs=_NUM_TOP_ENDPOINT
+            [self._message(image, text)], max_tokens=1, temperature=0.0, top_logprobs=_NUM_TOP_ENDPOINT
         )
         assert answer.top_logprobs  # else there is an error
         chances = {token: math.exp(logprob) for token, logprob in answer.top_logprobs[0].items()}
@@ -144,6 +148,11 @@ class EndpointVision:
     ) -> Iterator[tuple[int, Result | Exception]]:
         """See [`~VisionModel.map`]."""
         return self.endpoint.map(function, items)
+
+    def _message(self, image: Any, text: str) -> dict[str, Any]:
+        if getattr(self._last, "image", None) is not image:
+            self._last.url, self._last.image = encode_image(image, self.max_side), image
+        return user_message(self._last.url, text)
 
 
 class LocalVision:
@@ -261,6 +270,86 @@ class LocalVision:
             torch.manual_seed(seed)
             output = self._model.generate(**inputs, **settings, return_dict_in_generate=True)
         return inputs["input_ids"].shape[1], output
+
+
+class FunctionVision:
+    """
+    A function of the user's that answers questions. A [`VisionModel`], without cache and cost.
+
+    Args:
+        name (`str`):
+            `module:function`, of a module that Python finds, the current folder included. It is called with an image in RGB and
+            the question, and returns words, or, if it is asked how an answer begins, a mapping token → probability.
+
+    Raises:
+        `ValueError`: If there is no such function.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self._function = load_function(name, what="judge")
+
+    def answer(
+        self,
+        image: Any,
+        text: str,
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        vote: int = 0,
+    ) -> Answer:
+        """See [`~VisionModel.answer`]; the settings of the sampling are not passed on."""
+        words = self._function(load_image(image), text)
+        if not isinstance(words, str):
+            raise ValueError(f"{self.name} returned {words!r:.80}, which is no text.")
+        return Answer(words, None, self.name, 0, 0, 0.0, is_cached=False)
+
+    def probabilities(self, image: Any, text: str, spellings: Sequence[str]) -> Answer:
+        """See [`~VisionModel.probabilities`]."""
+        chances = self._function(load_image(image), text)
+        if not isinstance(chances, dict):
+            raise ValueError(f"{self.name} returned {chances!r:.80}, not a mapping of tokens to their probabilities.")
+        answer = Answer("", None, self.name, 0, 0, 0.0, is_cached=False)
+        return _with_data(answer, chances, {spelling: [spelling] for spelling in spellings})
+
+    def map(
+        self, function: Callable[[Item], Result], items: Iterable[Item]
+    ) -> Iterator[tuple[int, Result | Exception]]:
+        """See [`~VisionModel.map`]; one item after another."""
+        return map_in_order(function, items)
+
+
+def load_vision(
+    spec: str,
+    *,
+    device: Any = None,
+    spend: Spend | None = None,
+    prices: Prices | None = None,
+    cache: Path | None = None,
+) -> VisionModel:
+    """
+    Loads a vision-language model by its name on the command line.
+
+    Args:
+        spec (`str`):
+            A model behind a server, `http://HOST:PORT/v1#MODEL`; a function, `module:function`, see [`FunctionVision`]; or a model
+            of transformers, see [`LocalVision`].
+        device (`str` or `torch.device`, *optional*):
+            Where a model on this machine runs. If not set, the accelerator if there is one.
+        spend (`Spend`, *optional*), prices (`Prices`, *optional*), cache (`Path`, *optional*):
+            Limit, prices and cache of a model behind a server.
+
+    Raises:
+        `ValueError`: If there is no such model or function, or the address names no model.
+    """
+    if spec.startswith(("http://", "https://")):
+        address, _, model = spec.partition("#")
+        if not model:
+            raise ValueError(f"{spec} names a server, but no model. Write {spec.rstrip('#')}#MODEL.")
+        return EndpointVision(Endpoint(model, base_url=address, cache=cache, prices=prices, spend=spend))
+    if is_function(spec):
+        return FunctionVision(spec)
+    return LocalVision(spec, device=device)
 
 
 def _with_data(answer: Answer, probabilities: dict[str, float], tokens: dict[str, list[str]]) -> Answer:

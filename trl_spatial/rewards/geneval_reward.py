@@ -18,6 +18,7 @@ from ..judges.geneval import (
     judge,
     read_specification,
 )
+from ..judges.pictures import crop_object
 from ..preferences.images import load_image
 
 
@@ -210,11 +211,7 @@ class GenEvalReward:
 
     def _find_color(self, image: Image.Image, detection: Detection) -> str:
         assert self.color_classifier is not None
-        left, top, right, bottom = detection.box
-        # at least the pixel that the box begins in, and nothing outside the image
-        left, top = min(max(int(left), 0), image.width - 1), min(max(int(top), 0), image.height - 1)
-        right, bottom = min(max(round(right), left + 1), image.width), min(max(round(bottom), top + 1), image.height)
-        return self.color_classifier(image.crop((left, top, right, bottom)), geneval_name(detection.label))
+        return self.color_classifier(crop_object(image, detection), geneval_name(detection.label))
 
 
 def _load(prompt: str, image: Any) -> Image.Image:

@@ -1,14 +1,12 @@
 """A reward function by its name, as a command line or a YAML file gives it."""
 
-import importlib
-import inspect
 import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from ..hub.functions import is_function, load_function
 from ..hub.references import UnknownReferenceError, find_reference
 from .geneval_reward import GenEvalReward
 from .remote import TOKEN_VARIABLE, RemoteReward
@@ -19,7 +17,6 @@ _FORMS = (
     "a SpatialScore checkpoint (a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, or hub/NAME for your own), "
     "`geneval:DETECTOR`, `rules`, `module:function`, or the address of a server, http://HOST:PORT"
 )
-_FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
 _GENEVAL_KINDS: dict[str, Literal["partial", "strict"]] = {"geneval": "partial", "geneval-strict": "strict"}
 
 
@@ -56,8 +53,8 @@ def load_reward(name: str, *, device: Any = None) -> Callable[..., Sequence[floa
     prefix, _, models = name.partition(":")
     if prefix in _GENEVAL_KINDS:
         return _load_geneval(name, models, _GENEVAL_KINDS[prefix], device)
-    if _FUNCTION.fullmatch(name):
-        return _import_function(*name.split(":"))
+    if is_function(name):
+        return load_function(name, what="reward", hint=f"Name {_FORMS}.")
     try:
         find_reference(name, kind="model")
     except UnknownReferenceError as error:
@@ -73,7 +70,7 @@ def _load_geneval(name: str, models: str, kind: Literal["partial", "strict"], de
     detector_name, comma, classifier_name = (models, "", "") if Path(models).exists() else models.partition(",")
     for model in (detector_name, classifier_name) if comma else (detector_name,):
         try:
-            if not _FUNCTION.fullmatch(model):
+            if not is_function(model):
                 find_reference(model, kind="model")
         except UnknownReferenceError as error:
             raise ValueError(
@@ -83,35 +80,11 @@ def _load_geneval(name: str, models: str, kind: Literal["partial", "strict"], de
             ) from error
 
     def load(model: str, class_name: str) -> Any:
-        if _FUNCTION.fullmatch(model):
-            return _import_function(*model.split(":"))
+        if is_function(model):
+            return load_function(model, what="reward", hint=f"Name {_FORMS}.")
         from ..judges import detection  # transformers takes seconds to import
 
         return getattr(detection, class_name)(model, device=device)
 
     colors = load(classifier_name, "ZeroShotColors") if comma else None
     return GenEvalReward(load(detector_name, "TransformersDetector"), colors, kind)
-
-
-def _import_function(module_name: str, name: str) -> Callable[..., Any]:
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if not f"{module_name}.".startswith(f"{error.name}."):  # the module is there, and needs another one
-            raise
-        raise ValueError(
-            f"The reward {module_name}:{name} cannot be imported: there is no module {error.name!r} in {os.getcwd()} or "
-            f"among the installed packages. Name {_FORMS}."
-        ) from error
-    function: Any = getattr(module, name, None)
-    if not callable(function):
-        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ValueError(
-            f"The reward {module_name}:{name} is not a function: the functions of {module_name} are "
-            f"{', '.join(functions) or 'none'}."
-        )
-    if inspect.isclass(function):
-        function = function()
-    return function

@@ -8,9 +8,9 @@ from .base import Comparison, PairScorer, PairwiseScorer, Score
 
 
 if TYPE_CHECKING:
-    from ...endpoints import Spend
+    from ...endpoints import Prices, Spend
 
-__all__ = ["SCORERS", "Comparison", "PairScorer", "PairwiseScorer", "Score", "make_scorer"]
+__all__ = ["SCORERS", "Comparison", "PairScorer", "PairwiseScorer", "Score", "find_scorer", "make_scorer"]
 
 # name on the command line → class, in the module before the colon
 SCORERS = {
@@ -30,9 +30,34 @@ SCORERS = {
 }
 
 
-def make_scorer(spec: str, device: Any = None, spend: "Spend | None" = None, cache: Path | None = None) -> PairScorer:
+def make_scorer(
+    spec: str,
+    device: Any = None,
+    spend: "Spend | None" = None,
+    cache: Path | None = None,
+    prices: "Prices | None" = None,
+) -> PairScorer:
     """
     Makes a scorer by its name on the command line.
+
+    Args:
+        spec (`str`):
+            See [`find_scorer`].
+        device (`str` or `torch.device`, *optional*):
+            Where a model on this machine runs. If `None`, the accelerator if there is one.
+        spend (`Spend`, *optional*), cache (`Path`, *optional*), prices (`Prices`, *optional*):
+            Limit, cache and prices of a model behind a server.
+
+    Raises:
+        `ValueError`: If there is no such scorer, or its model cannot be loaded.
+    """
+    scorer, reference = find_scorer(spec)
+    return scorer.make(reference, device=device, spend=spend, cache=cache, prices=prices)
+
+
+def find_scorer(spec: str) -> tuple[type[PairScorer], str]:
+    """
+    Finds what a name on the command line stands for, without loading a model.
 
     Args:
         spec (`str`):
@@ -40,18 +65,17 @@ def make_scorer(spec: str, device: Any = None, spend: "Spend | None" = None, cac
             `ORG/NAME@REVISION` on the Hub, or `hub/NAME`; for `vqascore`, `unified-reward` and the judges also a model behind
             an OpenAI-compatible server, `http://HOST:PORT/v1#MODEL`. `rules` and `pixels` take none. Or `module:function`, a
             function `(prompts, images) -> list[float | None]` of a module that Python finds.
-        device (`str` or `torch.device`, *optional*):
-            Where a model on this machine runs. If `None`, the accelerator if there is one.
-        spend (`Spend`, *optional*), cache (`Path`, *optional*):
-            Limit and cache of a model behind a server.
+
+    Returns:
+        `tuple`: The class, and the reference that its `make` takes.
 
     Raises:
-        `ValueError`: If there is no such scorer, or its model cannot be loaded.
+        `ValueError`: If there is no such scorer.
     """
     name, colon, reference = spec.partition(":")
     if name not in SCORERS:
         if colon and name and reference.isidentifier():
-            return _load("function:FunctionScorer").make(spec)
+            return _load("function:FunctionScorer"), spec
         raise ValueError(
             f"There is no scorer {spec!r}. Known are {', '.join(SCORERS)}, with a model after a colon, such as "
             "pickscore:FOLDER; or name a function, module:function."
@@ -61,7 +85,7 @@ def make_scorer(spec: str, device: Any = None, spend: "Spend | None" = None, cac
         raise ValueError(f"The scorer {name} takes no model, got {reference!r}. Write {name} alone.")
     if not reference and scorer.default is None:
         raise ValueError(f"The scorer {name} needs a model. Write {name}:REFERENCE, such as {name}:FOLDER.")
-    return scorer.make(reference or scorer.default or "", device=device, spend=spend, cache=cache)
+    return scorer, reference or scorer.default or ""
 
 
 def _load(path: str) -> type[PairScorer]:

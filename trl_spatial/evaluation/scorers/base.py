@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from PIL import Image
 
-from ...endpoints import Spend
+from ...endpoints import Prices, Spend
 
 
 Preference = Literal["first", "second", "tie"]
@@ -83,7 +83,13 @@ class PairScorer(ABC):
 
     @classmethod
     def make(
-        cls, reference: str, *, device: Any = None, spend: Spend | None = None, cache: Path | None = None
+        cls,
+        reference: str,
+        *,
+        device: Any = None,
+        spend: Spend | None = None,
+        cache: Path | None = None,
+        prices: Prices | None = None,
     ) -> "PairScorer":
         """
         Makes a scorer for the command line.
@@ -93,10 +99,10 @@ class PairScorer(ABC):
                 What stands after the colon, or `default`.
             device (`str` or `torch.device`, *optional*):
                 Where a model on this machine runs. If `None`, the accelerator if there is one.
-            spend (`Spend`, *optional*), cache (`Path`, *optional*):
-                Limit and cache of a model behind a server.
+            spend (`Spend`, *optional*), cache (`Path`, *optional*), prices (`Prices`, *optional*):
+                Limit, cache and prices of a model behind a server.
         """
-        return cls(reference, device=device)  # type: ignore[call-arg] - most have this form
+        return cls(reference, device=device)  # type: ignore[call-arg]  # most have this form
 
     @abstractmethod
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Score]:
@@ -110,7 +116,7 @@ class PairwiseScorer(PairScorer):
 
     @abstractmethod
     def compare(self, prompt: str, first: Image.Image, second: Image.Image) -> Comparison:
-        """Says which of two RGB images shows the prompt better."""
+        """Says which of two RGB images shows the prompt better. It may be called by several threads at once."""
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Score]:
         """Raises a `TypeError`: it has no score of one image."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...endpoints import Spend
+from ...endpoints import Prices, Spend
 from ...judges.geneval import COUNTING_THRESHOLD, THRESHOLD, Requirement, Specification, geneval_name, judge
 from ...rewards.rules import SceneRules
 from .base import PairScorer, Score
@@ -33,7 +33,13 @@ class Rules(PairScorer):
 
     @classmethod
     def make(
-        cls, reference: str, *, device: Any = None, spend: Spend | None = None, cache: Path | None = None
+        cls,
+        reference: str,
+        *,
+        device: Any = None,
+        spend: Spend | None = None,
+        cache: Path | None = None,
+        prices: Prices | None = None,
     ) -> "Rules":
         """See [`PairScorer`]; it takes nothing."""
         return cls()
@@ -55,7 +61,13 @@ class Pixels(PairScorer):
 
     @classmethod
     def make(
-        cls, reference: str, *, device: Any = None, spend: Spend | None = None, cache: Path | None = None
+        cls,
+        reference: str,
+        *,
+        device: Any = None,
+        spend: Spend | None = None,
+        cache: Path | None = None,
+        prices: Prices | None = None,
     ) -> "Pixels":
         """See [`PairScorer`]; it takes nothing."""
         return cls()

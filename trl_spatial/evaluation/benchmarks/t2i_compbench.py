@@ -1,0 +1,295 @@
+"""T2I-CompBench++: two objects in a relation, in the plane of the image and in depth, from an object detector's boxes."""
+
+import re
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from .base import (
+    Benchmark,
+    DataFile,
+    Evidence,
+    ImageKey,
+    Item,
+    Metric,
+    OfficialError,
+    Protocol,
+    Question,
+    _read,
+    images_of,
+)
+from .t2i_compbench_rules import (
+    OFFICIAL_PHRASES_2D,
+    OFFICIAL_PHRASES_3D,
+    PHRASES_2D,
+    PHRASES_3D,
+    RelationResult,
+    find_fixed,
+    find_official_2d,
+    find_official_3d,
+    fixed_relation,
+    official_relation_score,
+    official_size,
+    read_prompt,
+)
+
+
+_COMMIT = "1b7094991a57f3c22abdd4f6e8ba6c1a15517073"
+_DATA = f"https://raw.githubusercontent.com/Karine-Huang/T2I-CompBench/{_COMMIT}/examples/dataset/"
+_PEOPLE = ("girl", "boy", "man", "woman")
+# nouns of the prompts that no label of the official detectors is, in 2D, and contains, in 3D: they are never found
+_UNLABELED_2D = frozenset({"bag", "computer", "cow", "mouse", "painting", "phone", "sofa", "table", "wallet"})
+_UNLABELED_3D = frozenset({"painting", "wallet"})
+
+
+def _check_official_name(name: str) -> None:
+    """The official program reads a number in the name of each file."""
+    try:
+        int(name.split("_")[1].split(".")[0])
+    except (IndexError, ValueError):
+        raise OfficialError(
+            f"{name!r} has no number after its first '_', such as 'a cat near a dog_000000.png' has."
+        ) from None
+
+
+def _official_names(item: Item) -> list[str]:
+    """The nouns of a prompt, as the official detector's labels have them: one label for all people."""
+    return ["person" if noun in _PEOPLE else noun for noun in item.data["nouns"]]
+
+
+class ImageResult(NamedTuple):
+    """Whether both objects were found in an image, whether they are in the relation, and the score with the official weights."""
+
+    has_both: bool
+    is_right: bool
+    score: float
+
+
+class T2ICompBench(Benchmark):
+    """
+    What the two spatial parts share.
+
+    Attributes:
+        phrases (`Mapping[str, str]`), official_phrases (`Mapping[str, str | None]`):
+            Words of prompts → relation; those of the official program, in the order in which it looks for them.
+        unlabeled (`Set[str]`):
+            Nouns that the official detector has no label for.
+        min_score (`float`):
+            Lower scores of images become 0.
+    """
+
+    source = f"https://github.com/Karine-Huang/T2I-CompBench/tree/{_COMMIT}"
+    license = "MIT"
+    paper = "https://huggingface.co/papers/2307.06350"
+    num_images = 10
+
+    phrases: ClassVar[Mapping[str, str]]
+    official_phrases: ClassVar[Mapping[str, str | None]]
+    unlabeled: ClassVar[Set[str]]
+    min_score: ClassVar[float]
+
+    @staticmethod
+    @abstractmethod
+    def find_official(labels: Sequence[str], nouns: Sequence[str]) -> list[int | None]:
+        """Which box, by its place among the labels, is each noun's in the official program."""
+
+    def load(self, folder: Path) -> list[Item]:
+        path = folder / self.files[0].name
+        items: list[Item] = []
+        known: dict[str, int] = {}
+        for row, line in enumerate(_read(path).splitlines(), start=1):
+            text = line.strip()
+            if text in known or "/" in text or "_" in text:
+                reason = (
+                    f"repeats line {known[text]}" if text in known else "has a '/' or '_', and no official file name"
+                )
+                raise ValueError(f"{path}, line {row}: the prompt {text!r} {reason}.")
+            try:
+                prompt = read_prompt(text, self.phrases)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {row}: {error}") from None
+            known[text] = row
+            data = {"nouns": [prompt.first, prompt.second], "relation": prompt.relation}
+            items.append(Item(f"{row - 1:03d}", text, data))
+        return items
+
+    def image_path(self, item: Item, number: int) -> str:
+        return f"samples/{item.prompt}_{number:06d}.png"
+
+    def assign(self, items: Sequence[Item], files: Sequence[str], protocol: Protocol) -> dict[ImageKey, str]:
+        """
+        Says which file is which image.
+
+        The official program scores every file in `samples`, and reads the prompt before the first `_` in its name. In the fixed
+        protocol the number after the last `_` is the image's; where one is too large, because the official generator counts over
+        all prompts, the images of that prompt are numbered in their order.
+
+        Raises:
+            `ValueError`: If two files are the same image, by the fixed protocol.
+        """
+        ids = {item.prompt: item.id for item in items}
+        found: dict[str, dict[int, str]] = defaultdict(dict)
+        for file in files:
+            folder, _, name = file.rpartition("/")
+            if protocol == "official":
+                prompt = name.split("_")[0]
+                if folder == "samples" and prompt in ids:
+                    found[ids[prompt]][len(found[ids[prompt]])] = file
+                continue
+            parts = re.fullmatch(r"(.+)_(\d+)\.(?:png|jpe?g|webp)", name, re.IGNORECASE)
+            if folder not in ("", "samples") or parts is None or parts[1] not in ids:
+                continue
+            known, number = found[ids[parts[1]]], int(parts[2])
+            if number in known:
+                raise ValueError(
+                    f"{known[number]!r} and {file!r} are both image {number} of {parts[1]!r}: remove one."
+                )
+            known[number] = file
+        if protocol == "official":
+            return {(id, number): file for id, known in found.items() for number, file in known.items()}
+        return {
+            (id, rank if max(known) >= self.num_images else number): known[number]
+            for id, known in found.items()
+            for rank, number in enumerate(sorted(known))
+            if rank < self.num_images
+        }
+
+    def questions(self, item: Item, protocol: Protocol) -> list[Question]:
+        nouns = list(item.data["nouns"])
+        key, classes = "boxes", nouns
+        if protocol == "official":
+            classes = [noun for noun in _official_names(item) if noun not in self.unlabeled]
+            key = "boxes" if classes == nouns else "boxes of the official labels"
+        options: dict[str, Any] = {"classes": list(dict.fromkeys(classes))}
+        if "depth" in self.judges:
+            options["depth"] = True
+        return [Question(key, "boxes", options=options)] if classes else []
+
+    def official(self, items: Sequence[Item], evidence: Evidence) -> dict[str, float | None]:
+        by_id = {item.id: item for item in items}
+        scores = [
+            self.official_image_score(by_id[id], number, evidence) for id, number in evidence.images if id in by_id
+        ]
+        if not scores:
+            raise OfficialError("There are no images in the folder 'samples': it divides by zero.")
+        return {"avg score": sum(scores) / len(scores)}
+
+    def official_image_score(self, item: Item, number: int, evidence: Evidence) -> float:
+        """
+        Score of an image in the official program.
+
+        Raises:
+            [`OfficialError`]: If it would stop at this image.
+        """
+        name = evidence.images[item.id, number].rpartition("/")[2]
+        _check_official_name(name)
+        if not item.data["nouns"]:
+            raise OfficialError(f"There is no noun in the prompt {item.prompt!r}.")
+        asked = self.questions(item, "official")
+        if not asked:  # no label of the official detector is one of the nouns
+            return 0.0
+        reply = evidence.reply(item, number, asked[0].key)
+        if reply is None:
+            raise OfficialError(f"The detector failed at {name!r}.")
+        boxes = reply["boxes"]
+        places = self.find_official([box["label"] for box in boxes], _official_names(item))
+        found = [boxes[place] for place in places if place is not None]
+        relation_score = 0.0
+        if len(found) == 2:
+            prompt = name.split("_")[0]
+            phrase = next((phrase for phrase in self.official_phrases if phrase in prompt), None)
+            scale = np.tile(np.divide(official_size(*reply["size"]), reply["size"]), 2)
+            first, second = (tuple(box["box"] * scale) for box in found)
+            depths = found[0].get("depth_transposed"), found[1].get("depth_transposed")
+            relation_score = official_relation_score(phrase, first, second, depths)
+        return self._image_score(found, relation_score)
+
+    def _image_score(self, found: Sequence[Mapping[str, Any]], relation_score: float) -> float:
+        """A quarter of the confidence of each object that was found, and half the score of their relation."""
+        score = sum(0.25 * box["score"] for box in found) + relation_score / 2
+        return 0.0 if score < self.min_score else score
+
+    def fixed(self, items: Sequence[Item], evidence: Evidence) -> list[Metric]:
+        images = images_of(items, self.num_images)
+        ids = [item.id for item, _ in images]
+        relations = np.array([item.data["relation"] for item, _ in images])
+        results = [self.fixed_image_result(item, number, evidence) for item, number in images]
+        has_both, is_right, scores = np.array(results, dtype=float).reshape(-1, 3).T  # each (num_images,)
+        by_relation = [
+            Metric(f"relation: {name}", is_right[relations == name], np.array(ids)[relations == name].tolist())
+            for name in dict.fromkeys(relations.tolist())
+        ]
+        return [
+            Metric("relation", is_right, ids, is_headline=True),
+            *by_relation,
+            Metric("both objects", has_both, ids),
+            Metric("score", scores, ids),
+        ]
+
+    def fixed_image_result(self, item: Item, number: int, evidence: Evidence) -> ImageResult:
+        """What is right in an image; nothing in one that is absent or could not be judged."""
+        reply = evidence.reply(item, number, self.questions(item, "fixed")[0].key)
+        if (item.id, number) not in evidence.images or reply is None:
+            return ImageResult(False, False, 0.0)
+        boxes = reply["boxes"]
+        places = find_fixed([box["label"] for box in boxes], item.data["nouns"])
+        found = [boxes[place] for place in places if place is not None]
+        relation = RelationResult(False, 0.0)
+        if len(found) == 2:
+            # of two things of one name, either may be the first
+            orders = [found, found[::-1]] if len(set(item.data["nouns"])) == 1 else [found]
+            relation = max(
+                fixed_relation(
+                    item.data["relation"],
+                    first["box"],
+                    second["box"],
+                    reply["size"],
+                    (first.get("depth"), second.get("depth")),
+                )
+                for first, second in orders
+            )
+        return ImageResult(len(found) == 2, relation.is_right, self._image_score(found, relation.score))
+
+
+class T2ICompBench2D(T2ICompBench):
+    """T2I-CompBench++'s 2D-spatial validation prompts: left, right, top, bottom, near."""
+
+    name = "t2i-compbench-2d"
+    title = "T2I-CompBench++ 2D-Spatial"
+    files = (
+        DataFile(
+            "spatial_val.txt",
+            _DATA + "spatial_val.txt",
+            "8707a1d7e42ce3002d95363cf55f74bd043c843ae27108f5125aaaa7840ca988",
+        ),
+    )
+    judges = frozenset({"detector"})
+    phrases = PHRASES_2D
+    official_phrases = OFFICIAL_PHRASES_2D
+    find_official = staticmethod(find_official_2d)
+    unlabeled = _UNLABELED_2D
+    min_score = 0.5
+
+
+class T2ICompBench3D(T2ICompBench):
+    """T2I-CompBench++'s 3D-spatial validation prompts: in front of, behind, hidden by."""
+
+    name = "t2i-compbench-3d"
+    title = "T2I-CompBench++ 3D-Spatial"
+    files = (
+        DataFile(
+            "3d_spatial_val.txt",
+            _DATA + "3d_spatial_val.txt",
+            "c9953597315f36a5fcb41291bb19bdc6ab5f64a0fa760d691b4854a73f5d1fe9",
+        ),
+    )
+    judges = frozenset({"detector", "depth"})
+    phrases = PHRASES_3D
+    official_phrases = OFFICIAL_PHRASES_3D
+    find_official = staticmethod(find_official_3d)
+    unlabeled = _UNLABELED_3D
+    min_score = 0.0

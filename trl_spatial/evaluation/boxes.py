@@ -1,0 +1,76 @@
+"""What detectors see in images, with colors and depths, as a benchmark asks for it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..judges import views
+from ..judges.pictures import crop_object
+from .roles import Judges
+
+
+def find_boxes(
+    judges: Judges, detector: str, view: str, images: Sequence[Image.Image], options: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """
+    Looks for objects.
+
+    Args:
+        judges ([`~evaluation.roles.Judges`]):
+            Who is asked.
+        detector (`str`):
+            `"first"` or `"second"`.
+        view (`str`):
+            A change of the images beforehand, or `""`.
+        images (`Sequence[Image.Image]`):
+            RGB images.
+        options (`Sequence[Mapping[str, Any]]`):
+            What is asked of each: see [`~evaluation.benchmarks.base.Question`].
+
+    Returns:
+        `list[dict]`: The reply for each image, in pixels of the unchanged one.
+    """
+    find = judges.detectors[detector]
+    shown = [views.apply(view, image) for image in images] if view else list(images)
+    found = find(shown, [list(asked.get("classes", ())) for asked in options])
+    replies = []
+    for image, detections, asked in zip(images, found, options, strict=True):
+        boxes = [detection.box for detection in detections]
+        if view:
+            boxes = views.map_back(view, boxes, image.size)
+        rows: list[dict[str, Any]] = [
+            {"label": detection.label, "score": float(detection.score), "box": [float(edge) for edge in box]}
+            for detection, box in zip(detections, boxes, strict=True)
+        ]
+        for row, detection in zip(rows, detections, strict=True):
+            if row["label"] in asked.get("colors", ()):
+                assert judges.colors is not None
+                row["color"] = judges.colors(crop_object(image, detection), row["label"])
+        rows.sort(key=lambda row: -row["score"])
+        if asked.get("depth"):
+            assert judges.depth is not None
+            add_depths(rows, judges.depth(image))
+        replies.append({"size": list(image.size), "boxes": rows})
+    return replies
+
+
+def add_depths(rows: Sequence[dict[str, Any]], depth: np.ndarray) -> None:
+    """
+    Adds the mean depth in each box.
+
+    Args:
+        rows (`Sequence[dict]`):
+            Boxes of a reply. They get `depth` and, read with rows and columns exchanged, as T2I-CompBench's program does,
+            `depth_transposed`; `None` where no pixel is in the box.
+        depth (`np.ndarray` of shape `(height, width)`):
+            Depth of each pixel of the image.
+    """
+    for row in rows:
+        left, top, right, bottom = (max(0, int(edge)) for edge in row["box"])
+        for name, part in (
+            ("depth", depth[top:bottom, left:right]),
+            ("depth_transposed", depth[left:right, top:bottom]),
+        ):
+            row[name] = float(part.mean()) if part.size else None

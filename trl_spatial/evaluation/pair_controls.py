@@ -1,0 +1,138 @@
+"""Other prompts for the pairs of a dataset, which show whether a scorer reads them."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..scenes import parse_description
+from .pairs import mirror_prompt
+
+
+GIVEN = "given"  # the pairs as they are
+# Control → what it does to a pair.
+CONTROLS = {
+    "flip": "both images mirrored, left and right exchanged in the prompt: a verdict should stay",
+    "image_only": "one prompt that says nothing for all pairs: about half should be right",
+    "prompt_swap": "the prompt of another pair: about half should be right",
+}
+NEUTRAL_PROMPT = "A picture."
+
+_EXCHANGED = {
+    "left": "right",
+    "leftmost": "rightmost",
+    "leftward": "rightward",
+    "leftwards": "rightwards",
+    "clockwise": "counterclockwise",
+}
+_EXCHANGED |= {new: old for old, new in _EXCHANGED.items()} | {
+    "counter-clockwise": "clockwise",
+    "anticlockwise": "clockwise",
+    "anti-clockwise": "clockwise",
+}
+_SIDE = re.compile(rf"\b(?:{'|'.join(sorted(_EXCHANGED, key=len, reverse=True))})\b", re.IGNORECASE)
+# After these words a side is a place: "on the right behind the sofa".
+_PLACED = re.compile(
+    r"(?:\b(?:the|its|his|her|their|your|my|our|far|upper|lower|top|bottom|front|back|rear|middle|center|centre|to|from)"
+    r"|'s|[-–/])\s*$",
+    re.IGNORECASE,
+)
+# Before these words it is none: "right behind the sofa", "left open", "a right angle".
+_NOT_PLACED = {
+    "right": re.compile(
+        r"\s+(?:next|beside|besides|by|near|in|on|at|above|below|over|under|underneath|beneath|behind|before|after|against|"
+        r"around|between|inside|outside|through|up|down|into|onto|out|off|away|along|alongside|across|where|when|now|here|"
+        r"there|angles?|angled|triangles?|side up|way up)\b",
+        re.IGNORECASE,
+    ),
+    "left": re.compile(
+        r"\s+(?:behind|over|open|ajar|alone|unattended|empty|blank|bare|untouched|unfinished|out|lying|standing|hanging|"
+        r"on|in|by|at|to\s+\w+)\b",
+        re.IGNORECASE,
+    ),
+}  # fmt: skip
+
+
+def exchange_sides(text: str) -> str:
+    """
+    Exchanges left and right in a text, as its mirrored image needs it: also leftmost, clockwise and the like. Words that look
+    the same but name no side stay: "right behind the sofa", "left open". East and west stay, too.
+
+    Example:
+
+    ```python
+    >>> exchange_sides("A mug to the left of a plate, right next to a lamp on the right.")
+    'A mug to the right of a plate, right next to a lamp on the left.'
+    ```
+    """
+
+    def exchange(found: re.Match[str]) -> str:
+        word = found[0]
+        rule = _NOT_PLACED.get(word.lower())
+        is_placed = _PLACED.search(text, 0, found.start()) is not None
+        if rule is not None and not is_placed and rule.match(text, found.end()):
+            return word
+        new = _EXCHANGED[word.lower()]
+        return new.upper() if word.isupper() else new.capitalize() if word[0].isupper() else new
+
+    return _SIDE.sub(exchange, text)
+
+
+def mirror_text(prompt: str) -> str:
+    """The prompt of the mirrored image: exact for descriptions of flat scenes, by [`exchange_sides`] for any other."""
+    try:
+        is_scene = bool(parse_description(prompt).entities)
+    except ValueError:
+        is_scene = False
+    return mirror_prompt(prompt) if is_scene else exchange_sides(prompt)
+
+
+def swap_prompts(prompts: Sequence[str], clusters: Sequence[int], rng: np.random.Generator) -> list[str] | None:
+    """
+    Gives every pair the prompt of a pair of another cluster; each prompt is given once, unless one cluster holds more than
+    half of the pairs.
+
+    Args:
+        prompts (`Sequence[str]` of length `num_pairs`):
+            The prompts.
+        clusters (`Sequence[int]` of length `num_pairs`):
+            Cluster of each pair. Pairs with equal prompts are in one.
+        rng (`np.random.Generator`):
+            Source of the order.
+
+    Returns:
+        `list[str]` of length `num_pairs`: The prompts, exchanged; `None` if all pairs are in one cluster.
+    """
+    _, cluster_of, sizes = np.unique(np.asarray(clusters), return_inverse=True, return_counts=True)
+    num_pairs = len(prompts)
+    if len(sizes) < 2:
+        return None
+    # Sorted by cluster and moved on by the largest size, no place meets its own cluster again.
+    order = np.lexsort((rng.permutation(num_pairs), rng.permutation(len(sizes))[cluster_of]))
+    sources = np.empty(num_pairs, dtype=int)
+    sources[order] = np.roll(order, -int(sizes.max()))
+    for index in np.flatnonzero(cluster_of[sources] == cluster_of):
+        sources[index] = rng.choice(np.flatnonzero(cluster_of != cluster_of[index]))
+    return [prompts[source] for source in sources]
+
+
+def prompts_of(control: str, prompts: Sequence[str], clusters: Sequence[int]) -> list[str] | None:
+    """
+    The prompts of a control, or of the pairs as they are.
+
+    Args:
+        control (`str`):
+            `GIVEN` or a name of `CONTROLS`.
+        prompts (`Sequence[str]` of length `num_pairs`), clusters (`Sequence[int]` of length `num_pairs`):
+            The prompts of the pairs, and their clusters.
+
+    Returns:
+        `list[str]` of length `num_pairs`: A prompt for each pair; `None` if these pairs do not allow the control.
+    """
+    if control == "flip":
+        return [mirror_text(prompt) for prompt in prompts]
+    if control == "image_only":
+        return [NEUTRAL_PROMPT] * len(prompts)
+    if control == "prompt_swap":
+        return swap_prompts(prompts, clusters, np.random.default_rng(0))
+    return list(prompts)

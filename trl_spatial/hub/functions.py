@@ -1,0 +1,56 @@
+"""Functions of the user's, named `module:function`."""
+
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+_FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
+
+
+def is_function(name: str) -> bool:
+    """Whether a name has the form `module:function`."""
+    return _FUNCTION.fullmatch(name) is not None
+
+
+def load_function(name: str, *, what: str = "function", hint: str = "") -> Callable[..., Any]:
+    """
+    Imports a function.
+
+    Args:
+        name (`str`):
+            `module:function`, of a module that Python finds, the current folder included. Of a class, an object is created without
+            arguments.
+        what (`str`, *optional*, defaults to `"function"`):
+            What errors call it.
+        hint (`str`, *optional*):
+            What else may be named, for errors.
+
+    Raises:
+        `ValueError`: If there is no such module, or nothing of that name in it that can be called.
+    """
+    module_name, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not f"{module_name}.".startswith(f"{error.name}."):  # the module is there, and needs another one
+            raise
+        raise ValueError(
+            f"The {what} {name} cannot be imported: there is no module {error.name!r} in {os.getcwd()} or among the installed "
+            f"packages.{hint and f' {hint}'}"
+        ) from error
+    function: Any = getattr(module, attribute, None)
+    if not callable(function):
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ValueError(
+            f"The {what} {name} is not a function: the functions of {module_name} are {', '.join(functions) or 'none'}."
+        )
+    if inspect.isclass(function):
+        function = function()
+    return function

@@ -1,0 +1,74 @@
+"""Slightly changed views of an image. A detector that one of them unsettles was not sure."""
+
+from collections.abc import Callable, Sequence
+
+from PIL import Image, ImageEnhance, ImageFilter
+
+
+Box = Sequence[float]
+
+_BLUR = 1.0  # standard deviation in pixels
+_SCALE = 0.9
+
+
+def _change_brightness(image: Image.Image, factor: float) -> Image.Image:
+    return ImageEnhance.Brightness(image).enhance(factor)
+
+
+def _shrink_and_enlarge(image: Image.Image) -> Image.Image:
+    small = (max(1, int(image.width * _SCALE)), max(1, int(image.height * _SCALE)))
+    return image.resize(small, Image.Resampling.LANCZOS).resize(image.size, Image.Resampling.LANCZOS)
+
+
+# SpatialBench-UC's, all of the size of the image and with everything in its place
+VIEWS: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "brighter": lambda image: _change_brightness(image, 1.1),
+    "darker": lambda image: _change_brightness(image, 0.9),
+    "blurred": lambda image: image.filter(ImageFilter.GaussianBlur(_BLUR)),
+    "resized": _shrink_and_enlarge,
+}
+
+
+def apply(name: str, image: Image.Image) -> Image.Image:
+    """
+    Returns a view of an image.
+
+    Args:
+        name (`str`):
+            A key of `VIEWS`.
+        image (`Image.Image`):
+            An RGB image, which stays as it is.
+
+    Raises:
+        `ValueError`: If there is no such view.
+    """
+    _check(name)
+    return VIEWS[name](image)
+
+
+def map_back(name: str, boxes: Sequence[Box], size: tuple[int, int]) -> list[tuple[float, ...]]:
+    """
+    Moves boxes that were found in a view to where they are in the unchanged image. Every view of today has its size and everything
+    in its place, so they stay where they are.
+
+    Args:
+        name (`str`):
+            A key of `VIEWS`.
+        boxes (`Sequence[Sequence[float]]`):
+            Left, top, right and bottom of each, in pixels of the view.
+        size (`tuple[int, int]`):
+            Width and height of the unchanged image, in pixels.
+
+    Returns:
+        `list[tuple[float, ...]]`: The boxes in their order, in pixels of the unchanged image.
+
+    Raises:
+        `ValueError`: If there is no such view.
+    """
+    _check(name)
+    return [tuple(box) for box in boxes]
+
+
+def _check(name: str) -> None:
+    if name not in VIEWS:
+        raise ValueError(f"There is no view {name!r} of an image. Known are {', '.join(VIEWS)}.")

@@ -1,0 +1,257 @@
+"""The actions of `trl_spatial evaluate` that are about images: `images`, `compare`."""
+
+import argparse
+import gc
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ..evaluation.benchmarks import BENCHMARKS
+from ..evaluation.benchmarks.base import PROTOCOLS, Protocol
+from ..store import PROCESS, cache_folder, lock_folder, write_atomically
+from .evaluate_pairs import add_spending, find_prices
+
+
+if TYPE_CHECKING:
+    from ..evaluation.image_run import ImagePlan, ImageRun
+
+
+IMAGE_EXAMPLES = """\
+  # offline in seconds: five prompts of our own in GenEval's format, drawn by a renderer, judged by its exact rules
+  trl_spatial evaluate images --benchmark geneval --data example --generator flat --detector flat --colors flat --output_dir run
+
+  # before and after reinforcement learning
+  trl_spatial evaluate images --benchmark geneval --generator black-forest-labs/FLUX.1-dev \\
+      --detector facebook/mask2former-swin-small-coco-instance --colors openai/clip-vit-large-patch14 --output_dir before
+  trl_spatial evaluate images --benchmark geneval --generator black-forest-labs/FLUX.1-dev --lora FLUX.1-dev-SpatialScore \\
+      --detector facebook/mask2former-swin-small-coco-instance --colors openai/clip-vit-large-patch14 --output_dir after
+  trl_spatial evaluate compare before after
+
+  # what it takes, before anything is drawn or asked
+  trl_spatial evaluate images --benchmark tiif --generator Qwen/Qwen-Image --vision https://HOST/v1#MODEL \\
+      --prices MODEL=1.25/10 --output_dir tiif --dry_run
+
+  # images that were drawn elsewhere, in the benchmark's own layout
+  trl_spatial evaluate images --benchmark dpg-bench --images FOLDER --vision Qwen/Qwen2.5-VL-7B-Instruct --output_dir dpg
+"""
+_ROLE_HELP = {
+    "vision": "Vision-language model that answers questions: a folder, a name on the Hub, http://HOST:PORT/v1#MODEL, or "
+    "module:function.",
+    "detector": "Detector that finds objects: a folder, a name on the Hub, module:function, or `flat`, the exact rules of rendered "
+    "scenes.",
+    "second_detector": "Second detector, of benchmarks that ask two.",
+    "colors": "Model of zero-shot image classification that names colors, module:function, or `flat`.",
+    "depth": "Depth model, module:function, or `flat`.",
+}
+
+
+def add_images(commands: argparse._SubParsersAction) -> None:
+    """Adds the action `images`."""
+    parser = commands.add_parser(
+        "images",
+        help="measure a generator, or a folder of images, on a public benchmark",
+        description="Measure a generator, or a folder of images, on a public benchmark: by the official program's rules, its bugs "
+        "included, and by rules without them. An interrupted run continues.",
+        examples=IMAGE_EXAMPLES,
+    )
+    parser.add_argument("--benchmark", required=True, choices=sorted(BENCHMARKS), help="The benchmark.")
+    parser.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="Folder of the benchmark's files, or `example` for a few prompts of our own in its format. By default the files are "
+        "fetched once from where they are published.",
+    )
+    parser.add_argument(
+        "--generator",
+        help="Who draws: a pipeline on the Hub or in a folder, a renderer of scenes (flat, tabletop), or a YAML file with an entry "
+        "as `trl_spatial data build` takes it.",
+    )
+    parser.add_argument("--lora", help="LoRA weights for --generator: a folder or a name on the Hub.")
+    parser.add_argument(
+        "--images", metavar="FOLDER", help="Folder of images in the benchmark's layout, in place of --generator."
+    )
+    for role, text in _ROLE_HELP.items():
+        parser.add_argument(f"--{role}", metavar="JUDGE", help=text)
+    parser.add_argument("--output_dir", required=True, help="Folder of the run.")
+    parser.add_argument("--protocol", default="both", choices=[*PROTOCOLS, "both"], help="Whose rules.")
+    parser.add_argument("--spatial_only", action="store_true", help="Take the spatial part of the prompts only.")
+    parser.add_argument("--limit", type=int, help="Number of prompts, evenly spread; by default all.")
+    parser.add_argument("--num_images", type=int, help="Images for each prompt; by default the benchmark's number.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the images.")
+    parser.add_argument(
+        "--trained_on",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="Benchmarks that the generator was trained on, if any.",
+    )
+    parser.add_argument("--engine", default="local", choices=["local", "ray"], help="Where images are drawn.")
+    parser.add_argument("--num_workers", type=int, help="Workers of Ray; by default one per GPU, or per core.")
+    add_spending(parser)
+    parser.add_argument("--dry_run", action="store_true", help="Only print what is to be done and what it takes.")
+    parser.add_argument(
+        "--skip_self_test",
+        action="store_true",
+        help="Do not show the judges pictures whose content is known. A judge that is broken then looks like bad images.",
+    )
+
+
+def add_compare(commands: argparse._SubParsersAction) -> None:
+    """Adds the action `compare`."""
+    parser = commands.add_parser(
+        "compare",
+        help="compare runs on the same benchmark, prompt by prompt",
+        description="Compare runs on the same benchmark with the first of them: paired differences with intervals, permutation "
+        "tests corrected for their number, and what speaks against the comparison.",
+        examples="  trl_spatial evaluate compare before after --output_dir comparison\n",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="Folders of `evaluate images`.")
+    parser.add_argument("--output_dir", help="Folder for compare.json, compare.md and report.html.")
+
+
+def run_images(args: argparse.Namespace) -> None:
+    """Runs `evaluate images`."""
+    from ..evaluation.estimates import describe_estimate, estimate_run
+    from ..evaluation.image_run import ImageRun
+    from ..evaluation.roles import check_roles
+
+    protocols: tuple[Protocol, ...] = PROTOCOLS if args.protocol == "both" else (args.protocol,)
+    folder = Path(args.output_dir)
+    run = ImageRun(folder, _plan_of(args))
+    check_roles(run.benchmark, run.plan.judges)
+    prices = find_prices(run.plan.judges.get("vision", ""), args.prices, args.max_cost is not None)
+    if args.dry_run:
+        run.prepare(args.data)
+        print(describe_estimate(estimate_run(run, protocols, prices)))
+        return
+    with ExitStack() as stack:
+        if PROCESS == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock_folder(folder))
+        run.begin(args.data)
+        settings: dict[str, Any] = {
+            "prices": prices,
+            "cache": cache_folder() / "answers.sqlite",
+            "tested_kinds": () if args.skip_self_test else run.question_kinds() or ("text",),
+        }
+        if PROCESS == 0:
+            print(describe_estimate(estimate_run(run, protocols, prices)), flush=True)
+            if run.plan.generator is not None and run.missing_jobs():
+                _test_judges(run, settings)
+        run.generate(engine=args.engine, num_workers=args.num_workers)
+        if PROCESS > 0:
+            return
+        _judge(run, protocols, args, settings)
+        print(write_tables(run.folder, protocols))
+
+
+def _plan_of(args: argparse.Namespace) -> "ImagePlan":
+    from ..evaluation.image_run import ImagePlan
+
+    judges = {role: getattr(args, role) for role in _ROLE_HELP if getattr(args, role) is not None}
+    generator = None if args.generator is None else _read_generator(args.generator)
+    if args.lora is not None:
+        if generator is None:
+            raise ValueError("--lora needs --generator: the pipeline that the weights are for.")
+        generator = {**generator, "lora": args.lora}
+    return ImagePlan(
+        benchmark=args.benchmark,
+        judges=judges,
+        generator=generator,
+        images=args.images,
+        num_images=args.num_images,
+        limit=args.limit,
+        spatial_only=args.spatial_only,
+        seed=args.seed,
+        trained_on=args.trained_on,
+    )
+
+
+def _read_generator(name: str) -> Mapping[str, Any]:
+    from ..generation.painters import check_spec
+
+    spec: Any = {"name": name}
+    if name.endswith((".yaml", ".yml", ".json")):
+        try:
+            spec = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise ValueError(f"The generator {name} cannot be read: {error}") from None
+        if not isinstance(spec, dict):
+            raise ValueError(f"{name} holds {spec!r:.80}. It should be a mapping, such as {{name: ORG/MODEL}}.")
+    check_spec(spec)
+    return spec
+
+
+def _test_judges(run: "ImageRun", settings: Mapping[str, Any]) -> None:
+    """Before anything is drawn. The judges are loaded again later: until then their memory is the generator's."""
+    import torch
+
+    from ..evaluation.roles import load_judges
+
+    if not settings["tested_kinds"]:
+        return
+    load_judges(run.plan.judges, **settings)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _judge(
+    run: "ImageRun", protocols: tuple[Protocol, ...], args: argparse.Namespace, settings: dict[str, Any]
+) -> None:
+    from ..endpoints import Spend
+    from ..evaluation.judging import ask_judges, unanswered
+    from ..evaluation.roles import load_judges
+
+    tasks = run.tasks(protocols)
+    if not unanswered(tasks, run.answers):
+        return
+    if args.max_cost is not None:
+        settings["spend"] = Spend(args.max_cost, spent=sum(answer["cost"] for answer in run.answers))
+    judges = load_judges(run.plan.judges, **settings)
+    ask_judges(tasks, judges, run.open, run.answers)
+
+
+def write_tables(folder: Path, protocols: tuple[Protocol, ...] = PROTOCOLS) -> str:
+    """Makes the tables of a run from its records: results.json, results.md and report.html in its folder. Returns the Markdown."""
+    from ..evaluation.image_results import describe_results, image_results, save_pictures
+    from ..evaluation.image_run import ImageRun
+    from ..evaluation.report import write_report
+    from ..evaluation.sharing import write_shared_results
+
+    run = ImageRun(folder)
+    results = image_results(run, protocols)
+    text = describe_results(results)
+    _save(run.folder, results, "results", text)
+    write_shared_results(run.folder, results)
+    save_pictures(run, results)
+    write_report(run.folder, results)
+    return f"{text}\nSaved to {run.folder}: results.json, results.md, report.html"
+
+
+def run_compare(args: argparse.Namespace) -> None:
+    """Runs `evaluate compare`."""
+    from ..evaluation.compare import compare_runs, describe_comparison
+    from ..evaluation.image_run import ImageRun
+    from ..evaluation.report import write_report
+
+    comparison = compare_runs([ImageRun(Path(folder)) for folder in args.runs])
+    text = describe_comparison(comparison)
+    print(text)
+    if args.output_dir is not None:
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        _save(folder, comparison, "compare", text)
+        write_report(folder, comparison)
+        print(f"Saved to {folder}: compare.json, compare.md, report.html")
+
+
+def _save(folder: Path, results: Mapping[str, Any], name: str, text: str) -> None:
+    write_atomically(
+        folder / f"{name}.json", json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    )
+    write_atomically(folder / f"{name}.md", text)
