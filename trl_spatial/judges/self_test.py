@@ -40,6 +40,7 @@ _QUESTIONS = {
     f"Which shape is on the left side of the picture?{_SHAPES}": ("A", "D"),
     f"Which shape is on the right side of the picture?{_SHAPES}": ("D", "A"),
 }
+_LETTERS = ("A", "D")  # that are right somewhere
 _ENOUGH = 0.75  # share of right answers from which there is no warning
 _FEWEST = 4  # equal answers that are a habit
 _LEAST_MOVE = 0.01  # of the chance of "Yes" from a picture without a thing to one with it
@@ -61,7 +62,7 @@ class _Reply:
 
     @property
     def is_choice(self) -> bool:
-        return self.right in ("A", "D")
+        return self.right in _LETTERS
 
 
 def check_vision(model: VisionModel, *, kinds: Collection[str] = ("text",)) -> None:
@@ -202,15 +203,13 @@ def _ask(model: VisionModel, picture: Image.Image, question: str, right: str) ->
         raw = model.answer(picture, question, temperature=0.0).text
     except BadAnswer as error:
         raw = error.raw
-    words = ("A", "B", "C", "D") if right in ("A", "D") else ("yes", "no")
-    return _Reply(question, right, _read(raw, words), raw)
+    return _Reply(question, right, _read(raw, right), raw)
 
 
-def _read(raw: str, words: tuple[str, ...]) -> str | None:
+def _read(raw: str, right: str) -> str | None:
     """The word that a reply begins with or, where it explains itself, the only one of them in it or in its last line."""
-    flags = re.NOFLAG if words[0] == "A" else re.IGNORECASE  # "a" is an article
-    word = re.compile(rf"\b(?:{'|'.join(words)})\b", flags)
-    if start := re.match(rf"\W*({word.pattern})", raw, flags):
+    word = re.compile(r"\b[A-D]\b(?!\s+[a-z])" if right in _LETTERS else r"\b(?i:yes|no)\b")  # "A circle" is no letter
+    if start := re.match(rf"\W*({word.pattern})", raw):
         return _spell(start[1])
     for part in (raw, raw.strip().rpartition("\n")[2]):
         found = {_spell(each) for each in word.findall(part)}
