@@ -77,7 +77,7 @@ def check_vision(model: VisionModel, *, kinds: Collection[str] = ("text",)) -> N
             What it will be asked for: `"text"`, which takes 14 calls, and `"probabilities"`, which takes 4.
 
     Raises:
-        [`JudgeError`]: If none of its answers can be read, all yes/no answers are the same, all letters are, or the answers to
+        [`JudgeError`]: If fewer than half of its answers can be read, all yes/no answers are the same, all letters are, or the answers to
             every question are the same for both pictures; or if the chances of "Yes" and "No" are next to 0, or do not differ
             between the pictures.
         [`~endpoints.ServerError`], [`~endpoints.BudgetReached`]: If its server cannot be asked.
@@ -224,11 +224,12 @@ def _spell(word: str) -> str:
 
 def _check_replies(name: str, replies: list[_Reply]) -> None:
     readable = [reply for reply in replies if reply.said is not None]
-    if not readable:
+    if len(readable) < len(replies) / 2:
+        other = next(reply for reply in replies if reply.said is None)
         raise JudgeError(
-            f"{name} fails the self-test: it was asked {len(replies)} questions about two pictures, and no answer can be "
-            f"read. To {replies[0].question!r} it said {replies[0].raw[:200]!r}. It may not be made to follow instructions, or "
-            "its chat template is another's."
+            f"{name} fails the self-test: of its {len(replies)} answers about two pictures, {len(readable)} can be read. To "
+            f"{other.question!r} it said {other.raw[:200]!r}. It may not be made to follow instructions, or its chat template "
+            "is another's."
         )
     for is_choice in (False, True):
         said = {reply.said for reply in readable if reply.is_choice == is_choice}
