@@ -124,7 +124,7 @@ def test_a_model_of_random_weights_does_not_pass(tmp_path, backbone_folder):
     model = LocalVision(str(save_vision_model(tmp_path, backbone_folder)), device="cpu")
     with pytest.raises(JudgeError, match="fails the self-test: of its 14 answers"):
         check_vision(model)
-    with pytest.raises(JudgeError, match="fails the self-test"):
+    with pytest.warns(UserWarning, match="is a weak judge: its chance of Yes moves"):  # by chance, up and down
         check_vision(model, kinds=("probabilities",))
 
 

@@ -41,6 +41,7 @@ _QUESTIONS = {
     f"Which shape is on the right side of the picture?{_SHAPES}": ("D", "A"),
 }
 _LETTERS = ("A", "D")  # that are right somewhere
+_CONCLUSION = 100  # characters at the end of the last line, in which an answer may be
 _ENOUGH = 0.75  # share of right answers from which there is no warning
 _FEWEST = 4  # equal answers that are a habit
 _LEAST_MOVE = 0.01  # of the chance of "Yes" from a picture without a thing to one with it
@@ -207,15 +208,12 @@ def _ask(model: VisionModel, picture: Image.Image, question: str, right: str) ->
 
 
 def _read(raw: str, right: str) -> str | None:
-    """The word that a reply begins with or, where it explains itself, the only one of them in it or in its last line."""
+    """The word that a reply begins with or, where it explains itself, the only one of them at its end."""
     word = re.compile(r"\b[A-D]\b(?!\s+[a-z])" if right in _LETTERS else r"\b(?i:yes|no)\b")  # "A circle" is no letter
     if start := re.match(rf"\W*({word.pattern})", raw):
         return _spell(start[1])
-    for part in (raw, raw.strip().rpartition("\n")[2]):
-        found = {_spell(each) for each in word.findall(part)}
-        if len(found) == 1:
-            return found.pop()
-    return None
+    found = {_spell(each) for each in word.findall(raw.strip().rpartition("\n")[2][-_CONCLUSION:])}
+    return found.pop() if len(found) == 1 else None
 
 
 def _spell(word: str) -> str:
