@@ -12,7 +12,7 @@ from .detection import load_with_processor
 
 # Others say in no configuration whether near is large, or see a padded image.
 DEPTH_CONFIGS = (DepthAnythingConfig, DPTConfig)
-_NEAREST = 1e-3  # meters; nearer than any picture
+_NEAREST = 0.1  # meters; without a limit, one pixel next to 0 would leave no difference to the others
 
 
 class DepthEstimator:
@@ -20,7 +20,7 @@ class DepthEstimator:
     Estimates depth with a model of transformers: Depth Anything (1 and 2, relative or metric) or DPT.
 
     As in T2I-CompBench, each image's values are stretched from 0, what is farthest, to 255, what is nearest. Relative models
-    estimate 1 / distance; the distances of metric ones are turned into it. Weights and errors are as for
+    estimate 1 / distance; the distances of metric ones, from 0.1 meters on, are turned into it. Weights and errors are as for
     [`~judges.detection.TransformersDetector`].
 
     Args:
@@ -53,11 +53,11 @@ class DepthEstimator:
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Depth of each pixel of an RGB image: float32 of shape `(height, width)`, 0 to 255, near is large; 0 if all is equal."""
         inputs = self.processor(images=image, return_tensors="pt").to(self.model.device)
-        (result,) = self.processor.post_process_depth_estimation(
-            self.model(**inputs), target_sizes=[(image.height, image.width)]
-        )
-        depth = result["predicted_depth"].float().cpu().numpy()
-        return stretch(1 / np.maximum(depth, _NEAREST) if self._is_metric else depth)
+        outputs = self.model(**inputs)
+        if self._is_metric:  # before the map is resized, which may pass zero
+            outputs.predicted_depth = 1 / outputs.predicted_depth.clamp(min=_NEAREST)
+        (result,) = self.processor.post_process_depth_estimation(outputs, target_sizes=[(image.height, image.width)])
+        return stretch(result["predicted_depth"].float().cpu().numpy())
 
 
 def stretch(values: np.ndarray) -> np.ndarray:
