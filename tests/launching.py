@@ -54,7 +54,7 @@ class Launched:
                 stderr=subprocess.STDOUT,
             )
 
-    def wait(self, timeout=150):
+    def wait(self, timeout=600):
         """Waits for the end: the exit code, and what was printed."""
         self.process.wait(timeout)
         return self.process.returncode, self.log.read_text()

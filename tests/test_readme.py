@@ -15,7 +15,6 @@ import re
 import runpy
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 
 from tests.hub_stub import HubStub
+from tests.ports import free_port
 from tests.warm import run_python
 from trl_spatial.cli import COMMANDS, LAUNCHED_COMMANDS, main
 from trl_spatial.scenes import make_preference_dataset
@@ -296,11 +296,10 @@ def ended_well():
 @contextmanager
 def run_server(command, options):
     """A command that serves a page, at a port that is free; it gives the address."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with subprocess.Popen([*command, "--port", str(port)], **options) as server:
         try:
-            for _ in range(120):
+            for _ in range(600):
                 with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}") as page:
                     assert page.status == 200
                     break

@@ -147,7 +147,7 @@ def test_killed_it_goes_on_and_gives_the_same_numbers(finished, results, tmp_pat
     for name in [*done, "arguments.json"]:
         (tmp_path / name).symlink_to(finished[0] / name)
     process = start(tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (tmp_path / trace).exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)

@@ -205,7 +205,7 @@ def test_a_killed_process_ends_the_run_which_is_resumed(two, one, tmp_path):
     """The third rollout never comes: one process is killed in it, when the second checkpoint is whole."""
     runs = [dict(folder="run", **WHOLE, fail=dict(call=4, rank=1, seconds=600))]
     with Launched([WORKER, tmp_path, json.dumps(runs)], tmp_path / "log") as launched:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not is_complete(tmp_path / "run" / "checkpoint-2"):
             assert launched.process.poll() is None and time.monotonic() < deadline, launched.log.read_text()
             time.sleep(0.2)
