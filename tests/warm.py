@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -92,7 +93,7 @@ def _is_read_early(name):
 def _server(variables):
     others = {name: value for name, value in os.environ.items() if not _is_read_early(name) and name not in READ_LATER}
     server = subprocess.Popen(
-        [sys.executable, "-c", "import tests.warm as warm; exec(warm.serve())"],
+        [sys.executable, "-c", "import tests.warm as warm; warm.run(warm.serve())"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         cwd=os.path.dirname(os.path.dirname(__file__)), env=others | dict(variables) | STAND_INS,
     )  # fmt: skip
@@ -159,6 +160,7 @@ def _become(job, places):
         setattr(holder, name, _put_in(value, values))
     signal.alarm(job["timeout"])
     option, *arguments = job["words"]
+    sys.argv, sys.path[0] = job["words"], os.path.dirname(os.path.abspath(option))
     if option == "-c":
         code, *arguments = arguments
         sys.argv, sys.path[0] = ["-c", *arguments], ""
@@ -167,5 +169,23 @@ def _become(job, places):
         name, *arguments = arguments
         sys.argv, sys.path[0] = ["-m", *arguments], job["cwd"]
         return f"import runpy; runpy.run_module({name!r}, run_name='__main__', alter_sys=True)"
-    sys.argv, sys.path[0] = job["words"], os.path.dirname(os.path.abspath(option))
     return f"import runpy; runpy.run_path({option!r}, run_name='__main__')"
+
+
+def run(code):
+    """Runs the code and ends the process, without taking down what was imported, which takes as long as a short program."""
+    status = 0
+    try:
+        exec(code, sys.modules["__main__"].__dict__)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if not isinstance(end.code, (int, type(None))):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
