@@ -36,7 +36,7 @@ WARM = {
 STAND_INS = {"HF_ENDPOINT": "http://warm.invalid", "HF_HOME": "/dev/null/home-of-hugging-face"}
 DEFAULTS = {"HF_ENDPOINT": "https://huggingface.co", "HF_HOME": os.path.expanduser("~/.cache/huggingface")}
 READ_LATER = ("HF_TOKEN",)
-PREFIXES = ("HF_", "TRANSFORMERS_", "DIFFUSERS_", "TRL_", "ACCELERATE_", "OMP_", "TOKENIZERS_")
+PREFIXES = ("HF_", "TRANSFORMERS_", "DIFFUSERS_", "TRL_", "OMP_", "TOKENIZERS_")
 
 
 class Program:
@@ -52,11 +52,11 @@ class Program:
         self._outputs = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()  # noqa: SIM115
         job = {"words": self.words, "cwd": str(cwd or os.getcwd()), "env": env, "timeout": timeout,
                "outputs": [file.name for file in self._outputs]}  # fmt: skip
-        self.pid = self._ask(job)
+        self.pid, self._is_gone = self._ask(job), False
 
     def wait(self):
         """Waits for its end: a [`subprocess.CompletedProcess`] with what was printed."""
-        code = self._ask({"pid": self.pid})
+        code, self._is_gone = self._ask({"pid": self.pid}), True
         return subprocess.CompletedProcess([sys.executable, *self.words], code, *self.printed())
 
     def printed(self):
@@ -75,7 +75,7 @@ class Program:
         return self
 
     def __exit__(self, *_):
-        if psutil.pid_exists(self.pid):
+        if not self._is_gone:
             os.kill(self.pid, signal.SIGKILL)
             self.wait()
 
@@ -161,6 +161,7 @@ def _become(job, places):
     signal.alarm(job["timeout"])
     option, *arguments = job["words"]
     sys.argv, sys.path[0] = job["words"], os.path.dirname(os.path.abspath(option))
+    sys.path[1:1] = [folder for folder in job["env"].get("PYTHONPATH", "").split(os.pathsep) if folder]
     if option == "-c":
         code, *arguments = arguments
         sys.argv, sys.path[0] = ["-c", *arguments], ""
