@@ -4,13 +4,45 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
 
+from tests.ports import free_port
+from tests.warm import Program
+
 
 REPOSITORY = Path(__file__).parents[1]
 PATHS = (REPOSITORY, REPOSITORY / "recipes" / "tiny")
+ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(map(str, PATHS)), "OMP_NUM_THREADS": "1"}
+
+
+def run_processes(words, *, num_processes=2, **environment):
+    """
+    Runs a script in processes that find each other as those of `accelerate launch` do, where the launch is not what is tested.
+
+    Args:
+        words (`list`):
+            The script and its arguments, or `-m`, a module and its arguments, which tell it to use the CPU.
+        num_processes (`int`, *optional*, defaults to `2`):
+            Number of processes.
+        **environment (`str`):
+            Further variables.
+    """
+    shared = {
+        "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes, "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(), "ACCELERATE_MIXED_PRECISION": "no",
+    }  # fmt: skip
+    with ExitStack() as stack:
+        programs = []
+        for rank in range(num_processes):
+            variables = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            env = {**os.environ, **ENVIRONMENT, **variables, **environment}
+            programs.append(stack.enter_context(Program(words, env=env)))
+        for program in programs:
+            ended = program.wait()
+            assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 class Launched:
@@ -44,17 +76,12 @@ class Launched:
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 [str(word) for word in command],
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(map(str, PATHS)),
-                    "OMP_NUM_THREADS": "1",
-                    **environment,
-                },
+                env={**os.environ, **ENVIRONMENT, **environment},
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
 
-    def wait(self, timeout=150):
+    def wait(self, timeout=600):
         """Waits for the end: the exit code, and what was printed."""
         self.process.wait(timeout)
         return self.process.returncode, self.log.read_text()

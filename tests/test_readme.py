@@ -15,7 +15,7 @@ import re
 import runpy
 import shlex
 import shutil
-import socket
+import signal
 import subprocess
 import sys
 import time
@@ -27,7 +27,8 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 
 from tests.hub_stub import HubStub
-from tests.warm import run_python
+from tests.ports import free_port
+from tests.warm import Program, run_python
 from trl_spatial.cli import COMMANDS, LAUNCHED_COMMANDS, main
 from trl_spatial.scenes import make_preference_dataset
 
@@ -200,7 +201,7 @@ class Reader:
                 words = [word.replace(SERVED, address) for word in command]
                 if words[:2] == ["trl_spatial", "serve"]:
                     options = {"cwd": self.folder, "env": os.environ | {"PYTHONPATH": str(REPOSITORY)}}
-                    address = servers.enter_context(run_server([sys.executable, "-m", *words], options))
+                    address = servers.enter_context(run_server(["-m", *words], options))
                 else:
                     self.run_command(words)
                 self.ran.append(" ".join(words[:2]))
@@ -211,7 +212,8 @@ class Reader:
         elif words[0] == "pip":
             self.run_pip(words)
         elif words[0] == "python":
-            subprocess.run([sys.executable, *words[1:]], check=True)
+            ended = run_python(words[1:])
+            assert ended.returncode == 0, ended.stderr
         elif words[:2] == ["accelerate", "launch"]:
             args = launch_command_parser().parse_args(words[2:])
             assert Path(args.config_file).is_file()
@@ -276,7 +278,7 @@ class Reader:
                 (online / name).symlink_to(self.folder / name)
         options = {"cwd": online, "env": os.environ | self.hub.environment}
         if words[1:3] == ["space", "serve"]:
-            with run_server([sys.executable, "-m", *words], options):
+            with run_server(["-m", *words], options):
                 return
         if words[1] in LAUNCHED_COMMANDS:
             words = [f"trl_spatial.scripts.{words[1]}", *words[2:], *TINY[words[1]].split()]
@@ -296,21 +298,19 @@ def ended_well():
 @contextmanager
 def run_server(command, options):
     """A command that serves a page, at a port that is free; it gives the address."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with subprocess.Popen([*command, "--port", str(port)], **options) as server:
-        try:
-            for _ in range(120):
-                with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}") as page:
-                    assert page.status == 200
-                    break
-                assert server.poll() is None
-                time.sleep(0.5)
-            else:
-                pytest.fail("the page did not come up")
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.terminate()
+    port = free_port()
+    with Program([*command, "--port", port], **options) as server:
+        for _ in range(3000):
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}") as page:
+                assert page.status == 200
+                break
+            assert server.is_running(), server.printed()
+            time.sleep(0.1)
+        else:
+            pytest.fail("the page did not come up")
+        yield f"http://127.0.0.1:{port}"
+        os.kill(server.pid, signal.SIGTERM)
+        server.wait()
 
 
 def terminal():

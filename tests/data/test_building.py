@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import signal
 import subprocess
@@ -16,8 +17,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.launching import Launched
+from tests.launching import run_processes
 from tests.openai_stub import OpenAIStub
+from tests.warm import Program
 from trl_spatial.cli import main
 from trl_spatial.data.building.build_store import BuildStore, Quota
 from trl_spatial.data.building.controls import guess_from_images, guess_from_texts, guess_without_prompt
@@ -305,10 +307,7 @@ def test_several_processes_share_the_images(built, tmp_path):
     recipe = write_recipe(tmp_path)
     build(recipe, action="prompts")
     build(recipe, action="perturb")
-    words = ["--module", "trl_spatial", "data", "render", recipe]
-    with Launched(words, tmp_path / "log.txt", ACCELERATE_USE_CPU="true") as launched:
-        code, log = launched.wait()
-    assert code == 0, log
+    run_processes(["-m", "trl_spatial", "data", "render", recipe], ACCELERATE_USE_CPU="true")
     assert len(list((tmp_path / "store").glob("images*.jsonl"))) == 2
     build(recipe)
     assert contents(BuildStore(recipe)) == contents(built)
@@ -317,16 +316,15 @@ def test_several_processes_share_the_images(built, tmp_path):
 def test_killed_at_any_time_it_ends_with_the_same_dataset(built, tmp_path):
     recipe = write_recipe(tmp_path)
     rng = random.Random(0)
-    command = [sys.executable, "-m", "trl_spatial", "data", "build", str(recipe)]
     for _ in range(4):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = Program(["-m", "trl_spatial", "data", "build", recipe])
         deadline = time.monotonic() + 60
         logs = ("prompts", "edits", "images", "verdicts")
         wanted = logs[rng.randrange(4)]
         while not (tmp_path / f"store/{wanted}.jsonl").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL)
+        os.kill(process.pid, signal.SIGKILL)
         process.wait()
     build(recipe)
     assert contents(BuildStore(recipe)) == contents(built)

@@ -3,21 +3,26 @@
 import io
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.util import find_spec
 from itertools import product
 from shutil import which
 
 import numpy as np
+import psutil
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from tests.ports import free_port
 from trl_spatial.data.review import (
     ANSWERS,
     ReviewItem,
@@ -177,9 +182,7 @@ class TestDesk:
 
 def test_what_was_answered_is_kept_when_the_server_is_killed(tmp_path):
     """Each vote that the server has confirmed is there after kill -9, whatever was on its way."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port, rng = free_port(), random.Random(0)
     make_items(tmp_path / "images", 1)
     program = (
         "import sys\nfrom pathlib import Path\nfrom tests.data.test_review import TOKENS, make_items\n"
@@ -189,29 +192,46 @@ def test_what_was_answered_is_kept_when_the_server_is_killed(tmp_path):
     )
     import httpx
 
-    confirmed, number = set(), 0
-    for _ in range(2):
+    sent, confirmed = [], set()
+
+    def send(client):
+        with suppress(httpx.TransportError):  # of the vote that is on its way
+            while True:
+                sent.append(f"vote-{len(sent):06d}")
+                vote = {"id": sent[-1], "item": f"{len(sent) % 400:06d}:original", "answer": "left"}
+                assert client.post("/api/votes", json=vote).status_code == 200
+                confirmed.add(vote["id"])
+
+    for wanted in (20, 40):
         server = subprocess.Popen([sys.executable, "-c", program, str(tmp_path), str(port)], env=os.environ)
-        deadline = time.monotonic() + 60
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", cookies={"review_token": "token-of-ada"}) as client:
-            while time.monotonic() < deadline:
-                try:
-                    client.get("/api/next")
-                    break
-                except httpx.TransportError:
-                    time.sleep(0.05)
-            end = time.monotonic() + 0.5
-            while time.monotonic() < end:
-                vote_id = f"vote-{number:06d}"
-                sent = {"id": vote_id, "item": f"{number % 400:06d}:original", "answer": "left"}
-                assert client.post("/api/votes", json=sent).status_code == 200
-                confirmed.add(vote_id)
-                number += 1
+        wait_for_server(server, port)
+        with (
+            httpx.Client(
+                base_url=f"http://127.0.0.1:{port}", cookies={"review_token": "token-of-ada"}, timeout=60
+            ) as client,
+            ThreadPoolExecutor(1) as executor,
+        ):
+            sending = executor.submit(send, client)
+            while len(confirmed) < wanted and not sending.done():
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.01))
             server.send_signal(signal.SIGKILL)
             server.wait()
+            sending.result()
         with (tmp_path / "votes.jsonl").open("ab") as file:
             file.write(b'{"id": "half a li')  # as a kill in the middle of writing leaves it
-    assert len(confirmed) > 10 and {record["id"] for record in VoteLog(tmp_path / "votes.jsonl")} == confirmed
+    kept = {record["id"] for record in VoteLog(tmp_path / "votes.jsonl")}
+    assert len(confirmed) >= 40 and confirmed <= kept <= set(sent)
+
+
+def wait_for_server(server, port):
+    """Until it listens."""
+    while True:
+        assert server.poll() is None
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
 
 
 class TestAgreement:
@@ -291,9 +311,7 @@ def served(tmp_path_factory):
     if find_spec("playwright") is None or CHROMIUM is None:
         pytest.skip("needs `pip install playwright` and a Chromium, e.g. `apt install chromium`")
     folder = tmp_path_factory.mktemp("served")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     program = (
         "import sys\nfrom pathlib import Path\nfrom tests.data.test_review import TOKENS, make_items\n"
         "from trl_spatial.data.review import VoteLog, create_review_app, serve_review\nfolder = Path(sys.argv[1])\n"
@@ -301,15 +319,10 @@ def served(tmp_path_factory):
         "serve_review(app, port=int(sys.argv[2]))\n"
     )
     server = subprocess.Popen([sys.executable, "-c", program, str(folder), str(port)])
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{port}/?token=token-of-ada", folder / "votes.jsonl"
+    wait_for_server(server, port)
+    yield f"http://127.0.0.1:{port}/?token=token-of-ada", folder / "votes.jsonl", psutil.Process(server.pid)
     server.terminate()
-    server.wait(timeout=10)
+    server.wait(timeout=60)
 
 
 @pytest.fixture
@@ -328,24 +341,40 @@ def page(served):
 
 def until(page, expression):
     """Waits for it to hold. Playwright's own way needs `eval`, which the page forbids."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not page.evaluate(expression):
-        assert time.monotonic() < deadline, expression
-        page.wait_for_timeout(30)
+        assert time.monotonic() < deadline, (expression, page.inner_text("main"))
+        page.wait_for_timeout(10)
+
+
+def open_page(page, address):
+    """Opens it, and gives how many pairs the reviewer has done."""
+    page.set_default_timeout(120_000)
+    page.goto(address)
+    page.wait_for_selector("#work:not([hidden])")
+    return number_done(page)
+
+
+def number_done(page):
+    return int(page.inner_text("#count").split()[0])
+
+
+def answer(page, *keys):
+    """Presses the keys of answers, each when a pair is there."""
+    for key in keys:
+        page.wait_for_selector("#work:not([hidden])")
+        page.keyboard.press(key)
 
 
 def test_the_page_by_keyboard_on_a_telephone(served, page):
-    address, path = served
-    page.goto(address)
-    page.wait_for_selector("#work:not([hidden])")
+    address, path, _ = served
+    done = open_page(page, address)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     assert "token" not in page.url
     assert [mark.inner_text() for mark in page.query_selector_all("mark")] == [PROMPT[:32], PROMPT[34:67]]
     before = VoteLog(path).current() if path.exists() else {}
-    for key in ("1", "Shift+2", "ArrowLeft", "ArrowRight", "ArrowUp", "n", "c", "u"):
-        page.keyboard.press(key)
-        page.wait_for_timeout(30)
-    until(page, "document.getElementById('count').textContent.startsWith('4 of')")
+    answer(page, "1", "Shift+2", "ArrowLeft", "ArrowRight", "ArrowUp", "n", "c", "u")
+    until(page, f"document.getElementById('count').textContent.startsWith('{done + 4} of')")
     until(page, "localStorage.length === 0")
     votes = [record for record in VoteLog(path) if record["item"] not in {item for item, _ in before}]
     assert [record["answer"] for record in votes] == ["left", "right", "both", "neither", "cannot_tell", None]
@@ -359,15 +388,73 @@ def test_the_page_by_keyboard_on_a_telephone(served, page):
         if page.evaluate("document.activeElement.dataset.answer") == "both":
             break
     page.keyboard.press("Enter")
-    until(page, "document.getElementById('count').textContent.startsWith('5 of')")
+    until(page, f"document.getElementById('count').textContent.startsWith('{done + 5} of')")
     assert page.problems == []
 
 
+class TestSlowConnection:
+    """What is answered faster than the server takes it is kept, counted and in its order."""
+
+    def test_every_key_on_a_pair_is_a_vote(self, served, page):
+        address, path, _ = served
+        done = open_page(page, address)
+        number = len(list(VoteLog(path))) if path.exists() else 0
+        slow = {"offline": False, "latency": 300, "downloadThroughput": -1, "uploadThroughput": -1}
+        page.context.new_cdp_session(page).send("Network.emulateNetworkConditions", slow)
+        answer(page, *(["ArrowLeft", "ArrowRight", "n"] * 4))
+        assert number_done(page) == done + 12
+        until(page, "localStorage.length === 0")
+        votes = list(VoteLog(path))[number:]
+        assert [record["answer"] for record in votes] == ["left", "right", "neither"] * 4
+        assert len({record["item"] for record in votes}) == 12 and number_done(page) == done + 12
+
+    def test_it_is_not_the_end_while_answers_are_on_their_way(self, served, page):
+        """The server has only those to give that are answered here, of which it does not know."""
+        done, held = open_page(page, served[0]), []
+        page.route("**/api/votes", lambda route: route.continue_() if held else held.append(route))
+        answer(page, *["ArrowLeft"] * 8)
+        until(page, "!isFetching")
+        assert page.is_visible("#wait") and not page.is_visible("#end")
+        assert page.inner_text("main").splitlines()[-1].strip() == "left. Next pair."
+        held[0].continue_()
+        answer(page, "ArrowLeft")
+        assert number_done(page) == done + 9 and not page.is_visible("#wait")
+        until(page, "localStorage.length === 0")
+
+    def test_an_old_answer_of_the_server_takes_no_vote_from_the_count(self, served, page):
+        done, held = open_page(page, served[0]), []
+        page.route("**/api/next*", lambda route: held.append((route, route.fetch())))
+        while not held:
+            answer(page, "ArrowLeft")
+            done += 1
+            page.wait_for_timeout(30)
+        answer(page, "ArrowLeft")
+        until(page, "localStorage.length === 0")
+        for route, response in held:
+            route.fulfill(response=response)
+        page.wait_for_timeout(200)
+        assert number_done(page) == done + 1
+
+    def test_what_is_taken_back_stays_so_when_the_page_is_opened_again(self, served, page):
+        address, path, _ = served
+        done = open_page(page, address)
+        number = len(list(VoteLog(path))) if path.exists() else 0
+        page.route("**/api/votes", lambda route: route.abort())
+        answer(page, *["ArrowLeft", "u"] * 4, "ArrowRight")
+        page.reload()
+        page.unroute("**/api/votes")
+        page.evaluate("dispatchEvent(new Event('online'))")
+        until(page, "localStorage.length === 0")
+        votes = list(VoteLog(path))[number:]
+        assert [record["answer"] for record in votes] == ["left", None] * 4 + ["right"]
+        assert len({record["item"] for record in votes}) == 1
+        until(page, f"document.getElementById('count').textContent.startsWith('{done + 1} of')")
+
+
 def test_a_lost_connection_loses_no_vote(served, page):
-    address, path = served
-    page.goto(address)
-    page.wait_for_selector("#work:not([hidden])")
-    page.wait_for_timeout(300)  # the next ones are there
+    address, path, _ = served
+    open_page(page, address)
+    until(page, "queue.length > 1")
     page.context.set_offline(True)
     known = {record["id"] for record in VoteLog(path)} if path.exists() else set()
     page.keyboard.press("ArrowLeft")
@@ -380,10 +467,11 @@ def test_a_lost_connection_loses_no_vote(served, page):
 
 def test_a_key_that_is_held_and_the_last_pair(tmp_path, served, page):
     """Of a held key one vote is taken; after the last pair the server is left alone."""
-    address, path = served
+    address, path, _ = served
     requests = []
     page.on("request", lambda request: requests.append(request.url))
     page.route("**/api/next*", lambda route: route.fulfill(json={"items": [], "progress": {"done": 7, "left": 0}}))
+    page.set_default_timeout(120_000)
     page.goto(address)
     page.wait_for_selector("#end:not([hidden])")
     page.wait_for_timeout(500)
@@ -391,7 +479,7 @@ def test_a_key_that_is_held_and_the_last_pair(tmp_path, served, page):
     page.unroute("**/api/next*")
     page.reload()
     page.wait_for_selector("#work:not([hidden])")
-    page.wait_for_timeout(300)
+    until(page, "queue.length > 1")
     number = len(list(VoteLog(path)))
     for is_repeat in (False, True, True, True):
         page.evaluate(
@@ -402,17 +490,20 @@ def test_a_key_that_is_held_and_the_last_pair(tmp_path, served, page):
 
 
 def test_ten_thousand_pairs_are_as_quick_as_ten(served, page):
-    """Far above the times that are measured (see recipes/data/README.md), as the machine may be busy."""
-    address, _ = served
-    start = time.monotonic()
-    page.goto(address)
-    page.wait_for_selector("#work:not([hidden])")
-    assert time.monotonic() - start < 10
-    page.wait_for_timeout(300)
+    """
+    Far above the times that are measured (see recipes/data/README.md), as the machine may be busy; the processor time of the
+    server is what more pairs would add to.
+    """
+    address, _, server = served
+    start = sum(server.cpu_times()[:2])
+    open_page(page, address)
+    until(page, "queue.length > 1")
     elapsed = page.evaluate(
         "async () => { const times = []; for (let i = 0; i < 20; i++) { const start = performance.now();"
         " document.querySelector('[data-answer=left]').click();"
         " await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));"
         " times.push(performance.now() - start); await new Promise((done) => setTimeout(done, 60)); } return times; }"
     )
-    assert np.median(elapsed) < 1000
+    until(page, "localStorage.length === 0")
+    assert np.median(elapsed) < 10_000
+    assert sum(server.cpu_times()[:2]) - start < 10

@@ -16,6 +16,7 @@ from diffusers import FluxPipeline
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from tests.warm import Program
 from trl_spatial import SpatialScore
 from trl_spatial.demo.generator import TINY_FLUX
 from trl_spatial.demo.reward_model import TINY_BACKBONE, measure
@@ -29,20 +30,19 @@ from trl_spatial.scripts.demo import main
 SIZES = {"num_train_pairs": 8, "num_test_pairs": 40, "reward_steps": 1, "grpo_steps": 2, "num_prompts": 3}
 
 
-def start(folder, **kwargs):
-    """The command in a process of its own."""
+def command(folder):
+    """Words of the command."""
     options = [f"--{name}={value}" for name, value in (SIZES | {"output_dir": folder}).items()]
-    return subprocess.Popen([sys.executable, "-m", "trl_spatial", "demo", *options], text=True, **kwargs)
+    return ["-m", "trl_spatial", "demo", *options]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of the command: its folder, what it said on stdout, and on stderr."""
     folder = tmp_path_factory.mktemp("demo")
-    process = start(folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    stdout, stderr = process.communicate()
-    assert process.returncode == 0, stderr
-    return folder, stdout, stderr
+    ended = subprocess.run([sys.executable, *command(folder)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return folder, ended.stdout, ended.stderr
 
 
 @pytest.fixture
@@ -146,12 +146,12 @@ def test_killed_it_goes_on_and_gives_the_same_numbers(finished, results, tmp_pat
             shutil.copy(finished[0] / "stages" / f"{stage}.json", tmp_path / "stages")
     for name in [*done, "arguments.json"]:
         (tmp_path / name).symlink_to(finished[0] / name)
-    process = start(tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / trace).exists() and process.poll() is None and time.monotonic() < deadline:
+    process = Program(command(tmp_path))
+    deadline = time.monotonic() + 600
+    while not (tmp_path / trace).exists() and process.is_running() and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    assert process.wait().returncode == -signal.SIGKILL
     if trace == "reward/run.json":  # a checkpoint that was being written
         (tmp_path / "reward" / "checkpoint-9").mkdir()
         (tmp_path / "reward" / "checkpoint-9" / "trainer_state.json").write_text('{"global_step": 9')

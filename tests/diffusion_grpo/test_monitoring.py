@@ -194,12 +194,14 @@ class TestStepTimer:
         with pytest.raises(ZeroDivisionError), timer.phase("reward"):
             raise ZeroDivisionError
         time.sleep(0.05)
-        assert timer.collect()["time/reward"] < 0.05
+        times = timer.collect()
+        assert times["time/rest"] >= 0.05 and times["time/reward"] <= times["time/step"] - times["time/rest"]
 
     def test_restart_forgets(self):
         timer = StepTimer()
         with timer.phase("sample"):
             time.sleep(0.05)
+        start = time.perf_counter()
         timer.restart()
         times = timer.collect()
-        assert list(times) == ["time/rest", "time/step"] and times["time/step"] < 0.05
+        assert list(times) == ["time/rest", "time/step"] and times["time/step"] <= time.perf_counter() - start

@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from tests.warm import run_python
 from trl_spatial import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_spatial.generation.seeds import image_generator
 from trl_spatial.store import is_complete, mark_complete
@@ -254,7 +253,7 @@ def test_a_process_killed_while_saving_is_resumed(make_trainer, tmp_path, whole_
     tests, repository = Path(__file__).parent, Path(__file__).parents[2]
     paths = [str(tests), str(repository), str(repository / "recipes" / "tiny")]
     script = textwrap.dedent(KILLED).format(path=paths, folder=str(tmp_path / "killed"))
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    process = run_python(["-c", script])
     assert process.returncode == -signal.SIGKILL, process.stderr
     half_written = tmp_path / "killed" / "checkpoint-3"
     assert (half_written / "optimizer.pt").is_file() and not is_complete(half_written)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.diffusion_grpo.test_resume import assert_equal
 from tests.gaussian_reward.worker import run
-from tests.launching import REPOSITORY, Launched
+from tests.launching import REPOSITORY, run_processes
 
 
 WORKER = REPOSITORY / "tests" / "gaussian_reward" / "worker.py"
@@ -31,9 +31,7 @@ def two(backbone_folder, tmp_path_factory):
         dict(folder="parts", stop_at=2, **NOISY),
         dict(folder="parts", resume=True, **NOISY),
     ]
-    with Launched([WORKER, folder, backbone_folder, json.dumps(runs)], folder / "log") as launched:
-        code, shown = launched.wait()
-        assert code == 0, shown
+    run_processes([WORKER, folder, backbone_folder, json.dumps(runs)])
     return folder
 
 

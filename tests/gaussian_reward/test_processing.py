@@ -102,11 +102,11 @@ def test_blanks_at_the_ends_do_not_count_and_endless_prompts_are_refused_at_once
     plain = processor(prompts[:1], images[:1])["input_ids"]
     for padded in (f"{prompts[0]} ", f"{prompts[0]}\n", f" \t{prompts[0]}", f"\ufeff{prompts[0]}"):
         assert torch.equal(processor([padded], images[:1])["input_ids"], plain)
-    start = time.perf_counter()
+    start = time.process_time()
     for wrong, message in {"a" * 10**6: "1,000,000 characters", "a\ud83d": "surrogate", " ": "is empty"}.items():
         with pytest.raises(ValueError, match=f"The prompt of row 1 .*{message}"):
             processor([prompts[0], wrong], images[:2])
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_both_padding_sides_hold_the_same_rows(processor, prompts, images):

@@ -177,7 +177,9 @@ def test_it_gives_up_without_a_number(make_stub, caplog, answer, words, num_aske
 
 def test_no_answer_in_time(slow, caplog):  # noqa: F811
     with serve(slow) as (url, _):  # noqa: F811
-        assert RemoteReward(url, timeout=0.2, max_retries=0)(["a red cube"], [IMAGE]) == [None]
+        reward = RemoteReward(url, max_retries=0)
+        reward.timeout = 0.2
+        assert reward(["a red cube"], [IMAGE]) == [None]
         slow.gate.set()
     assert "timed out" in caplog.text
 

@@ -41,7 +41,7 @@ class Slow:
     def score(self, prompts, images, **kwargs):
         self.sizes.append(len(prompts))
         self.entered.set()
-        assert self.gate.wait(30)
+        assert self.gate.wait(120)
         return self.scorer.score(prompts, images, **kwargs)
 
 
@@ -66,7 +66,7 @@ def serve(scorer, **kwargs):
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", server
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(120)
         assert not thread.is_alive()
 
 
@@ -86,5 +86,5 @@ def encode(image, format="PNG", **kwargs):
 def ask(url, prompts, images, token=TOKEN, **kwargs):
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     return requests.post(
-        f"{url}/score", json={"prompts": prompts, "images": images}, headers=headers, timeout=30, **kwargs
+        f"{url}/score", json={"prompts": prompts, "images": images}, headers=headers, timeout=120, **kwargs
     )

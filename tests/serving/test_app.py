@@ -14,8 +14,9 @@ import pytest
 import requests
 from PIL import Image
 
+from tests.ports import free_port
 from tests.serving.conftest import TOKEN, ask, encode, serve
-from tests.space.conftest import REPOSITORY, free_port, wait_for_answer
+from tests.space.conftest import REPOSITORY, wait_for_answer
 from trl_spatial import __version__
 from trl_spatial.cli import main
 from trl_spatial.serving.app import create_app
@@ -23,7 +24,7 @@ from trl_spatial.serving.limits import Limits
 
 
 def wait_until(condition):
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -57,13 +58,13 @@ def test_requests_share_batches(slow, prompts, images):
     with serve(slow, max_batch_size=4) as (url, server), ThreadPoolExecutor(7) as executor:
         image = encode(images[0])
         answers = [executor.submit(ask, url, prompts[:1], [image])]
-        assert slow.entered.wait(10)
+        assert slow.entered.wait(60)
         answers += [executor.submit(ask, url, prompts[:1], [image]) for _ in range(6)]
         wait_until(lambda: server.endpoint.batcher.num_waiting == 6)
         slow.gate.set()
         assert len({tuple(answer.result().json()["mean"]) for answer in answers}) <= 7
         assert slow.sizes == [1, 4, 2]
-        health = requests.get(f"{url}/health", timeout=10).json()
+        health = requests.get(f"{url}/health", timeout=60).json()
     assert (health["requests"], health["images"], health["batches"]) == (7, 7, 3)
 
 
@@ -71,7 +72,7 @@ def test_a_full_queue_asks_to_come_back(slow, prompts, images):
     image = encode(images[0])
     with serve(slow, max_queue=2, limits=Limits(max_images=2)) as (url, server), ThreadPoolExecutor(2) as executor:
         first = executor.submit(ask, url, prompts[:1], [image])
-        assert slow.entered.wait(10)
+        assert slow.entered.wait(60)
         second = executor.submit(ask, url, prompts[:2], [image] * 2)
         wait_until(lambda: server.endpoint.batcher.num_waiting == 2)
         refused = ask(url, prompts[:1], [image])
@@ -127,9 +128,9 @@ def test_what_is_no_request_is_refused(scorer, prompts, images):
             assert answer.status_code == status, answer.text
             assert re.search(words, answer.json()["error"]), answer.text
         for body in (b"", b"{", b"[" * 20_000, b"[1]", b"{}", b"\xff"):
-            assert requests.post(f"{url}/score", data=body, timeout=10).status_code == 422
+            assert requests.post(f"{url}/score", data=body, timeout=60).status_code == 422
         chunks = (b"x" * 25_000 for _ in range(4))  # of no declared length
-        assert requests.post(f"{url}/score", data=chunks, timeout=10).status_code == 413
+        assert requests.post(f"{url}/score", data=chunks, timeout=60).status_code == 413
 
 
 def test_settings_that_cannot_work_are_refused(scorer):
@@ -148,27 +149,27 @@ def test_the_token(url, prompts, images, caplog):
         assert "token" in answer.json()["error"]
     assert ask(url, *rows).status_code == 200
     for path in ("/health", "/"):
-        assert requests.get(url + path, timeout=10).status_code == 200
+        assert requests.get(url + path, timeout=60).status_code == 200
         for token, status in (("wrong", 401), (TOKEN, 200)):
             headers = {"Authorization": f"Bearer {token}"}
-            assert requests.get(url + path, headers=headers, timeout=10).status_code == status
+            assert requests.get(url + path, headers=headers, timeout=60).status_code == status
     assert TOKEN not in caplog.text and "wrong" not in caplog.text
 
 
 def test_health_and_page(url, prompts, images):
-    before = requests.get(f"{url}/health", timeout=10).json()
+    before = requests.get(f"{url}/health", timeout=60).json()
     ask(url, prompts[:2], [encode(images[0]), "AAAA"])
-    health = requests.get(f"{url}/health", timeout=10).json()
+    health = requests.get(f"{url}/health", timeout=60).json()
     assert health["status"] == "ok" and health["model"] == "tiny" and health["version"] == __version__
     assert health["needs_token"] is True and health["queue"] == 0
     assert (health["requests"] - before["requests"], health["images"] - before["images"]) == (1, 1)
     assert health["seconds_per_image"] > 0
-    page = requests.get(url, timeout=10)
+    page = requests.get(url, timeout=60)
     assert page.headers["Content-Type"].startswith("text/html")
     assert "<h1>tiny</h1>" in page.text and "seconds per image" in page.text and "POST /score" in page.text
     assert "http://" not in page.text and "https://" not in page.text  # nothing is loaded from elsewhere
     for path in ("/docs", "/openapi.json", "/nothing"):
-        assert requests.get(url + path, timeout=10).status_code == 404
+        assert requests.get(url + path, timeout=60).status_code == 404
 
 
 def test_the_command_serves_and_finishes_what_it_took(scorer, prompts, images, tmp_path):
@@ -193,15 +194,15 @@ def test_the_command_serves_and_finishes_what_it_took(scorer, prompts, images, t
         process = subprocess.Popen(command, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT)
     try:
         wait_for_answer(f"{url}/health", process, log)
-        assert "<h1>tiny &lt;reward&gt;</h1>" in requests.get(url, timeout=10).text
+        assert "<h1>tiny &lt;reward&gt;</h1>" in requests.get(url, timeout=60).text
         asking = threading.Thread(
             target=lambda: answers.append(ask(url, prompts[:1] * 64, [encode(images[0])] * 64))
         )  # fmt: skip
         asking.start()
-        wait_until(lambda: requests.get(f"{url}/health", timeout=10).json()["queue"] > 0)
+        wait_until(lambda: requests.get(f"{url}/health", timeout=60).json()["queue"] > 0)
         process.send_signal(signal.SIGTERM)
-        process.wait(30)
-        asking.join(10)
+        process.wait(60)
+        asking.join(60)
     finally:
         process.kill()
         process.wait()

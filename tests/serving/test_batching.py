@@ -16,7 +16,7 @@ class Gate:
     def __call__(self, prompts, images):
         self.batches.append(list(prompts))
         self.entered.set()
-        assert self.open.wait(10)
+        assert self.open.wait(60)
         if "bad" in prompts:
             raise ValueError("no image")
         return [(len(prompt), 1.0) for prompt in prompts]
@@ -31,7 +31,7 @@ def gate():
 
 def submit_while_busy(batcher, gate, *requests):
     first = batcher.submit(["first"], [None])
-    assert gate.entered.wait(10)
+    assert gate.entered.wait(60)
     return [first, *(batcher.submit(list(prompts), [None] * len(prompts)) for prompts in requests)]
 
 

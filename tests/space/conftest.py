@@ -5,7 +5,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -16,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.ports import free_port
 from trl_spatial import SpatialScore
 from trl_spatial.gaussian_reward.modeling import GaussianRewardModel
 
@@ -100,7 +100,7 @@ def run_server(command, *, cwd, port, environment):
         yield url, proxy
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        process.wait(timeout=60)
         proxy.socket.close()
 
 
@@ -109,15 +109,10 @@ def wait_for_answer(url, process, log):
     for _ in range(600):
         assert process.poll() is None, log.read_text()
         try:
-            return opener.open(url, timeout=5).close()
-        except (urllib.error.URLError, ConnectionError):
+            return opener.open(url, timeout=60).close()
+        except OSError:
             time.sleep(0.2)
     pytest.fail(f"no answer: {log.read_text()}")
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

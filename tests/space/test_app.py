@@ -208,7 +208,7 @@ def test_the_served_page_says_what_is_wrong(served, open_page, expected, image_p
     fill_in(tab, PROMPT, [image_paths[0], damaged_path])
     press_score(tab)
     alert = tab.get_by_text("torn's.png cannot be decoded")
-    alert.wait_for(timeout=5000)
+    alert.wait_for()
     assert "/" not in alert.inner_text() and "&" not in alert.inner_text()
     assert tab.get_by_role("table", name="Scores").count() == 0
     tab.get_by_role("button", name="Clear").click()
