@@ -37,12 +37,9 @@ def find_boxes(
     found = find(shown, [list(asked.get("classes", ())) for asked in options])
     replies = []
     for image, detections, asked in zip(images, found, options, strict=True):
-        boxes = [detection.box for detection in detections]
-        if view:
-            boxes = views.map_back(view, boxes, image.size)
         rows: list[dict[str, Any]] = [
-            {"label": detection.label, "score": float(detection.score), "box": [float(edge) for edge in box]}
-            for detection, box in zip(detections, boxes, strict=True)
+            {"label": detection.label, "score": float(detection.score), "box": [float(edge) for edge in detection.box]}
+            for detection in detections
         ]
         for row, detection in zip(rows, detections, strict=True):
             if row["label"] in asked.get("colors", ()):

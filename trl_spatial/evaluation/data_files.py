@@ -43,6 +43,10 @@ def find_data(benchmark: Benchmark, where: str | None = None) -> Path:
 
 def _fetch(file: DataFile, folder: Path, benchmark: Benchmark) -> None:
     way_out = f"Fetch it yourself ({file.url}, licence: {benchmark.license}), put it into a folder as {file.name}, and name the folder with --data."
+    if not file.sha256:
+        raise ValueError(
+            f"The hash of {file.name} of {benchmark.title} is not known to this version, so it is not fetched. {way_out}"
+        )
     try:
         with requests.get(file.url, timeout=_TIMEOUT) as response:
             response.raise_for_status()

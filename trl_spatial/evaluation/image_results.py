@@ -69,7 +69,7 @@ def image_results(run: ImageRun, protocols: Sequence[str] = PROTOCOLS) -> dict[s
             "list": failures[:_MOST_FAILURES],
         },
         **summarize_answers(run.answers, run.plan.judges),
-        "published": published_numbers(benchmark.name),
+        "published": published_numbers(benchmark.name, judges=list(run.plan.judges.values())),
         "examples": find_examples(run, evidence["fixed"], metrics),
     }
 

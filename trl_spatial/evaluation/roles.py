@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ..endpoints import Prices, Spend
+from ..judges.geneval import THRESHOLD
 from ..judges.loading import ClassDetector, load_colors, load_depth, load_detector
 from ..judges.self_test import check_depth, check_detector, check_vision
 from ..judges.vision import VisionModel, load_vision
@@ -74,6 +75,7 @@ def load_judges(
     spend: Spend | None = None,
     prices: Prices | None = None,
     cache: Path | None = None,
+    threshold: float = THRESHOLD,
     tested_kinds: Collection[str] = ("text",),
 ) -> Judges:
     """
@@ -88,6 +90,8 @@ def load_judges(
             Where models on this machine run. If not set, the accelerator if there is one.
         spend (`Spend`, *optional*), prices (`Prices`, *optional*), cache (`Path`, *optional*):
             Limit, prices and cache of a model behind a server.
+        threshold (`float`, *optional*, defaults to `0.3`):
+            Score above which boxes of detectors count.
         tested_kinds (`Collection[str]`, *optional*, defaults to `("text",)`):
             How a vision-language model is tested, see [`~judges.self_test.check_vision`]. If empty, no judge is tested.
 
@@ -103,9 +107,9 @@ def load_judges(
     detectors = {}
     for role, place in (("detector", "first"), ("second_detector", "second")):
         if role in names:
-            detectors[place] = load_detector(names[role], device=device)
+            detectors[place] = load_detector(names[role], device=device, threshold=threshold)
             if tested_kinds:
-                check_detector(detectors[place])
+                check_detector(detectors[place], threshold=threshold)
     depth = load_depth(names["depth"], device=device) if "depth" in names else None
     if depth is not None and tested_kinds:
         check_depth(depth, names["depth"])

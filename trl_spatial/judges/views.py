@@ -1,11 +1,9 @@
 """Slightly changed views of an image. A detector that one of them unsettles was not sure."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from PIL import Image, ImageEnhance, ImageFilter
 
-
-Box = Sequence[float]
 
 _BLUR = 1.0  # standard deviation in pixels
 _SCALE = 0.9
@@ -44,29 +42,6 @@ def apply(name: str, image: Image.Image) -> Image.Image:
     """
     _check(name)
     return VIEWS[name](image)
-
-
-def map_back(name: str, boxes: Sequence[Box], size: tuple[int, int]) -> list[tuple[float, ...]]:
-    """
-    Moves boxes that were found in a view to where they are in the unchanged image. Every view of today has its size and everything
-    in its place, so they stay where they are.
-
-    Args:
-        name (`str`):
-            A key of `VIEWS`.
-        boxes (`Sequence[Sequence[float]]`):
-            Left, top, right and bottom of each, in pixels of the view.
-        size (`tuple[int, int]`):
-            Width and height of the unchanged image, in pixels.
-
-    Returns:
-        `list[tuple[float, ...]]`: The boxes in their order, in pixels of the unchanged image.
-
-    Raises:
-        `ValueError`: If there is no such view.
-    """
-    _check(name)
-    return [tuple(box) for box in boxes]
 
 
 def _check(name: str) -> None:

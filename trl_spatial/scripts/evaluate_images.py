@@ -136,6 +136,7 @@ def run_images(args: argparse.Namespace) -> None:
         settings: dict[str, Any] = {
             "prices": prices,
             "cache": cache_folder() / "answers.sqlite",
+            "threshold": run.benchmark.detector_threshold,
             "tested_kinds": () if args.skip_self_test else run.question_kinds() or ("text",),
         }
         if PROCESS == 0:

@@ -95,7 +95,7 @@ def test_what_a_call_cost_is_said(images):
 
 
 def test_errors_say_what_is_wrong(backbone_folder, judge_folder, images, tmp_path):
-    with pytest.raises(ValueError, match=r"http://127.0.0.1:1/v1 does not say which model.*#MODEL"):
+    with pytest.raises(ValueError, match=r"http://127.0.0.1:1/v1 names a server, but no model.*#MODEL"):
         make_scorer("vqascore:http://127.0.0.1:1/v1")
     scorer = make_scorer(f"vqascore:{judge_folder}", device="cpu")
     with pytest.raises(ValueError, match=r"'Does it\?' has no \{\}"):

@@ -190,6 +190,8 @@ class Benchmark(ABC):
             Images for each prompt.
         judges (`frozenset[str]`):
             Who is asked: some of `"vision"`, `"detector"`, `"second_detector"`, `"colors"`, `"depth"`.
+        detector_threshold (`float`):
+            Score above which its rules look at boxes.
     """
 
     name: ClassVar[str]
@@ -200,6 +202,7 @@ class Benchmark(ABC):
     files: ClassVar[tuple[DataFile, ...]]
     num_images: ClassVar[int]
     judges: ClassVar[frozenset[str]]
+    detector_threshold: ClassVar[float] = 0.3
 
     @abstractmethod
     def load(self, folder: Path) -> list[Item]:

@@ -63,6 +63,7 @@ class SpatialBenchUC(Benchmark):
             "e13c0ed8f962acb7fed702c689e384184759f17317373bce0ef633667c244d8d",
         ),
     )
+    detector_threshold = 0.5
     num_images = 4
     judges = frozenset({"detector", "second_detector"})
 

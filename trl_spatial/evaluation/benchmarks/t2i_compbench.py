@@ -86,6 +86,7 @@ class T2ICompBench(Benchmark):
     source = f"https://github.com/Karine-Huang/T2I-CompBench/tree/{_COMMIT}"
     license = "MIT"
     paper = "https://huggingface.co/papers/2307.06350"
+    detector_threshold = 0.5
     num_images = 10
 
     phrases: ClassVar[Mapping[str, str]]

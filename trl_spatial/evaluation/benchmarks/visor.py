@@ -57,6 +57,7 @@ class VISOR(Benchmark):
             "ebe9b1199fd3c00aeb32f04b17d947319f40eb6edb87e97621277e5b61379048",
         ),
     )
+    detector_threshold = THRESHOLD
     num_images = 4
     judges = frozenset({"detector"})
 
