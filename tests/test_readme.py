@@ -445,7 +445,10 @@ def test_contributing_names_what_exists():
 
 def test_options_in_the_text_exist():
     scripts = [importlib.import_module(f"trl_spatial.scripts.{name}") for name in COMMANDS]
-    known = "\n".join(script.make_parser().format_help() for script in scripts)
+    parsers = [script.make_parser() for script in scripts]
+    actions = [action for parser in parsers for action in parser._actions]
+    parsers += [part for a in actions if isinstance(a, argparse._SubParsersAction) for part in a.choices.values()]
+    known = "\n".join(parser.format_help() for parser in parsers)
     for document in RUN:
         text = re.sub(r"^```.*?^```$", "", read(document), flags=re.MULTILINE | re.DOTALL)
         for option in re.findall(r"`[^`\n]*?(--[a-z0-9_-]+)", text):
