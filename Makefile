@@ -47,7 +47,7 @@ $(BENCHES): $(INSTALLED)
 test-min: $(INSTALLED) ## run the tests with the lowest versions that pyproject.toml allows
 	rm -rf .venv-min && $(PYTHON) -m venv .venv-min
 	$(BIN)/uv pip compile --quiet --resolution lowest-direct --python .venv-min/bin/python \
-		--extra dev --extra data --extra demo --extra diffusion --extra judge --extra quant --extra ray --extra serve --extra space --output-file .venv-min/requirements.txt pyproject.toml
+		--extra dev --extra data --extra demo --extra diffusion --extra evaluate --extra judge --extra quant --extra ray --extra serve --extra space --output-file .venv-min/requirements.txt pyproject.toml
 	$(BIN)/uv pip install --python .venv-min/bin/python --requirement .venv-min/requirements.txt
 	$(BIN)/uv pip install --python .venv-min/bin/python --no-deps --editable .
 	$(TEST_ENV) .venv-min/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)

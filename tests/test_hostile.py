@@ -16,6 +16,7 @@ REQUIRED = {
     "score": "--model nowhere --prompt a x.png",
     "merge": "--model nowhere --output merged",
     "data": "make --num_pairs 1 --output pairs",
+    "evaluate": "images --benchmark visor --data example --images nowhere --detector flat --output_dir out",
     "push": "nowhere --to org/name",
     "serve": "--model nowhere",
     "space": "build folder --model org/name",

@@ -160,6 +160,11 @@ class SharedLog:
         self.folder, self.name = folder, name
         self._own = RecordLog(folder / (f"{name}.jsonl" if PROCESS == 0 else f"{name}-{PROCESS}.jsonl"))
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether any process has added a record."""
+        return any(self.folder.glob(f"{self.name}*.jsonl"))
+
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
         """See [`RecordLog.append`]."""
         self._own.append(records)

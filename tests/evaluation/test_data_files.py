@@ -8,7 +8,7 @@ import pytest
 
 from trl_spatial.evaluation.benchmarks import BENCHMARKS, make_benchmark
 from trl_spatial.evaluation.benchmarks.base import DataFile
-from trl_spatial.evaluation.data_files import find_data, hash_data
+from trl_spatial.evaluation.data_files import find_data, hash_data, published_hash
 
 
 CONTENT = b"a red circle to the left of a blue square\n"
@@ -54,6 +54,7 @@ def test_a_file_is_fetched_once(benchmark, server):
     assert (folder / "prompts.txt").read_bytes() == CONTENT
     assert find_data(benchmark) == folder
     assert server.requests == ["/prompts.txt"]
+    assert hash_data(folder) == published_hash(benchmark.files)
 
 
 def test_another_content_is_refused_and_not_kept(benchmark, server):

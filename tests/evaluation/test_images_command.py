@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.openai_stub import OpenAIStub
 from trl_spatial.cli import main
 from trl_spatial.evaluation.benchmarks import BENCHMARKS, make_benchmark
 from trl_spatial.evaluation.image_run import ImageRun
+from trl_spatial.evaluation.sharing import card_section
 
 
 JUDGES = {
@@ -19,6 +21,9 @@ JUDGES = {
     "colors": "flat",
     "depth": "flat",
 }
+
+
+CARD = {"title": "VISOR", "num_prompts": 1, "num_images": 4, "protocols": {}}
 
 
 @pytest.fixture(autouse=True)
@@ -126,6 +131,10 @@ def test_a_dry_run_writes_nothing_and_a_plan_cannot_change(capsys):
         ({"generator": "absent/folder/model.yaml"}, "cannot be read"),
         ({"limit": 0}, "`limit` is 0"),
         ({"data": "absent"}, "There is no folder absent"),
+        ({"generator": "flatt"}, "There is no generator 'flatt'. Name a pipeline (a folder, ORG/NAME"),
+        ({"trained_on": "viser"}, "There is no benchmark 'viser'. Known are dpg-bench"),
+        ({"generator": None, "images": "."}, "is an image of VISOR. The image of its first prompt would be"),
+        ({"data": "."}, "holds no file of VISOR, such as text_spatial_rel_phrases.json: https://"),
         (
             {"detector": "simple_judges:absent"},
             "is not a function: the functions of simple_judges are Guessing, agreeing",
@@ -141,3 +150,50 @@ def test_a_broken_judge_is_found_out_before_anything_is_drawn(capsys):
     assert main([part for part in command("tiif", vision="simple_judges:agreeing") if part != "--skip_self_test"]) == 1
     assert "simple_judges:agreeing" in capsys.readouterr().err
     assert not list(Path("run").rglob("*.png"))
+
+
+def test_what_was_never_begun_can_be_put_right_in_its_folder(capsys):
+    assert main(command("visor", detector="simple_judges:absent")) == 1
+    assert not Path("run/images.jsonl").exists()
+    assert main(command("visor")) == 0
+
+
+def test_only_the_protocols_that_were_asked_have_tables(capsys):
+    assert main(command("spatialgeneval", protocol="official")) == 0
+    assert results()["protocols"].keys() == {"official"}
+    assert "not asked" not in results()["failures"]["counts"]
+    assert main(["evaluate", "replay", "run"]) == 0
+    assert results()["protocols"].keys() == {"official"}
+    assert main(["evaluate", "compare", "run", "run"]) == 1
+    assert "was not judged by the fixed protocol" in capsys.readouterr().err
+    assert main(command("spatialgeneval", protocol="fixed")) == 0
+    assert results()["protocols"].keys() == {"official", "fixed"}
+
+
+def test_a_spend_cap_holds_over_interruptions_and_no_payment_is_forgotten(capsys):
+    """Each call costs a cent, and the cap is reached in the middle of an image's questions."""
+    with OpenAIStub(chat=lambda request: "yes.") as stub:
+        call = command("tiif", vision=f"{stub.url}#judge", limit=4)
+        prices = ["--prices", "judge=0/10000"]  # an answer is one token, as the stub counts, of 0.01 dollars
+        for cap in ("0.03", "0.03", "0.07"):
+            assert main([*call, *prices, "--max_cost", cap]) == 1
+            assert "have been spent" in capsys.readouterr().err
+        paid = sum(json.loads(line)["cost"] for line in Path("run/payments.jsonl").read_text().splitlines())
+        assert paid == pytest.approx(0.01 * len(stub.requests))
+        assert paid <= 0.07 + 0.08 + 1e-9  # eight calls run at once
+        assert main([*call, *prices, "--max_cost", "10"]) == 0
+        assert results()["usage"]["cost"] == pytest.approx(0.01 * len(stub.requests))
+    answers = [json.loads(line) for line in Path("run/answers.jsonl").read_text().splitlines()]
+    assert all(answer["replies"] and "error" not in answer for answer in answers)
+
+
+def test_numbers_of_other_prompts_are_not_called_comparable():
+    assert main(command("visor")) == 0
+    assert {row["why"] for row in results()["published"]} == {"Not measured on the published prompts."}
+    assert "no: Not measured on the published prompts." in Path("run/results.md").read_text()
+
+
+def test_a_card_names_no_folder_of_the_author(tmp_path):
+    assert card_section(CARD | {"judges": {"vision": {"name": str(tmp_path)}}}).count(tmp_path.name) == 1
+    for private in (str(tmp_path), "http://10.0.0.7:8000/v1#judge"):
+        assert private not in card_section(CARD | {"judges": {"vision": {"name": private}}})

@@ -71,6 +71,7 @@ def test_only_prompts_of_both_runs_are_compared():
     assert found.num_items == 2
     assert found.interval.estimate == pytest.approx(0.5)
     assert metric_difference(first, _metric([1], ["z"])) is None
+    assert metric_difference(first, _metric([1], ["a"])) is None
 
 
 def test_equal_runs_have_no_difference():

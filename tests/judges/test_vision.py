@@ -12,7 +12,8 @@ from tests.openai_stub import OpenAIStub, Response
 from tests.vision_models import ByHand
 from trl_spatial.endpoints import BadAnswer, Endpoint, Prices, ServerError
 from trl_spatial.endpoints.cache import AnswerCache, hash_request
-from trl_spatial.judges.vision import EndpointVision, LocalVision
+from trl_spatial.judges.loading import ModelSettings
+from trl_spatial.judges.vision import EndpointVision, LocalVision, load_vision
 
 
 QUESTION = "Is the mug to the left of the plate?"
@@ -181,3 +182,22 @@ def test_answers_that_were_kept_before_there_were_logprobs_are_found(tmp_path):
         AnswerCache(tmp_path / "answers").put(key, kept)
         assert endpoint.chat(messages, temperature=0.5).text == "Three."
         assert stub.num_calls == 0
+
+
+def test_a_function_of_the_users_answers(tmp_path, monkeypatch):
+    (tmp_path / "my_judges.py").write_text(
+        "def size(image, text):\n    return f'{text} {image.width}'\n"
+        "def chances(image, text):\n    return {'Yes': 0.75}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    picture = Image.new("RGB", (7, 5))
+    words, chances = (load_vision(f"my_judges:{name}", ModelSettings()) for name in ("size", "chances"))
+    assert words.answer(picture, "width:").text == "width: 7"
+    assert chances.probabilities(picture, "?", ["Yes"]).data == {
+        "probabilities": {"Yes": 0.75},
+        "tokens": {"Yes": ["Yes"]},
+    }
+    with pytest.raises(ValueError, match=r"my_judges:chances returned .*, which is no text"):
+        chances.answer(picture, "?")
+    with pytest.raises(ValueError, match=r"my_judges:size returned .*, not a mapping of tokens"):
+        words.probabilities(picture, "?", ["Yes"])

@@ -2,7 +2,7 @@
 
 from .answers import Answer, BadAnswer, BudgetReached, Drawing, EndpointError, ServerError
 from .client import Endpoint
-from .spending import Prices, Spend
+from .spending import Prices, RecordedSpend, Spend
 
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Endpoint",
     "EndpointError",
     "Prices",
+    "RecordedSpend",
     "ServerError",
     "Spend",
 ]

@@ -4,6 +4,7 @@ import math
 import threading
 from dataclasses import dataclass
 
+from ..store import RecordLog, SharedLog
 from .answers import BudgetReached
 
 
@@ -78,3 +79,29 @@ class Spend:
                 f"${self._spent:.2f} of ${self.limit_usd:.2f} have been spent. Raise the limit to continue; what has been "
                 "answered is kept."
             )
+
+
+class RecordedSpend(Spend):
+    """
+    A limit over several runs: a payment has reached the disk before its answer has, so that none is forgotten.
+
+    Args:
+        limit_usd (`float`):
+            The limit in US dollars.
+        payments ([`~store.RecordLog`] or [`~store.SharedLog`]):
+            Log of payments, each with its `cost` in US dollars.
+        **labels (`str`):
+            What else is recorded with a payment. Only payments with the same labels count.
+    """
+
+    def __init__(self, limit_usd: float, payments: RecordLog | SharedLog, **labels: str):
+        earlier = (record for record in payments if labels.items() <= record.items())
+        super().__init__(limit_usd, float(sum(record["cost"] for record in earlier)))
+        self._payments, self._labels, self._write_lock = payments, labels, threading.Lock()
+
+    def add(self, cost: float) -> None:
+        """Counts and records the price of a call."""
+        super().add(cost)
+        if cost:
+            with self._write_lock:
+                self._payments.append([{**self._labels, "cost": cost}])

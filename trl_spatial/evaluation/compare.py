@@ -21,11 +21,12 @@ def compare_runs(runs: Sequence[ImageRun]) -> dict[str, Any]:
             Two or more runs of one benchmark.
 
     Returns:
-        `dict`: `kind`, `benchmark`, `title`, `runs` (`label`, `folder`, `flags`) and `rows`: for each metric of each further run `metric`,
+        `dict`: `kind`, `benchmark`, `title`, `runs` (`label`, `flags`) and `rows`: for each metric of each further run `metric`,
         `run`, `before`, `after`, `difference`, `low`, `high`, `p_value`, `p_holm`, which is corrected for all rows, and `num_prompts`.
 
     Raises:
-        `ValueError`: If there are fewer than two runs, they are of different benchmarks or data, or have no prompt in common.
+        `ValueError`: If there are fewer than two runs, they are of different benchmarks or data, have fewer than two prompts in common, or one was
+            not judged by the fixed protocol.
     """
     if len(runs) < 2:
         raise ValueError("Name two runs or more.")
@@ -35,6 +36,11 @@ def compare_runs(runs: Sequence[ImageRun]) -> dict[str, Any]:
             one, other = getattr(first.plan, name), getattr(run.plan, name)
             if one != other:
                 raise ValueError(f"{first.folder} and {run.folder} are not comparable: {name} is {one} and {other}.")
+    for run in runs:
+        if "fixed" not in run.protocols():
+            raise ValueError(
+                f"{run.folder} was not judged by the fixed protocol. Run it once more with --protocol both."
+            )
     metrics = [
         {metric.name: metric for metric in run.benchmark.fixed(run.items, run.evidence()["fixed"])} for run in runs
     ]
@@ -45,7 +51,7 @@ def compare_runs(runs: Sequence[ImageRun]) -> dict[str, Any]:
         if name in metrics[0] and (row := _row(name, number, metrics[0][name], metric)) is not None
     ]
     if not rows:
-        raise ValueError(f"{first.folder} and the others have no prompt in common.")
+        raise ValueError(f"{first.folder} and the others have fewer than two prompts in common.")
     for row, corrected in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
         row["p_holm"] = float(corrected)
     return {
@@ -53,7 +59,7 @@ def compare_runs(runs: Sequence[ImageRun]) -> dict[str, Any]:
         "benchmark": first.benchmark.name,
         "title": first.benchmark.title,
         "runs": [
-            {"label": generator_label(run), "folder": run.folder.name, "flags": find_flags(run, first)} for run in runs
+            {"label": f"{run.folder.name} ({generator_label(run)})", "flags": find_flags(run, first)} for run in runs
         ],
         "rows": rows,
     }
@@ -81,7 +87,7 @@ def describe_comparison(comparison: dict[str, Any]) -> str:
     """The comparison as Markdown."""
     runs = comparison["runs"]
     lines = [f"# {comparison['title']}: {' against '.join(run['label'] for run in runs)}", ""]
-    lines += [f"- {run['label']} ({run['folder']}): {flag}" for run in runs for flag in run["flags"]]
+    lines += [f"- {run['label']}: {flag}" for run in runs for flag in run["flags"]]
     lines += [
         "",
         "| metric | run | before | after | difference | 95 % interval | p | p, Holm |",

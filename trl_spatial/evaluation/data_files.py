@@ -1,6 +1,7 @@
 """A benchmark's data: found in a folder, or fetched once with a checked hash."""
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import requests
@@ -65,8 +66,19 @@ def _fetch(file: DataFile, folder: Path, benchmark: Benchmark) -> None:
 
 def hash_data(folder: Path) -> str:
     """SHA-256 over the names and contents of the files in a folder of data."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return _hash_of(
+        {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).digest() for path in paths}
+    )
+
+
+def published_hash(files: Iterable[DataFile]) -> str:
+    """What [`hash_data`] gives for a folder with exactly these files as they are published."""
+    return _hash_of({file.name: bytes.fromhex(file.sha256) for file in files})
+
+
+def _hash_of(digests: Mapping[str, bytes]) -> str:
+    total = hashlib.sha256()
+    for name in sorted(digests):
+        total.update(name.encode() + b"\0" + digests[name])
+    return total.hexdigest()

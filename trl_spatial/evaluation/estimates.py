@@ -8,6 +8,7 @@ from ..endpoints.client import CHARACTERS_PER_TOKEN, TOKENS_PER_IMAGE
 from ..generation.engines import estimate
 from .benchmarks.base import Protocol, Question, images_of
 from .image_run import ImageRun
+from .judging import answered
 
 
 _OUTPUT_TOKENS = 200  # of an answer in words whose length is not limited
@@ -31,11 +32,7 @@ def estimate_run(run: ImageRun, protocols: Sequence[Protocol], prices: Prices | 
         unknown; `questions`, role → number; `input_tokens` and `output_tokens` of those to the vision-language model, about, and
         their `judge_cost`.
     """
-    done = {
-        (answer["item"], answer["file"], answer["question"])
-        for answer in run.answers
-        if "error" not in answer and "unreadable" not in answer
-    }
+    done = answered(run.answers)
     numbers: dict[str, Any] = {"prompts": len(run.items), "images": 0, "gpu_hours": 0.0, "cost": 0.0}
     if run.plan.generator is not None:
         numbers |= estimate(run.plan.generator, len(run.missing_jobs()))

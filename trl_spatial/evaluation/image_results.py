@@ -11,7 +11,8 @@ import numpy as np
 from ..generation.jobs import encode_png
 from ..statistics import Interval
 from ..store import write_atomically
-from .benchmarks.base import PROTOCOLS, Benchmark, Evidence, Item, Metric, OfficialError, images_of
+from .benchmarks.base import Benchmark, Evidence, Item, Metric, OfficialError, Protocol, images_of
+from .data_files import published_hash
 from .flags import find_flags, generator_label
 from .image_run import ImageRun
 from .intervals import metric_interval, official_intervals
@@ -25,15 +26,13 @@ _PICTURE_SIDE = 384  # pixels
 _MOST_FAILURES = 200  # that are listed in the results
 
 
-def image_results(run: ImageRun, protocols: Sequence[str] = PROTOCOLS) -> dict[str, Any]:
+def image_results(run: ImageRun) -> dict[str, Any]:
     """
-    Computes the tables of a run from its records.
+    Computes the tables of a run from its records, by the protocols for which judges were asked.
 
     Args:
         run ([`~evaluation.image_run.ImageRun`]):
             The run.
-        protocols (`Sequence[str]`, *optional*):
-            `"official"`, `"fixed"` or both.
 
     Returns:
         `dict`: What `results.json` holds: `benchmark`, `generator`, `num_prompts`, `num_images`; `protocols`, name → `numbers`, a list of
@@ -44,14 +43,14 @@ def image_results(run: ImageRun, protocols: Sequence[str] = PROTOCOLS) -> dict[s
         `ValueError`: If a record is damaged.
     """
     benchmark, items = run.benchmark, run.items
-    evidence = run.evidence()
-    metrics = benchmark.fixed(items, evidence["fixed"])
+    evidence, protocols = run.evidence(), run.protocols()
+    metrics = benchmark.fixed(items, evidence["fixed"]) if "fixed" in protocols else []
     tables: dict[str, Any] = {}
     if "official" in protocols:
         tables["official"] = _official_table(benchmark, items, evidence["official"])
     if "fixed" in protocols:
         tables["fixed"] = {"numbers": [_metric_row(metric) for metric in metrics]}
-    failures = find_failures(run, evidence["fixed"])
+    failures = find_failures(run, evidence, "fixed" if "fixed" in protocols else "official")
     return {
         "kind": "images",
         "benchmark": benchmark.name,
@@ -68,10 +67,23 @@ def image_results(run: ImageRun, protocols: Sequence[str] = PROTOCOLS) -> dict[s
             "counts": dict(Counter(failure["reason"].partition(":")[0] for failure in failures)),
             "list": failures[:_MOST_FAILURES],
         },
-        **summarize_answers(run.answers, run.plan.judges),
-        "published": published_numbers(benchmark.name, judges=list(run.plan.judges.values())),
+        **summarize_answers(run.answers, run.plan.judges, cost=run.spend().spent),
+        "published": published_numbers(
+            benchmark.name, judges=list(run.plan.judges.values()), difference=_difference(run)
+        ),
         "examples": find_examples(run, evidence["fixed"], metrics),
     }
+
+
+def _difference(run: ImageRun) -> str:
+    """What of the prompts and images differs from what was published, as a sentence; empty if nothing does."""
+    if run.plan.data_hash != published_hash(run.benchmark.files):
+        return "Not measured on the published prompts."
+    if run.plan.limit is not None or run.plan.spatial_only:
+        return f"Measured on {len(run.items):,} of the prompts."
+    if run.benchmark.num_images != type(run.benchmark).num_images:
+        return f"Measured on {run.benchmark.num_images} images for each prompt."
+    return ""
 
 
 def _official_table(benchmark: Benchmark, items: Sequence[Item], evidence: Evidence) -> dict[str, Any]:
@@ -98,22 +110,22 @@ def _ends(interval: Interval | None) -> dict[str, float | None]:
     return {name: None if np.isnan(end) else end for name, end in zip(("estimate", "low", "high"), ends, strict=True)}
 
 
-def find_failures(run: ImageRun, evidence: Evidence) -> list[dict[str, Any]]:
+def find_failures(run: ImageRun, evidence_by: Mapping[Protocol, Evidence], protocol: Protocol) -> list[dict[str, Any]]:
     """
     What counts as wrong because it is missing: images that were not drawn or cannot be read, and questions without a usable reply.
 
     Args:
         run ([`~evaluation.image_run.ImageRun`]):
             The run.
-        evidence ([`~evaluation.benchmarks.base.Evidence`]):
-            Of the fixed protocol.
+        evidence_by (`Mapping[str, Evidence]`), protocol (`str`):
+            Protocol → [`~evaluation.benchmarks.base.Evidence`], and the protocol whose images and questions are looked at.
 
     Returns:
         `list[dict]`: `item`, `image`, `question` (`None` for an image) and `reason`.
     """
     failures: list[dict[str, Any]] = []
     refusals, unreadable = run.refusals(), run.unreadable()
-    assignment = run.assignments(run.listed_files())["fixed"]
+    evidence, assignment = evidence_by[protocol], run.assignments(run.listed_files())[protocol]
     for item, number in images_of(run.items, run.benchmark.num_images):
         key = item.id, number
         if key not in evidence.images:
@@ -123,7 +135,7 @@ def find_failures(run: ImageRun, evidence: Evidence) -> list[dict[str, Any]]:
                 reason = f"image unreadable: {unreadable.get(file, '')}"
             failures.append({"item": item.id, "image": number, "question": None, "reason": reason})
             continue
-        for question in run.benchmark.questions(item, "fixed"):
+        for question in run.benchmark.questions(item, protocol):
             replies = evidence.replies.get((*key, question.key), ())
             num_usable = sum(reply is not None and question.is_usable(reply) for reply in replies)
             if num_usable < question.num_replies:
@@ -132,13 +144,25 @@ def find_failures(run: ImageRun, evidence: Evidence) -> list[dict[str, Any]]:
     return failures
 
 
-def summarize_answers(answers: Iterable[Mapping[str, Any]], judges: Mapping[str, str]) -> dict[str, Any]:
-    """Who answered, and what it took: `judges`, role → `name` and `served`, served model → number of answers; and `usage`."""
+def summarize_answers(answers: Iterable[Mapping[str, Any]], judges: Mapping[str, str], cost: float) -> dict[str, Any]:
+    """
+    Who answered, and what it took.
+
+    Args:
+        answers (`Iterable[Mapping[str, Any]]`):
+            Records of [`~evaluation.judging.ask_judges`].
+        judges (`Mapping[str, str]`):
+            Role → name.
+        cost (`float`):
+            What was paid, in US dollars; more than the answers say if some were lost and asked for again.
+
+    Returns:
+        `dict`: `judges`, role → `name` and `served`, served model → number of answers; `usage`, with `answers`, `cost` and `seconds`.
+    """
     served: Counter[str] = Counter()
-    usage = {"answers": 0, "cost": 0.0, "seconds": 0.0}
+    usage = {"answers": 0, "cost": cost, "seconds": 0.0}
     for answer in answers:
         usage["answers"] += 1
-        usage["cost"] += answer["cost"]
         usage["seconds"] += answer.get("seconds", 0.0)
         if answer["served_model"] is not None:
             served[answer["served_model"]] += 1
@@ -225,11 +249,12 @@ def describe_results(results: Mapping[str, Any]) -> str:
             "",
             "## Published numbers",
             "",
-            "| metric | model | value | judge | protocol |",
-            "|---|---|---|---|---|",
+            "| metric | model | value | judge | protocol | comparable |",
+            "|---|---|---|---|---|---|",
         ]
         lines += [
-            f"| {row['metric']} | {row['model']} | {row['value']:g} | {row['judge']} | {row['protocol']} |"
+            f"| {row['metric']} | {row['model']} | {row['value']:g} | {row['judge'] or 'none'} | {row['protocol']} "
+            f"| {'yes' if row['is_comparable'] else 'no: ' + row['why']} |"
             for row in results["published"]
         ]
     return "\n".join(lines) + "\n"

@@ -1,6 +1,7 @@
 """An evaluation of images on a benchmark, in a folder of its own: plan, images, answers, tables. Each step continues."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
@@ -9,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..endpoints import RecordedSpend
 from ..generation.engines import draw_jobs, process_state
 from ..generation.jobs import DrawnImage, ImageJob
 from ..store import PROCESS, RecordLog, SharedLog, read_record, write_atomically, write_record
@@ -19,7 +21,7 @@ from .judging import Task
 
 
 _FLUSH = 16  # images that are recorded together
-PLAN_FILE = "plan.json"
+PLAN_FILE, FILES_FILE = "plan.json", "files.json"
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class ImagePlan:
             Hash of the benchmark's data.
 
     Raises:
-        `ValueError`: If there is not exactly one of `generator` and `images`, or a number is out of its range.
+        `ValueError`: If there is not exactly one of `generator` and `images`, a number is out of its range, or `trained_on` names no
+            benchmark.
     """
 
     benchmark: str
@@ -67,6 +70,8 @@ class ImagePlan:
     def __post_init__(self) -> None:
         if (self.generator is None) == (self.images is None):
             raise ValueError("Name either a generator, which draws the images, or a folder of images.")
+        for name in self.trained_on:
+            make_benchmark(name)  # an error if there is none
         for name in ("num_images", "limit"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}. It must be at least 1.")
@@ -134,13 +139,23 @@ class ImageRun:
             `ValueError`: If the data cannot be had or is damaged, or the folder was begun with another plan.
         """
         folder = find_data(self.benchmark, data)
-        items = select_items(self.benchmark.load(folder), self.plan.limit, self.plan.spatial_only)
+        try:
+            loaded = self.benchmark.load(folder)
+        except ValueError as error:
+            if any((folder / file.name).is_file() for file in self.benchmark.files):
+                raise
+            first = self.benchmark.files[0]
+            raise ValueError(
+                f"{folder} holds no file of {self.benchmark.title}, such as {first.name}: {first.url}. ({error})"
+            ) from None
+        items = select_items(loaded, self.plan.limit, self.plan.spatial_only)
         if not items:
             raise ValueError(f"There is no prompt left of {self.benchmark.title} in {folder}.")
         self.plan = replace(self.plan, data_hash=hash_data(folder))
         now = json.loads(json.dumps({"kind": "images", **asdict(self.plan)}))
         then = read_record(self.folder / PLAN_FILE)
-        if then and then != now:
+        is_begun = self.images.is_begun or self.answers.path.is_file()
+        if then and then != now and is_begun:
             name = next(name for name in now if then.get(name) != now[name])
             raise ValueError(
                 f"{self.folder} was begun with {name} {then.get(name)!r}, which is {now[name]!r} now. Restore it, or name another folder."
@@ -156,6 +171,10 @@ class ImageRun:
             lines = (json.dumps(asdict(item), ensure_ascii=False) for item in self.items)
             write_atomically(self.folder / "items.jsonl", "".join(f"{line}\n" for line in lines))
             write_record(self.folder / PLAN_FILE, plan)
+
+    def spend(self, limit_usd: float = math.inf) -> RecordedSpend:
+        """What judges behind servers may still cost, in US dollars."""
+        return RecordedSpend(limit_usd, RecordLog(self.folder / "payments.jsonl"))
 
     def missing_jobs(self) -> list[ImageJob]:
         """The images that are still to be drawn. What was refused is not asked for again."""
@@ -216,9 +235,18 @@ class ImageRun:
         """
         The images that are there, and what is asked about each. The list of files is recorded, so that tables can be made where the
         images are not.
+
+        Raises:
+            `ValueError`: If no image of the benchmark is there.
         """
         files = self.files()
-        write_record(self.folder / "files.json", {"files": files})
+        if not any(self.assignments(files).values()) and not self.refusals():
+            raise ValueError(
+                f"None of the {len(files):,} files in {self.image_folder} is an image of {self.benchmark.title}. The image of its "
+                f"first prompt would be {self.benchmark.image_path(self.items[0], 0)}."
+            )
+        both = [protocol for protocol in PROTOCOLS if protocol in (*protocols, *self.protocols())]
+        write_record(self.folder / FILES_FILE, {"files": files, "protocols": both})
         items = {item.id: item for item in self.items}
         questions: dict[tuple[str, str], dict[str, Question]] = {}
         for protocol, assignment in self.assignments(files).items():
@@ -262,7 +290,11 @@ class ImageRun:
 
     def listed_files(self) -> list[str]:
         """The files that were there when judges were asked last."""
-        return read_record(self.folder / "files.json").get("files", [])
+        return read_record(self.folder / FILES_FILE).get("files", [])
+
+    def protocols(self) -> list[Protocol]:
+        """The protocols for which judges were asked."""
+        return read_record(self.folder / FILES_FILE).get("protocols", [])
 
     def unreadable(self) -> dict[str, str]:
         """File → why it could not be read, when judges were asked."""

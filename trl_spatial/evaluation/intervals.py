@@ -56,10 +56,11 @@ def metric_interval(metric: Metric) -> Interval:
 
 def metric_difference(first: Metric, second: Metric) -> Difference | None:
     """
-    The difference between two runs in a metric, over the prompts that both have; `None` if they have none in common.
+    The difference between two runs in a metric, over the prompts that both have; `None` if they have fewer than two in common, of
+    which nothing can be said.
     """
     items = sorted(set(first.items) & set(second.items))
-    if not items:
+    if len(items) < 2:
         return None
     names = sorted(set(_groups(first)) | set(_groups(second)))
     (sums_1, counts_1), (sums_2, counts_2) = (_by_item(metric, items, names)[0] for metric in (first, second))

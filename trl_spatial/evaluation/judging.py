@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,13 +38,18 @@ class Task:
     questions: Sequence[Question]
 
 
-def unanswered(tasks: Sequence[Task], log: RecordLog) -> list[Task]:
-    """The tasks without the questions that are answered. What a server did not answer, and images that could not be read, come again."""
-    done = {
+def answered(log: Iterable[Mapping[str, Any]]) -> set[tuple[str, str, str]]:
+    """Id of the item, file and key of each question that has its answer."""
+    return {
         (record["item"], record["file"], record["question"])
         for record in log
         if "error" not in record and "unreadable" not in record
     }
+
+
+def unanswered(tasks: Sequence[Task], log: RecordLog) -> list[Task]:
+    """The tasks without the questions that are answered. What a server did not answer, and images that could not be read, come again."""
+    done = answered(log)
     remaining = []
     for task in tasks:
         questions = [question for question in task.questions if (task.item, task.file, question.key) not in done]

@@ -3,7 +3,6 @@
 import hashlib
 import math
 import re
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from PIL import ImageOps
 from PIL.Image import Image
 from tqdm.auto import tqdm
 
-from ..endpoints import BadAnswer, BudgetReached, EndpointError, ServerError, Spend
+from ..endpoints import BadAnswer, BudgetReached, EndpointError, RecordedSpend, ServerError, Spend
 from ..gaussian_reward.checkpoints import fingerprint
 from ..store import RecordLog, read_record, write_atomically, write_record
 from .pair_controls import GIVEN
@@ -69,11 +68,8 @@ class PairRun:
         self._prompts = [record["prompts"] for record in RecordLog(folder / PAIRS_FILE)]
 
     def spend(self, limit_usd: float = math.inf) -> Spend:
-        """
-        What models behind servers may still cost, in US dollars. A payment has reached the disk before its answer has, so that
-        none is forgotten.
-        """
-        return _RecordedSpend(limit_usd, RecordLog(self.folder / PAYMENTS_FILE))
+        """What models behind servers may still cost, in US dollars."""
+        return RecordedSpend(limit_usd, RecordLog(self.folder / PAYMENTS_FILE))
 
     def tasks(self, spec: str, controls: Sequence[str]) -> list[Task]:
         """What a scorer has not been asked yet. Pairs on which a server failed are asked again."""
@@ -169,18 +165,6 @@ class PairRun:
             yield from _compare_all(scorer, tasks, shown)  # type: ignore[arg-type]
         else:
             yield from _score_all(scorer, tasks, shown)
-
-
-class _RecordedSpend(Spend):
-    def __init__(self, limit_usd: float, payments: RecordLog):
-        super().__init__(limit_usd, float(sum(record["cost"] for record in payments)))
-        self._payments, self._write_lock = payments, threading.Lock()
-
-    def add(self, cost: float) -> None:
-        super().add(cost)
-        if cost:
-            with self._write_lock:
-                self._payments.append([{"cost": cost}])
 
 
 def _score_all(scorer: "PairScorer", tasks: Sequence[Task], shown: Sequence[Shown]) -> Iterator[list[dict[str, Any]]]:

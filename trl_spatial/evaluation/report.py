@@ -47,7 +47,7 @@ def draw_image_charts(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def draw_pair_charts(results: Mapping[str, Any]) -> dict[str, str]:
-    """As [`draw_image_charts`], for pairs: `scorers`, and for each scorer that has them `level-K` and `calibration-K`."""
+    """As [`draw_image_charts`], for pairs: `scorers`, and, for each scorer with a standard deviation, `calibration-K`."""
     charts = {}
     rows = {scorer["name"]: scorer["accuracy"] for scorer in results["scorers"]}
     if rows:

@@ -2,15 +2,12 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ..endpoints import Prices, Spend
 from ..judges.geneval import THRESHOLD
-from ..judges.loading import ClassDetector, load_colors, load_depth, load_detector
+from ..judges.loading import ClassDetector, ModelSettings, load_colors, load_depth, load_detector
 from ..judges.self_test import check_depth, check_detector, check_vision
 from ..judges.vision import VisionModel, load_vision
 from .benchmarks.base import Benchmark
@@ -70,11 +67,8 @@ def check_roles(benchmark: Benchmark, names: Mapping[str, str]) -> None:
 
 def load_judges(
     names: Mapping[str, str],
+    settings: ModelSettings,
     *,
-    device: Any = None,
-    spend: Spend | None = None,
-    prices: Prices | None = None,
-    cache: Path | None = None,
     threshold: float = THRESHOLD,
     tested_kinds: Collection[str] = ("text",),
 ) -> Judges:
@@ -86,10 +80,8 @@ def load_judges(
             Role → judge: a model, as a folder, `ORG/NAME`, `ORG/NAME@REVISION` or `hub/NAME`; a function, `module:function`; the
             exact rules of the flat world, `flat`, of all roles but `vision`; for `vision` also a model behind a server,
             `http://HOST:PORT/v1#MODEL`.
-        device (`str` or `torch.device`, *optional*):
-            Where models on this machine run. If not set, the accelerator if there is one.
-        spend (`Spend`, *optional*), prices (`Prices`, *optional*), cache (`Path`, *optional*):
-            Limit, prices and cache of a model behind a server.
+        settings ([`~judges.loading.ModelSettings`]):
+            How models are run.
         threshold (`float`, *optional*, defaults to `0.3`):
             Score above which boxes of detectors count.
         tested_kinds (`Collection[str]`, *optional*, defaults to `("text",)`):
@@ -101,17 +93,17 @@ def load_judges(
     """
     vision = None
     if "vision" in names:
-        vision = load_vision(names["vision"], device=device, spend=spend, prices=prices, cache=cache)
+        vision = load_vision(names["vision"], settings)
         if tested_kinds:
             check_vision(vision, kinds=tested_kinds)
     detectors = {}
     for role, place in (("detector", "first"), ("second_detector", "second")):
         if role in names:
-            detectors[place] = load_detector(names[role], device=device, threshold=threshold)
+            detectors[place] = load_detector(names[role], settings.device, threshold=threshold)
             if tested_kinds:
                 check_detector(detectors[place], threshold=threshold)
-    depth = load_depth(names["depth"], device=device) if "depth" in names else None
+    depth = load_depth(names["depth"], settings.device) if "depth" in names else None
     if depth is not None and tested_kinds:
         check_depth(depth, names["depth"])
-    colors = load_colors(names["colors"], device=device) if "colors" in names else None
+    colors = load_colors(names["colors"], settings.device) if "colors" in names else None
     return Judges(vision, detectors, colors, depth, dict(names))

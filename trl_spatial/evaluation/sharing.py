@@ -42,7 +42,7 @@ def shared_results(results: Mapping[str, Any]) -> list[Result]:
 
 def card_section(results: Mapping[str, Any]) -> str:
     """A section for the card of the model that drew the images: the numbers with intervals, judges, and what counted as wrong."""
-    judges = ", ".join(f"{judge['name']} ({role})" for role, judge in results["judges"].items())
+    judges = ", ".join(f"{_public_name(judge['name'])} ({role})" for role, judge in results["judges"].items())
     lines = [
         f"## {results['title']}",
         "",
@@ -58,6 +58,13 @@ def card_section(results: Mapping[str, Any]) -> str:
                 ends = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
                 lines.append(f"| {protocol} | {row['name']} | {row['estimate']:.4g} | {ends} |")
     return "\n".join(lines) + "\n"
+
+
+def _public_name(judge: str) -> str:
+    """Of a folder or an address, only what a reader can use: its name or its model."""
+    if judge.startswith(("http://", "https://")):
+        return judge.partition("#")[2]
+    return Path(judge).resolve().name if Path(judge).exists() else judge
 
 
 def write_shared_results(folder: Path, results: Mapping[str, Any]) -> None:

@@ -187,6 +187,21 @@ def plot_intervals(
     axes: Axes, rows: Sequence[Mapping[str, float]], positions: Sequence[float], gid: str,
     *, color: str, marker: str, is_filled: bool,
 ) -> None:  # fmt: skip
+    """
+    Plots estimates and their intervals, a row each.
+
+    Args:
+        axes (`matplotlib.axes.Axes`):
+            Where to.
+        rows (`Sequence[Mapping[str, float]]` of length `n`):
+            `"estimate"`, `"low"` and `"high"`, in units of the horizontal axis.
+        positions (`Sequence[float]` of length `n`):
+            Their places on the vertical axis.
+        gid (`str`):
+            Id of the dots; that of the intervals ends in `-intervals`.
+        color (`str`), marker (`str`), is_filled (`bool`):
+            Name in `COLORS`, shape of the dots, and whether they are filled.
+    """
     low, high, estimate = ([row[key] for row in rows] for key in ("low", "high", "estimate"))
     ink = COLORS[color]
     axes.hlines(positions, low, high, color=ink, linewidth=2, gid=f"{gid}-intervals")

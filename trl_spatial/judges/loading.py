@@ -1,11 +1,14 @@
 """Judges of boxes, depth and colors by their names, as a command line gives them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
+from ..endpoints import Prices, Spend
 from ..hub.errors import explain_errors
 from ..hub.functions import is_function, load_function
 from ..hub.references import UnknownReferenceError, find_reference
@@ -18,6 +21,24 @@ _FORMS = (
     "flat, for pictures of the flat world; a model: a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, or hub/NAME; or a "
     "function of yours, module:function"
 )
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """
+    How a model that is named on the command line is run.
+
+    Args:
+        device (`str` or `torch.device`, *optional*):
+            Where a model on this machine runs. If not set, the accelerator if there is one.
+        spend ([`~endpoints.Spend`], *optional*), prices ([`~endpoints.Prices`], *optional*), cache (`Path`, *optional*):
+            Limit, prices and cache of a model behind a server.
+    """
+
+    device: Any = None
+    spend: Spend | None = None
+    prices: Prices | None = None
+    cache: Path | None = None
 
 
 class ClassDetector(Protocol):

@@ -6,7 +6,6 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -15,13 +14,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from ..endpoints import Answer, Endpoint, Prices, Spend
+from ..endpoints import Answer, Endpoint
 from ..endpoints.local_chat import load_model
 from ..endpoints.threads import map_in_order
 from ..hub.errors import explain_errors
 from ..hub.functions import is_function, load_function
 from ..hub.references import Reference
 from ..preferences.images import load_image
+from .loading import ModelSettings
 from .pictures import check_side, image_parts, load_picture
 
 
@@ -325,14 +325,7 @@ class FunctionVision:
         return map_in_order(function, items)
 
 
-def load_vision(
-    spec: str,
-    *,
-    device: Any = None,
-    spend: Spend | None = None,
-    prices: Prices | None = None,
-    cache: Path | None = None,
-) -> VisionModel:
+def load_vision(spec: str, settings: ModelSettings) -> VisionModel:
     """
     Loads a vision-language model by its name on the command line.
 
@@ -340,10 +333,8 @@ def load_vision(
         spec (`str`):
             A model behind a server, `http://HOST:PORT/v1#MODEL`; a function, `module:function`, see [`FunctionVision`]; or a model
             of transformers, see [`LocalVision`].
-        device (`str` or `torch.device`, *optional*):
-            Where a model on this machine runs. If not set, the accelerator if there is one.
-        spend (`Spend`, *optional*), prices (`Prices`, *optional*), cache (`Path`, *optional*):
-            Limit, prices and cache of a model behind a server.
+        settings ([`~judges.loading.ModelSettings`]):
+            How it is run.
 
     Raises:
         `ValueError`: If there is no such model or function, or the address names no model.
@@ -352,10 +343,13 @@ def load_vision(
         address, _, model = spec.partition("#")
         if not model:
             raise ValueError(f"{spec} names a server, but no model. Write {spec.rstrip('#')}#MODEL.")
-        return EndpointVision(Endpoint(model, base_url=address, cache=cache, prices=prices, spend=spend))
+        endpoint = Endpoint(
+            model, base_url=address, cache=settings.cache, prices=settings.prices, spend=settings.spend
+        )
+        return EndpointVision(endpoint)
     if is_function(spec):
         return FunctionVision(spec)
-    return LocalVision(spec, device=device)
+    return LocalVision(spec, device=settings.device)
 
 
 def _with_data(answer: Answer, probabilities: dict[str, float], tokens: dict[str, list[str]]) -> Answer:

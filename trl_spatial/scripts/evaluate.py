@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..cli import run_command
@@ -40,6 +41,8 @@ def main(args: argparse.Namespace) -> None:
         "compare": evaluate_images.run_compare,
         "replay": _replay,
     }
+    if find_spec("matplotlib") is None:  # before the work, not after it
+        raise ValueError('The page that is written needs matplotlib: pip install "trl-spatial[evaluate]"')
     actions[args.action](args)
 
 

@@ -1,10 +1,10 @@
 """The actions of `trl_spatial evaluate` that are about images: `images`, `compare`."""
 
 import argparse
-import gc
-import json
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,12 @@ import yaml
 
 from ..evaluation.benchmarks import BENCHMARKS
 from ..evaluation.benchmarks.base import PROTOCOLS, Protocol
-from ..store import PROCESS, cache_folder, lock_folder, write_atomically
-from .evaluate_pairs import add_spending, find_prices
+from ..store import PROCESS, cache_folder, lock_folder, write_atomically, write_record
+from .evaluate_pairs import add_spending, find_prices, free_memory
 
 
 if TYPE_CHECKING:
-    from ..evaluation.image_run import ImagePlan, ImageRun
+    from ..evaluation.image_run import ImagePlan
 
 
 IMAGE_EXAMPLES = """\
@@ -58,7 +58,13 @@ def add_images(commands: argparse._SubParsersAction) -> None:
         "included, and by rules without them. An interrupted run continues.",
         examples=IMAGE_EXAMPLES,
     )
-    parser.add_argument("--benchmark", required=True, choices=sorted(BENCHMARKS), help="The benchmark.")
+    parser.add_argument(
+        "--benchmark",
+        required=True,
+        choices=sorted(BENCHMARKS),
+        metavar="NAME",
+        help=f"The benchmark: {', '.join(sorted(BENCHMARKS))}.",
+    )
     parser.add_argument(
         "--data",
         metavar="FOLDER",
@@ -117,7 +123,9 @@ def run_images(args: argparse.Namespace) -> None:
     """Runs `evaluate images`."""
     from ..evaluation.estimates import describe_estimate, estimate_run
     from ..evaluation.image_run import ImageRun
-    from ..evaluation.roles import check_roles
+    from ..evaluation.judging import ask_judges, unanswered
+    from ..evaluation.roles import check_roles, load_judges
+    from ..judges.loading import ModelSettings
 
     protocols: tuple[Protocol, ...] = PROTOCOLS if args.protocol == "both" else (args.protocol,)
     folder = Path(args.output_dir)
@@ -133,21 +141,26 @@ def run_images(args: argparse.Namespace) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock_folder(folder))
         run.begin(args.data)
-        settings: dict[str, Any] = {
-            "prices": prices,
-            "cache": cache_folder() / "answers.sqlite",
-            "threshold": run.benchmark.detector_threshold,
-            "tested_kinds": () if args.skip_self_test else run.question_kinds() or ("text",),
-        }
+        spend = run.spend(math.inf if args.max_cost is None else args.max_cost)
+        load = partial(
+            load_judges,
+            run.plan.judges,
+            ModelSettings(spend=spend, prices=prices, cache=cache_folder() / "answers.sqlite"),
+            threshold=run.benchmark.detector_threshold,
+            tested_kinds=() if args.skip_self_test else run.question_kinds() or ("text",),
+        )
         if PROCESS == 0:
             print(describe_estimate(estimate_run(run, protocols, prices)), flush=True)
             if run.plan.generator is not None and run.missing_jobs():
-                _test_judges(run, settings)
+                load()  # a wrong judge is found before anything is drawn; until later its memory is the generator's
+                free_memory()
         run.generate(engine=args.engine, num_workers=args.num_workers)
         if PROCESS > 0:
             return
-        _judge(run, protocols, args, settings)
-        print(write_tables(run.folder, protocols))
+        tasks = run.tasks(protocols)
+        if unanswered(tasks, run.answers):
+            ask_judges(tasks, load(), run.open, run.answers)
+        print(write_tables(folder))
 
 
 def _plan_of(args: argparse.Namespace) -> "ImagePlan":
@@ -173,7 +186,8 @@ def _plan_of(args: argparse.Namespace) -> "ImagePlan":
 
 
 def _read_generator(name: str) -> Mapping[str, Any]:
-    from ..generation.painters import check_spec
+    from ..generation.painters import RENDERERS, check_spec
+    from ..hub.references import UnknownReferenceError, find_reference
 
     spec: Any = {"name": name}
     if name.endswith((".yaml", ".yml", ".json")):
@@ -183,41 +197,19 @@ def _read_generator(name: str) -> Mapping[str, Any]:
             raise ValueError(f"The generator {name} cannot be read: {error}") from None
         if not isinstance(spec, dict):
             raise ValueError(f"{name} holds {spec!r:.80}. It should be a mapping, such as {{name: ORG/MODEL}}.")
-    check_spec(spec)
+    kind = check_spec(spec)
+    if kind == "pipeline":
+        try:
+            find_reference(spec["name"], kind="model")
+        except UnknownReferenceError:
+            raise ValueError(
+                f"There is no generator {spec['name']!r}. Name a pipeline (a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, "
+                f"hub/NAME), a renderer ({', '.join(RENDERERS)}), or a YAML file."
+            ) from None
     return spec
 
 
-def _test_judges(run: "ImageRun", settings: Mapping[str, Any]) -> None:
-    """Before anything is drawn. The judges are loaded again later: until then their memory is the generator's."""
-    import torch
-
-    from ..evaluation.roles import load_judges
-
-    if not settings["tested_kinds"]:
-        return
-    load_judges(run.plan.judges, **settings)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _judge(
-    run: "ImageRun", protocols: tuple[Protocol, ...], args: argparse.Namespace, settings: dict[str, Any]
-) -> None:
-    from ..endpoints import Spend
-    from ..evaluation.judging import ask_judges, unanswered
-    from ..evaluation.roles import load_judges
-
-    tasks = run.tasks(protocols)
-    if not unanswered(tasks, run.answers):
-        return
-    if args.max_cost is not None:
-        settings["spend"] = Spend(args.max_cost, spent=sum(answer["cost"] for answer in run.answers))
-    judges = load_judges(run.plan.judges, **settings)
-    ask_judges(tasks, judges, run.open, run.answers)
-
-
-def write_tables(folder: Path, protocols: tuple[Protocol, ...] = PROTOCOLS) -> str:
+def write_tables(folder: Path) -> str:
     """Makes the tables of a run from its records: results.json, results.md and report.html in its folder. Returns the Markdown."""
     from ..evaluation.image_results import describe_results, image_results, save_pictures
     from ..evaluation.image_run import ImageRun
@@ -225,7 +217,7 @@ def write_tables(folder: Path, protocols: tuple[Protocol, ...] = PROTOCOLS) -> s
     from ..evaluation.sharing import write_shared_results
 
     run = ImageRun(folder)
-    results = image_results(run, protocols)
+    results = image_results(run)
     text = describe_results(results)
     _save(run.folder, results, "results", text)
     write_shared_results(run.folder, results)
@@ -252,7 +244,5 @@ def run_compare(args: argparse.Namespace) -> None:
 
 
 def _save(folder: Path, results: Mapping[str, Any], name: str, text: str) -> None:
-    write_atomically(
-        folder / f"{name}.json", json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    write_record(folder / f"{name}.json", results)
     write_atomically(folder / f"{name}.md", text)

@@ -146,7 +146,16 @@ def _measure(run: "PairRun", spec: str, args: argparse.Namespace, spend: "Spend"
     scorer = make_scorer(spec, device=args.device, spend=spend, cache=cache, prices=prices)
     run.measure(spec, scorer, args.controls, batch_size=args.batch_size)
     del scorer
-    gc.collect()  # the next model needs the memory
+    free_memory()
+
+
+def free_memory() -> None:
+    """Gives back the memory of a model that is no longer used, for the next one."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def find_prices(reference: str, given: list[str], is_limited: bool) -> "Prices | None":

@@ -1,7 +1,7 @@
 """The folder in which a dataset is built: the recipe, a log of records for each stage, and the images."""
 
 import hashlib
-import threading
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ...endpoints import Spend
+from ...endpoints import RecordedSpend, Spend
 from ...store import PROCESS, ContentStore, RecordLog, SharedLog, lock_folder, read_record, write_record
 from .recipe import load_recipe, make_recipe
 
@@ -94,8 +94,7 @@ class BuildStore:
     def spend(self, section: str) -> Spend:
         """What may still be spent on a section of the recipe. Each payment has reached the disk before its result has."""
         limit = getattr(self.recipe, section).max_cost
-        spent = sum(record["cost"] for record in self.payments if record["section"] == section)
-        return _RecordedSpend(float("inf") if limit is None else limit, spent, self.payments, section)
+        return RecordedSpend(math.inf if limit is None else limit, self.payments, section=section)
 
     @property
     def files(self) -> ContentStore:
@@ -122,18 +121,6 @@ class BuildStore:
         """A seed of 63 bits that depends on the seed of the recipe and on what it is for."""
         key = repr((self.recipe.seed, *path)).encode()
         return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
-
-
-class _RecordedSpend(Spend):
-    def __init__(self, limit_usd: float, spent: float, payments: SharedLog, section: str):
-        super().__init__(limit_usd, spent)
-        self.payments, self.section, self.write_lock = payments, section, threading.Lock()
-
-    def add(self, cost: float) -> None:
-        super().add(cost)
-        if cost:
-            with self.write_lock:
-                self.payments.append([{"section": self.section, "cost": cost}])
 
 
 def drop_reasons(records: RecordLog) -> Counter[str]:

@@ -4,6 +4,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...judges.loading import ModelSettings
 from .base import Comparison, PairScorer, PairwiseScorer, Score
 
 
@@ -53,7 +54,7 @@ def make_scorer(
         `ValueError`: If there is no such scorer, or its model cannot be loaded.
     """
     scorer, reference = find_scorer(spec)
-    return scorer.make(reference, device=device, spend=spend, cache=cache, prices=prices)
+    return scorer.make(reference, ModelSettings(device, spend, prices, cache))
 
 
 def find_scorer(spec: str) -> tuple[type[PairScorer], str]:

@@ -3,12 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from PIL import Image
 
-from ...endpoints import Prices, Spend
+from ...judges.loading import ModelSettings
 
 
 Preference = Literal["first", "second", "tie"]
@@ -85,27 +84,19 @@ class PairScorer(ABC):
     is_pairwise: ClassVar[bool] = False
 
     @classmethod
-    def make(
-        cls,
-        reference: str,
-        *,
-        device: Any = None,
-        spend: Spend | None = None,
-        cache: Path | None = None,
-        prices: Prices | None = None,
-    ) -> "PairScorer":
+    def make(cls, reference: str, settings: ModelSettings) -> "PairScorer":
         """
         Makes a scorer for the command line.
 
         Args:
             reference (`str`):
                 What stands after the colon, or `default`.
-            device (`str` or `torch.device`, *optional*):
-                Where a model on this machine runs. If `None`, the accelerator if there is one.
-            spend (`Spend`, *optional*), cache (`Path`, *optional*), prices (`Prices`, *optional*):
-                Limit, cache and prices of a model behind a server.
+            settings ([`~judges.loading.ModelSettings`]):
+                How its model is run.
         """
-        return cls(reference, device=device)  # type: ignore[call-arg]  # most have this form
+        if cls.default == "":  # it takes no model
+            return cls()
+        return cls(reference, device=settings.device)  # type: ignore[call-arg]
 
     @abstractmethod
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Score]:

@@ -2,14 +2,13 @@
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ...endpoints import Prices, Spend
 from ...judges.geneval import COUNTING_THRESHOLD, THRESHOLD, Requirement, Specification, geneval_name, judge
+from ...judges.loading import load_detector
 from ...rewards.rules import SceneRules
 from .base import PairScorer, Score
 
@@ -31,19 +30,6 @@ class Rules(PairScorer):
     def __init__(self) -> None:
         self._rules = SceneRules()
 
-    @classmethod
-    def make(
-        cls,
-        reference: str,
-        *,
-        device: Any = None,
-        spend: Spend | None = None,
-        cache: Path | None = None,
-        prices: Prices | None = None,
-    ) -> "Rules":
-        """See [`PairScorer`]; it takes nothing."""
-        return cls()
-
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Score]:
         """See [`PairScorer`]."""
         return [
@@ -59,19 +45,6 @@ class Pixels(PairScorer):
     trained_on = "nothing: a control that does not read the prompt"
     default = ""
 
-    @classmethod
-    def make(
-        cls,
-        reference: str,
-        *,
-        device: Any = None,
-        spend: Spend | None = None,
-        cache: Path | None = None,
-        prices: Prices | None = None,
-    ) -> "Pixels":
-        """See [`PairScorer`]; it takes nothing."""
-        return cls()
-
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Score]:
         """See [`PairScorer`]."""
         return [Score(float(np.asarray(image.convert("L"), np.float64).mean()) / 255) for image in images]
@@ -85,7 +58,7 @@ class GenEvalRule(PairScorer):
 
     Args:
         reference (`str`):
-            An object detector of transformers.
+            The detector, as [`~judges.loading.load_detector`] takes it.
         device (`str` or `torch.device`, *optional*):
             Where it runs. If `None`, the accelerator if there is one.
     """
@@ -94,20 +67,20 @@ class GenEvalRule(PairScorer):
     trained_on = "object detection, as the detector's card says; its rule is GenEval's scorer"
 
     def __init__(self, reference: str, *, device: Any = None):
-        from ...judges.detection import TransformersDetector
-
-        self._detector = TransformersDetector(reference, THRESHOLD, device=device)
+        self._detector = load_detector(reference, device, threshold=THRESHOLD)
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Score]:
         """See [`PairScorer`]."""
         specifications = [read_relation(prompt) for prompt in prompts]
         rows = [row for row, specification in enumerate(specifications) if specification is not None]
-        found = dict(zip(rows, self._detector([images[row] for row in rows]), strict=True))
+        classes = [specification.class_names for specification in specifications if specification is not None]
+        found = dict(zip(rows, self._detector([images[row] for row in rows], classes), strict=True))
+        labels = getattr(self._detector, "labels", None)
         scores = []
         for row, specification in enumerate(specifications):
             if specification is None:
                 scores.append(Score(None, raw="the prompt names no two things and how they lie"))
-            elif unknown := sorted(set(specification.class_names) - set(self._detector.labels)):
+            elif labels is not None and (unknown := sorted(set(specification.class_names) - set(labels))):
                 scores.append(Score(None, raw=f"the detector does not know {', '.join(unknown)}"))
             else:
                 result = judge(specification, found[row], threshold=THRESHOLD, counting_threshold=COUNTING_THRESHOLD)

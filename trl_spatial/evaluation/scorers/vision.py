@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from ...endpoints import BadAnswer, Prices, ServerError, Spend
+from ...endpoints import BadAnswer, ServerError
+from ...judges.loading import ModelSettings
 from ...judges.vision import VisionModel, load_vision
 from .base import Comparison, PairScorer, PairwiseScorer, Score, in_batches
 
@@ -33,17 +34,9 @@ class VisionScorer(PairScorer):
         self.vision = vision
 
     @classmethod
-    def make(
-        cls,
-        reference: str,
-        *,
-        device: Any = None,
-        spend: Spend | None = None,
-        cache: Path | None = None,
-        prices: Prices | None = None,
-    ) -> "VisionScorer":
+    def make(cls, reference: str, settings: ModelSettings) -> "VisionScorer":
         """See [`PairScorer`]."""
-        return cls(load_vision(reference, device=device, spend=spend, cache=cache, prices=prices))
+        return cls(load_vision(reference, settings))
 
     def ask(self, prompt: str, image: Image.Image) -> Score:
         """Scores one image."""
@@ -78,17 +71,9 @@ class PairwiseVisionScorer(PairwiseScorer):
         self.vision = vision
 
     @classmethod
-    def make(
-        cls,
-        reference: str,
-        *,
-        device: Any = None,
-        spend: Spend | None = None,
-        cache: Path | None = None,
-        prices: Prices | None = None,
-    ) -> "PairwiseVisionScorer":
+    def make(cls, reference: str, settings: ModelSettings) -> "PairwiseVisionScorer":
         """See [`PairScorer`]."""
-        return cls(load_vision(reference, device=device, spend=spend, cache=cache, prices=prices))
+        return cls(load_vision(reference, settings))
 
     def question(self, prompt: str) -> str:
         """What is asked about both images."""

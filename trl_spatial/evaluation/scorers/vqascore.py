@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from ...endpoints import Prices, Spend
+from ...judges.loading import ModelSettings
 from ...judges.vision import VisionModel, load_vision
 from .base import Score
 from .vision import BUNDLED_MODEL, VisionScorer
@@ -52,18 +52,10 @@ class VQAScore(VisionScorer):
         self.template = template
 
     @classmethod
-    def make(
-        cls,
-        reference: str,
-        *,
-        device: Any = None,
-        spend: Spend | None = None,
-        cache: Path | None = None,
-        prices: Prices | None = None,
-    ) -> "VQAScore":
+    def make(cls, reference: str, settings: ModelSettings) -> "VQAScore":
         """See [`PairScorer`]; the bundled model gets the question that it was trained on."""
         is_bundled = Path(reference).resolve() == BUNDLED_MODEL.resolve()
-        vision = load_vision(reference, device=device, spend=spend, cache=cache, prices=prices)
+        vision = load_vision(reference, settings)
         return cls(vision, BUNDLED_TEMPLATE if is_bundled else TEMPLATE)
 
     def ask(self, prompt: str, image: Image.Image) -> Score:
