@@ -1,5 +1,6 @@
 """Tiny models of the real classes, saved as the official checkpoints are, and images to score. Nothing is downloaded."""
 
+import gc
 import json
 import os
 
@@ -12,20 +13,10 @@ os.environ.update(
     OMP_NUM_THREADS="1",
 )
 
-import numpy as np
 import pytest
-import torch
-from models import build_processor, build_qwen2_5_vl, build_qwen3_vl, build_tokenizer
-from PIL import Image
-from safetensors.torch import save_file
-from transformers.utils import logging
-
-from trl_spatial.gaussian_reward.modeling import GaussianRewardModel
 
 
-torch.set_num_threads(1)
-logging.disable_progress_bar()
-
+# What takes seconds to import is imported where it is used: the process that hands out the tests uses none of it.
 INSTRUCTION = "Rate the layout."
 PROMPTS = [
     "a red cube to the left of a blue sphere",
@@ -35,7 +26,6 @@ PROMPTS = [
     "the window to the left of the cat",
 ]
 IMAGE_SIZES = [(32, 48), (48, 48), (64, 32), (32, 32), (17, 90)]
-BUILDERS = {"qwen2_5_vl": build_qwen2_5_vl, "qwen3_vl": build_qwen3_vl}
 SIZES = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2, vision_hidden_size=16, patch_size=8)
 # Prefixes of the weights in the official checkpoints on the Hub, and what transformers calls them.
 OFFICIAL_NAMES = {
@@ -56,20 +46,37 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quiet_libraries():
+    """One thread, no progress bars, and a collector that is quick."""
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    # every training collects garbage: what was imported, a million objects, is not looked through each time
+    gc.collect()
+    gc.freeze()
+
+
 def _tokenizer():
+    from models import build_tokenizer
+
     return build_tokenizer([*PROMPTS, INSTRUCTION], 1000)
 
 
 def _image_text_model(family, **kwargs):
+    import models
+
     # One windowed and one full block in the vision tower, grouped queries, spare rows in the embedding, weights large
     # enough for the output to depend on the input.
     sizes = SIZES | {"num_key_value_heads": 1, "vocab_size": 512, "initializer_range": 0.2}
     if family == "qwen2_5_vl":
         sizes["vision_window_size"] = 32
-    return BUILDERS[family](_tokenizer(), **(sizes | kwargs))
+    return getattr(models, f"build_{family}")(_tokenizer(), **(sizes | kwargs))
 
 
-@pytest.fixture(params=list(BUILDERS))
+@pytest.fixture(params=list(OFFICIAL_NAMES))
 def family(request):
     """Each model family in turn."""
     return request.param
@@ -84,6 +91,8 @@ def make_image_text_model():
 @pytest.fixture(scope="session")
 def processor():
     """The processor of the tiny reward models. Treat it as read-only."""
+    from models import build_processor
+
     return build_processor(_tokenizer(), max_pixels=48 * 48, instruction=INSTRUCTION)
 
 
@@ -96,6 +105,9 @@ def prompts():
 @pytest.fixture(scope="session")
 def images():
     """Random images of different shapes, as many as prompts."""
+    import numpy as np
+    from PIL import Image
+
     generator = np.random.default_rng(0)
     return [
         Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
@@ -105,6 +117,8 @@ def images():
 
 def _write_official_checkpoint(folder, family):
     """Saves a tiny backbone under the file names, keys and config fields of the official Hub repositories."""
+    from safetensors.torch import save_file
+
     model = _image_text_model(family)
     tensors = {}
     for name, tensor in model.state_dict().items():
@@ -140,7 +154,7 @@ def _write_official_checkpoint(folder, family):
 def official_checkpoints(tmp_path_factory):
     """Family → (folder of an official-looking tiny backbone, the tensors in it). Treat the folders as read-only."""
     checkpoints = {}
-    for family in BUILDERS:
+    for family in OFFICIAL_NAMES:
         folder = tmp_path_factory.mktemp(family)
         checkpoints[family] = (folder, _write_official_checkpoint(folder, family))
     return checkpoints
@@ -165,6 +179,7 @@ def flux_folder(tmp_path_factory):
 @pytest.fixture
 def make_reward_model(official_checkpoints, processor):
     """A function that builds a tiny reward model, in evaluation mode, from a family's official-looking checkpoint."""
+    from trl_spatial.gaussian_reward.modeling import GaussianRewardModel
 
     def make(family="qwen2_5_vl", **kwargs):
         kwargs = {"head_hidden_sizes": (16, 8)} | kwargs

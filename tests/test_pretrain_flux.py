@@ -1,6 +1,7 @@
 """The recipe that pretrains the tiny FLUX of the demo."""
 
 import json
+from functools import lru_cache
 
 import numpy as np
 import pretrain_flux
@@ -58,6 +59,8 @@ def options():
 
 
 def test_it_goes_on_where_it_was_and_saves_a_pipeline_with_its_card(tmp_path, options, monkeypatch):
+    # drawn once, by two processes that begin with the imports
+    monkeypatch.setattr(pretrain_flux, "make_scenes", lru_cache(pretrain_flux.make_scenes))
     pretrain_flux.main(["--output_dir", str(tmp_path / "whole"), *options])
 
     class InterruptedError(Exception):

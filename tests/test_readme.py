@@ -260,7 +260,7 @@ class Reader:
             return
         variables = {
             "demo": f"DEMO_ARGS={TINY_DEMO.format(folder=self.folder)}",
-            "test": "PYTEST_ARGS=-n 0 -p no:cacheprovider tests/test_layout.py::test_importing_the_package_is_light",
+            "test": "PYTEST_ARGS=-n 0 -p no:cacheprovider --noconftest tests/test_layout.py::test_importing_the_package_is_light",
         }
         # -o: the environment is there and needs no remaking
         make = ["make", "-o", "installed", *words[1:], "INSTALLED=installed", f"VENV={sys.prefix}"]
