@@ -1,4 +1,4 @@
-"""DPG-Bench: long prompts, taken apart into yes/no questions that rest on each other."""
+"""DPG-Bench: long prompts, taken apart into yes/no questions, some of which depend on others."""
 
 import csv
 from collections import defaultdict

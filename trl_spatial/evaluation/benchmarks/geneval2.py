@@ -153,7 +153,7 @@ class GenEval2(Benchmark):
 
     def official(self, items: Sequence[Item], evidence: Evidence) -> dict[str, float | None]:
         if self.num_images > 1:
-            raise OfficialError("The official program knows one image for each prompt.")
+            raise OfficialError("The official program takes one image for each prompt.")
         atoms = [_official_atoms(item, evidence) for item in items]
         soft = [[soft_score(reply, spellings) for reply, spellings in row] for row in atoms]
         hard = [[hard_score(reply, spellings) for reply, spellings in row] for row in atoms]
@@ -270,7 +270,7 @@ def _fixed_atoms(item: Item, number: int, evidence: Evidence) -> list[float]:
 
 def _opposed_metrics(images: Sequence[tuple[Item, int]], evidence: Evidence) -> list[Metric]:
     """
-    Relations, less the probability of a yes to the opposite relation: 0 for who always says yes, 1 for who is always right.
+    Relations, less the probability of a yes to the opposite relation: 0 for a judge that always says yes, 1 for one that is always right.
     """
     differences: dict[str, list[tuple[float, str]]] = {}
     for item, number in images:

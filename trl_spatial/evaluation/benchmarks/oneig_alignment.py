@@ -1,4 +1,4 @@
-"""OneIG-Bench, its part on alignment: yes/no questions that rest on each other, about grids of images."""
+"""OneIG-Bench, its part on alignment: yes/no questions, some of which depend on others, about grids of images."""
 
 import csv
 import json
@@ -192,7 +192,7 @@ def _grid_path(item: Item, model: str) -> str:
 
 
 def _may_be(file: str, beginning: str) -> bool:
-    """Whether a file is an image whose name goes on after the id, not with another digit."""
+    """Whether a file is an image whose name continues after the id with anything but a digit."""
     rest = file.removeprefix(beginning)
     return PurePosixPath(file).suffix.lower() in SUFFIXES and not rest[:1].isdigit()
 

@@ -194,7 +194,7 @@ class SpatialGenEval(Benchmark):
 
     def official(self, items: Sequence[Item], evidence: Evidence) -> dict[str, float | None]:
         if self.num_images > 1:
-            raise OfficialError("The official program knows one image for each prompt.")
+            raise OfficialError("The official program takes one image for each prompt.")
         # the script goes through the folder once for each scene, and reaches beyond its end
         if len({item.data["scene"] for item in items}) > 1 and (items[-1].id, 0) not in evidence.images:
             raise OfficialError("The official script stops if there are fewer images than prompts.")

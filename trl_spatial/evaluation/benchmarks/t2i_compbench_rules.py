@@ -194,7 +194,7 @@ def find_official_2d(labels: Sequence[str], nouns: Sequence[str]) -> list[int | 
 def find_official_3d(labels: Sequence[str], nouns: Sequence[str]) -> list[int | None]:
     """
     Which box is each noun's in the official 3D program: one whose label contains the noun. If both nouns are there, the search
-    goes on until it has a box for each, and of the boxes of one noun keeps the last.
+    continues until it has a box for each, and of the boxes of one noun keeps the last.
 
     Raises:
         [`OfficialError`]: If a noun is found only across two labels: the program joins them before it looks.
