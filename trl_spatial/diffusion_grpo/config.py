@@ -67,7 +67,8 @@ class DiffusionGRPOConfig(TrainingArguments):
             multiple of `gradient_accumulation_steps`. If `None`, it defaults to `gradient_accumulation_steps`: one
             update per rollout.
         rollout_batch_size (`int`, *optional*):
-            Number of images that a device samples at once. If `None`, `per_device_train_batch_size`.
+            Number of images that a device samples at once. If `None`, `per_device_train_batch_size`. In evaluation
+            `per_device_eval_batch_size` is the most at once, and fewer where they would have more pixels together.
         num_inference_steps (`int`, *optional*, defaults to `6`):
             Number of denoising steps in training.
         guidance_scale (`float`, *optional*, defaults to `3.5`):
@@ -214,7 +215,8 @@ class DiffusionGRPOConfig(TrainingArguments):
     )
     rollout_batch_size: int | None = _option(
         None,
-        "Number of images that a device samples at once. If `None`, it defaults to `per_device_train_batch_size`.",
+        "Number of images that a device samples at once. If `None`, it defaults to `per_device_train_batch_size`. No batch "
+        "of evaluation has more pixels.",
     )
     num_inference_steps: int = _option(6, "Number of denoising steps in training.")
     guidance_scale: float = _option(
@@ -325,6 +327,16 @@ class DiffusionGRPOConfig(TrainingArguments):
     def sampling_batch_size(self) -> int:
         """Number of images that a device samples at once: `rollout_batch_size`, or what it defaults to."""
         return self.per_device_train_batch_size if self.rollout_batch_size is None else self.rollout_batch_size
+
+    @property
+    def eval_sampling_batch_size(self) -> int:
+        """
+        Number of images that a device samples at once in evaluation: `per_device_eval_batch_size`, or as many as have no more
+        pixels than a batch of the rollout, whose memory is then enough; at least one.
+        """
+        num_pixels = (self.eval_height or self.height) * (self.eval_width or self.width)
+        affordable = self.sampling_batch_size * self.height * self.width // num_pixels
+        return max(1, min(self.per_device_eval_batch_size, affordable))
 
     @property
     def num_kept(self) -> int:
