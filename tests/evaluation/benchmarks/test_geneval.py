@@ -12,8 +12,16 @@ from tests.evaluation.goldens import assert_same, goldens
 from trl_spatial.evaluation.benchmarks import make_benchmark
 from trl_spatial.evaluation.benchmarks.base import Evidence, Item, OfficialError, images_of
 from trl_spatial.evaluation.benchmarks.geneval import judge_reply, official_specification
+from trl_spatial.evaluation.benchmarks.t2i_compbench_rules import intersection_over_union
 from trl_spatial.evaluation.data_files import find_data
-from trl_spatial.judges.geneval import COUNTING_THRESHOLD, THRESHOLD, read_specification, relative_positions
+from trl_spatial.judges.geneval import (
+    COUNTING_THRESHOLD,
+    THRESHOLD,
+    Detection,
+    confident_objects,
+    read_specification,
+    relative_positions,
+)
 from trl_spatial.scenes import parse_description, render_scene
 
 
@@ -79,15 +87,25 @@ def test_verdicts_as_officially(golden):
         return
     result = judge_reply(official_specification(golden.given["metadata"]), reply)
     assert result.correct == golden.official["correct"]
-    assert result.reason.count("\n") == golden.official["reason"].count("\n")
+    assert result.reason == golden.official["reason"]
 
 
 @goldens("geneval", "evaluate_image")
 def test_images_as_officially(golden):
     result = judge_reply(official_specification(golden.given["metadata"]), as_reply(golden.given["detections"]))
-    assert result.correct == golden.official["correct"]
+    assert (result.correct, result.reason) == (golden.official["correct"], golden.official["reason"])
     threshold = COUNTING_THRESHOLD if golden.given["metadata"]["tag"] == "counting" else THRESHOLD
-    assert all(box[4] > threshold for boxes in golden.official["kept"].values() for box in boxes)
+    rows = as_reply(golden.given["detections"])["boxes"][::-1]
+    found = confident_objects([Detection(row["label"], row["score"], row["box"]) for row in rows], threshold)
+    kept = {name: [[*each.box, each.score] for each in objects] for name, objects in found.items()}
+    assert_same(kept, golden.official["kept"])
+
+
+@goldens("geneval", "compute_iou")
+def test_overlaps_as_officially(golden):
+    """The official program counts pixels: the last column and row belong to a box. Its verdicts do not depend on overlap."""
+    first, second = ([*box[:2], box[2] + 1, box[3] + 1] for box in (golden.given["a"], golden.given["b"]))
+    assert intersection_over_union(first, second) == pytest.approx(golden.official["iou"], abs=1e-6)
 
 
 def read_folder(golden, tmp_path):
