@@ -149,6 +149,23 @@ def test_folders_as_officially(golden, tmp_path):
 
 
 @goldens("geneval", "folder")
+def test_what_a_folder_says_has_to_be_there(golden, tmp_path):
+    folders = {name: entry for name, entry in golden.given["folders"].items() if name.isdigit()}
+    for name, entry in folders.items():
+        (tmp_path / name / "samples").mkdir(parents=True)
+        lines = [json.dumps(entry["metadata"])] if entry["metadata"] else []
+        if lines:
+            lines += [entry["extra_line"]] if "extra_line" in entry else []
+            (tmp_path / name / "metadata.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    items = [Item(name, "x", entry["metadata"] or {}) for name, entry in folders.items()]
+    if bad := [name for name, entry in folders.items() if not entry["metadata"] or "extra_line" in entry]:
+        with pytest.raises(ValueError, match=f"{bad[0]}/metadata.jsonl"):
+            BENCHMARK.check_folder(tmp_path, items)
+    else:
+        BENCHMARK.check_folder(tmp_path, items)
+
+
+@goldens("geneval", "folder")
 def test_folders_without_the_bugs(golden, tmp_path):
     if golden.fixed is None:
         pytest.skip("not recorded")
@@ -274,6 +291,25 @@ def test_the_layout_is_the_official_one(tmp_path):
     for protocol in ("official", "fixed"):
         assigned = BENCHMARK.assign(items, sorted([*files, "00000/metadata.jsonl", "00000/grid.png"]), protocol)
         assert assigned == dict(zip(((item.id, n) for item, n in images_of(items, 4)), files, strict=True))
+
+
+def test_folders_that_are_numbered_otherwise_are_an_error(tmp_path):
+    items = BENCHMARK.load(EXAMPLE)
+    BENCHMARK.finish(tmp_path, items)
+    (tmp_path / "99999" / "samples").mkdir(parents=True)  # of no prompt
+    (tmp_path / "grids" / "samples").mkdir(parents=True)
+    BENCHMARK.check_folder(tmp_path, items)
+    BENCHMARK.check_folder(tmp_path, items[2:4])  # of some prompts
+    (tmp_path / "00003").rename(tmp_path / "3")  # the same number
+    BENCHMARK.check_folder(tmp_path, items)
+    (tmp_path / "00002").rename(tmp_path / "x")
+    (tmp_path / "3").rename(tmp_path / "00002")
+    with pytest.raises(ValueError, match=rf"00002/metadata.jsonl .*{items[3].prompt}.*row 2 .*{items[2].prompt}"):
+        BENCHMARK.check_folder(tmp_path, items)
+    BENCHMARK.check_folder(tmp_path, items[4:])
+    (tmp_path / "00002" / "metadata.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"00002/metadata\.jsonl .*missing"):
+        BENCHMARK.check_folder(tmp_path, items)
 
 
 def test_which_file_is_which_image():
