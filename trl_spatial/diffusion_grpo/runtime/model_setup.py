@@ -21,6 +21,7 @@ from ...hub.safety import check_repository
 from ...training.quantization import nf4_config
 from ..config import DiffusionGRPOConfig
 from ..policies import DiffusionPolicy, SamplingOptions
+from .adapters import adapt_to_inputs
 from .checkpointing import check_exportable, has_adapter
 from .processes import is_fsdp_launch
 
@@ -211,6 +212,7 @@ def prepare_transformer(
     else:
         transformer.requires_grad_(True)
     cast_training_params(transformer, torch.float32)
+    adapt_to_inputs(transformer)
     freeze_idle_modules(policy)
     _check_trained_weights(transformer)
     _check_dropout(transformer)
