@@ -2,6 +2,7 @@
 
 import logging
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from trl_spatial.diffusion_grpo.runtime.model_setup import (
     is_quantized,
     large_text_encoders,
     load_pipeline,
+    loading_device,
     prepare_transformer,
     quantization_config,
     transformer_quantization,
@@ -164,6 +166,49 @@ def test_the_blocks_are_compiled_and_not_the_whole_model(tmp_path):
 def test_an_unknown_kernel_is_refused_with_those_there_are(tmp_path):
     with pytest.raises(ValueError, match=r"`attention_backend` is 'flesh'.*'native'.*'flash'|'flash'.*'native'"):
         load_pipeline(str(tmp_path / "nowhere"), torch.float32, attention_backend="flesh")
+
+
+# Where a pipeline is loaded to
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_transformer_and_vae_are_loaded_onto_the_device_and_then_the_text_encoders_onto_the_cpu(
+    tmp_path, name, monkeypatch
+):
+    saved = FAMILIES[name].build()
+    saved.save_pretrained(tmp_path)
+    # the meta device stands for the accelerator: what comes there never was in the host's memory
+    pipeline = load_pipeline(str(tmp_path), torch.float32, device=torch.device("meta"))
+    components = {
+        key: component for key, component in pipeline.components.items() if isinstance(component, torch.nn.Module)
+    }
+    devices = {key: component.device.type for key, component in components.items()}
+    assert devices == {key: "cpu" if key.startswith("text_encoder") else "meta" for key in devices}
+    assert {"transformer", "vae", "text_encoder"} <= devices.keys()
+
+    order = []
+    for class_ in {type(component) for component in components.values()}:
+        load = class_.from_pretrained
+
+        def recorded(*args, class_=class_, load=load, **kwargs):
+            order.append(class_)
+            return load(*args, **kwargs)
+
+        monkeypatch.setattr(class_, "from_pretrained", recorded)
+    pipeline = load_pipeline(str(tmp_path), torch.float32, device=torch.device("cpu"))
+    assert set(order[:2]) == {type(saved.transformer), type(saved.vae)} and len(order) == len(components)
+    for key in components:
+        weights, expected = getattr(pipeline, key).state_dict(), getattr(saved, key).state_dict()
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weight, expected[part]) for part, weight in weights.items())
+    assert pipeline.config["_name_or_path"] == str(tmp_path)  # what a card names as the base model
+
+
+@pytest.mark.parametrize(("is_fsdp", "device"), [("true", "cpu"), ("false", "meta")])
+def test_a_transformer_that_is_shared_out_is_loaded_onto_the_cpu(monkeypatch, is_fsdp, device):
+    """It may be larger than a device."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", is_fsdp)
+    assert loading_device(SimpleNamespace(device=torch.device("meta"))) == torch.device(device)
 
 
 # Quantized weights

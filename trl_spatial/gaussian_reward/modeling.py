@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput, cached_file
 
 from ..hub.references import Reference, find_reference
 from ..hub.safety import check_repository
+from .vision_attention import use_packed_sdpa
 from .weights import DAMAGED, check_finite, check_no_missing_keys, check_types
 
 
@@ -196,10 +197,31 @@ class GaussianRewardModel(PreTrainedModel):
         )
         embedding = RewardTokenEmbedding(self.backbone.get_input_embeddings(), config.reward_token_id)
         self.backbone.set_input_embeddings(embedding)
+        use_packed_sdpa(self.backbone)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         """The backbone initializes itself; the head keeps PyTorch's default, the reward token gets the mean row."""
+
+    def enable_input_require_grads(self) -> None:
+        """
+        Lets gradients into checkpointed layers whose inputs come from frozen weights, but only in parts that train: sent
+        through a frozen vision tower, they would make it compute its blocks twice and backwards, for nothing.
+        """
+        self.disable_input_require_grads()
+        owners: dict[nn.Module, PreTrainedModel] = {}  # of each embedding the innermost model that has it
+        for model in self.modules():
+            if isinstance(model, PreTrainedModel):
+                try:
+                    owners[model.get_input_embeddings()] = model
+                except NotImplementedError:  # the vision tower of Qwen3-VL
+                    continue
+
+        def require_grads(embedding: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+            if any(param.requires_grad for param in owners[embedding].parameters()):
+                output.requires_grad_(True)
+
+        self._require_grads_hooks = [embedding.register_forward_hook(require_grads) for embedding in owners]
 
     @classmethod
     def from_backbone(

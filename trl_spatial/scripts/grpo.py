@@ -185,7 +185,12 @@ def build_trainer(
 
         from ..diffusion_grpo.policies.lora import attention_lora_config
         from ..diffusion_grpo.reward_functions import RewardFunction
-        from ..diffusion_grpo.runtime.model_setup import large_text_encoders, load_pipeline, quantization_config
+        from ..diffusion_grpo.runtime.model_setup import (
+            large_text_encoders,
+            load_pipeline,
+            loading_device,
+            quantization_config,
+        )
         from ..diffusion_grpo.trainer import DiffusionGRPOTrainer
         from ..rewards import load_reward
         from ..training.run_folder import check_start
@@ -215,6 +220,7 @@ def build_trainer(
     pipeline = load_pipeline(
         name,
         dtype,
+        device=loading_device(training_args),
         revision=revision,
         quantization_config=quantization,
         attention_backend=model_args.attention_backend,

@@ -2,7 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -260,7 +260,7 @@ class DiffusionPolicy(ABC):
         finally:
             self.vae.to(home)
 
-    def check_prompts(self, prompts: list[str]) -> None:
+    def check_prompts(self, prompts: Iterable[str]) -> None:
         """Raises an error, with its index, for a prompt that is empty or that the text encoder would cut off."""
         for index, prompt in enumerate(prompts):
             if not isinstance(prompt, str) or not prompt.strip():

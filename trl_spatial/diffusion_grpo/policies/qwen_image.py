@@ -99,7 +99,7 @@ class QwenImagePolicy(DiffusionPolicy):
             img_shapes=[[size]] * len(latents),
             return_dict=False,
         )
-        return velocity
+        return velocity.to(dtype)  # guided in the weights' dtype as in the pipeline: accelerate returns float32
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, options: SamplingOptions) -> list[Image.Image]:

@@ -82,6 +82,7 @@ class StableDiffusion3Policy(DiffusionPolicy):
             pooled_projections=torch.cat([part["pooled_prompt_embeds"] for part in parts]).to(dtype),
             return_dict=False,
         )  # (n or 2 * n, in_channels, rows, columns)
+        velocity = velocity.to(dtype)  # guided in the weights' dtype as in the pipeline: accelerate returns float32
         if is_guided:
             unguided, velocity = velocity.chunk(2)
             velocity = unguided + options.guidance_scale * (velocity - unguided)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.utils import fsdp2_prepare_model
@@ -20,7 +21,9 @@ from ...hub.safety import check_repository
 from ...training.quantization import nf4_config
 from ..config import DiffusionGRPOConfig
 from ..policies import DiffusionPolicy, SamplingOptions
+from .adapters import adapt_to_inputs
 from .checkpointing import check_exportable, has_adapter
+from .processes import is_fsdp_launch
 
 
 # bitsandbytes' classes of quantized weights
@@ -96,10 +99,19 @@ def is_quantized(module: torch.nn.Module) -> bool:
     return any(type(parameter).__name__ in _QUANTIZED_WEIGHTS for parameter in module.parameters())
 
 
+def loading_device(args: DiffusionGRPOConfig) -> torch.device:
+    """
+    Where [`load_pipeline`] shall put the transformer and the VAE: on the device of this process, or on the CPU where
+    FSDP shares the transformer out, which need not fit on one device.
+    """
+    return torch.device("cpu") if is_fsdp_launch() else args.device
+
+
 def load_pipeline(
     name: str,
     dtype: torch.dtype,
     *,
+    device: str | torch.device = "cpu",
     revision: str | None = None,
     quantization_config: PipelineQuantizationConfig | None = None,
     attention_backend: str | None = None,
@@ -107,6 +119,9 @@ def load_pipeline(
     """
     Loads a pipeline: a folder, `org/name` or `org/name@revision` on the Hub, or `hub/NAME` for one of your own. It is
     a `ValueError` if there is none, or the repository holds pickles or code.
+
+    The transformer and the VAE are read onto `device`, file by file. The text encoders come last, onto the CPU. So a process
+    holds no more than the text encoders in the host's memory, and not the whole pipeline times the processes of a node.
 
     `attention_backend` is the attention kernel of the transformer, one of diffusers' `AttentionBackendName` such as
     `"_native_cudnn"` or `"flash"`. If `None`, PyTorch chooses. Kernels without a backward pass, as those of
@@ -119,13 +134,23 @@ def load_pipeline(
         )
     reference = find_reference(name, kind="model", revision=revision)
     check_repository(reference, kind="model")
+    quantizations = {} if quantization_config is None else quantization_config.quant_mapping
+    settings = {"revision": reference.revision, "dtype": dtype, "use_safetensors": True}
     with explain_errors(f"Loading the pipeline {reference}"):
+        index = DiffusionPipeline.load_config(reference.name, revision=reference.revision)
+        on_device = {
+            name: getattr(diffusers, index[name][1]).from_pretrained(
+                reference.name,
+                subfolder=name,
+                device_map={"": device},
+                quantization_config=quantizations.get(name),
+                **settings,
+            )
+            for name in ("transformer", "vae")
+            if name in index and index[name][0] == "diffusers"
+        }
         pipeline = DiffusionPipeline.from_pretrained(
-            reference.name,
-            revision=reference.revision,
-            dtype=dtype,
-            use_safetensors=True,
-            quantization_config=quantization_config,
+            reference.name, quantization_config=quantization_config, **on_device, **settings
         )
     if attention_backend is not None:
         pipeline.transformer.set_attention_backend(attention_backend)
@@ -187,6 +212,7 @@ def prepare_transformer(
     else:
         transformer.requires_grad_(True)
     cast_training_params(transformer, torch.float32)
+    adapt_to_inputs(transformer)
     freeze_idle_modules(policy)
     _check_trained_weights(transformer)
     _check_dropout(transformer)
