@@ -70,9 +70,11 @@ def build_reward_model(device: torch.device, *, is_tiny: bool) -> GaussianReward
     backbone_config = transformers.Qwen2_5_VLConfig.from_dict(_shrink("text_encoder", config, is_tiny))
 
     def build() -> GaussianRewardModel:
-        backbone = transformers.AutoModel.from_config(backbone_config, attn_implementation="sdpa")
+        config = GaussianRewardModelConfig(
+            backbone_config=backbone_config, reward_token_id=REWARD_TOKEN_ID, attn_implementation="sdpa"
+        )
         return GaussianRewardModel(
-            GaussianRewardModelConfig(backbone_config=backbone_config, reward_token_id=REWARD_TOKEN_ID), backbone
+            config, transformers.AutoModel.from_config(backbone_config, attn_implementation="sdpa")
         )
 
     model = on_device(build, device)

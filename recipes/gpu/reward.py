@@ -39,11 +39,10 @@ def measure_training(
     """Pairs per second: both images of a pair, forward and backward, LoRA as in the recipe."""
     model = _build(way, args, device)
     model.gradient_checkpointing_enable()
+    trained = get_peft_model(model, spatial_score_lora_config()).train()
+    model.enable_input_require_grads()
     if way.has_vision_gradients:
         PreTrainedModel.enable_input_require_grads(model)
-    else:
-        model.enable_input_require_grads()
-    trained = get_peft_model(model, spatial_score_lora_config()).train()
     inputs = _inputs(model, way.size // (8 if args.tiny else 1), 2 * args.batch_size, device)  # chosen, then rejected
 
     def step() -> None:
@@ -78,7 +77,7 @@ def measure_scoring(
 def _build(way: Way, args: argparse.Namespace, device: torch.device) -> GaussianRewardModel:
     model = build_reward_model(device, is_tiny=args.tiny)
     if way.is_windowed_one_by_one:
-        model.backbone.visual.config._attn_implementation = "sdpa"
+        model.backbone.visual.config._attn_implementation = "sdpa"  # instead of what `use_packed_sdpa` has set
     if way.quantization is not None:
         quantize(model, way.quantization, device)
     return model
