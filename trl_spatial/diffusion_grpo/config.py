@@ -24,11 +24,12 @@ class DiffusionGRPOConfig(OnlineConfig):
 
         dynamics (`str`, *optional*, defaults to `"flow_sde"`):
             How noise is added to a denoising step: `"flow_sde"` ([Flow-GRPO](https://huggingface.co/papers/2505.05470)),
-            `"dance_sde"` ([DanceGRPO](https://huggingface.co/papers/2505.07818)) or `"cps"` ([Coefficients-preserving
-            sampling](https://huggingface.co/papers/2509.05952)), which leaves no excess noise in the image.
+            `"dance_sde"` ([DanceGRPO](https://huggingface.co/papers/2505.07818)), `"cps"` ([Coefficients-preserving
+            sampling](https://huggingface.co/papers/2509.05952)) or `"precise"`
+            ([Precise](https://huggingface.co/papers/2605.23522)). The last two leave no excess noise in the image.
         noise_level (`float`, *optional*, defaults to `0.9`):
             How much noise a step gets. Usual values are 0.7 … 0.9 for `"flow_sde"`, 0.3 for `"dance_sde"`, 0.8 (at
-            most 1) for `"cps"`.
+            most 1) for `"cps"`, 1.5 for `"precise"`.
         sde_window_size (`int`, *optional*):
             Number of consecutive steps that are stochastic and trained; the others are plain ODE steps and cost no
             training. If `None`, all but the last step.
