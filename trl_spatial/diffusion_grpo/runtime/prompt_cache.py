@@ -43,9 +43,9 @@ class PromptCache:
     def get(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """
         Embeddings of prompts, which may repeat: tensors of shape `(len(prompts), ...)` on the device, rows in the
-        order of `prompts`. Rows of different lengths are padded with zeros on the right. Embeddings of the negative
-        prompt, if there is one, have the same names, with `negative_` before them; their rows are one and the same
-        memory.
+        order of `prompts`, masks excepted, which are read on the CPU. Rows of different lengths are padded with zeros on
+        the right. Embeddings of the negative prompt, if there is one, have the same names, with `negative_` before them;
+        their rows are one and the same memory.
         """
         embeds = self._get(prompts)
         if self.negative_prompt is None:
@@ -64,10 +64,11 @@ class PromptCache:
             self._rows.move_to_end(prompt)
         rows = [self._rows[prompt] for prompt in positions]
         self._evict()
-        index = torch.tensor([positions[prompt] for prompt in prompts], device=self.device)
+        index = torch.tensor([positions[prompt] for prompt in prompts])
+        embeds = {name: pad_sequence([row[name] for row in rows], batch_first=True) for name in rows[0]}
         return {
-            name: pad_sequence([row[name] for row in rows], batch_first=True).to(self.device)[index]
-            for name in rows[0]
+            name: tensor[index] if name.endswith("mask") else tensor.to(self.device)[index.to(self.device)]
+            for name, tensor in embeds.items()
         }
 
     def _encode(self, prompts: list[str]) -> None:
