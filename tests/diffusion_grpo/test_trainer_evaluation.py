@@ -128,13 +128,32 @@ class TestEvaluation:
             return [0.0] * len(images)
 
         trainer = make_trainer(
-            eval_dataset=ROWS, eval_reward_funcs=look, eval_height=24, eval_width=32, eval_num_inference_steps=5
+            eval_dataset=ROWS,
+            eval_reward_funcs=look,
+            eval_height=24,
+            eval_width=32,
+            eval_num_inference_steps=5,
+            rollout_batch_size=16,
         )
         steps = []
         trainer.model.register_forward_hook(lambda module, args, output: steps.append(1))
         trainer.evaluate()
         assert sizes == [(32, 24)] * 3
         assert len(steps) == 5
+
+    def test_batches_have_no_more_pixels_than_the_rollouts(self, make_trainer):
+        calls = []
+
+        def look(prompts, images, **columns):
+            calls.append(len(images))
+            return [0.0] * len(images)
+
+        trainer = make_trainer(
+            eval_dataset=ROWS, eval_reward_funcs=look, rollout_batch_size=4, height=16, width=16, eval_height=32
+        )
+        assert trainer.args.per_device_eval_batch_size == 8
+        trainer.evaluate()
+        assert calls == [2, 1]
 
     def test_hacking_is_warned_about(self, make_trainer, caplog):
         trainer = make_trainer(eval_dataset=ROWS * 3, eval_reward_funcs=blueness)

@@ -29,7 +29,8 @@ class OnlineConfig(DiffusionConfig):
             multiple of `gradient_accumulation_steps`. If `None`, it defaults to `gradient_accumulation_steps`: one
             update per rollout.
         rollout_batch_size (`int`, *optional*):
-            Number of images that a device samples at once. If `None`, `per_device_train_batch_size`.
+            Number of images that a device samples at once. If `None`, `per_device_train_batch_size`. In evaluation
+            `per_device_eval_batch_size` is the most at once, and fewer where they would have more pixels together.
         num_inference_steps (`int`, *optional*, defaults to `6`):
             Number of denoising steps in training.
 
@@ -77,7 +78,8 @@ class OnlineConfig(DiffusionConfig):
     )
     rollout_batch_size: int | None = option(
         None,
-        "Number of images that a device samples at once. If `None`, it defaults to `per_device_train_batch_size`.",
+        "Number of images that a device samples at once. If `None`, it defaults to `per_device_train_batch_size`. No batch "
+        "of evaluation has more pixels.",
     )
     num_inference_steps: int = option(6, "Number of denoising steps in training.")
 

@@ -243,7 +243,7 @@ class DiffusionTrainer(BaseTrainer):
             batches = draw_rows(
                 generator,
                 dataset,
-                batch_size=args.per_device_eval_batch_size,
+                batch_size=args.eval_sampling_batch_size,
                 seed=args.seed,
                 rank=args.process_index,
                 world_size=args.world_size,
