@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import BitsAndBytesConfig, TrainerCallback
+from transformers import BitsAndBytesConfig, PreTrainedModel, TrainerCallback
 from trl import RewardConfig
 
 from tests.hub_stub import HubStub
@@ -274,6 +274,65 @@ def test_head_learning_rate_is_that_of_head_and_reward_token(make_trainer, tmp_p
     new = {name for name in before if ".head." in name or "reward_token" in name}
     assert moved and {name for name in moved if "weight" in name} == {name for name in new if "weight" in name}
     assert moved <= new
+
+
+def count_forwards(trainer):
+    """Forward passes of the first block of each tower, and whether the vision tower's output needs gradients, in a training."""
+    model = trainer.model.get_base_model()
+    counts, needs_gradients = {"vision": 0, "text": 0}, []
+    blocks = {"vision": model.backbone.visual.blocks[0], "text": model.backbone.language_model.layers[0]}
+    for name, block in blocks.items():
+
+        def count(module, inputs, name=name):
+            counts[name] += 1
+
+        getattr(block, "norm1" if name == "vision" else "input_layernorm").register_forward_pre_hook(count)
+    model.backbone.visual.register_forward_hook(
+        lambda module, inputs, output: needs_gradients.append(output.pooler_output.requires_grad)
+    )
+    trainer.train()
+    return counts, needs_gradients
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradients_stop_before_a_frozen_vision_tower(make_trainer, tmp_path, monkeypatch, use_reentrant):
+    """Oracle: transformers' own hooks, which send them through it, for nothing."""
+    updates, counted = [], []
+    for hooks in (GaussianRewardModel.enable_input_require_grads, PreTrainedModel.enable_input_require_grads):
+        monkeypatch.setattr(GaussianRewardModel, "enable_input_require_grads", hooks)
+        gradients = Gradients()
+        trainer = make_trainer(
+            tmp_path,
+            callbacks=[gradients],
+            gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
+            disable_dropout=True,
+            logging_steps=1,
+        )
+        assert trainer.args.gradient_checkpointing
+        counted.append(count_forwards(trainer))
+        updates.append(gradients.updates[0] | {"loss": torch.tensor(trainer.state.log_history[0]["loss"])})
+    assert counted[0] == ({"vision": 1, "text": 2}, [False])
+    assert counted[1] == ({"vision": 2, "text": 2}, [True])
+    assert_equal_trees(*updates)
+    assert sum("lora_" in name for name in updates[0]) == 2 * 2 * 7
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_vision_tower_with_adapters_trains(make_trainer, tmp_path, use_reentrant):
+    config = spatial_score_lora_config(4, 8)
+    config.target_modules = r".*visual\.blocks\..*\.(qkv|proj)"
+    gradients = Gradients()
+    trainer = make_trainer(
+        tmp_path,
+        peft_config=config,
+        callbacks=[gradients],
+        gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
+    )
+    before = trainable(trainer.model)
+    counts, needs_gradients = count_forwards(trainer)
+    assert (counts, needs_gradients) == ({"vision": 2, "text": 2}, [True])
+    moved = [name for name, param in trainable(trainer.model).items() if not torch.equal(param, before[name])]
+    assert sum("lora_B" in name for name in moved) == 2 * 2  # of two blocks
 
 
 @pytest.mark.parametrize("disable", [None, True])
