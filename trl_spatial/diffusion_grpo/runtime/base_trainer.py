@@ -27,7 +27,7 @@ from ..advantages import combine_rewards
 from ..config import DiffusionGRPOConfig
 from ..kinds import LORA, TRANSFORMER
 from ..policies import make_policy
-from ..reward_functions import RewardFunction, RewardFunctions, reward_metrics
+from ..reward_functions import RewardFunction, RewardFunctions, reward_intervals, reward_metrics
 from . import checkpointing
 from .callbacks import RolloutProgressCallback, UpdateCallback, adapt_callbacks, log_image
 from .checks import check_inputs, with_held_out
@@ -153,7 +153,8 @@ class DiffusionTrainer(BaseTrainer):
     ) -> dict[str, float]:
         """
         Evaluates the averaged weights: the same noise every time, no noise in the steps, the rewards of training and
-        those that were not trained on. `ignore_keys` is not used. Gives metrics such as `eval_reward` and `eval_rewards/<name>/mean`.
+        those that were not trained on. `ignore_keys` is not used. Gives metrics such as `eval_reward` and `eval_rewards/<name>/mean`,
+        and the ends of their 95 % intervals, for which whole prompts are drawn: `eval_reward_low`, `eval_rewards/<name>/high`.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
@@ -215,8 +216,11 @@ class DiffusionTrainer(BaseTrainer):
         # An image is a group of its own; held-out rewards have no weight
         combined = combine_rewards(output.rewards, 1, self.eval_reward_functions.weights)
         metrics = reward_metrics(output.rewards, combined, names)
+        metrics |= reward_intervals(output.rewards, combined, names, output.prompts)
         held_out = dict(zip(names[num_trained:], output.rewards[:, num_trained:].unbind(1), strict=True))
-        for warning in self._hacking_monitors[prefix].update(self.state.global_step, combined, held_out):
+        for warning in self._hacking_monitors[prefix].update(
+            self.state.global_step, combined, held_out, output.prompts
+        ):
             logger.warning(warning)
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
