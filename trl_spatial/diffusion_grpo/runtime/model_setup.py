@@ -100,7 +100,7 @@ def is_quantized(module: torch.nn.Module) -> bool:
     return any(type(parameter).__name__ in _QUANTIZED_WEIGHTS for parameter in module.parameters())
 
 
-def loading_device(args: DiffusionGRPOConfig) -> torch.device:
+def loading_device(args: DiffusionConfig) -> torch.device:
     """
     Where [`load_pipeline`] shall put the transformer and the VAE: on the device of this process, or on the CPU where
     FSDP shares the transformer out, which need not fit on one device.
