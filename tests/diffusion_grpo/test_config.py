@@ -176,6 +176,21 @@ def test_what_is_left_out_has_a_value(tmp_path):
             assert (getattr(config, name) is None) <= (type(None) in typing.get_args(hint)), name
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "batch_size"),
+    [
+        ({}, 4),  # of the rollout's size: its batch
+        ({"per_device_eval_batch_size": 2}, 2),
+        ({"eval_height": 1024, "eval_width": 1024, "rollout_batch_size": 24}, 6),
+        ({"eval_height": 1024, "eval_width": 1024, "rollout_batch_size": 3}, 1),
+        ({"eval_height": 256, "eval_width": 256}, 8),
+        ({"eval_height": 528}, 3),  # rounded down
+    ],
+)
+def test_a_batch_of_evaluation_has_no_more_pixels_than_one_of_the_rollout(tmp_path, kwargs, batch_size):
+    assert make_config(tmp_path, **kwargs).eval_sampling_batch_size == batch_size
+
+
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
 @pytest.mark.parametrize("value", [True, False])
 def test_checkpointing_has_one_value_under_both_names(tmp_path, name, value):

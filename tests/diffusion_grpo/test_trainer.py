@@ -185,6 +185,9 @@ def paper_loss(pipeline, sigmas, rollout, prompts, advantages, args, old=None):
             if args.dynamics == "cps":
                 angle = args.noise_level * math.pi / 2
                 return v, (1 - t_next) * clean + t_next * math.cos(angle) * noise, t_next * math.sin(angle)
+            if args.dynamics == "precise":
+                kept = (t_next * (1 - t) / (t * (1 - t_next))) ** (args.noise_level**2)
+                return v, (1 - t_next) * clean + t_next * kept**0.5 * noise, t_next * (1 - kept) ** 0.5
             rate = args.noise_level**2
             if args.dynamics == "flow_sde":
                 rate *= t / (1 - (sigmas[1] if step == 0 else t))
@@ -435,6 +438,7 @@ def test_batch_sizes_and_checkpointing_change_nothing_but_rounding(make_trainer,
     [
         {"dynamics": "dance_sde", "noise_level": 0.3},
         {"dynamics": "cps", "noise_level": 0.8},
+        {"dynamics": "precise", "noise_level": 1.5},
         {"ratio_norm": True},
         {"kl_mask": 1e-5},
         {"kl_estimator": "velocity"},

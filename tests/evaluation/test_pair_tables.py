@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from trl_spatial.evaluation.pair_tables import make_results, share_interval
+from trl_spatial.evaluation.pair_tables import make_results
 from trl_spatial.evaluation.pair_text import describe_pairs
 from trl_spatial.evaluation.published import published_numbers
 
@@ -126,30 +126,6 @@ def test_controls():
     row = the_scorer(make_results(make_plan("s"), make_pairs(range(4)), {"s": records}))
     controls = {name: (found["estimate"], found["num_pairs"]) for name, found in row["controls"].items()}
     assert controls == {"flip": (0.5, 3), "image_only": (0.5, 3)}  # flip: same, opposite, a tie that is one no more
-
-
-def test_intervals_are_those_of_a_bootstrap_written_out():
-    rng = np.random.default_rng(4)
-    clusters = rng.integers(40, size=150)
-    values = (rng.random(150) < 0.3 + 0.5 * (clusters % 2)).astype(float)
-    drawn = []
-    members = [values[clusters == cluster] for cluster in np.unique(clusters)]
-    for _ in range(4000):
-        chosen = rng.integers(len(members), size=len(members))
-        drawn.append(np.concatenate([members[i] for i in chosen]).mean())
-    interval = share_interval(values, clusters)
-    assert interval.estimate == pytest.approx(values.mean())
-    assert (interval.low, interval.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.012)
-    alone = share_interval(values, np.arange(150))
-    assert interval.high - interval.low > 1.2 * (alone.high - alone.low)  # clusters here are alike inside
-
-
-def test_an_interval_does_not_collapse_where_all_is_right():
-    few = share_interval(np.ones(40), np.repeat(np.arange(4), 10))
-    many = share_interval(np.ones(40), np.arange(40))
-    assert few.estimate == few.high == 1 and few.low < many.low < 1
-    assert few.low == pytest.approx(4 / (4 + 1.959964**2))  # Wilson's lower end of 4 in 4
-    assert share_interval(np.zeros(0), np.zeros(0)) is None
 
 
 def test_p_values_are_uniform_where_scorers_are_alike():

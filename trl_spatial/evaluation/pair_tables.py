@@ -8,13 +8,12 @@ import numpy as np
 from scipy.special import ndtr
 
 from ..statistics import (
-    Interval,
-    accuracy_interval,
     bootstrap_interval,
     expected_calibration_error,
     holm,
     paired_permutation_test,
     reliability_bins,
+    share_interval,
 )
 from .mmrb2 import MMRB2, NUM_PAIRS
 from .pair_controls import CONTROLS, GIVEN
@@ -88,18 +87,6 @@ def values_of(
     return values, is_covered
 
 
-def share_interval(values: np.ndarray, clusters: np.ndarray) -> Interval | None:
-    """
-    Mean of values in `[0, 1]` with its 95 % interval over clusters; Wilson's, over the clusters, where all values are 0 or all
-    are 1, since a bootstrap would collapse. `None` if there are no values.
-    """
-    if len(values) == 0:
-        return None
-    if values.max() == 0 or values.min() == 1:
-        return accuracy_interval(np.full(len(np.unique(clusters)), values[0]))
-    return bootstrap_interval(values, clusters, rng=np.random.default_rng(0))
-
-
 def _scores(record: Record) -> tuple[float, float] | None:
     """The scores of the chosen and the rejected image, if it has both."""
     if "chosen" not in record or None in (means := (record["chosen"]["mean"], record["rejected"]["mean"])):
@@ -117,10 +104,10 @@ def _scorer_row(
         "name": spec,
         "trained_on": facts["trained_on"],
         "served_models": sorted({model for record in records for model in record["served_models"]}),
-        "accuracy": _ends(share_interval(values, clusters)),
+        "accuracy": _share(values, clusters),
         "num_pairs": len(pairs),
         "coverage": float(is_covered.mean()),
-        "covered_accuracy": _ends(share_interval(values[is_covered], clusters[is_covered])),
+        "covered_accuracy": _share(values[is_covered], clusters[is_covered]),
         "failures": list(_failures(answers, names)),
         "groups": {grouping: _groups(grouping, pairs, values, clusters) for grouping in GROUPINGS},
         "controls": {control: _control(control, answers, names, clusters) for control in _asked_controls(answers)},
@@ -131,9 +118,11 @@ def _scorer_row(
     }
 
 
-def _ends(interval: Interval | None) -> dict[str, float | None]:
-    """An interval as JSON."""
-    return dict.fromkeys(("estimate", "low", "high")) if interval is None else dict(vars(interval))
+def _share(values: np.ndarray, clusters: np.ndarray) -> dict[str, float | None]:
+    """A share with its interval as JSON, `None` if there are no values."""
+    if len(values) == 0:
+        return dict.fromkeys(("estimate", "low", "high"))
+    return dict(vars(share_interval(values, clusters)))
 
 
 def _failures(answers: Mapping[tuple[str, str], Record], names: Sequence[str]) -> Iterable[dict[str, Any]]:
@@ -163,7 +152,6 @@ def _groups(grouping: str, pairs: Sequence[Record], values: np.ndarray, clusters
     for name in sorted(set(group_of.tolist()) - {""}):
         members = group_of == name
         interval = share_interval(values[members], clusters[members])
-        assert interval is not None  # a group has members
         ends = {"accuracy": interval.estimate, "low": interval.low, "high": interval.high}
         rows.append({"name": name} | ends | {"num_pairs": int(members.sum())})
     return rows
@@ -182,8 +170,7 @@ def _control(
     if control == "flip":
         given, is_given = values_of(answers, names, GIVEN)
         values, is_covered = 1 - np.abs(values - given), is_covered & is_given
-    interval = share_interval(values[is_covered], clusters[is_covered])
-    return _ends(interval) | {"num_pairs": int(is_covered.sum())}
+    return _share(values[is_covered], clusters[is_covered]) | {"num_pairs": int(is_covered.sum())}
 
 
 def _calibration(answers: Mapping[tuple[str, str], Record], names: Sequence[str]) -> dict[str, Any] | None:

@@ -86,7 +86,7 @@ class QwenImagePolicy(DiffusionPolicy):
         dtype = self.transformer.dtype
         # Padding that a longer prompt elsewhere has left: without it, and without a mask where no row needs one, images
         # of one prompt are computed alike whatever they are batched with.
-        mask = embeds["prompt_embeds_mask"]
+        mask = embeds["prompt_embeds_mask"]  # on the CPU, where it can be asked without waiting for the device
         mask = mask[:, : int(mask.sum(dim=1).max())]  # (n, text_seq_len)
         # Rounded as a timestep, as in the pipeline: in bfloat16 the rounded sigma is up to 4 of 1000 timesteps elsewhere.
         timestep = (sigma.to(latents.device) * 1000).to(dtype) / 1000
@@ -95,7 +95,7 @@ class QwenImagePolicy(DiffusionPolicy):
             hidden_states=latents.to(dtype),
             timestep=timestep.expand(len(latents)),
             encoder_hidden_states=embeds["prompt_embeds"][:, : mask.shape[1]].to(dtype),
-            encoder_hidden_states_mask=None if mask.all() else mask,
+            encoder_hidden_states_mask=None if mask.all() else mask.to(latents.device),
             img_shapes=[[size]] * len(latents),
             return_dict=False,
         )
