@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from ...hub.errors import explain_errors
 from ...hub.references import find_reference
 from ...hub.safety import check_repository
+from ...training.machines import download_on_each_machine
 from ...training.quantization import nf4_config
 from ..online_config import OnlineConfig
 from ..policies import DiffusionPolicy, SamplingOptions
@@ -138,6 +139,10 @@ def load_pipeline(
     quantizations = {} if quantization_config is None else quantization_config.quant_mapping
     settings = {"revision": reference.revision, "dtype": dtype, "use_safetensors": True}
     with explain_errors(f"Loading the pipeline {reference}"):
+        if not reference.is_local:
+            download_on_each_machine(
+                lambda: DiffusionPipeline.download(reference.name, revision=reference.revision, use_safetensors=True)
+            )
         index = DiffusionPipeline.load_config(reference.name, revision=reference.revision)
         on_device = {
             name: getattr(diffusers, index[name][1]).from_pretrained(
