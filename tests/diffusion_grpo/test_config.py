@@ -148,6 +148,17 @@ def test_the_nearest_valid_batch_sizes_are_named(tmp_path, fields):
     assert {*below, above} <= set(named)
 
 
+def test_prompts_per_rollout_are_named_for_all_processes(tmp_path, monkeypatch):
+    """48 prompts do not go into 32 processes: 4 images times 4 or 5 are not whole groups of 12."""
+    monkeypatch.setattr(TrainingArguments, "world_size", 32)
+    for steps in (4, 5):
+        with pytest.raises(
+            ValueError, match=r"Use `gradient_accumulation_steps` 3 or 6 \(32 or 64 prompts per rollout of 32 "
+        ):
+            make_config(tmp_path, gradient_accumulation_steps=steps)
+    assert [make_config(tmp_path, gradient_accumulation_steps=steps).num_prompts for steps in (3, 6)] == [32, 64]
+
+
 def test_the_default_window_is_in_the_first_half(tmp_path):
     for settings, steps in (
         ({"sde_window_size": 2}, range(3)),
