@@ -16,7 +16,6 @@ from ..preferences.prompts import clean_prompt
 from ..preferences.rows import find_faults, look_at_image
 from ..scenes import describe_changes
 from .pair_controls import CONTROLS, GIVEN, prompts_of
-from .pairs import relation_of
 
 
 # Pairs that differ in nothing else have a column of their own: what people call the worst errors, and judges see worst.
@@ -142,6 +141,11 @@ def change_groups(level: int | None, operations: Sequence[Mapping[str, Any]]) ->
         if relations and relations <= members:
             groups["orientation"] = name
     return groups
+
+
+def relation_of(changed: Mapping[str, Any] | str) -> str:
+    """Name of the relation `before` or `after` a change. Older datasets hold strings, as `left_of(red circle, blue square)`."""
+    return changed.partition("(")[0] if isinstance(changed, str) else changed["relation"]
 
 
 def find_clusters(prompts: Sequence[str], perturbed: Sequence[str | None]) -> list[int]:

@@ -1,12 +1,14 @@
 """Tables of a measurement of scorers, made from what it has recorded alone."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import numpy as np
-from scipy.special import ndtr
+import torch
 
+from ..gaussian_reward.losses import preference_probability
 from ..statistics import (
     bootstrap_interval,
     expected_calibration_error,
@@ -24,6 +26,32 @@ GROUPINGS = ("level", "relation", "operation", "orientation", "generator", "sour
 _NUM_EXAMPLES = 4  # of the worst pairs, and as many of the best
 _VALUES = {"chosen": 1.0, "tie": 0.5, "rejected": 0.0, None: 0.0}
 Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """
+    Mean and standard deviation of the scores of the two images of every pair, each of shape `(num_pairs,)`; NaN where there is
+    none.
+    """
+
+    chosen_mean: np.ndarray
+    chosen_std: np.ndarray
+    rejected_mean: np.ndarray
+    rejected_std: np.ndarray
+
+    @property
+    def margin(self) -> np.ndarray:
+        """Difference of the means, `(num_pairs,)`; positive where the order is right."""
+        return self.chosen_mean - self.rejected_mean
+
+    @property
+    def probability(self) -> np.ndarray:
+        """P(chosen ≻ rejected), `(num_pairs,)`, as models whose scores have a standard deviation are trained to give it."""
+        with np.errstate(divide="ignore"):  # a score may be certain
+            log_stds = np.log(self.chosen_std), np.log(self.rejected_std)
+        fields = (self.chosen_mean, log_stds[0], self.rejected_mean, log_stds[1])
+        return preference_probability(*(torch.from_numpy(values.astype(float)) for values in fields)).numpy()
 
 
 def make_results(plan: Record, pairs: Sequence[Record], records: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
@@ -85,6 +113,17 @@ def values_of(
             values[row] = (np.sign(scores[0] - scores[1]) + 1) / 2
             is_covered[row] = True
     return values, is_covered
+
+
+def scores_of(answers: Mapping[tuple[str, str], Record], names: Sequence[str]) -> PairScores:
+    """The scores of the pairs with some names, as they are."""
+    rows = np.full((len(names), 4), np.nan)
+    for row, name in enumerate(names):
+        record = answers.get((name, GIVEN), {})
+        if _scores(record) is not None:
+            numbers = [record[side][number] for side in ("chosen", "rejected") for number in ("mean", "std")]
+            rows[row] = [np.nan if number is None else number for number in numbers]
+    return PairScores(*rows.T)
 
 
 def _scores(record: Record) -> tuple[float, float] | None:
@@ -175,24 +214,17 @@ def _control(
 
 def _calibration(answers: Mapping[tuple[str, str], Record], names: Sequence[str]) -> dict[str, Any] | None:
     """Of scores with a standard deviation: how often the order is right that they give a probability."""
-    probabilities = []
-    for name in names:
-        record = answers.get((name, GIVEN), {})
-        if (scores := _scores(record)) is None or None in (
-            stds := [record[side]["std"] for side in ("chosen", "rejected")]
-        ):
-            continue
-        margin, spread = scores[0] - scores[1], float(np.hypot(*stds))
-        probabilities.append(ndtr(margin / spread) if spread > 0 else (np.sign(margin) + 1) / 2)
-    if not probabilities:
+    probability = scores_of(answers, names).probability
+    known = probability[~np.isnan(probability)]
+    if len(known) == 0:
         return None
-    bins = reliability_bins(probabilities)
+    bins = reliability_bins(known)
     rows = [
         {"predicted": float(predicted), "observed": float(observed), "num_pairs": int(count)}
         for predicted, observed, count in zip(bins.confidence, bins.accuracy, bins.counts, strict=True)
         if count
     ]
-    return {"bins": rows, "error": expected_calibration_error(probabilities)}
+    return {"bins": rows, "error": expected_calibration_error(known)}
 
 
 def _order_consistency(answers: Mapping[tuple[str, str], Record], names: Sequence[str]) -> float | None:
