@@ -13,7 +13,7 @@ from trl_spatial.evaluation.published import published_numbers
 
 def make_plan(*names, dataset="some/pairs", is_pairwise=False):
     facts = {"trained_on": "nothing", "is_pairwise": is_pairwise}
-    return {"dataset": dataset, "scorers": dict.fromkeys(names, facts)}
+    return {"dataset": dataset, "scorers": {name: facts | {"file": f"records/{name}.jsonl"} for name in names}}
 
 
 def make_pairs(clusters, **groups):
@@ -116,6 +116,20 @@ def test_groups_hold_their_own_pairs():
     found = {group["name"]: (group["accuracy"], group["num_pairs"]) for group in row["groups"]["level"]}
     assert found == {"1": (0.5, 2), "2": (1.0, 2), "3": (1.0, 1)}
     assert [group["num_pairs"] for group in row["groups"]["source"]] == [6] and row["groups"]["orientation"] == []
+
+
+def test_the_numbers_of_comparisons_are_about_their_changes():
+    pairs = make_pairs([0, 0, 1, 2, 3, 4], level=["1", "1", "2", "3", "2", None])
+    row = the_scorer(make_results(make_plan("s"), pairs, {"s": outcomes([1, 0, 1, 1, 0, 1])}))
+    found = {name: (number["estimate"], number["num_pairs"]) for name, number in row["numbers"].items()}
+    assert found == {
+        "accuracy": (pytest.approx(4 / 6), 6),
+        "accuracy, 1 change": (0.5, 2),
+        "accuracy, 2-3 changes": (pytest.approx(2 / 3), 3),
+    }
+    assert row["numbers"]["accuracy, 1 change"]["low"] < 0.1  # two pairs of one prompt say as much as one
+    row = the_scorer(make_results(make_plan("s"), make_pairs([0, 1]), {"s": outcomes([1, 0])}))
+    assert list(row["numbers"]) == ["accuracy"]
 
 
 def test_controls():

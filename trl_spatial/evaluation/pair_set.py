@@ -36,12 +36,23 @@ class PairSet:
             Number of pairs. If not set, all.
         folder (`Path`, *optional*):
             Where relative paths of images start. If not set, at the current folder.
+        dataset_id (`str`, *optional*), split (`str`, *optional*):
+            Its repository on the Hub, and its split there.
 
     Raises:
         `ValueError`: If there is no pair, a column is missing or of a wrong type, or a prompt cannot be used.
     """
 
-    def __init__(self, dataset: Dataset, name: str, *, limit: int | None = None, folder: Path | None = None):
+    def __init__(
+        self,
+        dataset: Dataset,
+        name: str,
+        *,
+        limit: int | None = None,
+        folder: Path | None = None,
+        dataset_id: str | None = None,
+        split: str | None = None,
+    ):
         pick_columns(dataset.features, False, name)
         for column in IMAGE_COLUMNS:
             if isinstance(dataset.features[column], Image):
@@ -52,6 +63,9 @@ class PairSet:
         if len(self.rows) == 0:
             raise ValueError(f"{name} has no rows.")
         self.name, self.folder = name, folder or Path()
+        # of a part of the split, nothing is said on the Hub
+        self.dataset_id = dataset_id if len(self.rows) == len(dataset) else None
+        self.split = split
         self.prompts = []
         for row, prompt in enumerate(self.rows["prompt"]):
             try:

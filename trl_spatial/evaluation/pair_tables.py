@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..gaussian_reward.losses import preference_probability
+from ..preferences.benchmark import NUMBERS
 from ..statistics import (
     bootstrap_interval,
     expected_calibration_error,
@@ -70,8 +71,8 @@ def make_results(plan: Record, pairs: Sequence[Record], records: Mapping[str, Se
             Name of each scorer → its records. Of several on the same pair, the last counts.
 
     Returns:
-        `dict`: What `results.json` holds: `kind`, `dataset`, `num_pairs`, `scorers`, `differences` (the second minus the first),
-        `published`, `examples` (the worst, then the best).
+        `dict`: What `results.json` holds: `kind`, `dataset`, `dataset_id` and `split` if it is all of a split on the Hub, `num_pairs`,
+        `scorers`, `differences` (the second minus the first), `published`, `examples` (the worst, then the best).
     """
     clusters = np.array([pair["cluster"] for pair in pairs])
     answers = {spec: latest(found) for spec, found in records.items()}
@@ -80,6 +81,9 @@ def make_results(plan: Record, pairs: Sequence[Record], records: Mapping[str, Se
     return {
         "kind": "pairs",
         "dataset": plan["dataset"],
+        # runs of earlier versions do not say
+        "dataset_id": plan.get("dataset_id"),
+        "split": plan.get("split"),
         "num_pairs": len(pairs),
         "scorers": [
             _scorer_row(spec, facts, pairs, clusters, records[spec]) for spec, facts in plan["scorers"].items()
@@ -141,12 +145,14 @@ def _scorer_row(
     num_asked = max(len(answers), 1)
     return {
         "name": spec,
+        "file": facts["file"],
         "trained_on": facts["trained_on"],
         "served_models": sorted({model for record in records for model in record["served_models"]}),
         "accuracy": _share(values, clusters),
         "num_pairs": len(pairs),
         "coverage": float(is_covered.mean()),
         "covered_accuracy": _share(values[is_covered], clusters[is_covered]),
+        "numbers": _numbers(pairs, values, clusters),
         "failures": list(_failures(answers, names)),
         "groups": {grouping: _groups(grouping, pairs, values, clusters) for grouping in GROUPINGS},
         "controls": {control: _control(control, answers, names, clusters) for control in _asked_controls(answers)},
@@ -194,6 +200,18 @@ def _groups(grouping: str, pairs: Sequence[Record], values: np.ndarray, clusters
         ends = {"accuracy": interval.estimate, "low": interval.low, "high": interval.high}
         rows.append({"name": name} | ends | {"num_pairs": int(members.sum())})
     return rows
+
+
+def _numbers(pairs: Sequence[Record], values: np.ndarray, clusters: np.ndarray) -> dict[str, dict[str, Any]]:
+    """The numbers that scorers are compared by; those without pairs are left out."""
+    level_of = np.array([int(pair["groups"].get("level", 0)) for pair in pairs])
+    numbers = {}
+    for name, levels in NUMBERS.items():
+        members = np.ones(len(pairs), dtype=bool) if levels is None else np.isin(level_of, list(levels))
+        if members.any():
+            share = _share(values[members], clusters[members])
+            numbers[name] = share | {"num_pairs": int(members.sum())}
+    return numbers
 
 
 def _asked_controls(answers: Mapping[tuple[str, str], Record]) -> list[str]:
