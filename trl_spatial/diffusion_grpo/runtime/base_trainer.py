@@ -137,6 +137,9 @@ class DiffusionTrainer(BaseTrainer):
             self.add_callback(RolloutProgressCallback)
         adapt_callbacks(self)
 
+        if checkpointing.has_adapter(self.model) and self.model.dtype != torch.float32:
+            # Adapters compute in the dtype of what is frozen, see `adapt_to_inputs`: `accelerator.autocast` is for the others.
+            self.accelerator.native_amp = False
         self.policy.vae.to(args.device)
         if self.is_fsdp_enabled:
             shard_transformer(self.model, self.accelerator)
