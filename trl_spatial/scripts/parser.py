@@ -17,6 +17,8 @@ from ..cli import nearest
 
 
 MAX_CONFIG_BYTES = 2**20
+ATTENTION_FUNCTIONS = ["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
+ATTENTION_HELP = "Attention function of the backbone; by default sdpa. FlashAttention needs its package, a GPU and weights in half precision."
 
 
 @contextmanager
@@ -85,6 +87,10 @@ class SpatialParser(TrlParser):
         )
         dtypes = ["auto", "bfloat16", "float16", "float32"]
         self.add_argument("--dtype", default="auto", choices=dtypes, help="Type of the weights.")
+
+    def add_attention_argument(self) -> None:
+        """Add the option that says how a reward model attends."""
+        self.add_argument("--attn_implementation", choices=ATTENTION_FUNCTIONS, help=ATTENTION_HELP)
 
     def parse_args_and_config(self, args: list[str] | None = None, *, is_launched: bool = False) -> tuple[Any, ...]:
         """
