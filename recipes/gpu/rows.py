@@ -58,13 +58,14 @@ def all_rows() -> dict[str, Row]:
 
     add("FLUX.1-dev", FLUX, 1.5, "filter, window 2", "filter, window 2, compile")
     add("Qwen-Image, guided", GUIDED, 2.0, "filter, window 2", "filter, window 2, compile")
-    for name, size, way in (
+    ways: tuple[tuple[str, int, dict[str, Any]], ...] = (
         ("512²", 512, {}),
         ("1024²", 1024, {}),
         ("1024², windows one by one", 1024, {"is_windowed_one_by_one": True}),
         ("1024², gradients through the vision tower", 1024, {"has_vision_gradients": True}),
         ("512², windows one by one", 512, {"is_windowed_one_by_one": True}),
-    ):
+    )
+    for name, size, way in ways:
         rows[f"SpatialScore-7B: training, {name}"] = Row(partial(reward.measure_training, Way(size, **way)), 1.0)
         if "gradients" not in name:
             rows[f"SpatialScore-7B: scoring, {name}"] = Row(partial(reward.measure_scoring, Way(size, **way)), 0.7)

@@ -29,7 +29,8 @@ class EvaluationOutput:
 class PolicyGenerator:
     """
     Draws with a policy by the deterministic sampler: an [`~generation.generators.ImageGenerator`]. The transformer may
-    be wrapped for training; `autocast` makes the context of its forward passes, such as `accelerator.autocast`.
+    be wrapped for training; `autocast` makes the context of its forward passes, such as `accelerator.autocast`. It runs
+    without its compiled graphs: images of another size would leave graphs for any size, which are slower in training.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class PolicyGenerator:
     def __call__(self, prompts: list[str], generators: list[torch.Generator]) -> list[Image.Image]:
         was_training = self.transformer.training
         self.transformer.eval()
-        with self.autocast():
+        with self.autocast(), torch.compiler.set_stance("force_eager"):
             rollout = sample_rollout(
                 self.policy,
                 self.transformer,

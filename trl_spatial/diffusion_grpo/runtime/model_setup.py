@@ -28,6 +28,8 @@ from .checkpointing import check_exportable, has_adapter
 from .processes import is_fsdp_launch
 
 
+# Most graphs that a kind of block may be compiled to
+_MAX_GRAPHS = 64
 # bitsandbytes' classes of quantized weights
 _QUANTIZED_WEIGHTS = {"Params4bit", "Int8Params"}
 
@@ -230,7 +232,7 @@ def prepare_transformer(
         )
     _redirect_gradient_checkpointing(transformer)
     if args.torch_compile:
-        _compile_blocks(transformer, args)
+        _compile_blocks(policy, args)
     return transformer
 
 
@@ -288,12 +290,22 @@ def _check_dropout(transformer: torch.nn.Module) -> None:
             )
 
 
-def _compile_blocks(transformer: torch.nn.Module, args: DiffusionConfig) -> None:
+def _compile_blocks(policy: DiffusionPolicy, args: DiffusionConfig) -> None:
+    # Graphs differ by batch size, adapters and gradients; beyond the limit, by default 8, PyTorch would compile no more.
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _MAX_GRAPHS)
+    # Prompts of a family with a mask have as many lengths as there are. Else all sizes are few, and graphs for one size are faster.
+    has_few_sizes = not any(name.endswith("mask") for name in policy.embed_shapes(1))
     # The blocks of every list, and not `compile_repeated_blocks`, which knows none of Stable Diffusion 3. A kind of block is
     # compiled once for all of its instances.
-    for blocks in [child for child in transformer.children() if isinstance(child, torch.nn.ModuleList)]:
+    for blocks in [child for child in policy.transformer.children() if isinstance(child, torch.nn.ModuleList)]:
         for block in blocks:
-            block.compile(backend=args.torch_compile_backend or "inductor", mode=args.torch_compile_mode)
+            block.compile(
+                backend=args.torch_compile_backend or "inductor",
+                mode=args.torch_compile_mode,
+                dynamic=False if has_few_sizes else None,
+                fullgraph=True,  # or else what cannot be compiled, and all graphs beyond the limit, would run uncompiled in silence
+            )
 
 
 def _redirect_gradient_checkpointing(transformer: Any) -> None:
