@@ -94,3 +94,8 @@ class StableDiffusion3Policy(DiffusionPolicy):
         latents = latents / config.scaling_factor + config.shift_factor  # (n, in_channels, rows, columns)
         images = self._decode(latents)  # (n, 3, height, width)
         return self.pipeline.image_processor.postprocess(images, output_type="pil")
+
+    @torch.no_grad()
+    def encode_images(self, images: list[Image.Image]) -> torch.Tensor:
+        config = self.vae.config
+        return to_sequence((self._encode(images) - config.shift_factor) * config.scaling_factor)

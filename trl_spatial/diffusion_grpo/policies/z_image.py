@@ -97,3 +97,8 @@ class ZImagePolicy(DiffusionPolicy):
         latents = to_image(latents, options, self.pipeline.vae_scale_factor).to(self.vae.dtype)
         images = self._decode(latents / config.scaling_factor + config.shift_factor)  # (n, 3, height, width)
         return self.pipeline.image_processor.postprocess(images, output_type="pil")
+
+    @torch.no_grad()
+    def encode_images(self, images: list[Image.Image]) -> torch.Tensor:
+        config = self.vae.config
+        return to_sequence((self._encode(images) - config.shift_factor) * config.scaling_factor)
