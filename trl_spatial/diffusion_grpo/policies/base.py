@@ -200,15 +200,15 @@ class DiffusionPolicy(ABC):
         options: SamplingOptions,
     ) -> torch.Tensor:
         """
-        Predicts the velocity `noise - image` at one noise level, guidance included.
+        Predicts the velocity `noise - image`, guidance included.
 
         Args:
             transformer (`torch.nn.Module`):
                 The policy's transformer, or what wraps it in training.
             latents (`torch.Tensor` of shape `(n, image_seq_len, num_channels)`):
                 Latents in float32. They are cast to the type of the transformer's weights here and nowhere else.
-            sigma (`torch.Tensor` of shape `()`):
-                Noise level, float32.
+            sigma (`torch.Tensor` of shape `()` or `(n,)`):
+                Noise level, of all images or of each, float32.
             embeds (`dict[str, torch.Tensor]`):
                 From [`~DiffusionPolicy.encode_prompt`], a row per image. With classifier-free guidance also those of
                 the negative prompt, their names beginning with `negative_`, as [`PromptCache`] gives them.

@@ -77,7 +77,7 @@ class StableDiffusion3Policy(DiffusionPolicy):
         hidden_states = torch.cat([image.to(dtype)] * len(parts))
         (velocity,) = transformer(
             hidden_states=hidden_states,
-            timestep=(sigma.to(latents.device) * 1000).expand(len(hidden_states)),
+            timestep=(sigma.to(latents.device) * 1000).expand(len(latents)).repeat(len(parts)),
             encoder_hidden_states=torch.cat([part["prompt_embeds"] for part in parts]).to(dtype),
             pooled_projections=torch.cat([part["pooled_prompt_embeds"] for part in parts]).to(dtype),
             return_dict=False,

@@ -84,7 +84,9 @@ class ZImagePolicy(DiffusionPolicy):
         images = images.unsqueeze(2).repeat(len(parts), 1, 1, 1, 1)  # (len(captions), in_channels, 1, rows, columns)
         # The model's time goes up to 1 at the image, and it predicts `image - noise`.
         time = (1000 - sigma.to(latents.device) * 1000) / 1000
-        (outputs,) = transformer(list(images), time.expand(len(images)), captions, return_dict=False)
+        (outputs,) = transformer(
+            list(images), time.expand(len(latents)).repeat(len(parts)), captions, return_dict=False
+        )
         output = torch.stack(outputs).squeeze(2).float()  # (len(captions), in_channels, rows, columns)
         if is_guided:
             output, unguided = output.chunk(2)
