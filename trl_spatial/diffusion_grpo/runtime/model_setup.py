@@ -18,8 +18,9 @@ from ...hub.errors import explain_errors
 from ...hub.references import find_reference
 from ...hub.safety import check_repository
 from ...training.quantization import nf4_config
-from ..config import DiffusionGRPOConfig
+from ..online_config import OnlineConfig
 from ..policies import DiffusionPolicy, SamplingOptions
+from .base_config import DiffusionConfig
 from .checkpointing import check_exportable, has_adapter
 
 
@@ -132,20 +133,21 @@ def load_pipeline(
     return pipeline
 
 
-def sampling_options(args: DiffusionGRPOConfig) -> tuple[SamplingOptions, SamplingOptions]:
+def sampling_options(args: DiffusionConfig) -> tuple[SamplingOptions, SamplingOptions]:
     """How images are sampled in training, and in evaluation."""
-    training = SamplingOptions(args.height, args.width, args.num_inference_steps, args.guidance_scale)
-    evaluation = replace(
-        training,
-        height=args.eval_height or args.height,
-        width=args.eval_width or args.width,
-        num_inference_steps=args.eval_num_inference_steps,
+    evaluation = SamplingOptions(
+        args.eval_height or args.height,
+        args.eval_width or args.width,
+        args.eval_num_inference_steps,
+        args.guidance_scale,
     )
-    return training, evaluation
+    # Where no images are drawn to be trained on, only their size and the guidance count
+    num_steps = args.num_inference_steps if isinstance(args, OnlineConfig) else args.eval_num_inference_steps
+    return replace(evaluation, height=args.height, width=args.width, num_inference_steps=num_steps), evaluation
 
 
 def prepare_transformer(
-    policy: DiffusionPolicy, args: DiffusionGRPOConfig, peft_config: LoraConfig | None
+    policy: DiffusionPolicy, args: DiffusionConfig, peft_config: LoraConfig | None
 ) -> torch.nn.Module:
     """
     Freezes a pipeline but for what is trained, and returns its transformer, changed in place. Trained are the new
@@ -255,7 +257,7 @@ def _check_dropout(transformer: torch.nn.Module) -> None:
             )
 
 
-def _compile_blocks(transformer: torch.nn.Module, args: DiffusionGRPOConfig) -> None:
+def _compile_blocks(transformer: torch.nn.Module, args: DiffusionConfig) -> None:
     # The blocks of every list, and not `compile_repeated_blocks`, which knows none of Stable Diffusion 3. A kind of block is
     # compiled once for all of its instances.
     for blocks in [child for child in transformer.children() if isinstance(child, torch.nn.ModuleList)]:
