@@ -29,7 +29,7 @@ from ..policies import make_policy
 from ..reward_functions import RewardFunctions, reward_intervals, reward_metrics
 from . import checkpointing
 from .base_config import DiffusionConfig
-from .callbacks import RolloutProgressCallback, UpdateCallback, adapt_callbacks, log_image
+from .callbacks import RolloutProgressCallback, Samples, UpdateCallback, adapt_callbacks, log_samples
 from .checks import check_data, check_evaluation
 from .ema import EMA
 from .evaluation import EvaluationOutput, PolicyGenerator, gather_evaluation, reward_images
@@ -280,11 +280,14 @@ class DiffusionTrainer(BaseTrainer):
         if self.args.logging_strategy == "no" or not self.is_world_process_zero():
             return
         assert self.eval_reward_functions is not None
-        names = self.eval_reward_functions.names  # those of the trained ones come first
-        captions = [_caption(names, row) for row in rewards[:NUM_LOGGED_IMAGES].tolist()]
+        images, prompts, rewards = images[:NUM_LOGGED_IMAGES], prompts[:NUM_LOGGED_IMAGES], rewards[:NUM_LOGGED_IMAGES]
+        names = self.eval_reward_functions.names[: rewards.shape[1]]  # those of the trained ones come first
+        captions = [_caption(names, row) for row in rewards.tolist()]
         path = Path(self.args.output_dir) / "images" / f"{name}_{number:06d}.png"
-        grid = save_image_grid(path, images[:NUM_LOGGED_IMAGES], prompts[:NUM_LOGGED_IMAGES], captions)
-        log_image(self.callback_handler.callbacks, grid, f"images/{name}", self.state.global_step)
+        grid = save_image_grid(path, images, prompts, captions)
+        columns = dict(zip(names, rewards.T.tolist(), strict=True))
+        samples = Samples(name, grid, prompts, images, columns)
+        log_samples(self.callback_handler.callbacks, samples, self.state.global_step)
 
     def _training_state(self) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
         """What this process has to remember: tensors, and anything that JSON holds."""
@@ -413,4 +416,4 @@ def _grid_number(path: Path) -> int:
 
 def _caption(names: list[str], rewards: list[float]) -> str:
     values = ["none" if math.isnan(reward) else f"{reward:.3g}" for reward in rewards]
-    return "\n".join(f"{name} {value}" for name, value in zip(names, values, strict=False))
+    return "\n".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
