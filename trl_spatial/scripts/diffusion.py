@@ -49,7 +49,9 @@ class EvaluationArguments:
             from ..rewards import load_reward
 
         device = self.reward_device or training_args.device
-        return [load_reward(name, device=device, attn_implementation=self.reward_attn_implementation) for name in names]
+        return [
+            load_reward(name, device=device, attn_implementation=self.reward_attn_implementation) for name in names
+        ]
 
 
 @dataclass
