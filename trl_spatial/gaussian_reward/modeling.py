@@ -29,7 +29,7 @@ from transformers.utils import ModelOutput, cached_file
 from ..hub.references import find_reference
 from ..hub.safety import check_repository
 from .quantization import copy_loading_state, quantize_language_model_only
-from .vision_attention import use_packed_sdpa
+from .vision_attention import project_patches, use_packed_sdpa
 from .weights import DAMAGED, check_finite, check_no_missing_keys, check_types
 
 
@@ -190,6 +190,7 @@ class GaussianRewardModel(PreTrainedModel):
         if not isinstance(config.backbone_config, PreTrainedConfig) or config.reward_token_id is None:
             raise ValueError("The configuration needs `backbone_config` and `reward_token_id`. Use `from_backbone`.")
         self.backbone = AutoModel.from_config(config.backbone_config) if backbone is None else backbone
+        project_patches(self.backbone)
         self.head = GaussianHead(
             config.backbone_config.get_text_config().hidden_size,
             config.head_hidden_sizes,
