@@ -38,7 +38,7 @@ from .kinds import SPATIAL_SCORE
 from .losses import gaussian_bradley_terry_loss
 from .model_card import build_card, training_settings
 from .model_setup import copy_trained_parameters, resolve_model, restore_fp32
-from .modeling import GaussianRewardModel
+from .modeling import GaussianRewardModel, keep_input_types
 from .processing import SpatialScoreProcessor
 
 
@@ -184,6 +184,7 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
             for name, part in _named(self.eval_dataset).items()
         }
         restore_fp32(self.model, trained)
+        keep_input_types(self.model)
         self._check_trainable()
 
     def _check_trainable(self) -> None:

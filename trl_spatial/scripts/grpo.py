@@ -1,13 +1,14 @@
 """`trl_spatial grpo`: fine-tune a text-to-image model with rewards for its images."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from transformers.hf_argparser import HfArg
 
 from ..cli import run_command
 from .datasets import hub_dataset_name, load_prompts
-from .parser import SpatialParser, quick_imports
+from .parser import ATTENTION_FUNCTIONS, ATTENTION_HELP, SpatialParser, quick_imports
 
 
 if TYPE_CHECKING:
@@ -73,6 +74,11 @@ class GRPOScriptArguments:
         default=None,
         help="Where SpatialScore checkpoints run, e.g. cuda:1 or cpu. By default the device of the training. In a process "
         "of its own, a reward is a server: `trl_spatial serve`.",
+    )
+    reward_attn_implementation: str | None = HfArg(
+        default=None,
+        help=f"For SpatialScore checkpoints. {ATTENTION_HELP}",
+        metadata={"choices": ATTENTION_FUNCTIONS},
     )
     eval_dataset: str | None = HfArg(
         default=None, help="Prompts to evaluate on, in the same forms. By default the test split of --dataset."
@@ -208,10 +214,9 @@ def build_trainer(
             use_only_split=script_args.eval_dataset is not None,
         )
     device = script_args.reward_device or training_args.device
-    rewards: list[RewardFunction] = [load_reward(reward, device=device) for reward in script_args.rewards]
-    eval_rewards: list[RewardFunction] = [
-        load_reward(reward, device=device) for reward in script_args.eval_rewards or []
-    ]
+    load = partial(load_reward, device=device, attn_implementation=script_args.reward_attn_implementation)
+    rewards: list[RewardFunction] = [load(reward) for reward in script_args.rewards]
+    eval_rewards: list[RewardFunction] = [load(reward) for reward in script_args.eval_rewards or []]
     pipeline = load_pipeline(
         name,
         dtype,
