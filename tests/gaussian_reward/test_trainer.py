@@ -329,6 +329,20 @@ def test_adapters_keep_the_type_of_their_inputs_without_other_numbers(make_train
 # ---------------------------------------------------------------- what is trained
 
 
+def test_a_batch_of_reverse_pairs_encodes_every_image_once(make_trainer, tmp_path):
+    rows = make_dataset(6, perturbed_prompt=lambda row: f"a red {WORDS[row]} to the right of a blue lamp")
+    trainer = make_trainer(
+        tmp_path, train_dataset=rows, per_device_train_batch_size=4, num_train_epochs=2, max_steps=-1
+    )
+    sizes = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append((len(kwargs["input_ids"]), len(kwargs["image_grid_thw"]))),
+        with_kwargs=True,
+    )
+    trainer.train()
+    assert sizes == [(8, 4)] * 6
+
+
 def test_head_learning_rate_is_that_of_head_and_reward_token(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path, learning_rate=0.0, head_learning_rate=1e-2, disable_dropout=True)
     before = trainable(trainer.model)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AutoModel, Qwen2VLConfig
 
 from trl_spatial.gaussian_reward.modeling import GaussianRewardModel
-from trl_spatial.gaussian_reward.vision_attention import PACKED_SDPA, pack, project_patches, use_packed_sdpa
+from trl_spatial.gaussian_reward.vision_attention import PACKED_SDPA, pack, use_packed_sdpa
 
 
 PATCH_SIZE, WINDOW_SIZE, DEPTH = 8, 32, 3  # windows of 4 x 4 patches
@@ -70,23 +70,6 @@ def test_outputs_and_gradients_are_those_of_one_window_at_a_time(backbone, grid)
     assert plain.keys() == ours.keys() and len(plain) > 10
     for name, tensor in plain.items():
         assert (ours[name] - tensor).abs().max() <= 1e-6 * max(1, tensor.abs().max()), name
-
-
-def test_patches_are_projected_as_by_the_convolution(backbone):
-    projected = copy.deepcopy(backbone)
-    project_patches(projected)
-    assert projected.state_dict().keys() == backbone.state_dict().keys()
-    plain, ours = backbone.visual.patch_embed, projected.visual.patch_embed
-    assert ours.proj.weight is projected.get_parameter("visual.patch_embed.proj.weight")
-    pixels = patches(torch.tensor(MIXED))
-    results = []
-    for embed in (plain, ours):
-        output = embed(pixels)
-        output.pow(2).sum().backward()
-        results.append({"output": output.detach()} | {name: param.grad for name, param in embed.named_parameters()})
-    assert results[0].keys() == results[1].keys()
-    for name, tensor in results[0].items():
-        assert torch.allclose(results[1][name], tensor, rtol=1e-5, atol=1e-5 * tensor.abs().max()), name
 
 
 def test_a_tower_trains_after_it_has_scored_the_same_images(backbone):

@@ -28,8 +28,10 @@ from transformers.utils import ModelOutput, cached_file
 
 from ..hub.references import find_reference
 from ..hub.safety import check_repository
+from .patches import multiply_patches
 from .quantization import copy_loading_state, quantize_language_model_only
-from .vision_attention import project_patches, use_packed_sdpa
+from .shared_prefixes import encode_rows, use_shared_prefixes
+from .vision_attention import use_packed_sdpa
 from .weights import DAMAGED, check_finite, check_no_missing_keys, check_types
 
 
@@ -190,7 +192,6 @@ class GaussianRewardModel(PreTrainedModel):
         if not isinstance(config.backbone_config, PreTrainedConfig) or config.reward_token_id is None:
             raise ValueError("The configuration needs `backbone_config` and `reward_token_id`. Use `from_backbone`.")
         self.backbone = AutoModel.from_config(config.backbone_config) if backbone is None else backbone
-        project_patches(self.backbone)
         self.head = GaussianHead(
             config.backbone_config.get_text_config().hidden_size,
             config.head_hidden_sizes,
@@ -200,7 +201,9 @@ class GaussianRewardModel(PreTrainedModel):
         )
         embedding = RewardTokenEmbedding(self.backbone.get_input_embeddings(), config.reward_token_id)
         self.backbone.set_input_embeddings(embedding)
+        multiply_patches(self.backbone)
         use_packed_sdpa(self.backbone)
+        use_shared_prefixes(self.backbone)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -348,6 +351,7 @@ class GaussianRewardModel(PreTrainedModel):
         mm_token_type_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_grid_thw: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
     ) -> GaussianRewardOutput:
         """
         Scores a batch made by [`SpatialScoreProcessor`].
@@ -360,9 +364,11 @@ class GaussianRewardModel(PreTrainedModel):
             mm_token_type_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`):
                 1 at image tokens, 0 elsewhere.
             pixel_values (`torch.Tensor` of shape `(total_patches, patch_dim)`):
-                Patches of all images, in row order.
-            image_grid_thw (`torch.LongTensor` of shape `(batch_size, 3)`):
+                Patches of all images, one after another.
+            image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`):
                 Frames, rows and columns of patches of each image.
+            image_index (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+                Number of each row's image. If `None`, each row has its own.
 
         Returns:
             [`GaussianRewardOutput`]: Mean and log standard deviation of each row's score, in fp32.
@@ -382,16 +388,19 @@ class GaussianRewardModel(PreTrainedModel):
                 f"Every row needs exactly one reward token (id {self.config.reward_token_id}), got "
                 f"{num_reward_tokens.tolist()}. Encode the batch with the model's own processor."
             )
+        if pixel_values is None or image_grid_thw is None:
+            raise ValueError("`pixel_values` or `image_grid_thw` is missing. Pass everything the processor returns.")
         with self._autocast():
-            hidden_states = self.backbone(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                mm_token_type_ids=mm_token_type_ids,
+            at_reward_token = encode_rows(
+                self.backbone,
+                is_reward_token,
                 pixel_values=pixel_values,
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids) if attention_mask is None else attention_mask,
+                mm_token_type_ids=mm_token_type_ids,
                 image_grid_thw=image_grid_thw,
-                use_cache=False,
-            ).last_hidden_state  # (batch_size, sequence_length, hidden_size)
-        at_reward_token = hidden_states[is_reward_token.to(hidden_states.device)]  # (batch_size, hidden_size)
+                image_index=torch.arange(len(input_ids)) if image_index is None else image_index,
+            )  # (batch_size, hidden_size)
         mean, log_std = self.head(at_reward_token.to(next(self.head.parameters()).device))
         return GaussianRewardOutput(mean=mean, log_std=log_std)
 

@@ -1,8 +1,6 @@
-"""Qwen's vision towers, faster: patches are projected by a matrix product, and all windows, or images, of one size are attended to
-in one call.
+"""Attention of Qwen's vision towers without FlashAttention: all windows, or images, of one size in one call.
 
-Left to itself, transformers calls a convolution for the first, and without FlashAttention attends to one window at a time: 5,600
-calls for eight images of 512 × 512 pixels.
+Left to itself, transformers attends to one window at a time: 5,600 calls for eight images of 512 × 512 pixels.
 """
 
 import copy
@@ -10,7 +8,6 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -38,25 +35,6 @@ class Packing(NamedTuple):
     groups: tuple[tuple[int, int], ...]
     order: torch.Tensor | None
     inverse: torch.Tensor | None
-
-
-class PatchProjection(nn.Conv3d):
-    """A convolution over patches that do not overlap as what it is, a matrix product, which is several times faster."""
-
-    def __init__(self, convolution: nn.Conv3d):
-        sizes = (convolution.in_channels, convolution.out_channels, convolution.kernel_size, convolution.stride)
-        super().__init__(*sizes, bias=convolution.bias is not None, device="meta")
-        self.weight, self.bias = convolution.weight, convolution.bias
-
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """Maps patches of shape `(num_patches, num_channels, depth, height, width)` to `(num_patches, hidden_size)`."""
-        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
-
-
-def project_patches(backbone: PreTrainedModel) -> None:
-    """Lets the vision tower of a Qwen-VL model project its patches by a matrix product. Other models are left as they are."""
-    if backbone.config.model_type in HAS_WINDOWS:
-        backbone.visual.patch_embed.proj = PatchProjection(backbone.visual.patch_embed.proj)
 
 
 def use_packed_sdpa(backbone: PreTrainedModel) -> None:
