@@ -35,7 +35,7 @@ from trl_spatial.gaussian_reward.vision_attention import use_packed_sdpa
 
 
 PATCH_SIZE, REWARD_TOKEN = 14, "<|box_end|>"
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"vision_hidden_size": 64, "vision_depth": 3, "vision_heads": 4, "hidden_size": 64, "intermediate_size": 160,
              "num_hidden_layers": 6, "num_attention_heads": 4},
     "20m": {"vision_hidden_size": 320, "vision_depth": 8, "vision_heads": 4, "hidden_size": 256, "intermediate_size": 704,
@@ -71,7 +71,7 @@ def count_calls(forward: Callable[[], Any]) -> int:
     return num_calls
 
 
-def compare_windows(sizes: dict[str, int], num_images: int, image_size: int, num_rounds: int) -> dict[str, Any]:
+def compare_windows(sizes: dict[str, Any], num_images: int, image_size: int, num_rounds: int) -> dict[str, Any]:
     """Attention one window at a time against windows of one size together."""
     plain = build_qwen2_5_vl(
         build_tokenizer(["a"], 1000), patch_size=PATCH_SIZE, vision_window_size=112, initializer_range=0.1, **sizes
@@ -97,7 +97,7 @@ def compare_windows(sizes: dict[str, int], num_images: int, image_size: int, num
     return result
 
 
-def compare_gradients(sizes: dict[str, int], num_images: int, image_size: int, num_rounds: int) -> tuple[float, float]:
+def compare_gradients(sizes: dict[str, Any], num_images: int, image_size: int, num_rounds: int) -> tuple[float, float]:
     """Training steps with gradients through the frozen tower against steps without."""
     tokenizer = build_tokenizer(["a"], 1000)
     backbone = build_qwen2_5_vl(

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from ..hub.functions import is_function, load_function
 from ..hub.references import UnknownReferenceError, find_reference
+from . import TOKEN_VARIABLE
 from .geneval_reward import GenEvalReward
-from .remote import TOKEN_VARIABLE, RemoteReward
+from .remote import RemoteReward
 from .rules import SceneRules
 
 

@@ -14,7 +14,6 @@ import yaml
 from trl.scripts.utils import TrlParser
 
 from ..cli import nearest
-from ..hub.references import NAMESPACE_VARIABLE
 
 
 MAX_CONFIG_BYTES = 2**20
@@ -180,6 +179,8 @@ class SpatialParser(TrlParser):
         if not isinstance(namespace, str | None):
             self.error(f"{path}: namespace: expected one value, got {namespace!r}")
         if given.namespace or namespace is not None:
+            from ..hub.references import NAMESPACE_VARIABLE
+
             variables |= {NAMESPACE_VARIABLE: given.namespace[0] if given.namespace else namespace}
         try:
             os.environ.update({str(name): str(value) for name, value in variables.items()})

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..cli import run_command
-from ..rewards.remote import TOKEN_VARIABLE
+from ..rewards import TOKEN_VARIABLE
 from ..serving.limits import Limits
 from .parser import SpatialParser, quick_imports
 from .space import check_port
