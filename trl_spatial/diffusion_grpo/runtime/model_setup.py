@@ -24,6 +24,7 @@ from ..policies import DiffusionPolicy, SamplingOptions
 from .adapters import adapt_to_inputs
 from .checkpointing import check_exportable, has_adapter
 from .processes import is_fsdp_launch
+from .recomputation import enable_checkpointing
 
 
 # Most graphs that a kind of block may be compiled to
@@ -223,7 +224,7 @@ def prepare_transformer(
             f"`beta` is {args.beta}, but without adapters there is no reference policy: all weights are trained. Set "
             "`beta=0.0`, or train LoRA with `peft_config`."
         )
-    _redirect_gradient_checkpointing(transformer)
+    _redirect_gradient_checkpointing(policy, is_compiled=args.torch_compile)
     if args.torch_compile:
         _compile_blocks(policy, args)
     return transformer
@@ -301,9 +302,9 @@ def _compile_blocks(policy: DiffusionPolicy, args: DiffusionGRPOConfig) -> None:
             )
 
 
-def _redirect_gradient_checkpointing(transformer: Any) -> None:
+def _redirect_gradient_checkpointing(policy: DiffusionPolicy, *, is_compiled: bool) -> None:
     # `transformers.Trainer` calls one of these, by its version; diffusers has the same under another name.
     def enable(**kwargs: Any) -> None:
-        transformer.enable_gradient_checkpointing()
+        enable_checkpointing(policy, is_compiled=is_compiled)
 
-    transformer.activation_checkpointing_enable = transformer.gradient_checkpointing_enable = enable
+    policy.transformer.activation_checkpointing_enable = policy.transformer.gradient_checkpointing_enable = enable
