@@ -11,6 +11,8 @@ __version__ = "0.1.0.dev0"
 
 # public name: module that defines it
 _PUBLIC_NAMES = {
+    "DiffusionDPOConfig": "diffusion_grpo.dpo.config",
+    "DiffusionDPOTrainer": "diffusion_grpo.dpo.trainer",
     "DiffusionGRPOConfig": "diffusion_grpo.config",
     "DiffusionGRPOTrainer": "diffusion_grpo.trainer",
     "GaussianRewardConfig": "gaussian_reward.config",

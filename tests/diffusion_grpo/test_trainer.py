@@ -185,6 +185,9 @@ def paper_loss(pipeline, sigmas, rollout, prompts, advantages, args, old=None):
             if args.dynamics == "cps":
                 angle = args.noise_level * math.pi / 2
                 return v, (1 - t_next) * clean + t_next * math.cos(angle) * noise, t_next * math.sin(angle)
+            if args.dynamics == "precise":
+                kept = (t_next * (1 - t) / (t * (1 - t_next))) ** (args.noise_level**2)
+                return v, (1 - t_next) * clean + t_next * kept**0.5 * noise, t_next * (1 - kept) ** 0.5
             rate = args.noise_level**2
             if args.dynamics == "flow_sde":
                 rate *= t / (1 - (sigmas[1] if step == 0 else t))
@@ -435,6 +438,7 @@ def test_batch_sizes_and_checkpointing_change_nothing_but_rounding(make_trainer,
     [
         {"dynamics": "dance_sde", "noise_level": 0.3},
         {"dynamics": "cps", "noise_level": 0.8},
+        {"dynamics": "precise", "noise_level": 1.5},
         {"ratio_norm": True},
         {"kl_mask": 1e-5},
         {"kl_estimator": "velocity"},
@@ -490,6 +494,24 @@ def test_adapters_are_float32_on_a_base_that_keeps_its_dtype(make_trainer, make_
     trainer = make_trainer(pipeline=make_pipeline(torch.bfloat16), bf16=True)
     dtypes = {(parameter.requires_grad, parameter.dtype) for parameter in trainer.model.parameters()}
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kwargs", "is_used"),
+    [
+        (torch.bfloat16, {}, False),  # adapters compute as what is frozen
+        (torch.float32, {}, True),
+        (torch.float32, {"peft_config": None, "beta": 0.0}, True),
+    ],
+)
+def test_autocast_is_for_weights_of_float32(make_trainer, make_pipeline, dtype, kwargs, is_used):
+    trainer = make_trainer(
+        pipeline=make_pipeline(dtype), bf16=True, eval_dataset=[{"prompt": "a cat"}], eval_on_start=True, **kwargs
+    )
+    states = []
+    trainer.model.proj_out.register_forward_pre_hook(lambda *_: states.append(torch.is_autocast_enabled("cpu")))
+    trainer.train()
+    assert set(states) == {is_used}
 
 
 def test_full_fine_tuning(make_trainer, make_pipeline):

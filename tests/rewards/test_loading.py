@@ -82,6 +82,9 @@ def test_a_checkpoint_in_a_folder(scorer, tmp_path, monkeypatch, prompts, images
         loaded = load_reward(name, device="cpu")
         assert loaded.__name__ == "spatial_score"
         assert loaded(prompts, images) == pytest.approx(scorer(prompts, images), abs=1e-6)
+    eager = load_reward("score@new", device="cpu", attn_implementation="eager")
+    assert {config._attn_implementation for config in (eager.model.config, eager.model.backbone.config)} == {"eager"}
+    assert eager(prompts, images) == pytest.approx(scorer(prompts, images), abs=1e-5)
 
 
 def test_a_checkpoint_on_the_hub_with_a_revision(scorer, tmp_path, monkeypatch, prompts, images):

@@ -1,4 +1,4 @@
-"""Online reinforcement learning of diffusion models: policies, rollout, losses, trainer. Names are imported when used."""
+"""Post-training of diffusion models: policies, rollout, losses, trainers. Names are imported when used."""
 
 from importlib import import_module
 from typing import Any
@@ -7,6 +7,9 @@ from typing import Any
 _MODULES = {
     "advantages": ["combine_rewards", "group_advantages", "select_top_k"],
     "config": ["DiffusionGRPOConfig"],
+    "dpo.config": ["DiffusionDPOConfig"],
+    "dpo.losses": ["DPOLossOutput", "diffusion_dpo_loss"],
+    "dpo.trainer": ["DiffusionDPOTrainer"],
     "policies.lora": ["attention_lora_config"],
     "losses": [
         "PolicyLossOutput",

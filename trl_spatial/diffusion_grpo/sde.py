@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 
-DYNAMICS = ("flow_sde", "dance_sde", "cps")
+DYNAMICS = ("flow_sde", "dance_sde", "cps", "precise")
 
 
 @dataclass
@@ -75,6 +75,11 @@ def sde_step(
               \\( t' \sin(a \pi / 2) \\) with \\( a \\) in `[0, 1]`, of
               [Coefficients-preserving sampling](https://huggingface.co/papers/2509.05952). Leaves exactly as much noise
               as `sigma_next` says, but narrows the law of the latents.
+            - `"precise"`: mean \\( (1 - t') \hat{x}_0 + t' r^{a^2 / 2} \hat{e} \\) and std
+              \\( t' \sqrt{1 - r^{a^2}} \\) with \\( r = \frac{t' (1 - t)}{t (1 - t')} \\), of
+              [Precise](https://huggingface.co/papers/2605.23522). The process of `"flow_sde"`, solved exactly for a fixed
+              \\( \hat{x}_0 \\): it leaves exactly as much noise as `sigma_next` says, and draws all noise anew in the
+              first step.
         sigma_max (`float` or `torch.Tensor` of shape `()` or `(batch_size,)`, *optional*):
             For the first step of `"flow_sde"`, where sigma is 1 and \\( g \\) infinite: the schedule's second sigma,
             which takes the place of \\( t \\) in the denominator, so that the std is the noise level whatever the
@@ -233,7 +238,13 @@ def _transition(
     if noise_level == 0:  # Euler in all dynamics; Flow-SDE's diffusion would be 0 * inf in the first step
         return _reverse_sde(t, t_next, torch.zeros_like(t))
     if dynamics == "cps":
-        return _coefficients_preserving(t, t_next, noise_level)
+        kept = torch.full_like(t, math.cos(noise_level * math.pi / 2))
+        return _coefficients_preserving(t, t_next, kept, t_next * math.sin(noise_level * math.pi / 2))
+    if dynamics == "precise":
+        log_kept = (
+            noise_level**2 / 2 * (t_next * (1 - t) / (t * (1 - t_next))).log()
+        )  # -inf in the first and last step
+        return _coefficients_preserving(t, t_next, log_kept.exp(), t_next * (-(2 * log_kept).expm1()).sqrt())
     if dynamics == "dance_sde":
         return _reverse_sde(t, t_next, torch.full_like(t, noise_level**2))
     # sigmas fall, so that the minimum replaces the t of the first step and of no other, without comparing floats for
@@ -253,14 +264,12 @@ def _reverse_sde(t: torch.Tensor, t_next: torch.Tensor, squared_diffusion: torch
     return _Transition(1 - score_weight, -h - score_weight * (1 - t), (squared_diffusion * h).sqrt())
 
 
-def _coefficients_preserving(t: torch.Tensor, t_next: torch.Tensor, noise_level: float) -> _Transition:
+def _coefficients_preserving(
+    t: torch.Tensor, t_next: torch.Tensor, kept: torch.Tensor, std: torch.Tensor
+) -> _Transition:
     clean_weight = 1 - t_next  # of x - t v, the predicted image
-    noise_weight = t_next * math.cos(noise_level * math.pi / 2)  # of x + (1 - t) v, the predicted noise
-    return _Transition(
-        clean_weight + noise_weight,
-        noise_weight * (1 - t) - clean_weight * t,
-        t_next * math.sin(noise_level * math.pi / 2),
-    )
+    noise_weight = t_next * kept  # of x + (1 - t) v, the predicted noise
+    return _Transition(clean_weight + noise_weight, noise_weight * (1 - t) - clean_weight * t, std)
 
 
 def _noise(latents: torch.Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> torch.Tensor:

@@ -143,5 +143,6 @@ class CheckedDetector:
             warnings.warn(
                 f"The detector does not count: of two {label}s beside each other it finds {number} above "
                 f"`counting_threshold` {self.counting_threshold} (scores {', '.join(f'{s:.2f}' for s in scores[:4]) or 'none'}). "
-                "Rewards of prompts about numbers will be too low. Lower `counting_threshold`, or leave out such prompts."
+                "Prompts about numbers will be judged as if objects were missing. Take a detector whose scores reach it, lower "
+                "it where the rules are not to be GenEval's own, or leave out such prompts."
             )

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from ..hub.functions import is_function, load_function
 from ..hub.references import UnknownReferenceError, find_reference
+from . import TOKEN_VARIABLE
 from .geneval_reward import GenEvalReward
-from .remote import TOKEN_VARIABLE, RemoteReward
+from .remote import RemoteReward
 from .rules import SceneRules
 
 
@@ -20,7 +21,9 @@ _FORMS = (
 _GENEVAL_KINDS: dict[str, Literal["partial", "strict"]] = {"geneval": "partial", "geneval-strict": "strict"}
 
 
-def load_reward(name: str, *, device: Any = None) -> Callable[..., Sequence[float | None]]:
+def load_reward(
+    name: str, *, device: Any = None, attn_implementation: str | None = None
+) -> Callable[..., Sequence[float | None]]:
     """
     Loads a reward function by its name.
 
@@ -41,6 +44,8 @@ def load_reward(name: str, *, device: Any = None) -> Callable[..., Sequence[floa
               finds, the current folder included, or a class, whose object is created once, without arguments, and called.
         device (`str` or `torch.device`, *optional*):
             Where a [`SpatialScore`] or a detector runs. If `None`, the accelerator if there is one.
+        attn_implementation (`str`, *optional*):
+            Attention function of a [`SpatialScore`], as in its `from_pretrained`.
 
     Raises:
         `ValueError`: If the name has none of these forms, or what it names is not there.
@@ -62,7 +67,7 @@ def load_reward(name: str, *, device: Any = None) -> Callable[..., Sequence[floa
     # transformers takes seconds to import: not for the other forms
     from ..gaussian_reward.scoring import SpatialScore
 
-    return SpatialScore.from_pretrained(name, device=device)
+    return SpatialScore.from_pretrained(name, device=device, attn_implementation=attn_implementation)
 
 
 def _load_geneval(name: str, models: str, kind: Literal["partial", "strict"], device: Any) -> GenEvalReward:

@@ -76,3 +76,9 @@ class FluxPolicy(DiffusionPolicy):
         latents = latents / config.scaling_factor + config.shift_factor  # (n, latent_channels, rows, columns)
         images = self._decode(latents)  # (n, 3, height, width)
         return self.pipeline.image_processor.postprocess(images, output_type="pil")
+
+    @torch.no_grad()
+    def encode_images(self, images: list[Image.Image]) -> torch.Tensor:
+        config = self.vae.config
+        latents = (self._encode(images) - config.shift_factor) * config.scaling_factor
+        return self.pipeline._pack_latents(latents, *latents.shape)  # (n, image_seq_len, in_channels)

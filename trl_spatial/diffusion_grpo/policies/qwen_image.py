@@ -113,3 +113,12 @@ class QwenImagePolicy(DiffusionPolicy):
         )
         images = self._decode(latents / (1 / std) + mean)[:, :, 0]  # (n, 3, height, width)
         return self.pipeline.image_processor.postprocess(images, output_type="pil")
+
+    @torch.no_grad()
+    def encode_images(self, images: list[Image.Image]) -> torch.Tensor:
+        latents = self._encode(images, frames_axis=2)[:, :, 0]  # (n, latent_channels, rows, columns)
+        config = self.vae.config
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (config.latents_mean, config.latents_std)
+        )
+        return self.pipeline._pack_latents((latents - mean) / std, *latents.shape)  # (n, image_seq_len, in_channels)

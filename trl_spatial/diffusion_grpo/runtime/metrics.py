@@ -1,7 +1,7 @@
 """What a training run counts and averages between two logs."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from accelerate import Accelerator
@@ -10,8 +10,6 @@ from ..advantages import combine_rewards, group_advantages
 from ..reward_functions import RewardFunctions, reward_metrics
 
 
-# Counts since the start of training that every log holds
-_COUNTED = ("num_images", "num_policy_passes", "num_reference_passes", "num_old_log_prob_passes")
 # Phases that are no part of a step
 _OUTSIDE = ("time/evaluate", "time/save")
 
@@ -19,11 +17,12 @@ _OUTSIDE = ("time/evaluate", "time/save")
 class TrainingMetrics:
     """
     Collects the metrics of training on one process and merges them over all when they are logged. `totals` are counts
-    of this process since the start of training, `num_updates` the updates since the last log.
+    of this process since the start of training, those that are `counted`, `"num_images"` among them; every log holds them.
+    `num_updates` are the updates since the last log.
     """
 
-    def __init__(self) -> None:
-        self.totals: Counter[str] = Counter(dict.fromkeys(_COUNTED, 0))
+    def __init__(self, counted: Iterable[str]) -> None:
+        self.totals: Counter[str] = Counter(dict.fromkeys(counted, 0))
         self.num_updates = 0
         self._num_images_before = 0
         self._per_image: dict[str, list[torch.Tensor]] = defaultdict(list)

@@ -1,0 +1,290 @@
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any, ClassVar
+
+import torch
+from accelerate.logging import get_logger
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from PIL.Image import Image
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
+
+from ..generation.seeds import image_generator
+from .advantages import combine_rewards, group_advantages, select_top_k
+from .online_config import OnlineConfig
+from .reward_functions import OverlappedRewards, RewardFunction, RewardFunctions
+from .rollout import Rollout, num_rollouts_per_epoch, rollout_prompts
+from .runtime.base_trainer import DiffusionTrainer, Rows
+from .runtime.buffer import RolloutBuffer
+from .runtime.checks import check_data, with_held_out
+from .runtime.monitoring import RewardsMonitor
+from .runtime.processes import fail_together
+
+
+logger = get_logger(__name__)
+
+# A grid of a rollout's images is saved every so many rollouts
+ROLLOUTS_PER_GRID = 10
+
+
+class OnlineTrainer(DiffusionTrainer):
+    """
+    Trains on images that the policy draws itself: rollout, rewards, filter and advantages, whatever the loss.
+
+    A subclass gives `_sample`, `_make_buffer` and `compute_loss`, and the warnings of its settings. Arguments are those of
+    [`DiffusionGRPOTrainer`].
+    """
+
+    _config_class: ClassVar[type[OnlineConfig]]
+    _buffer_class: ClassVar[type[RolloutBuffer]]
+    _run_suffix: ClassVar[str]  # of the output folder, if there are no `args`
+    eval_reward_functions: RewardFunctions
+
+    def __init__(
+        self,
+        pipeline: str | DiffusionPipeline,
+        reward_funcs: RewardFunction | list[RewardFunction],
+        args: OnlineConfig | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
+        eval_reward_funcs: RewardFunction | list[RewardFunction] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: LoraConfig | None = None,
+    ):
+        if args is None:
+            name = pipeline if isinstance(pipeline, str) else pipeline.config.get("_name_or_path", "")
+            args = self._config_class(f"{name.split('/')[-1]}-{self._run_suffix}".removeprefix("-"))
+        elif not isinstance(args, self._config_class):
+            raise TypeError(f"`args` must be a `{self._config_class.__name__}`, got `{type(args).__name__}`.")
+        self.reward_functions = RewardFunctions(reward_funcs, args.reward_weights)
+        super().__init__(
+            pipeline=pipeline,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            eval_reward_functions=with_held_out(self.reward_functions, eval_reward_funcs),
+            num_trained_rewards=len(self.reward_functions.names),
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+        )
+        self._sigmas = self.policy.prepare_sigmas(self._options)  # (num_inference_steps + 1,), on the CPU
+        self._buffer: RolloutBuffer | None = None
+        self._rewards_monitor = RewardsMonitor()
+        for warning in self._setup_warnings():
+            logger.warning(warning)
+
+    def _setup_warnings(self) -> list[str]:
+        """Settings that are allowed but known to hurt."""
+        raise NotImplementedError
+
+    def _check_train_dataset(self, dataset: Rows) -> None:
+        check_data(dataset, "train_dataset", self.policy, self.reward_functions)
+
+    # The prompts of a rollout are a function of its index (see `rollout_prompts`), so that a resumed run continues with
+    # the right ones whatever was skipped. The loader only counts the batches of an epoch.
+    def get_train_dataloader(self) -> DataLoader:
+        if self.train_dataset is None:
+            raise ValueError("`train_dataset` is `None`. Training needs prompts: pass a dataset.")
+        num_rollouts = num_rollouts_per_epoch(len(self.train_dataset), self.args.num_prompts)
+        num_batches = num_rollouts * self.args.num_batches_per_rollout * self.args.num_iterations
+        return DataLoader(range(num_batches), collate_fn=list)  # type: ignore[arg-type]
+
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None) -> TrainOutput:
+        self._buffer = None
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        model.train()
+        steps = self._prepare_inputs(inputs)
+        is_boundary = self.accelerator.sync_gradients  # of the last batch of an update
+        total_loss = torch.zeros((), device=self.args.device)
+        with self._timer.phase("train"):
+            # Backward after every denoising step: memory holds the graph of one.
+            for step in steps:
+                is_last = is_boundary and step is steps[-1]
+                # DeepSpeed reads the flag, DDP and FSDP need the context.
+                self.accelerator.gradient_state._set_sync_gradients(is_last)
+                with self.accelerator.no_sync(model) if is_boundary and not is_last else nullcontext():
+                    loss = self.compute_loss(model, step)
+                    loss = loss / (len(steps) * self.current_gradient_accumulation_steps)
+                    self.accelerator.backward(loss)
+                total_loss += loss.detach()
+        return total_loss
+
+    def _prepare_inputs(self, inputs) -> list[Any]:
+        """The next batch of the rollout, one entry per backward pass; a new rollout if it is used up."""
+        if self._buffer is None or self._buffer.is_used_up:
+            self._buffer = self._generate_and_score(self.state.global_step // self.args.num_updates_per_rollout)
+        steps = self._buffer.batch_steps(self._buffer.position, self.prompt_cache)
+        self._buffer.position += 1
+        return steps
+
+    def _generate_and_score(self, rollout_index: int) -> RolloutBuffer:
+        """Samples images, rewards them, and keeps those to train on, with their advantages."""
+        args, functions = self.args, self.reward_functions
+        rows = self._rollout_rows(rollout_index)
+        prompts = [row["prompt"] for row in rows]  # n of them
+        rollout, rewards = self._sample_and_reward(rows, prompts, rollout_index)
+        if rollout_index % ROLLOUTS_PER_GRID == 0:
+            self._log_images("rollout", rollout_index, rollout.images, prompts, rewards)
+
+        # Selected and normalised over all processes, of which each takes its part
+        rewards = self.accelerator.gather(rewards.to(args.device)).cpu()  # (num_processes * n, num_funcs)
+        combined = combine_rewards(
+            rewards, args.num_generations, functions.weights, args.multi_objective_aggregation
+        )  # (num_processes * n,)
+        kept = self._select_kept(combined, rollout_index)  # (num_processes * num_kept,)
+        advantages = group_advantages(
+            combined, args.num_generations, args.scale_rewards, kept=kept, advantage_scope=args.advantage_scope
+        )  # (num_processes * num_kept,)
+        self._metrics.add_rollout(rewards, combined, functions, args.num_generations)
+        for warning in self._rewards_monitor.update(functions.names, rewards, combined):
+            logger.warning(warning)
+        kept = kept.view(args.world_size, -1)[args.process_index] - args.process_index * len(prompts)  # (num_kept,)
+        advantages = advantages.view(args.world_size, -1)[args.process_index]  # (num_kept,)
+
+        return self._make_buffer(
+            rollout_index,
+            rollout,
+            kept,
+            prompts=[prompts[index] for index in kept.tolist()],
+            advantages=advantages.to(rollout.final_latents.device),
+            batch_size=args.per_device_train_batch_size,
+            num_iterations=args.num_iterations,
+            num_batches_on_policy=args.gradient_accumulation_steps,
+        )
+
+    def _make_buffer(self, rollout_index: int, rollout: Rollout, kept: torch.Tensor, **common: Any) -> RolloutBuffer:
+        """
+        Takes the kept images of this process's rollout, `(num_kept,)` indices, to be trained on. `common` is what every
+        buffer holds.
+        """
+        raise NotImplementedError
+
+    def _rollout_rows(self, rollout_index: int) -> list[dict[str, Any]]:
+        """Rows of this process's prompts, each once per image: group-contiguous."""
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        indices = rollout_prompts(len(self.train_dataset), self.args.num_prompts, rollout_index, seed=seed)
+        start = self.args.process_index * self.args.num_prompts_per_device
+        rows = [self.train_dataset[index] for index in indices[start : start + self.args.num_prompts_per_device]]
+        return [row for row in rows for _ in range(self.args.num_generations)]
+
+    def _sample_and_reward(
+        self, rows: list[dict[str, Any]], prompts: list[str], rollout_index: int
+    ) -> tuple[Rollout, torch.Tensor]:
+        """A rollout of this process, and its rewards, `(n, num_funcs)`."""
+        args = self.args
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        first = args.process_index * len(rows)
+        generators = [
+            image_generator(args.seed, rollout_index, *divmod(index, args.num_generations))  # its group, its image
+            for index in range(first, first + len(rows))
+        ]
+        overlapped = (
+            OverlappedRewards(self.reward_functions, prompts, columns, args.device) if args.overlap_rewards else None
+        )
+        with nullcontext() if overlapped is None else overlapped:
+            with fail_together(self.accelerator, "Sampling images", is_collective=self.is_fsdp_enabled):
+                with self._timer.phase("encode"):
+                    embeds = self.prompt_cache.get(prompts)
+                with self._timer.phase("sample"), self.accelerator.autocast():
+                    on_batch = None if overlapped is None else overlapped.add
+                    rollout = self._sample(rollout_index, embeds, generators, on_batch)
+            with fail_together(self.accelerator, "Rewarding images"), self._timer.phase("reward"):
+                if overlapped is None:
+                    rewards = self.reward_functions(prompts, rollout.images, **columns)
+                else:
+                    rewards = overlapped.collect()
+        self._metrics.totals["num_images"] += len(rows)
+        self._count_passes("policy", len(rows) * args.num_inference_steps)
+        return rollout, rewards
+
+    def _sample(
+        self,
+        rollout_index: int,
+        embeds: dict[str, torch.Tensor],
+        generators: list[torch.Generator],
+        on_batch: Callable[[int, list[Image]], None] | None,
+    ) -> Rollout:
+        """Draws an image for every row of `embeds`, see [`~rollout.sample_rollout`]."""
+        raise NotImplementedError
+
+    def _select_kept(self, rewards: torch.Tensor, rollout_index: int) -> torch.Tensor:
+        """Which images of a rollout are trained on, of all processes: `(num_prompts * num_kept,)` indices."""
+        return select_top_k(rewards, self.args.num_generations, self.args.top_k)
+
+    def _training_state(self) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
+        buffer = self._buffer
+        tensors, rest = ({}, None) if buffer is None or buffer.is_used_up else buffer.state()
+        return tensors, {"buffer": rest, **super()._training_state()[1]}
+
+    def _merge_training_states(self, states: list[tuple[dict[str, torch.Tensor], dict[str, Any]]]) -> dict[str, Any]:
+        num_processes = self.args.world_size
+        if any(extra["buffer"] is not None for _, extra in states):
+            raise ValueError(
+                f"The checkpoint is from the middle of a rollout of {len(states)} processes, each with images of its own; "
+                f"now there are {num_processes}. Resume with {len(states)}, or from a checkpoint at the end of a rollout."
+            )
+        return {"buffer": None, **super()._merge_training_states(states)}
+
+    def _load_training_state(self, tensors: Mapping[str, torch.Tensor], extra: dict[str, Any]) -> None:
+        super()._load_training_state(tensors, extra)
+        if extra["buffer"] is None:
+            return
+        args = self.args
+        buffer = self._buffer_class.from_state(tensors, extra["buffer"], args.device)
+        sizes = (len(buffer.prompts), buffer.batch_size, buffer.num_iterations, buffer.num_batches_on_policy)
+        expected = (
+            args.num_prompts_per_device * args.num_kept,
+            args.per_device_train_batch_size,
+            args.num_iterations,
+            args.gradient_accumulation_steps,
+        )
+        if sizes != expected:
+            raise ValueError(
+                f"The checkpoint is from the middle of a rollout whose (kept images, `per_device_train_batch_size`, "
+                f"`num_iterations`, `gradient_accumulation_steps`) are {sizes}; now they are {expected}. Resume with the "
+                "batch sizes of that run, or from a checkpoint at the end of a rollout."
+            )
+        self._buffer = buffer
+
+    # Prompts are a function of the rollout's index: a resumed run has to count rollouts as before.
+    def _position(self) -> dict[str, int]:
+        return {
+            "num_rows": len(self.train_dataset),
+            "prompts per rollout": self.args.num_prompts,
+            "updates per rollout": self.args.num_updates_per_rollout,
+        }
+
+    def _find_start(self, dataloader: Any, num_updates: int, updates_per_epoch: int) -> tuple[int, int]:
+        then, now = self._run.get("position"), self._position()
+        if then is not None:
+            self._check_num_rows(then["num_rows"])
+            if then != now:
+                names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "top_k")
+                raise ValueError(
+                    "Resumed like this, the run would leave out prompts or draw them twice: (prompts, updates) per rollout "
+                    f"were {tuple(then.values())[1:]} and are {tuple(now.values())[1:]} now, with {self.args.world_size} "
+                    f"processes{self._old_sizes((*names, 'num_generations', 'num_iterations'))}. Use the old values."
+                )
+        epoch, updates = divmod(num_updates, updates_per_epoch)
+        return epoch, updates * self.args.gradient_accumulation_steps
+
+    def _last_grids(self) -> dict[str, int]:
+        return super()._last_grids() | {"rollout": self.state.global_step // self.args.num_updates_per_rollout}
+
+    def _card_settings(self) -> dict[str, Any]:
+        args, functions = self.args, self.reward_functions
+        rewards = zip(functions.names, functions.weights.tolist(), strict=True)
+        return {
+            "rewards": ", ".join(f"{name} ({weight:g})" for name, weight in rewards),
+            "prompts per rollout": args.num_prompts,
+            "images per prompt": args.num_generations,
+            "kept of them, best and worst": None if args.top_k is None else f"{args.top_k} and {args.top_k}",
+            "denoising steps in training": args.num_inference_steps,
+            **super()._card_settings(),
+        }
