@@ -6,7 +6,7 @@ from PIL.Image import Image
 
 from ..generation.seeds import image_generator
 from .config import DiffusionGRPOConfig
-from .losses import ScoredStep, policy_objective, reference_kl
+from .losses import ScoredStep, policy_objective, reference_kl, velocity_ratio
 from .online_trainer import OnlineTrainer
 from .rollout import Rollout, sample_rollout
 from .runtime.buffer import StepsBuffer, TrainingStep
@@ -193,6 +193,7 @@ class DiffusionGRPOTrainer(OnlineTrainer):
         }
         if reference is not None:
             metrics["kl"] = reference_kl(scored, reference, args.kl_estimator)  # (batch_size,)
+            metrics["velocity_ratio"] = velocity_ratio(scored.velocity, reference.velocity)
             loss = loss + args.beta * metrics["kl"]
         self._metrics.add_per_image(metrics)
         return (loss.mean(), scored) if return_outputs else loss.mean()
