@@ -15,7 +15,8 @@ import json
 from pathlib import Path
 
 from trl_spatial.cli import run_command
-from trl_spatial.scripts.grpo import build_trainer, make_parser, train
+from trl_spatial.scripts.diffusion import train
+from trl_spatial.scripts.grpo import build_trainer, make_parser
 from trl_spatial.statistics import compare_rewards
 
 

@@ -84,6 +84,8 @@ TINY = {
     "grpo": "--lora_r 2 --num_generations 4 --top_k 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 "
     "--num_inference_steps 4 --eval_num_inference_steps 2 --height 32 --width 32 --eval_height 32 --eval_width 32 "
     "--max_sequence_length 192 --max_steps 2 --eval_steps 2 --save_steps 2 --use_cpu --disable_tqdm true",
+    "dpo": "--lora_r 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --height 32 --width 32 "
+    "--max_sequence_length 192 --max_steps 2 --save_steps 2 --use_cpu --disable_tqdm true",
 }
 FEWER_STEPS = {  # of 4, instead of 10
     "recipes/grpo_qwen_image.yaml": "--sde_window_range 0 2",

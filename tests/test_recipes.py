@@ -18,7 +18,7 @@ from datasets import load_dataset
 from trl_spatial import SpatialScore
 from trl_spatial.gaussian_reward import GaussianRewardModel
 from trl_spatial.scenes import make_preference_dataset, make_prompt_dataset
-from trl_spatial.scripts import grpo, reward
+from trl_spatial.scripts import dpo, grpo, reward
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -31,6 +31,7 @@ RECIPE_FILES = {
     "grpo_qwen_image.yaml": (grpo, set()),
     "grpo_sd3.yaml": (grpo, set()),
     "grpo_z_image.yaml": (grpo, set()),
+    "dpo_flux.yaml": (dpo, set()),
     "tiny/grpo.yaml": (grpo, set()),
 }
 TINY_GRPO = (

@@ -1,5 +1,5 @@
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from transformers.trainer_utils import TrainOutput
 from ..generation.seeds import image_generator
 from .advantages import combine_rewards, group_advantages, select_top_k
 from .online_config import OnlineConfig
+from .policies import SamplingOptions
 from .reward_functions import OverlappedRewards, RewardFunction, RewardFunctions
 from .rollout import Rollout, num_rollouts_per_epoch, rollout_prompts, sample_rollout
 from .runtime.base_trainer import DiffusionTrainer, Rows
@@ -35,7 +36,8 @@ class OnlineTrainer(DiffusionTrainer):
     """
     Trains on images that the policy draws itself: rollout, rewards, filter and advantages, whatever the loss.
 
-    A subclass gives `_sample`, `_make_buffer` and `compute_loss`, and the warnings of its settings. Arguments are those of
+    A subclass gives `_make_buffer` and `compute_loss`, the warnings of its settings and, if images are drawn otherwise than
+    in evaluation, `_sample`. Arguments are those of
     [`DiffusionGRPOTrainer`].
     """
 
@@ -86,8 +88,12 @@ class OnlineTrainer(DiffusionTrainer):
             logger.warning(warning)
 
     def _setup_warnings(self) -> list[str]:
-        """Settings that are allowed but known to hurt."""
+        """Warnings about settings that are allowed but known to hurt."""
         raise NotImplementedError
+
+    @property
+    def _num_groups_per_update(self) -> float:
+        return self.args.num_prompts * self.args.num_iterations / self.args.num_updates_per_rollout
 
     def _check_train_dataset(self, dataset: Rows) -> None:
         check_data(dataset, "train_dataset", self.policy, self.reward_functions)
@@ -232,10 +238,11 @@ class OnlineTrainer(DiffusionTrainer):
             with fail_together(self.accelerator, "Sampling images", is_collective=self.is_fsdp_enabled):
                 with self._timer.phase("encode"):
                     embeds = self.prompt_cache.get(prompts)
-                with self._timer.phase("sample"), self.accelerator.autocast():
+                with self._timer.phase("sample"), self._sampling_policy(), self.accelerator.autocast():
                     on_batch = None if overlapped is None else overlapped.add
-                    if is_scout:
-                        rollout = self._sample_scouts(embeds, generators, on_batch)
+                    if is_scout:  # from the first latents of the image, in few steps
+                        options = replace(self._options, num_inference_steps=args.scout_steps)
+                        rollout = self._sample_without_noise(options, embeds, generators, on_batch)
                     else:
                         rollout = self._sample(rollout_index, embeds, generators, on_batch)
             with fail_together(self.accelerator, "Rewarding images"), self._timer.phase("reward"):
@@ -254,17 +261,16 @@ class OnlineTrainer(DiffusionTrainer):
         generators: list[torch.Generator],
         on_batch: Callable[[int, list[Image]], None] | None,
     ) -> Rollout:
-        """Draws an image for every row of `embeds`, see [`~rollout.sample_rollout`]."""
-        raise NotImplementedError
+        """Draws an image for every row of `embeds`, see [`~rollout.sample_rollout`]: without noise, as in evaluation."""
+        return self._sample_without_noise(self._options, embeds, generators, on_batch)
 
-    def _sample_scouts(
+    def _sample_without_noise(
         self,
+        options: SamplingOptions,
         embeds: dict[str, torch.Tensor],
         generators: list[torch.Generator],
         on_batch: Callable[[int, list[Image]], None] | None,
     ) -> Rollout:
-        """Draws a scout for every row of `embeds`: from the first latents of the image, in few steps without noise."""
-        options = replace(self._options, num_inference_steps=self.args.scout_steps)
         return sample_rollout(
             self.policy,
             self.model,
@@ -278,6 +284,10 @@ class OnlineTrainer(DiffusionTrainer):
             batch_size=self.args.sampling_batch_size,
             on_batch=on_batch,
         )
+
+    def _sampling_policy(self) -> AbstractContextManager:
+        """Context in which the transformer is the policy that draws images."""
+        return nullcontext()
 
     def _select_kept(self, rewards: torch.Tensor, rollout_index: int) -> torch.Tensor:
         """Which images of a rollout are trained on, of all processes: `(num_prompts * num_kept,)` indices."""

@@ -194,8 +194,8 @@ def prepare_transformer(
     _check_dropout(transformer)
     if args.beta > 0 and not has_adapter(transformer):
         raise ValueError(
-            f"`beta` is {args.beta}, but without adapters there is no reference policy: all weights are trained. Set "
-            "`beta=0.0`, or train LoRA with `peft_config`."
+            f"`beta` is {args.beta}, but without adapters there is no reference policy: all weights are trained. Train LoRA "
+            "with `peft_config`, or, for a loss that can do without, set `beta=0.0`."
         )
     _redirect_gradient_checkpointing(transformer)
     if args.torch_compile:
