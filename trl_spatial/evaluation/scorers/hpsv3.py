@@ -100,7 +100,7 @@ class HPSv3(PairScorer):
     trained_on = (
         "HPDv3: choices between images of many generators and photographs; it is also a common reward of image models"
     )
-    default = "MizzenAI/HPSv3"
+    default: ClassVar[str | None] = "MizzenAI/HPSv3"
     backbone: ClassVar[str] = "Qwen/Qwen2-VL-7B-Instruct"
     file: ClassVar[str] = "HPSv3.safetensors"
     config_class: ClassVar[type] = Qwen2VLConfig
