@@ -178,11 +178,15 @@ class DataCollatorForSpatialPreference(DataCollatorMixin):
     Args:
         processor ([`SpatialScoreProcessor`]):
             Processor of the reward model.
+        pixel_dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+            Type of `"pixel_values"`. Training in bfloat16 casts them first of all: made so here, they take half the
+            shared memory between the workers and the trainer.
         return_tensors (`str`, *optional*, defaults to `"pt"`):
             Type of Tensor to return. Only `"pt"` is currently supported.
     """
 
     processor: SpatialScoreProcessor
+    pixel_dtype: torch.dtype = torch.float32
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -195,6 +199,7 @@ class DataCollatorForSpatialPreference(DataCollatorMixin):
                 place = _place_of(example, _stored_column(example, "rejected"))
                 raise ValueError(f"{place}: {shorten(example['rejected'])} {reason}")
         output = dict(self.processor(prompts + prompts, images))
+        output["pixel_values"] = output["pixel_values"].to(self.pixel_dtype)
         if "margin" in examples[0]:
             output["margin"] = torch.tensor([example["margin"] for example in examples], dtype=torch.float)
         return output
