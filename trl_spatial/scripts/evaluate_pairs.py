@@ -122,7 +122,7 @@ def write_tables(folder: Path) -> str:
 
     results = replay_pairs(folder)
     write_report(folder, results)
-    return f"{describe_pairs(results)}\nSaved to {folder}: results.json, results.md, report.html"
+    return f"{describe_pairs(results)}\nSaved to {folder}: results.json, results.md, report.html, cards/"
 
 
 def _load_pairs(args: argparse.Namespace) -> "PairSet":
