@@ -70,6 +70,21 @@ def test_help_is_quick_and_lists_every_command():
         assert command in text and help_text in text
 
 
+@pytest.mark.parametrize(
+    "line",
+    [*sorted(COMMANDS.keys() - LAUNCHED_COMMANDS), "data build", "data make", "evaluate pairs", "evaluate images"],
+)
+def test_help_of_a_command_imports_nothing_slow(line):
+    program = f"import sys\nfrom trl_spatial.cli import main\ntry: main({[*line.split(), '--help']})\n"
+    program += "finally: print(*sys.modules, file=sys.stderr)"
+    shown = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    assert f"usage: trl_spatial {line}" in shown.stdout
+    slow = (
+        "torch transformers accelerate peft datasets diffusers pandas scipy matplotlib huggingface_hub gradio fastapi"
+    )
+    assert not set(slow.split()) & set(shown.stderr.split())
+
+
 def test_quick_imports_leave_nothing_to_collect_and_the_collector_on():
     program = "import gc; from trl_spatial.scripts.parser import quick_imports\n"
     program += "with quick_imports(): import torch; from transformers import Trainer\n"

@@ -65,6 +65,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "advantage over the group": {"advantage_scope": "group"},
     "CPS": {"dynamics": "cps"},
     "window of 2": {"sde_window_size": 2},
+    "beta 0.01": {"beta": 0.01},
+    "beta 0.0014": {"beta": 0.0014},  # as strong as 0.01 in Flow-GRPO's units
+    "beta 0": {"beta": 1e-12},  # no pull, but the divergence is measured
     # Where every rollout is trained on once the ratio is 1 and nothing is ever clipped: these take two updates of each.
     "two updates, clip": {"num_iterations": 2},
     "two updates, ratio normalised": {"num_iterations": 2, "ratio_norm": True},
@@ -80,6 +83,7 @@ STUDIES: dict[str, list[str]] = {
     "advantage": ["default", "advantage over the group"],
     "dynamics": ["default", "CPS"],
     "window": ["default", "window of 2"],
+    "KL divergence": ["default", "beta 0.01", "beta 0.0014", "beta 0"],
     "clip": ["two updates, clip", "two updates, ratio normalised", "two updates, KL mask"],
 }
 
@@ -108,6 +112,7 @@ def run(variant: str, seed: int, args: argparse.Namespace) -> None:
     )
     training = train_generator(trainer)
     result = measure(folder, scorer, args)
+    result["kl"] = [log["kl"] for log in trainer.state.log_history if "kl" in log][-1]
     cost = training["cost"]
     result |= {name: cost[name] for name in ("num_policy_passes", "evaluations_per_image", "seconds")}
     file.write_text(json.dumps(result, indent=1) + "\n")
@@ -163,6 +168,7 @@ def format_table(results: dict[str, list[dict[str, float]]]) -> str:
         "objects_present": ("objects present", "{:.3f}"),
         "reward": ("SpatialScore", "{:.2f}"),
         "diversity": ("diversity", "{:.3f}"),
+        "kl": ("KL divergence", "{:.4f}"),
         "evaluations_per_image": ("evaluations per image", "{:.1f}"),
         "num_policy_passes": ("policy evaluations, thousands", "{:.0f}"),
     }

@@ -148,6 +148,17 @@ def test_the_nearest_valid_batch_sizes_are_named(tmp_path, fields):
     assert {*below, above} <= set(named)
 
 
+def test_prompts_per_rollout_are_named_for_all_processes(tmp_path, monkeypatch):
+    """48 prompts do not go into 32 processes: 4 images times 4 or 5 are not whole groups of 12."""
+    monkeypatch.setattr(TrainingArguments, "world_size", 32)
+    for steps in (4, 5):
+        with pytest.raises(
+            ValueError, match=r"Use `gradient_accumulation_steps` 3 or 6 \(32 or 64 prompts per rollout of 32 "
+        ):
+            make_config(tmp_path, gradient_accumulation_steps=steps)
+    assert [make_config(tmp_path, gradient_accumulation_steps=steps).num_prompts for steps in (3, 6)] == [32, 64]
+
+
 def test_the_default_window_is_in_the_first_half(tmp_path):
     for settings, steps in (
         ({"sde_window_size": 2}, range(3)),
@@ -174,6 +185,21 @@ def test_what_is_left_out_has_a_value(tmp_path):
     for name, hint in own.items():
         if name not in {field.name for field in dataclasses.fields(TrainingArguments)}:
             assert (getattr(config, name) is None) <= (type(None) in typing.get_args(hint)), name
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "batch_size"),
+    [
+        ({}, 4),  # of the rollout's size: its batch
+        ({"per_device_eval_batch_size": 2}, 2),
+        ({"eval_height": 1024, "eval_width": 1024, "rollout_batch_size": 24}, 6),
+        ({"eval_height": 1024, "eval_width": 1024, "rollout_batch_size": 3}, 1),
+        ({"eval_height": 256, "eval_width": 256}, 8),
+        ({"eval_height": 528}, 3),  # rounded down
+    ],
+)
+def test_a_batch_of_evaluation_has_no_more_pixels_than_one_of_the_rollout(tmp_path, kwargs, batch_size):
+    assert make_config(tmp_path, **kwargs).eval_sampling_batch_size == batch_size
 
 
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])

@@ -149,6 +149,26 @@ def test_memory_grows_with_sizes_and_batches(saved, tmp_path):
     assert larger["frozen weights"] == base["frozen weights"]
 
 
+def test_evaluation_is_counted_with_its_own_sizes_in_batches_of_no_more_pixels(saved, tmp_path):
+    # one image of 4 times the pixels in place of 4
+    model = make_model(saved, tmp_path, rollout_batch_size=4, eval_height=64, eval_width=64)
+    assert model.args.eval_sampling_batch_size == 1
+    estimate, offloaded = model.estimate(), model.estimate(offload_vae=True)
+    assert estimate.parts["decoding in evaluation"] == pytest.approx(estimate.parts["decoding"], rel=0.02)
+    assert estimate.parts["sampling step in evaluation"] < 1.5 * estimate.parts["sampling step"]
+    assert estimate.parts["trained weights kept aside"] == estimate.parts["average of the weights"] > 0
+    vae = estimate.parts["VAE"]
+    assert estimate.phases["evaluate: sample"] - offloaded.phases["evaluate: sample"] == vae
+    assert estimate.phases["evaluate: decode"] == offloaded.phases["evaluate: decode"]
+    small = make_model(saved, tmp_path, rollout_batch_size=1, per_device_eval_batch_size=1, ema_decay=0.0)
+    parts = small.estimate().parts
+    assert parts["decoding in evaluation"] == parts["decoding"]
+    assert 0 < parts["sampling step in evaluation"] <= parts["sampling step"]  # the first may fill caches of positions
+    assert parts["trained weights kept aside"] == 0
+    large = make_model(saved, tmp_path, rollout_batch_size=1, eval_height=64, eval_width=64)  # at least one image
+    assert large.estimate().phases["evaluate: decode"] > 2 * parts["decoding"]
+
+
 def test_options_save_memory(saved, tmp_path):
     model = make_model(saved, tmp_path)
     steps = {kept: model.estimate(gradient_checkpointing=kept) for kept in (True, False)}

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ from tests.diffusion_grpo.families import FAMILIES, GUIDED, MAX_SEQUENCE_LENGTH
 from trl_spatial import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_spatial.diffusion_grpo import attention_lora_config
 from trl_spatial.diffusion_grpo.policies import SamplingOptions, make_policy
+from trl_spatial.diffusion_grpo.runtime import model_setup
 from trl_spatial.diffusion_grpo.runtime.memory import weight_bytes
 from trl_spatial.diffusion_grpo.runtime.model_setup import (
     is_quantized,
     large_text_encoders,
     load_pipeline,
+    loading_device,
     prepare_transformer,
     quantization_config,
     transformer_quantization,
@@ -36,7 +39,7 @@ def decode(policy, size=32, num_images=2):
     return [torch.from_numpy(np.asarray(image).astype("float32")) for image in policy.decode_latents(latents, options)]
 
 
-def train(folder, family, pipeline=None, **kwargs):
+def train(folder, family, pipeline=None, eval_dataset=None, **kwargs):
     """Logs and trained weights of two updates of a tiny model."""
     settings = dict(
         num_generations=4,
@@ -60,6 +63,7 @@ def train(folder, family, pipeline=None, **kwargs):
         brightness,
         make_args(folder, **(settings | kwargs)),
         train_dataset=[{"prompt": "a red cube"}, {"prompt": "the lamp"}],
+        eval_dataset=eval_dataset,
         peft_config=attention_lora_config(rank=2),
     )
     trainer.train()
@@ -161,9 +165,96 @@ def test_the_blocks_are_compiled_and_not_the_whole_model(tmp_path):
         assert compiled == blocks and blocks
 
 
+def test_a_graph_for_each_size_and_mode_of_training_and_none_for_evaluation(tmp_path):
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    rows = [{"prompt": prompt} for prompt in ("a red cube", "the lamp", "a cat to the left of a dog")]
+    train(
+        tmp_path,
+        FAMILIES["flux"],
+        torch_compile_backend="eager",  # graphs as they are traced
+        gradient_checkpointing=True,
+        rollout_batch_size=3,  # of 4 images: the last batch is smaller
+        eval_dataset=rows,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_height=32,
+        eval_width=32,
+        per_device_eval_batch_size=2,  # the last batch is smaller here, too
+        eval_num_inference_steps=2,
+    )
+    # of both kinds of blocks: for the two sizes of the rollout, for the reference, and for the policy with its gradient
+    assert counters["stats"]["unique_graphs"] == 2 * 4
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_blocks_of_every_family_are_compiled_whole(tmp_path, name):
+    torch._dynamo.reset()
+    options, velocities = FAMILIES[name].options(), []
+    for kwargs in ({}, {"torch_compile_backend": "eager"}):
+        policy = FAMILIES[name].make_policy()
+        prepare_transformer(policy, make_args(tmp_path, beta=0.0, **kwargs), None)
+        embeds = PromptCache(policy, "cpu", negative_prompt=policy.negative_prompt(options)).get(["a cat"])
+        latents = policy.prepare_latents([image_generator(0)], options)
+        with torch.no_grad():  # what cannot be compiled is an error
+            velocities.append(policy.predict_velocity(policy.transformer, latents, torch.tensor(0.5), embeds, options))
+    assert torch.equal(*velocities)
+
+
+def test_a_graph_beyond_the_limit_is_an_error(tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(model_setup, "_MAX_GRAPHS", 1)
+    with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        train(tmp_path, FAMILIES["flux"], torch_compile_backend="eager")
+
+
 def test_an_unknown_kernel_is_refused_with_those_there_are(tmp_path):
     with pytest.raises(ValueError, match=r"`attention_backend` is 'flesh'.*'native'.*'flash'|'flash'.*'native'"):
         load_pipeline(str(tmp_path / "nowhere"), torch.float32, attention_backend="flesh")
+
+
+# Where a pipeline is loaded to
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_transformer_and_vae_are_loaded_onto_the_device_and_then_the_text_encoders_onto_the_cpu(
+    tmp_path, name, monkeypatch
+):
+    saved = FAMILIES[name].build()
+    saved.save_pretrained(tmp_path)
+    # the meta device stands for the accelerator: what comes there never was in the host's memory
+    pipeline = load_pipeline(str(tmp_path), torch.float32, device=torch.device("meta"))
+    components = {
+        key: component for key, component in pipeline.components.items() if isinstance(component, torch.nn.Module)
+    }
+    devices = {key: component.device.type for key, component in components.items()}
+    assert devices == {key: "cpu" if key.startswith("text_encoder") else "meta" for key in devices}
+    assert {"transformer", "vae", "text_encoder"} <= devices.keys()
+
+    order = []
+    for class_ in {type(component) for component in components.values()}:
+        load = class_.from_pretrained
+
+        def recorded(*args, class_=class_, load=load, **kwargs):
+            order.append(class_)
+            return load(*args, **kwargs)
+
+        monkeypatch.setattr(class_, "from_pretrained", recorded)
+    pipeline = load_pipeline(str(tmp_path), torch.float32, device=torch.device("cpu"))
+    assert set(order[:2]) == {type(saved.transformer), type(saved.vae)} and len(order) == len(components)
+    for key in components:
+        weights, expected = getattr(pipeline, key).state_dict(), getattr(saved, key).state_dict()
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weight, expected[part]) for part, weight in weights.items())
+    assert pipeline.config["_name_or_path"] == str(tmp_path)  # what a card names as the base model
+
+
+@pytest.mark.parametrize(("is_fsdp", "device"), [("true", "cpu"), ("false", "meta")])
+def test_a_transformer_that_is_shared_out_is_loaded_onto_the_cpu(monkeypatch, is_fsdp, device):
+    """It may be larger than a device."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", is_fsdp)
+    assert loading_device(SimpleNamespace(device=torch.device("meta"))) == torch.device(device)
 
 
 # Quantized weights

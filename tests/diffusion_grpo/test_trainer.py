@@ -496,6 +496,24 @@ def test_adapters_are_float32_on_a_base_that_keeps_its_dtype(make_trainer, make_
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
 
 
+@pytest.mark.parametrize(
+    ("dtype", "kwargs", "is_used"),
+    [
+        (torch.bfloat16, {}, False),  # adapters compute as what is frozen
+        (torch.float32, {}, True),
+        (torch.float32, {"peft_config": None, "beta": 0.0}, True),
+    ],
+)
+def test_autocast_is_for_weights_of_float32(make_trainer, make_pipeline, dtype, kwargs, is_used):
+    trainer = make_trainer(
+        pipeline=make_pipeline(dtype), bf16=True, eval_dataset=[{"prompt": "a cat"}], eval_on_start=True, **kwargs
+    )
+    states = []
+    trainer.model.proj_out.register_forward_pre_hook(lambda *_: states.append(torch.is_autocast_enabled("cpu")))
+    trainer.train()
+    assert set(states) == {is_used}
+
+
 def test_full_fine_tuning(make_trainer, make_pipeline):
     trainer = make_trainer(peft_config=None, beta=0.0, learning_rate=1e-3, bf16=True)
     base = dict(make_pipeline().transformer.named_parameters())

@@ -2,6 +2,8 @@
 
 import hashlib
 
+from trl_spatial.judges import geneval
+
 
 class Guessing:
     """Answers in the form that a question seems to ask for, always the same to the same question about the same image."""
@@ -21,3 +23,11 @@ def agreeing(image, text):
 
 def chances(image, text):
     return {"Yes": 0.7, "No": 0.2, "2": 0.1}
+
+
+def unsure(images):
+    """Two persons in every image, neither of them for sure."""
+    return [
+        [geneval.Detection("person", score, (0, 0, image.width, image.height)) for score in (0.5, 0.4)]
+        for image in images
+    ]

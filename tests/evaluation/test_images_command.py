@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,26 @@ def test_a_broken_judge_is_found_out_before_anything_is_drawn(capsys):
     assert main([part for part in command("tiif", vision="simple_judges:agreeing") if part != "--skip_self_test"]) == 1
     assert "simple_judges:agreeing" in capsys.readouterr().err
     assert not list(Path("run").rglob("*.png"))
+
+
+def test_images_of_another_prompt_are_no_images_of_this_one(capsys):
+    assert main(command("geneval", output="drawn")) == 0
+    first, second = (Path("drawn/images", name) for name in ("00000", "00001"))
+    second.rename("other")
+    first.rename(second)
+    Path("other").rename(first)
+    assert main(command("geneval", generator=None, images="drawn/images")) == 1
+    assert "00000/metadata.jsonl says that the images were drawn for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "is_warned"), [("geneval", True), ("visor", False)])
+def test_a_detector_whose_scores_are_too_low_to_count_is_known_before_anything_is_drawn(name, is_warned):
+    call = [part for part in command(name, detector="simple_judges:unsure") if part != "--skip_self_test"]
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        assert main(call) == 0
+    said = [str(warning.message) for warning in found]
+    assert any("finds 0 above `counting_threshold` 0.9" in text for text in said) == is_warned
 
 
 def test_what_was_never_begun_can_be_put_right_in_its_folder(capsys):

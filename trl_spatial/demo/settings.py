@@ -1,8 +1,7 @@
 """Settings of the demo."""
 
-from dataclasses import dataclass
-
-from transformers.hf_argparser import HfArg
+from dataclasses import dataclass, field
+from typing import Any
 
 
 # Defaults of the full demo and of `--quick`
@@ -15,28 +14,27 @@ _SIZES = {
 }
 
 
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class DemoSettings:
     """Settings of the demo; the `help` of each describes it."""
 
-    output_dir: str = HfArg(
-        default="runs/demo",
-        help="Folder of the models, the results and the report. An interrupted run in it is continued.",
+    output_dir: str = _option(
+        "runs/demo", "Folder of the models, the results and the report. An interrupted run in it is continued."
     )
-    quick: bool = HfArg(default=False, help="Use smaller defaults: three minutes, with less reliable results.")
-    seed: int = HfArg(default=0, help="Seed of the pairs, the prompts, and both trainings.")
-    num_train_pairs: int = HfArg(
-        default=None,
-        help="Number of pairs to train the reward model on, each in both directions. If `None`, 8000, quick 1600.",
+    quick: bool = _option(False, "Use smaller defaults: three minutes, with less reliable results.")
+    seed: int = _option(0, "Seed of the pairs, the prompts, and both trainings.")
+    num_train_pairs: int = _option(
+        None, "Number of pairs to train the reward model on, each in both directions. If `None`, 8000, quick 1600."
     )
-    num_test_pairs: int = HfArg(
-        default=None, help="Number of held-out pairs to measure it on. If `None`, 3000, quick 300."
-    )
-    reward_steps: int = HfArg(default=None, help="Number of updates of the reward model. If `None`, 250, quick 50.")
-    grpo_steps: int = HfArg(default=None, help="Number of updates of the generator. If `None`, 200, quick 60.")
-    num_prompts: int = HfArg(
-        default=None,
-        help="Number of held-out prompts, with 4 images each, to measure the generator on. If `None`, 256, quick 48.",
+    num_test_pairs: int = _option(None, "Number of held-out pairs to measure it on. If `None`, 3000, quick 300.")
+    reward_steps: int = _option(None, "Number of updates of the reward model. If `None`, 250, quick 50.")
+    grpo_steps: int = _option(None, "Number of updates of the generator. If `None`, 200, quick 60.")
+    num_prompts: int = _option(
+        None, "Number of held-out prompts, with 4 images each, to measure the generator on. If `None`, 256, quick 48."
     )
 
     def __post_init__(self):

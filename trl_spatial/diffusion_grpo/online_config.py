@@ -29,7 +29,8 @@ class OnlineConfig(DiffusionConfig):
             multiple of `gradient_accumulation_steps`. If `None`, it defaults to `gradient_accumulation_steps`: one
             update per rollout.
         rollout_batch_size (`int`, *optional*):
-            Number of images that a device samples at once. If `None`, `per_device_train_batch_size`.
+            Number of images that a device samples at once. If `None`, `per_device_train_batch_size`. In evaluation
+            `per_device_eval_batch_size` is the most at once, and fewer where they would have more pixels together.
         num_inference_steps (`int`, *optional*, defaults to `6`):
             Number of denoising steps in training.
         num_scouts (`int`, *optional*):
@@ -85,7 +86,8 @@ class OnlineConfig(DiffusionConfig):
     )
     rollout_batch_size: int | None = option(
         None,
-        "Number of images that a device samples at once. If `None`, it defaults to `per_device_train_batch_size`.",
+        "Number of images that a device samples at once. If `None`, it defaults to `per_device_train_batch_size`. No batch "
+        "of evaluation has more pixels.",
     )
     num_inference_steps: int = option(6, "Number of denoising steps in training.")
     num_scouts: int | None = option(
@@ -207,18 +209,22 @@ class OnlineConfig(DiffusionConfig):
                 raise ValueError(
                     f"`steps_per_generation` is {num_batches} and `gradient_accumulation_steps` is "
                     f"{self.gradient_accumulation_steps}. Use a multiple of it, so that a rollout is a whole number "
-                    f"of updates: {_nearest_multiples(num_batches, whole)}."
+                    f"of updates: {' or '.join(map(str, _nearest_multiples(num_batches, whole)))}."
                 )
         if self.per_device_train_batch_size * num_batches % self.num_kept:
+            legal = _nearest_multiples(num_batches, whole)
+            prompts = [
+                self.per_device_train_batch_size * number // self.num_kept * self.world_size for number in legal
+            ]
             raise ValueError(
                 f"`{name}` is {num_batches} and `per_device_train_batch_size` is {self.per_device_train_batch_size}: a "
                 f"rollout would be {self.per_device_train_batch_size * num_batches} kept images per device, which is not "
-                f"a whole number of groups of {self.num_kept} kept images. Use `{name}` "
-                f"{_nearest_multiples(num_batches, whole)}, or change `per_device_train_batch_size`, "
-                "`num_generations` or `top_k`."
+                f"a whole number of groups of {self.num_kept} kept images. Use `{name}` {' or '.join(map(str, legal))} "
+                f"({' or '.join(map(str, prompts))} prompts per rollout of {self.world_size} processes), or change "
+                "`per_device_train_batch_size`, `num_generations` or `top_k`."
             )
 
 
-def _nearest_multiples(value: int, of: int) -> str:
+def _nearest_multiples(value: int, of: int) -> list[int]:
     below, above = value // of * of, -(-value // of) * of
-    return f"{below} or {above}" if below and below != above else f"{above}"
+    return [below, above] if below and below != above else [above]

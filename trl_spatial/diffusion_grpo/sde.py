@@ -128,16 +128,17 @@ def sde_step(
             "and has no density: score only the stochastic steps."
         )
 
-    def to_latents(weights: torch.Tensor) -> torch.Tensor:
-        return weights.to(latents).view(-1, *[1] * (latents.ndim - 1))  # (batch_size, 1, 1)
-
-    mean = to_latents(transition.latents_weight) * latents + to_latents(transition.velocity_weight) * velocity
-    std = to_latents(transition.std)
+    # Moved to the latents together: each move from the CPU's memory by itself would wait for the device.
+    weights = _move(transition.stack(), latents.device).view(5, -1, *[1] * (latents.ndim - 1))
+    latents_weight, velocity_weight, std, double_variance, log_density_at_mean = weights  # (batch_size, 1, 1) each
+    mean = latents_weight * latents + velocity_weight * velocity
     if next_latents is None:
         next_latents = (mean + std * _noise(latents, generator) if transition.std.any() else mean).detach()
     next_latents = next_latents.to(mean)
-    log_probs = _mean_log_density(next_latents, mean, transition.std)
-    return SDEStepOutput(next_latents, mean, transition.std.to(mean), log_probs)
+    squared_error = (next_latents - mean).square().flatten(1).mean(1)  # (batch_size,)
+    std = std.flatten()
+    log_probs = log_density_at_mean.flatten() - squared_error / double_variance.flatten()
+    return SDEStepOutput(next_latents, mean, std, log_probs.masked_fill(std == 0, 0))
 
 
 def sde_window(
@@ -217,6 +218,15 @@ class _Transition:
     velocity_weight: torch.Tensor
     std: torch.Tensor
 
+    def stack(self) -> torch.Tensor:
+        """
+        Its three fields, twice the variance, and the log-density at the mean: `(5, batch_size)` in float32. A step without
+        noise has no density; its last two rows are those of any std, which keeps the gradient of its log-prob finite.
+        """
+        std = torch.where(self.std == 0, 1, self.std)
+        constant = -std.log() - math.log(2 * math.pi) / 2
+        return torch.stack([self.latents_weight, self.velocity_weight, self.std, 2 * std.square(), constant]).float()
+
 
 def _transition(
     t: torch.Tensor, t_next: torch.Tensor, t_max: torch.Tensor, noise_level: float, dynamics: str
@@ -277,16 +287,12 @@ def _noise(latents: torch.Tensor, generator: torch.Generator | Sequence[torch.Ge
         )
         for one in generators
     ]
-    return torch.cat([image.to(latents) for image in noise])  # (batch_size, image_seq_len, num_channels)
+    return _move(torch.cat(noise), latents.device)  # (batch_size, image_seq_len, num_channels)
 
 
-def _mean_log_density(next_latents: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    # a deterministic step has no density: any std keeps the gradient of its 0 finite
-    is_deterministic = (std == 0).to(mean.device)
-    std = torch.where(std == 0, 1, std)
-    squared_error = (next_latents - mean).square().flatten(1).mean(1)  # (batch_size,)
-    constant = (std.log() + math.log(2 * math.pi) / 2).to(mean)
-    return (-squared_error / (2 * std.square()).to(mean) - constant).masked_fill(is_deterministic, 0)
+def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    # CUDA has read pageable memory before this returns: nothing has to wait until it is done.
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def _per_image(sigma: float | torch.Tensor, name: str, batch_size: int) -> torch.Tensor:

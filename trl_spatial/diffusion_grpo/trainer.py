@@ -81,6 +81,13 @@ class DiffusionGRPOTrainer(OnlineTrainer):
         "Trained by online reinforcement learning (GRPO with flow-SDE rollouts): the model draws groups of images, reward "
         "functions score them, and training makes the better ones more likely."
     )
+    _citation = """\
+@article{liu2025flowgrpo,
+  title   = {{Flow-GRPO: Training Flow Matching Models via Online RL}},
+  author  = {Liu, Jie and others},
+  journal = {arXiv preprint arXiv:2505.05470},
+  year    = {2025}
+}"""
     _config_class = DiffusionGRPOConfig
     _buffer_class = StepsBuffer
     _run_suffix = "GRPO"

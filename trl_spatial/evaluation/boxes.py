@@ -8,6 +8,7 @@ from PIL import Image
 
 from ..judges import views
 from ..judges.pictures import crop_object
+from .benchmarks.t2i_compbench_rules import official_size
 from .roles import Judges
 
 
@@ -59,15 +60,24 @@ def add_depths(rows: Sequence[dict[str, Any]], depth: np.ndarray) -> None:
 
     Args:
         rows (`Sequence[dict]`):
-            Boxes of a reply. They get `depth` and, read with rows and columns exchanged, as T2I-CompBench's program does,
-            `depth_transposed`; `None` where no pixel is in the box.
+            Boxes of a reply. They get `depth`, and `depth_transposed`, which is what T2I-CompBench's program reads: it resizes the
+            depth map in whole numbers to [`~evaluation.benchmarks.t2i_compbench_rules.official_size`], in which its boxes are,
+            too, and exchanges rows and columns. `None` where no pixel is in the box.
         depth (`np.ndarray` of shape `(height, width)`):
-            Depth of each pixel of the image.
+            Depth of each pixel of the image, 0 to 255.
     """
+    size = depth.shape[::-1]
+    new_size = official_size(*size)
+    picture = Image.fromarray(depth.astype(np.uint8)).resize(new_size, Image.Resampling.BILINEAR)
+    transposed = np.asarray(picture).T
+    scale = np.tile(np.divide(new_size, size), 2)
     for row in rows:
-        left, top, right, bottom = (max(0, int(edge)) for edge in row["box"])
-        for name, part in (
-            ("depth", depth[top:bottom, left:right]),
-            ("depth_transposed", depth[left:right, top:bottom]),
-        ):
-            row[name] = float(part.mean()) if part.size else None
+        row["depth"] = _mean_in(row["box"], depth)
+        row["depth_transposed"] = _mean_in(row["box"] * scale, transposed)
+
+
+def _mean_in(box: Sequence[float], values: np.ndarray) -> float | None:
+    """Mean of values `(height, width)` in a box, cut to whole pixels; `None` if there are none."""
+    left, top, right, bottom = (max(0, int(edge)) for edge in box)
+    part = values[top:bottom, left:right]
+    return float(part.mean()) if part.size else None

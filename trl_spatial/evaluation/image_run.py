@@ -237,9 +237,10 @@ class ImageRun:
         images are not.
 
         Raises:
-            `ValueError`: If no image of the benchmark is there.
+            `ValueError`: If no image of the benchmark is there, or the folder says that images are those of other prompts.
         """
         files = self.files()
+        self.benchmark.check_folder(self.image_folder, self.items)
         if not any(self.assignments(files).values()) and not self.refusals():
             raise ValueError(
                 f"None of the {len(files):,} files in {self.image_folder} is an image of {self.benchmark.title}. The image of its "

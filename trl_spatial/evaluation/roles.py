@@ -70,6 +70,7 @@ def load_judges(
     settings: ModelSettings,
     *,
     threshold: float = THRESHOLD,
+    counting_threshold: float | None = None,
     tested_kinds: Collection[str] = ("text",),
 ) -> Judges:
     """
@@ -82,8 +83,8 @@ def load_judges(
             `http://HOST:PORT/v1#MODEL`.
         settings ([`~judges.loading.ModelSettings`]):
             How models are run.
-        threshold (`float`, *optional*, defaults to `0.3`):
-            Score above which boxes of detectors count.
+        threshold (`float`, *optional*, defaults to `0.3`), counting_threshold (`float`, *optional*):
+            Score above which boxes of detectors count, and the same in prompts about numbers, where that is another.
         tested_kinds (`Collection[str]`, *optional*, defaults to `("text",)`):
             How a vision-language model is tested, see [`~judges.self_test.check_vision`]. If empty, no judge is tested.
 
@@ -101,7 +102,7 @@ def load_judges(
         if role in names:
             detectors[place] = load_detector(names[role], settings.device, threshold=threshold)
             if tested_kinds:
-                check_detector(detectors[place], threshold=threshold)
+                check_detector(detectors[place], threshold=threshold, counting_threshold=counting_threshold)
     depth = load_depth(names["depth"], settings.device) if "depth" in names else None
     if depth is not None and tested_kinds:
         check_depth(depth, names["depth"])

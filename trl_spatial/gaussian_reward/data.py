@@ -51,6 +51,30 @@ class PreferencePairs(torch.utils.data.Dataset):
         return reverse_pair(row) if is_reverse else row
 
 
+class RowSampler(torch.utils.data.Sampler[int]):
+    """
+    Draws the rows of [`PreferencePairs`] in a random order, each pair followed by its reverse, so that a batch holds both and
+    their images and what precedes the prompts are encoded once.
+    """
+
+    def __init__(self, num_rows: int, seed: int):
+        self.num_rows = num_rows
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return 2 * self.num_rows
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        for row in torch.randperm(self.num_rows, generator=generator).tolist():
+            yield from (2 * row, 2 * row + 1)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch, each of which has an order of its own."""
+        self.epoch = epoch
+
+
 @dataclass(frozen=True)
 class RowChecker:
     """
@@ -138,8 +162,10 @@ class DataCollatorForSpatialPreference(DataCollatorMixin):
     `"rejected"`, the last two being images as PIL, bytes, paths or `{"bytes", "path"}` dictionaries. It returns what
     the processor makes of the rows, the first half with the chosen and the second half with the rejected images:
     - `"input_ids"`, `"attention_mask"`, `"mm_token_type_ids"`: Tensors of shape `(2 * num_pairs, sequence_length)`.
-    - `"pixel_values"`: Tensor of shape `(total_patches, patch_dim)`, the patches of all images in the same order.
-    - `"image_grid_thw"`: Tensor of shape `(2 * num_pairs, 3)`.
+    - `"pixel_values"`: Tensor of shape `(total_patches, patch_dim)`, the patches of all images. A pair and its reverse
+      share theirs.
+    - `"image_grid_thw"`: Tensor of shape `(num_images, 3)`.
+    - `"image_index"`: Tensor of shape `(2 * num_pairs,)`, the number of each row's image.
 
     Optionally, the examples can contain a `"margin"` key, in which case the returned dictionary will also contain a
     `"margin"` key with a tensor of shape `(num_pairs,)`.
@@ -156,27 +182,37 @@ class DataCollatorForSpatialPreference(DataCollatorMixin):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         prompts = [example["prompt"] for example in examples]
-        images = [self._load_image(example, column) for column in IMAGE_COLUMNS for example in examples]
+        loaded: dict[Any, PILImage.Image] = {}  # an image of a row that is there in both directions is decoded once
+        images = [self._load_image(example, column, loaded) for column in IMAGE_COLUMNS for example in examples]
         for example, chosen, rejected in zip(examples, images, images[len(examples) :], strict=False):
             if chosen.size == rejected.size and chosen.tobytes() == rejected.tobytes():
                 reason = f"shows the chosen image: there is nothing to prefer. {WAY_OUT}"
-                raise ValueError(f"{_place_of(example, 'rejected')}: {shorten(example['rejected'])} {reason}")
+                place = _place_of(example, _stored_column(example, "rejected"))
+                raise ValueError(f"{place}: {shorten(example['rejected'])} {reason}")
         output = dict(self.processor(prompts + prompts, images))
         if "margin" in examples[0]:
             output["margin"] = torch.tensor([example["margin"] for example in examples], dtype=torch.float)
         return output
 
-    def _load_image(self, example: dict[str, Any], column: str) -> PILImage.Image:
-        try:
-            return load_image(example[column])
-        except ValueError as error:
-            raise ValueError(f"{_place_of(example, column)}: {shorten(example[column])} {error}. {WAY_OUT}") from error
+    def _load_image(self, example: dict[str, Any], column: str, loaded: dict[Any, PILImage.Image]) -> PILImage.Image:
+        stored_column = _stored_column(example, column)
+        key = (example.get(ROW_COLUMN, id(example)), stored_column)
+        if key not in loaded:
+            try:
+                loaded[key] = load_image(example[column])
+            except ValueError as error:
+                place = _place_of(example, stored_column)
+                raise ValueError(f"{place}: {shorten(example[column])} {error}. {WAY_OUT}") from error
+        return loaded[key]
+
+
+def _stored_column(example: dict[str, Any], column: str) -> str:
+    """The column of the dataset that an image of a pair is from."""
+    return IMAGE_COLUMNS[1 - IMAGE_COLUMNS.index(column)] if example.get(IS_REVERSE_COLUMN) else column
 
 
 def _place_of(example: dict[str, Any], column: str) -> str:
-    """Row and column of the dataset that an image of a pair is from."""
-    if example.get(IS_REVERSE_COLUMN):
-        column = IMAGE_COLUMNS[1 - IMAGE_COLUMNS.index(column)]
+    """Row and column of the dataset, for messages."""
     return f"row {example.get(ROW_COLUMN, 'of unknown number')}, `{column}`"
 
 

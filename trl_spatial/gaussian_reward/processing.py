@@ -95,7 +95,7 @@ class SpatialScoreProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"]
+        return ["input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw", "image_index"]
 
     def __call__(
         self,
@@ -114,7 +114,7 @@ class SpatialScoreProcessor(ProcessorMixin):
                 One caption per row. Blanks at its ends do not count. Added tokens of the tokenizer in it, such as
                 `<tool_call>` or the reward token, are read as plain text.
             images (`list`):
-                One image per row, in any form [`load_image`] takes.
+                One image per row, in any form [`load_image`] takes. Rows that are given the same object share its patches.
             max_length (`int`, *optional*):
                 The largest number of tokens of a row, image tokens included.
             padding_side (`str`, *optional*):
@@ -127,9 +127,9 @@ class SpatialScoreProcessor(ProcessorMixin):
 
             - `input_ids`, `attention_mask`, `mm_token_type_ids` of shape `(batch_size, sequence_length)`; the last is 1
               at image tokens and 0 elsewhere;
-            - `pixel_values` of shape `(total_patches, patch_dim)`: the patches of all images in row order, never to be
-              indexed by row;
-            - `image_grid_thw` of shape `(batch_size, 3)`: frames, rows and columns of patches.
+            - `pixel_values` of shape `(total_patches, patch_dim)`: the patches of all images, never to be indexed by row;
+            - `image_grid_thw` of shape `(num_images, 3)`: frames, rows and columns of patches;
+            - `image_index` of shape `(batch_size,)`: the number of each row's image.
 
         Raises:
             `ValueError`: If the numbers of prompts and images differ, [`~preferences.prompts.clean_prompt`] refuses a
@@ -137,7 +137,8 @@ class SpatialScoreProcessor(ProcessorMixin):
         """
         image_features = self._encode_images(images)
         merge_length = self.image_processor.merge_size**2
-        num_image_tokens = (image_features["image_grid_thw"].prod(-1) // merge_length).tolist()
+        sizes = image_features["image_grid_thw"].prod(-1) // merge_length
+        num_image_tokens = sizes[image_features["image_index"]].tolist()
         input_ids = self._encode_prompts(prompts, num_image_tokens)
         for row, ids in enumerate(input_ids):
             if max_length is not None and len(ids) > max_length:
@@ -175,13 +176,15 @@ class SpatialScoreProcessor(ProcessorMixin):
         return [len(ids) for ids in self._encode_prompts(prompts, num_image_tokens)]
 
     def _encode_images(self, images: list) -> dict[str, torch.Tensor]:
-        decoded = []
+        decoded: dict[int, Image.Image] = {}
         for row, image in enumerate(images):
             try:
-                decoded.append(load_image(image))
+                decoded[id(image)] = decoded.get(id(image)) or load_image(image)
             except ValueError as error:
                 raise ValueError(f"The image of row {row} {error}.") from error
-        return dict(self.image_processor(decoded, return_tensors="pt"))
+        number = {identity: number for number, identity in enumerate(decoded)}
+        features = self.image_processor(list(decoded.values()), return_tensors="pt")
+        return {**features, "image_index": torch.tensor([number[id(image)] for image in images])}
 
     def _encode_prompts(self, prompts: list[str], num_image_tokens: list[int]) -> list[list[int]]:
         if len(prompts) != len(num_image_tokens):

@@ -113,7 +113,7 @@ class GenEvalResult:
         correct (`bool`):
             GenEval's verdict: whether everything is as specified.
         reason (`str`):
-            What is not, one line each; empty if `correct`.
+            What is not, one line each in the words of GenEval's program; empty if `correct`.
         partial (`float`):
             Share of what is asked for that is there, 0 to 1; 1 if and only if `correct`. See [`judge`].
     """
@@ -299,7 +299,7 @@ def judge(
         if requirement.class_name not in included:
             shares.append(float(number < requirement.count))
         if number >= requirement.count:
-            reasons.append(f"expected {requirement.class_name} < {requirement.count}, found {number}")
+            reasons.append(f"expected {requirement.class_name}<{requirement.count}, found {number}")
     return GenEvalResult(not reasons, "\n".join(reasons), sum(shares) / len(shares) if shares else 1.0)
 
 
@@ -322,12 +322,16 @@ def _match(
     """The objects of a requirement, or `None` if they are not as it says; adds shares of color and position, and reasons."""
     failures = []
     if len(found) < requirement.count:
-        failures.append(f"expected {requirement.class_name} >= {requirement.count}, found {len(found)}")
+        failures.append(f"expected {requirement.class_name}>={requirement.count}, found {len(found)}")
     if requirement.color is not None:
         colors = [find_color(detection) for detection in found] if find_color and not failures else []
         shares.append(colors.count(requirement.color) / requirement.count)
         if colors and shares[-1] < 1:
-            failures.append(f"expected {requirement.color} {requirement.class_name}, found {', '.join(colors)}")
+            failures.append(
+                f"expected {requirement.color} {requirement.class_name}>={requirement.count}, found "
+                f"{colors.count(requirement.color)} {requirement.color}; and "
+                + ", ".join(f"{colors.count(color)} {color}" for color in COLORS if color in colors)
+            )
     if requirement.position is not None:
         relation, index = requirement.position
         if not failures:
@@ -347,6 +351,5 @@ def _position_failures(
         for target in targets:
             relations = relative_positions(detection.box, target.box)
             if relation not in relations:
-                shown = " and ".join(sorted(relations)) or "at no side of"
-                return [f"expected {name} {relation} target, found {shown} target"]
+                return [f"expected {name} {relation} target, found {' and '.join(sorted(relations))} target"]
     return []

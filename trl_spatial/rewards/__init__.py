@@ -1,23 +1,36 @@
-"""Reward functions of GRPO training: what an image is worth for its prompt. A [`SpatialScore`] is one itself."""
+"""Reward functions of GRPO training: what an image is worth for its prompt. A [`SpatialScore`] is one itself. Names are imported
+when they are used."""
 
-from ..judges.checked_detector import SilentDetectorError
-from ..judges.geneval import Detection, GenEvalResult, Specification, judge, read_specification, relative_positions
-from .geneval_reward import GenEvalReward
-from .loading import load_reward
-from .remote import RemoteReward
-from .rules import SceneRules
+from importlib import import_module
+from typing import Any
 
 
-__all__ = [
-    "Detection",
-    "GenEvalResult",
-    "GenEvalReward",
-    "RemoteReward",
-    "SceneRules",
-    "SilentDetectorError",
-    "Specification",
-    "judge",
-    "load_reward",
-    "read_specification",
-    "relative_positions",
-]
+TOKEN_VARIABLE = "TRL_SPATIAL_SERVER_TOKEN"  # of the environment: what a reward server asks for
+_MODULES = {
+    ".judges.checked_detector": ["SilentDetectorError"],
+    ".judges.geneval": [
+        "Detection",
+        "GenEvalResult",
+        "Specification",
+        "judge",
+        "read_specification",
+        "relative_positions",
+    ],
+    "geneval_reward": ["GenEvalReward"],
+    "loading": ["load_reward"],
+    "remote": ["RemoteReward"],
+    "rules": ["SceneRules"],
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -16,11 +16,11 @@ from urllib3 import BaseHTTPResponse
 from urllib3.util.retry import Retry
 
 from ..preferences.images import load_image
+from . import TOKEN_VARIABLE
 
 
 logger = logging.getLogger(__name__)
 
-TOKEN_VARIABLE = "TRL_SPATIAL_SERVER_TOKEN"
 _BUSY = (429, 502, 503, 504)
 _LONGEST_WAIT = 60.0  # seconds, whatever the server asks for
 _LARGEST_REQUEST = 32 * 2**20  # characters; a server refuses 128 MiB and more, all images of the request

@@ -6,6 +6,7 @@ implied interval extends to a whole layout: drawing them one by one never has to
 "Temporal constraint networks", 1991).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,40 +41,46 @@ class PlacedObject:
 class DifferenceSystem:
     """Upper bounds on all differences of coordinates, kept as tight as what was added implies."""
 
-    def __init__(self, upper: np.ndarray):
-        self.upper = upper  # (2, num_objects + 1, num_objects + 1): position[j] - position[i] <= upper[axis, i, j]
+    def __init__(self, upper: list[list[list[float]]]):
+        # upper[axis][i][j]: the most that position[j] - position[i] may be, for num_objects + 1 positions. Of so few numbers,
+        # lists are twice as fast as arrays.
+        self.upper = upper
 
     @classmethod
     def empty(cls, num_objects: int) -> "DifferenceSystem":
-        upper = np.full((2, num_objects + 1, num_objects + 1), np.inf)
-        upper[:, range(num_objects + 1), range(num_objects + 1)] = 0.0
-        return cls(upper)
+        size = range(num_objects + 1)
+        return cls([[[0.0 if i == j else math.inf for j in size] for i in size] for _ in (X, Y)])
 
     def copy(self) -> "DifferenceSystem":
-        return DifferenceSystem(self.upper.copy())
+        return DifferenceSystem([[row[:] for row in rows] for rows in self.upper])
 
     def add(self, bound: Bound) -> bool:
         """Add a bound; `False` if it contradicts the others."""
         axis, lower, upper, minimum = bound
-        distances = self.upper[axis]
-        if -minimum >= distances[upper, lower]:
+        rows = self.upper[axis]
+        if -minimum >= rows[upper][lower]:
             return True
-        if distances[lower, upper] < minimum:
+        beyond = rows[lower]
+        if beyond[upper] < minimum:
             return False
-        through = distances[:, upper, None] + (-minimum) + distances[None, lower, :]
-        np.minimum(distances, through, out=distances)
+        for row in rows:
+            reach = row[upper] - minimum
+            if reach < row[lower]:  # else nothing behind `lower` comes nearer either
+                row[:] = [old if old <= reach + more else reach + more for old, more in zip(row, beyond, strict=True)]
         return True
 
     def implies(self, bound: Bound) -> bool:
-        return -bound.minimum >= self.upper[bound.axis, bound.upper, bound.lower]
+        axis, lower, upper, minimum = bound
+        return -minimum >= self.upper[axis][upper][lower]
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         """Draw positions `(num_objects, 2)`: each coordinate uniform in what the ones before leave it."""
-        num_objects = self.upper.shape[1] - 1
+        num_objects = len(self.upper[X]) - 1
         positions = np.empty((num_objects, 2))
         for axis in (X, Y):
-            for index in rng.permutation(num_objects):
-                low, high = -self.upper[axis, index, CANVAS], self.upper[axis, CANVAS, index]
+            rows = self.upper[axis]
+            for index in rng.permutation(num_objects).tolist():
+                low, high = -rows[index][CANVAS], rows[CANVAS][index]
                 value = low + (high - low) * rng.random()
                 self.add(Bound(axis, CANVAS, index, value))
                 self.add(Bound(axis, index, CANVAS, -value))
@@ -153,14 +160,15 @@ def choose_alternatives(system: DifferenceSystem, choices: list, rng: np.random.
         return system
     alternatives, *rest = choices
     # nothing to choose where one alternative already holds
-    if any(all(system.implies(bound) for bound in alternative) for alternative in alternatives):
+    if any(all(map(system.implies, alternative)) for alternative in alternatives):
         return choose_alternatives(system, rest, rng, budget)
-    for k in rng.permutation(len(alternatives)):
+    order = rng.permutation(len(alternatives)).tolist() if len(alternatives) > 1 else [0][: len(alternatives)]
+    for k in order:
         budget[0] -= 1
         if budget[0] < 0:
             return None
-        trial = system.copy()
-        if all(trial.add(bound) for bound in alternatives[k]):
+        trial = system if k == order[-1] else system.copy()  # whoever called has no use for it if the last one fails
+        if all(map(trial.add, alternatives[k])):
             solved = choose_alternatives(trial, rest, rng, budget)
             if solved is not None:
                 return solved

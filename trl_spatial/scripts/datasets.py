@@ -74,8 +74,7 @@ def load_prompts(
     """
     from datasets import Image
 
-    from ..preferences.faults import shorten
-    from ..preferences.prompts import clean_prompt
+    from ..preferences.prompt_files import clean_prompts, read_lines
 
     kind, _, number = source.partition(":")
     if kind == "scenes":
@@ -85,7 +84,7 @@ def load_prompts(
             raise ValueError(f"The prompts are {source!r}. Say how many scenes: scenes:1000.")
         return make_prompt_dataset(int(number), split=split)
     splits = (
-        _read_lines(Path(source))
+        read_lines(Path(source))
         if source.lower().endswith(".txt")
         else load_dataset_dict(source, config_name=config_name)
     )
@@ -97,27 +96,4 @@ def load_prompts(
         )
     # prompts of preference pairs come without their images, which would be decoded for every row
     prompts = prompts.remove_columns([name for name, kind in prompts.features.items() if isinstance(kind, Image)])
-    columns, texts, cleaned = prompts.column_names, list(prompts["prompt"]), []
-    for row, text in enumerate(texts):
-        try:
-            cleaned.append(clean_prompt(text))
-        except ValueError as error:
-            raise ValueError(f"{source}, row {row}, column `prompt`: {shorten(text)} {error}.") from error
-    if cleaned != texts:
-        prompts = prompts.rename_column("prompt", "__prompt__").add_column("prompt", cleaned).select_columns(columns)
-    return prompts
-
-
-def _read_lines(path: Path) -> "DatasetDict":
-    """The lines of a text file that are not blank, as the split `"train"`."""
-    from datasets import Dataset, DatasetDict
-
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}. It should hold the prompts, one per line.")
-    try:
-        # universal newlines are \n, \r and \r\n; `str.splitlines` would also cut at U+2028 and the like
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line} is not UTF-8 text. Save the file as UTF-8.") from error
-    return DatasetDict({"train": Dataset.from_dict({"prompt": [line for line in lines if line.strip()]})})
+    return clean_prompts(prompts, source)

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 from transformers.hf_argparser import HfArg
 
 from .datasets import load_prompts
-from .parser import quick_imports
+from .parser import ATTENTION_FUNCTIONS, ATTENTION_HELP, quick_imports
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from diffusers import DiffusionPipeline
 
+    from ..diffusion_grpo.reward_functions import RewardFunction
     from ..diffusion_grpo.runtime.base_config import DiffusionConfig
     from ..diffusion_grpo.runtime.base_trainer import DiffusionTrainer
 
@@ -30,12 +31,27 @@ class EvaluationArguments:
         help="Where SpatialScore checkpoints run, e.g. cuda:1 or cpu. By default the device of the training. In a process "
         "of its own, a reward is a server: `trl_spatial serve`.",
     )
+    reward_attn_implementation: str | None = HfArg(
+        default=None,
+        help=f"For SpatialScore checkpoints. {ATTENTION_HELP}",
+        metadata={"choices": ATTENTION_FUNCTIONS},
+    )
     eval_dataset: str | None = HfArg(
         default=None, help="Prompts to evaluate on, in the same forms. By default the test split of --dataset."
     )
     dataset_config: str | None = HfArg(default=None, help="Configuration of a dataset on the Hub.")
     dataset_train_split: str = HfArg(default="train", help="Split to train on.")
     dataset_test_split: str = HfArg(default="test", help="Split to evaluate on, if `eval_strategy` asks for it.")
+
+    def load_rewards(self, names: list[str], training_args: "DiffusionConfig") -> "list[RewardFunction]":
+        """The reward functions of these names, where and how the options say."""
+        with quick_imports():
+            from ..rewards import load_reward
+
+        device = self.reward_device or training_args.device
+        return [
+            load_reward(name, device=device, attn_implementation=self.reward_attn_implementation) for name in names
+        ]
 
 
 @dataclass
@@ -107,7 +123,12 @@ class DiffusionModelArguments:
         with quick_imports():
             import torch
 
-            from ..diffusion_grpo.runtime.model_setup import large_text_encoders, load_pipeline, quantization_config
+            from ..diffusion_grpo.runtime.model_setup import (
+                large_text_encoders,
+                load_pipeline,
+                loading_device,
+                quantization_config,
+            )
 
         dtype = getattr(torch, self.dtype or ("bfloat16" if training_args.bf16 else "float32"))
         name, revision = self.model_name_or_path, self.revision
@@ -118,6 +139,7 @@ class DiffusionModelArguments:
             pipeline = load_pipeline(
                 name,
                 dtype,
+                device=loading_device(training_args),
                 revision=revision,
                 quantization_config=quantization,
                 attention_backend=self.attention_backend,

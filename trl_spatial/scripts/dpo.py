@@ -67,8 +67,6 @@ def build_trainer(
     with quick_imports():
         from ..diffusion_grpo.dpo.trainer import DiffusionDPOTrainer
         from ..diffusion_grpo.policies.lora import attention_lora_config
-        from ..diffusion_grpo.reward_functions import RewardFunction
-        from ..rewards import load_reward
         from ..training.run_folder import check_start
 
     check_start(training_args)
@@ -76,10 +74,7 @@ def build_trainer(
     splits = load_dataset_dict(script_args.dataset, config_name=script_args.dataset_config)
     train_dataset = pick_split(splits, script_args.dataset_train_split, script_args.dataset)
     eval_dataset = load_eval_prompts(script_args, training_args)
-    device = script_args.reward_device or training_args.device
-    eval_rewards: list[RewardFunction] = [
-        load_reward(reward, device=device) for reward in script_args.eval_rewards or []
-    ]
+    eval_rewards = script_args.load_rewards(script_args.eval_rewards or [], training_args)
     trainer = DiffusionDPOTrainer(
         pipeline=load_pipeline(),
         args=training_args,

@@ -147,6 +147,7 @@ def run_images(args: argparse.Namespace) -> None:
             run.plan.judges,
             ModelSettings(spend=spend, prices=prices, cache=cache_folder() / "answers.sqlite"),
             threshold=run.benchmark.detector_threshold,
+            counting_threshold=run.benchmark.counting_threshold,
             tested_kinds=() if args.skip_self_test else run.question_kinds() or ("text",),
         )
         if PROCESS == 0:

@@ -122,18 +122,26 @@ def write_tables(folder: Path) -> str:
 
     results = replay_pairs(folder)
     write_report(folder, results)
-    return f"{describe_pairs(results)}\nSaved to {folder}: results.json, results.md, report.html"
+    return f"{describe_pairs(results)}\nSaved to {folder}: results.json, results.md, report.html, cards/"
 
 
 def _load_pairs(args: argparse.Namespace) -> "PairSet":
     from ..evaluation.mmrb2 import load_mmrb2
     from ..evaluation.pair_set import PairSet
+    from ..hub.references import find_reference
 
     if args.dataset.startswith(MMRB2):
         return PairSet(load_mmrb2(args.dataset.removeprefix(MMRB2)), args.dataset, limit=args.limit)
     rows = pick_split(load_dataset_dict(args.dataset, config_name=args.config_name), args.split, args.dataset)
-    path = Path(args.dataset)
-    return PairSet(rows, args.dataset, limit=args.limit, folder=path.parent if path.is_file() else path)
+    path, reference = Path(args.dataset), find_reference(args.dataset, kind="dataset")
+    return PairSet(
+        rows,
+        args.dataset,
+        limit=args.limit,
+        folder=path.parent if path.is_file() else path,
+        dataset_id=None if reference.is_local else reference.name,
+        split=args.split,
+    )
 
 
 def _measure(run: "PairRun", spec: str, args: argparse.Namespace, spend: "Spend", prices: "Prices | None") -> None:

@@ -113,9 +113,7 @@ def build_trainer(
     """The trainer that the arguments describe, with its prompts, rewards and pipeline loaded."""
     with quick_imports():
         from ..diffusion_grpo.policies.lora import attention_lora_config
-        from ..diffusion_grpo.reward_functions import RewardFunction
         from ..diffusion_grpo.trainer import DiffusionGRPOTrainer
-        from ..rewards import load_reward
         from ..training.run_folder import check_start
 
     check_start(training_args)
@@ -125,11 +123,8 @@ def build_trainer(
         script_args.dataset, script_args.dataset_train_split, config_name=script_args.dataset_config
     )
     eval_dataset = load_eval_prompts(script_args, training_args)
-    device = script_args.reward_device or training_args.device
-    rewards: list[RewardFunction] = [load_reward(reward, device=device) for reward in script_args.rewards]
-    eval_rewards: list[RewardFunction] = [
-        load_reward(reward, device=device) for reward in script_args.eval_rewards or []
-    ]
+    rewards = script_args.load_rewards(script_args.rewards, training_args)
+    eval_rewards = script_args.load_rewards(script_args.eval_rewards or [], training_args)
     trainer = DiffusionGRPOTrainer(
         pipeline=load_pipeline(),
         reward_funcs=rewards,

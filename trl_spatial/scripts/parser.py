@@ -14,10 +14,11 @@ import yaml
 from trl.scripts.utils import TrlParser
 
 from ..cli import nearest
-from ..hub.references import NAMESPACE_VARIABLE
 
 
 MAX_CONFIG_BYTES = 2**20
+ATTENTION_FUNCTIONS = ["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
+ATTENTION_HELP = "Attention function of the backbone; by default sdpa. FlashAttention needs its package, a GPU and weights in half precision."
 
 
 @contextmanager
@@ -86,6 +87,10 @@ class SpatialParser(TrlParser):
         )
         dtypes = ["auto", "bfloat16", "float16", "float32"]
         self.add_argument("--dtype", default="auto", choices=dtypes, help="Type of the weights.")
+
+    def add_attention_argument(self) -> None:
+        """Add the option that says how a reward model attends."""
+        self.add_argument("--attn_implementation", choices=ATTENTION_FUNCTIONS, help=ATTENTION_HELP)
 
     def parse_args_and_config(self, args: list[str] | None = None, *, is_launched: bool = False) -> tuple[Any, ...]:
         """
@@ -174,6 +179,8 @@ class SpatialParser(TrlParser):
         if not isinstance(namespace, str | None):
             self.error(f"{path}: namespace: expected one value, got {namespace!r}")
         if given.namespace or namespace is not None:
+            from ..hub.references import NAMESPACE_VARIABLE
+
             variables |= {NAMESPACE_VARIABLE: given.namespace[0] if given.namespace else namespace}
         try:
             os.environ.update({str(name): str(value) for name, value in variables.items()})

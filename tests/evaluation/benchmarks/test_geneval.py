@@ -12,8 +12,16 @@ from tests.evaluation.goldens import assert_same, goldens
 from trl_spatial.evaluation.benchmarks import make_benchmark
 from trl_spatial.evaluation.benchmarks.base import Evidence, Item, OfficialError, images_of
 from trl_spatial.evaluation.benchmarks.geneval import judge_reply, official_specification
+from trl_spatial.evaluation.benchmarks.t2i_compbench_rules import intersection_over_union
 from trl_spatial.evaluation.data_files import find_data
-from trl_spatial.judges.geneval import COUNTING_THRESHOLD, THRESHOLD, read_specification, relative_positions
+from trl_spatial.judges.geneval import (
+    COUNTING_THRESHOLD,
+    THRESHOLD,
+    Detection,
+    confident_objects,
+    read_specification,
+    relative_positions,
+)
 from trl_spatial.scenes import parse_description, render_scene
 
 
@@ -79,15 +87,25 @@ def test_verdicts_as_officially(golden):
         return
     result = judge_reply(official_specification(golden.given["metadata"]), reply)
     assert result.correct == golden.official["correct"]
-    assert result.reason.count("\n") == golden.official["reason"].count("\n")
+    assert result.reason == golden.official["reason"]
 
 
 @goldens("geneval", "evaluate_image")
 def test_images_as_officially(golden):
     result = judge_reply(official_specification(golden.given["metadata"]), as_reply(golden.given["detections"]))
-    assert result.correct == golden.official["correct"]
+    assert (result.correct, result.reason) == (golden.official["correct"], golden.official["reason"])
     threshold = COUNTING_THRESHOLD if golden.given["metadata"]["tag"] == "counting" else THRESHOLD
-    assert all(box[4] > threshold for boxes in golden.official["kept"].values() for box in boxes)
+    rows = as_reply(golden.given["detections"])["boxes"][::-1]
+    found = confident_objects([Detection(row["label"], row["score"], row["box"]) for row in rows], threshold)
+    kept = {name: [[*each.box, each.score] for each in objects] for name, objects in found.items()}
+    assert_same(kept, golden.official["kept"])
+
+
+@goldens("geneval", "compute_iou")
+def test_overlaps_as_officially(golden):
+    """The official program counts pixels: the last column and row belong to a box. Its verdicts do not depend on overlap."""
+    first, second = ([*box[:2], box[2] + 1, box[3] + 1] for box in (golden.given["a"], golden.given["b"]))
+    assert intersection_over_union(first, second) == pytest.approx(golden.official["iou"], abs=1e-6)
 
 
 def read_folder(golden, tmp_path):
@@ -128,6 +146,23 @@ def test_folders_as_officially(golden, tmp_path):
         for (id, _), file in evidence.images.items()
     ]
     assert sorted(evaluated) == sorted(golden.official["evaluated"])
+
+
+@goldens("geneval", "folder")
+def test_what_a_folder_says_has_to_be_there(golden, tmp_path):
+    folders = {name: entry for name, entry in golden.given["folders"].items() if name.isdigit()}
+    for name, entry in folders.items():
+        (tmp_path / name / "samples").mkdir(parents=True)
+        lines = [json.dumps(entry["metadata"])] if entry["metadata"] else []
+        if lines:
+            lines += [entry["extra_line"]] if "extra_line" in entry else []
+            (tmp_path / name / "metadata.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    items = [Item(name, "x", entry["metadata"] or {}) for name, entry in folders.items()]
+    if bad := [name for name, entry in folders.items() if not entry["metadata"] or "extra_line" in entry]:
+        with pytest.raises(ValueError, match=f"{bad[0]}/metadata.jsonl"):
+            BENCHMARK.check_folder(tmp_path, items)
+    else:
+        BENCHMARK.check_folder(tmp_path, items)
 
 
 @goldens("geneval", "folder")
@@ -256,6 +291,25 @@ def test_the_layout_is_the_official_one(tmp_path):
     for protocol in ("official", "fixed"):
         assigned = BENCHMARK.assign(items, sorted([*files, "00000/metadata.jsonl", "00000/grid.png"]), protocol)
         assert assigned == dict(zip(((item.id, n) for item, n in images_of(items, 4)), files, strict=True))
+
+
+def test_folders_that_are_numbered_otherwise_are_an_error(tmp_path):
+    items = BENCHMARK.load(EXAMPLE)
+    BENCHMARK.finish(tmp_path, items)
+    (tmp_path / "99999" / "samples").mkdir(parents=True)  # of no prompt
+    (tmp_path / "grids" / "samples").mkdir(parents=True)
+    BENCHMARK.check_folder(tmp_path, items)
+    BENCHMARK.check_folder(tmp_path, items[2:4])  # of some prompts
+    (tmp_path / "00003").rename(tmp_path / "3")  # the same number
+    BENCHMARK.check_folder(tmp_path, items)
+    (tmp_path / "00002").rename(tmp_path / "x")
+    (tmp_path / "3").rename(tmp_path / "00002")
+    with pytest.raises(ValueError, match=rf"00002/metadata.jsonl .*{items[3].prompt}.*row 2 .*{items[2].prompt}"):
+        BENCHMARK.check_folder(tmp_path, items)
+    BENCHMARK.check_folder(tmp_path, items[4:])
+    (tmp_path / "00002" / "metadata.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"00002/metadata\.jsonl .*missing"):
+        BENCHMARK.check_folder(tmp_path, items)
 
 
 def test_which_file_is_which_image():

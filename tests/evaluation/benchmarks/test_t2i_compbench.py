@@ -19,6 +19,7 @@ from trl_spatial.evaluation.benchmarks.t2i_compbench_rules import (
     official_relation_score,
     official_size,
 )
+from trl_spatial.evaluation.boxes import add_depths
 from trl_spatial.scenes import parse_description
 from trl_spatial.scenes.layout import place_scene, sample_radii
 
@@ -242,6 +243,43 @@ def test_boxes_are_compared_in_the_frame_that_the_official_program_resizes_to():
         evidence = Evidence({(item.id, 0): "samples/a cat near a dog_000000.png"}, replies)
         scores.append(benchmark.official_image_score(item, 0, evidence))
     assert scores == pytest.approx([0.4 + 0.5 * 150 / 200] * 2)
+
+
+@goldens("t2i_compbench", "rule_3d")
+def test_goldens_of_depths_as_they_are_read_of_images(golden):
+    """Maps of the goldens are of a size that the program would change, so each is put into the corner of one that it keeps."""
+    boxes = golden.given["box1"], golden.given["box2"]
+    pixels = depth_map(golden.given["depth"])
+    if pixels.shape[0] != pixels.shape[1] or min(map(min, boxes)) < 0:
+        return  # the borders of the map decide
+    whole = np.zeros(FRAME)
+    whole[: pixels.shape[0], : pixels.shape[1]] = pixels
+    rows = [box_row("", 1.0, box) for box in boxes]
+    add_depths(rows, whole)
+    for row, box in zip(rows, boxes, strict=True):
+        for name, transposed in (("depth", False), ("depth_transposed", True)):
+            expected = mean_depth(pixels, box, transposed=transposed)
+            expected = expected * 255 if transposed and expected is not None else expected
+            assert row[name] == (None if expected is None else pytest.approx(expected, abs=1e-3))
+
+
+@pytest.mark.parametrize("size", [(24, 24), (32, 24), (24, 32), (1024, 512)])
+def test_depths_are_read_in_the_frame_of_the_official_program(size):
+    """Oracle: depth that rises evenly from left to right, so that a mean is where the middle of the columns is, in any frame."""
+    width, height = size
+    frame = np.array(official_size(*size))
+    rising = np.broadcast_to(250 * (np.arange(width) + 0.5) / width, (height, width))
+    unit = 1 / frame  # of both axes
+    for corner in ((0.1, 0.06), (0.29, 0.12), (0.2, 0.33)):
+        left, top = np.array(corner) * size
+        box = [left, top, left + 0.31 * width, top + 0.29 * height]
+        rows = [box_row("", 1.0, box)]
+        add_depths(rows, rising)
+        first, last = (int(edge * frame[1] / height) for edge in (box[1], box[3]))  # top and bottom, as columns
+        assert rows[0]["depth_transposed"] == pytest.approx(250 * (first + last) / 2 * unit[0], abs=1.5)
+    # what is right of the last row, counted from the left, is nowhere
+    add_depths(rows := [box_row("", 1.0, [0.9 * width, 0, width, 0.5 * height])], rising)
+    assert (rows[0]["depth_transposed"] is None) == (width > 1.2 * height)
 
 
 def test_near_needs_both_axes_in_the_fixed_protocol():

@@ -12,6 +12,7 @@ from trl_spatial.evaluation.benchmarks.tiif import (
     TEMPLATES,
     TIIF,
     choose_template,
+    count_correct,
     fill_template,
     parse_reply,
     read_lines,
@@ -114,6 +115,9 @@ def test_tables_are_the_goldens(golden: Golden):
         numbers = benchmark.official(items, evidence)
         accuracy = golden.official["accuracy"][model]
         assert_same({name: numbers.get(name) for name in accuracy}, accuracy)
+        totals = {name: total for name, (_, total) in count_correct(items, evidence).items()}
+        expected = {name: total or None for name, total in golden.official["total_questions"][model].items()}
+        assert_same({name: totals.get(name) or None for name in expected}, expected)
         groups = {name: found[model] for name, found in golden.official["groups_short_long"].items()}
         assert_same({name: [numbers[f"{name}|{x}"] for x in ("short", "long")] for name in groups}, groups)
         metrics = {metric.name: metric for metric in benchmark.fixed(items, evidence)}

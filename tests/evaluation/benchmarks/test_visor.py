@@ -8,7 +8,7 @@ from tests.evaluation.benchmarks.flat_detector import find_things
 from tests.evaluation.goldens import assert_same, goldens
 from trl_spatial.evaluation.benchmarks import make_benchmark
 from trl_spatial.evaluation.benchmarks.base import Evidence, OfficialError, images_of
-from trl_spatial.evaluation.benchmarks.visor import RELATIONS, judge_boxes
+from trl_spatial.evaluation.benchmarks.visor import RELATIONS, find_centers, judge_boxes
 from trl_spatial.evaluation.data_files import find_data
 from trl_spatial.scenes import parse_description, render_scene
 
@@ -66,6 +66,10 @@ def test_images_as_officially(golden):
     rows = [{"label": objects[which], "score": score, "box": box} for which, score, box in golden.given["detections"]]
     found = judge_boxes(rows, objects, golden.given["relation"])
     assert found == (golden.official["recall"] == 2, bool(golden.official["sra"]))
+    for name in set(objects):
+        pairs = zip(golden.official["classes"], golden.official["centroid"], strict=True)
+        expected = [center for found_name, center in pairs if found_name == name]
+        assert_same([list(center) for center in find_centers(rows, name)], expected)
 
 
 def read_run(golden, tmp_path):

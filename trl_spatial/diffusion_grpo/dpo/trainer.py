@@ -87,6 +87,13 @@ class DiffusionDPOTrainer(DiffusionTrainer):
         "They were trained on pairs of images by [Diffusion-DPO](https://huggingface.co/papers/2311.12908) for flow matching, "
         "which draws the velocities towards the preferred image."
     )
+    _citation = """\
+@article{wallace2023diffusion,
+  title   = {{Diffusion Model Alignment Using Direct Preference Optimization}},
+  author  = {Wallace, Bram and others},
+  journal = {arXiv preprint arXiv:2311.12908},
+  year    = {2023}
+}"""
     _counted = (*DiffusionTrainer._counted, "num_trained_images")
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the number of pairs of the whole update
 

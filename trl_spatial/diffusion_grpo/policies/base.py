@@ -2,7 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -66,6 +66,9 @@ class DiffusionPolicy(ABC):
     guidance_argument: ClassVar[str] = "guidance_scale"  # what the pipeline's own call calls the scale
     unguided_scale: ClassVar[float] = 1.0  # the scale at which classifier-free guidance is none
     default_negative_prompt: ClassVar[str] = ""  # what classifier-free guidance leads away from
+    # Linear layers at the end of a block, by their names in it. A gate multiplies their output, which goes nowhere but into
+    # that of the block: unless the gate is trained, no backward pass reads it.
+    unread_outputs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, pipeline: Any, *, max_sequence_length: int = 512):
         scheduler = type(pipeline.scheduler).__name__
@@ -287,7 +290,7 @@ class DiffusionPolicy(ABC):
         finally:
             self.vae.to(home)
 
-    def check_prompts(self, prompts: list[str]) -> None:
+    def check_prompts(self, prompts: Iterable[str]) -> None:
         """Raises an error, with its index, for a prompt that is empty or that the text encoder would cut off."""
         for index, prompt in enumerate(prompts):
             if not isinstance(prompt, str) or not prompt.strip():

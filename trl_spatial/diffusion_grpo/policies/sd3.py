@@ -26,6 +26,7 @@ class StableDiffusion3Policy(DiffusionPolicy):
     prompt_tokenizer = "tokenizer_3"
     max_prompt_tokens = 512
     has_classifier_free_guidance = True
+    unread_outputs = ("ff.net.2", "ff_context.net.2")
 
     def __init__(self, pipeline: Any, *, max_sequence_length: int = 512):
         super().__init__(pipeline, max_sequence_length=max_sequence_length)
@@ -82,6 +83,7 @@ class StableDiffusion3Policy(DiffusionPolicy):
             pooled_projections=torch.cat([part["pooled_prompt_embeds"] for part in parts]).to(dtype),
             return_dict=False,
         )  # (n or 2 * n, in_channels, rows, columns)
+        velocity = velocity.to(dtype)  # guided in the weights' dtype as in the pipeline: accelerate returns float32
         if is_guided:
             unguided, velocity = velocity.chunk(2)
             velocity = unguided + options.guidance_scale * (velocity - unguided)

@@ -170,6 +170,21 @@ class DiffusionConfig(TrainingArguments):
             self.dataloader_pin_memory = False  # PyTorch warns: there is nothing to pin for
         self._check_fields()
 
+    @property
+    def sampling_batch_size(self) -> int:
+        """Number of images that a device samples at once, of the size of training: as many as it trains on."""
+        return self.per_device_train_batch_size
+
+    @property
+    def eval_sampling_batch_size(self) -> int:
+        """
+        Number of images that a device samples at once in evaluation: `per_device_eval_batch_size`, or as many as have no more
+        pixels than a batch of `sampling_batch_size`, whose memory is then enough; at least one.
+        """
+        num_pixels = (self.eval_height or self.height) * (self.eval_width or self.width)
+        affordable = self.sampling_batch_size * self.height * self.width // num_pixels
+        return max(1, min(self.per_device_eval_batch_size, affordable))
+
     def _check_fields(self):
         """Raises an error for values that are wrong, alone or together. A subclass adds its own."""
         for name, (low, high, advice) in self._ranges.items():

@@ -26,7 +26,7 @@ from ...training.hub import dataset_split
 from ..advantages import combine_rewards
 from ..kinds import LORA, TRANSFORMER
 from ..policies import make_policy
-from ..reward_functions import RewardFunctions, reward_metrics
+from ..reward_functions import RewardFunctions, reward_intervals, reward_metrics
 from . import checkpointing
 from .base_config import DiffusionConfig
 from .callbacks import RolloutProgressCallback, Samples, UpdateCallback, adapt_callbacks, log_samples
@@ -64,7 +64,7 @@ class DiffusionTrainer(BaseTrainer):
     - The exported weights are uploaded to the Hub with their card (`push_to_hub`), see [`~training.hub.HubTrainer`].
     - Checkpoints hold exactly what training changes, see [`~training.base.BaseTrainer`]. The best one is always kept.
 
-    A subclass gives the data and the loss of training, `_method` for the card, and, if it remembers more than what it has
+    A subclass gives the data and the loss of training, `_method` and `_citation` for the card, and, if it remembers more than what it has
     counted, `_training_state`, `_load_training_state` and `_merge_training_states`.
 
     Args:
@@ -88,6 +88,7 @@ class DiffusionTrainer(BaseTrainer):
     _tag_names = ["spatial-rl", "trl"]
     _kinds = (LORA, TRANSFORMER)
     _method: ClassVar[str]  # a sentence on the model's card
+    _citation: ClassVar[str]  # of the method's paper, for the card
     _counted: ClassVar[tuple[str, ...]] = ("num_images", "num_policy_passes", "num_reference_passes")  # in every log
 
     def __init__(
@@ -137,6 +138,9 @@ class DiffusionTrainer(BaseTrainer):
             self.add_callback(RolloutProgressCallback)
         adapt_callbacks(self)
 
+        if checkpointing.has_adapter(self.model) and self.model.dtype != torch.float32:
+            # Adapters compute in the dtype of what is frozen, see `adapt_to_inputs`: `accelerator.autocast` is for the others.
+            self.accelerator.native_amp = False
         self.policy.vae.to(args.device)
         if self.is_fsdp_enabled:
             shard_transformer(self.model, self.accelerator)
@@ -194,7 +198,8 @@ class DiffusionTrainer(BaseTrainer):
     ) -> dict[str, float]:
         """
         Evaluates the averaged weights: the same noise every time, no noise in the steps, the rewards of training and
-        those that were not trained on. `ignore_keys` is not used. Gives metrics such as `eval_reward` and `eval_rewards/<name>/mean`.
+        those that were not trained on. `ignore_keys` is not used. Gives metrics such as `eval_reward` and `eval_rewards/<name>/mean`,
+        and the ends of their 95 % intervals, for which whole prompts are drawn: `eval_reward_low`, `eval_rewards/<name>/high`.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
@@ -243,7 +248,7 @@ class DiffusionTrainer(BaseTrainer):
             batches = draw_rows(
                 generator,
                 dataset,
-                batch_size=args.per_device_eval_batch_size,
+                batch_size=args.eval_sampling_batch_size,
                 seed=args.seed,
                 rank=args.process_index,
                 world_size=args.world_size,
@@ -259,10 +264,13 @@ class DiffusionTrainer(BaseTrainer):
         # An image is a group of its own; held-out rewards have no weight
         combined = combine_rewards(output.rewards, 1, functions.weights)
         metrics = reward_metrics(output.rewards, combined, functions.names)
+        metrics |= reward_intervals(output.rewards, combined, functions.names, output.prompts)
         held_out = dict(zip(functions.names[num_trained:], output.rewards[:, num_trained:].unbind(1), strict=True))
         if num_trained == 0:  # nothing that could be hacked
             held_out = {}
-        for warning in self._hacking_monitors[prefix].update(self.state.global_step, combined, held_out):
+        for warning in self._hacking_monitors[prefix].update(
+            self.state.global_step, combined, held_out, output.prompts
+        ):
             logger.warning(warning)
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
@@ -361,6 +369,7 @@ class DiffusionTrainer(BaseTrainer):
             self.args,
             self.state.log_history,
             method=self._method,
+            citation=self._citation,
             settings=self._card_settings(),
             is_lora=checkpointing.has_adapter(self.model),
             pipeline_name=type(self.policy.pipeline).__name__,

@@ -75,12 +75,13 @@ def check_data(
             f"`{name}` has the columns {sorted(columns)} but no `prompt`. Rename the column with the text."
         )
     if isinstance(dataset, Dataset):
-        prompts = list(dataset["prompt"])
+        # read in batches: there may be millions
+        prompts = (prompt for batch in dataset.select_columns("prompt").iter(10_000) for prompt in batch["prompt"])
     else:
         for index, row in enumerate(dataset):
             if set(row) != set(columns):
                 raise ValueError(f"Row {index} of `{name}` has the keys {sorted(row)}, row 0 {sorted(columns)}.")
-        prompts = [row["prompt"] for row in dataset]
+        prompts = (row["prompt"] for row in dataset)
     try:
         policy.check_prompts(prompts)
         if reward_functions is not None:

@@ -18,7 +18,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ...generation.seeds import image_generator
 from ..config import DiffusionGRPOConfig
-from ..policies.base import NEGATIVE_PREFIX
+from ..policies.base import NEGATIVE_PREFIX, SamplingOptions
 from .architectures import Architecture, build_component, build_policy, load_architecture
 from .model_setup import is_large_text_encoder, prepare_transformer, sampling_options
 
@@ -37,7 +37,9 @@ class MemoryEstimate:
     """Predicted memory of one run on one device, in bytes."""
 
     parts: dict[str, int]  # some are never there at the same time
-    phases: dict[str, int]  # all that is there while prompts are encoded, images sampled and decoded, weights trained
+    phases: dict[
+        str, int
+    ]  # all that is there while prompts are encoded, images sampled and decoded, weights trained, …
 
     @property
     def total(self) -> int:
@@ -174,7 +176,7 @@ class MemoryModel:
             for parameter in module.parameters():
                 parameter.data = parameter.data.to(dtype)
         self.transformer: Any = prepare_transformer(self.policy, args, peft_config)
-        self._options, _ = sampling_options(args)
+        self._options, self._eval_options = sampling_options(args)
         self.num_trained = sum(weight.numel() for weight in self.transformer.parameters() if weight.requires_grad)
         self._peaks: dict[str, int] = {}
 
@@ -189,6 +191,7 @@ class MemoryModel:
         linear = [layer.weight.numel() for layer in self.transformer.modules() if isinstance(layer, nn.Linear)]
         unpacked = 0 if quantization is None else max(linear) * self.dtype.itemsize  # one layer's weights, in its turn
         vae = weight_bytes(self.policy.vae, dtype=self.dtype)
+        num_sampled, num_evaluated = self.args.sampling_batch_size, self.args.eval_sampling_batch_size
         state = {
             "frozen weights": weight_bytes(self.transformer, quantization, self.dtype),
             "trained weights": trained,
@@ -201,17 +204,26 @@ class MemoryModel:
         parts = state | {
             "text encoders": self._encoder_bytes(),
             "VAE": vae,
-            "decoding": self._peak("decoding", self._decode),
-            "sampling step": self._peak("sampling", self._sample) + unpacked,
+            "decoding": self._peak("decoding", lambda: self._decode(num_sampled, self._options)),
+            "sampling step": unpacked + self._peak("sampling", lambda: self._sample(num_sampled, self._options)),
             "training step": unpacked
             + self._peak(f"training {gradient_checkpointing}", lambda: self._train(gradient_checkpointing)),
+            "trained weights kept aside": state["average of the weights"],
+            "decoding in evaluation": self._peak(
+                "decoding in evaluation", lambda: self._decode(num_evaluated, self._eval_options)
+            ),
+            "sampling step in evaluation": unpacked
+            + self._peak("sampling in evaluation", lambda: self._sample(num_evaluated, self._eval_options)),
         }
         resident = sum(state.values()) + (0 if offload_vae else vae)
+        aside = resident + parts["trained weights kept aside"]
         phases = {
             "encode": resident + parts["text encoders"],
             "sample": resident + parts["sampling step"],
             "decode": resident + (vae if offload_vae else 0) + parts["decoding"],
             "train": resident + parts["training step"],
+            "evaluate: sample": aside + parts["sampling step in evaluation"],
+            "evaluate: decode": aside + (vae if offload_vae else 0) + parts["decoding in evaluation"],
         }
         return MemoryEstimate(parts, phases)
 
@@ -233,17 +245,17 @@ class MemoryModel:
             return embeds
         return embeds | {f"{NEGATIVE_PREFIX}{name}": tensor for name, tensor in embeds.items()}
 
-    def _latents(self, num_images: int) -> torch.Tensor:
-        return self.policy.prepare_latents([image_generator(0, image) for image in range(num_images)], self._options)
+    def _latents(self, num_images: int, options: SamplingOptions) -> torch.Tensor:
+        return self.policy.prepare_latents([image_generator(0, image) for image in range(num_images)], options)
 
-    def _predict(self, num_images: int) -> Callable[[], torch.Tensor]:
-        inputs = (self._latents(num_images), torch.tensor(0.5), self._embeds(num_images), self._options)
+    def _predict(self, num_images: int, options: SamplingOptions) -> Callable[[], torch.Tensor]:
+        inputs = (self._latents(num_images, options), torch.tensor(0.5), self._embeds(num_images), options)
         return lambda: self.policy.predict_velocity(self.transformer, *inputs)
 
     @torch.no_grad()
-    def _sample(self) -> int:
+    def _sample(self, num_images: int, options: SamplingOptions) -> int:
         self.transformer.eval()
-        return peak_of(self._predict(self.args.sampling_batch_size), self.transformer)
+        return peak_of(self._predict(num_images, options), self.transformer)
 
     def _train(self, gradient_checkpointing: bool) -> int:
         self.transformer.train()
@@ -251,15 +263,15 @@ class MemoryModel:
             self.transformer.enable_gradient_checkpointing()
         else:
             self.transformer.disable_gradient_checkpointing()
-        predict = self._predict(self.args.per_device_train_batch_size)
+        predict = self._predict(self.args.per_device_train_batch_size, self._options)
         peak = peak_of(lambda: predict().mean().backward(), self.transformer)
         gradients = sum(weight.grad.nbytes for weight in self.transformer.parameters() if weight.grad is not None)
         self.transformer.zero_grad()
         return peak - gradients  # they have a line of their own
 
-    def _decode(self) -> int:
-        latents = self._latents(self.args.sampling_batch_size)
-        return peak_of(lambda: self.policy.decode_latents(latents, self._options), self.policy.vae)
+    def _decode(self, num_images: int, options: SamplingOptions) -> int:
+        latents = self._latents(num_images, options)
+        return peak_of(lambda: self.policy.decode_latents(latents, options), self.policy.vae)
 
     def _encoder_bytes(self) -> int:
         num_bytes = 0
@@ -273,7 +285,12 @@ class MemoryModel:
         # before and after each trained step, and the last ones
         args = self.args
         num_trained = args.sde_window_size or args.num_inference_steps - 1
-        return args.num_prompts_per_device * args.num_drawn * (2 * num_trained + 1) * self._latents(1).nbytes
+        return (
+            args.num_prompts_per_device
+            * args.num_drawn
+            * (2 * num_trained + 1)
+            * self._latents(1, self._options).nbytes
+        )
 
     def _embeds_bytes(self) -> int:
         # a row for each image or scout of the rollout; rows of the negative prompt are one and the same memory
@@ -305,7 +322,7 @@ def describe_options(model: MemoryModel, *, offload_vae: bool = False) -> str:
     for phase in estimates[0].phases:
         cells = "".join(f"{estimate.phases[phase] / GIB:10.2f}" for estimate in estimates)
         lines.append(f"{f'needed to {phase}':<30}{cells}")
-    lines += ["", f"{'weights':<10}{'checkpointing':>14}{'VAE offloaded':>15}{'most GiB':>10}{'in':>8}  fits (GB)"]
+    lines += ["", f"{'weights':<10}{'checkpointing':>14}{'VAE offloaded':>15}{'most GiB':>10}{'in':>18}  fits (GB)"]
     for name, quantization in zip(names, quantizations, strict=True):
         for checkpointing in (True, False):
             for offload in (False, True):
@@ -315,7 +332,7 @@ def describe_options(model: MemoryModel, *, offload_vae: bool = False) -> str:
                 phase = max(estimate.phases, key=lambda name: estimate.phases[name])
                 lines.append(
                     f"{name:<10}{'yes' if checkpointing else 'no':>14}{'yes' if offload else 'no':>15}"
-                    f"{estimate.total / GIB:10.2f}{phase:>8}  {', '.join(map(str, estimate.fits)) or 'none'}"
+                    f"{estimate.total / GIB:10.2f}{phase:>18}  {', '.join(map(str, estimate.fits)) or 'none'}"
                 )
     lines += [
         "",

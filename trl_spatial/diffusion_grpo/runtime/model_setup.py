@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.utils import fsdp2_prepare_model
@@ -17,13 +18,19 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from ...hub.errors import explain_errors
 from ...hub.references import find_reference
 from ...hub.safety import check_repository
+from ...training.machines import download_on_each_machine
 from ...training.quantization import nf4_config
 from ..online_config import OnlineConfig
 from ..policies import DiffusionPolicy, SamplingOptions
+from .adapters import adapt_to_inputs
 from .base_config import DiffusionConfig
 from .checkpointing import check_exportable, has_adapter
+from .processes import is_fsdp_launch
+from .recomputation import enable_checkpointing
 
 
+# Most graphs that a kind of block may be compiled to
+_MAX_GRAPHS = 64
 # bitsandbytes' classes of quantized weights
 _QUANTIZED_WEIGHTS = {"Params4bit", "Int8Params"}
 
@@ -97,10 +104,19 @@ def is_quantized(module: torch.nn.Module) -> bool:
     return any(type(parameter).__name__ in _QUANTIZED_WEIGHTS for parameter in module.parameters())
 
 
+def loading_device(args: DiffusionConfig) -> torch.device:
+    """
+    Where [`load_pipeline`] shall put the transformer and the VAE: on the device of this process, or on the CPU where
+    FSDP shares the transformer out, which need not fit on one device.
+    """
+    return torch.device("cpu") if is_fsdp_launch() else args.device
+
+
 def load_pipeline(
     name: str,
     dtype: torch.dtype,
     *,
+    device: str | torch.device = "cpu",
     revision: str | None = None,
     quantization_config: PipelineQuantizationConfig | None = None,
     attention_backend: str | None = None,
@@ -108,6 +124,9 @@ def load_pipeline(
     """
     Loads a pipeline: a folder, `org/name` or `org/name@revision` on the Hub, or `hub/NAME` for one of your own. It is
     a `ValueError` if there is none, or the repository holds pickles or code.
+
+    The transformer and the VAE are read onto `device`, file by file. The text encoders come last, onto the CPU. So a process
+    holds no more than the text encoders in the host's memory, and not the whole pipeline times the processes of a node.
 
     `attention_backend` is the attention kernel of the transformer, one of diffusers' `AttentionBackendName` such as
     `"_native_cudnn"` or `"flash"`. If `None`, PyTorch chooses. Kernels without a backward pass, as those of
@@ -120,13 +139,27 @@ def load_pipeline(
         )
     reference = find_reference(name, kind="model", revision=revision)
     check_repository(reference, kind="model")
+    quantizations = {} if quantization_config is None else quantization_config.quant_mapping
+    settings = {"revision": reference.revision, "dtype": dtype, "use_safetensors": True}
     with explain_errors(f"Loading the pipeline {reference}"):
+        if not reference.is_local:
+            download_on_each_machine(
+                lambda: DiffusionPipeline.download(reference.name, revision=reference.revision, use_safetensors=True)
+            )
+        index = DiffusionPipeline.load_config(reference.name, revision=reference.revision)
+        on_device = {
+            name: getattr(diffusers, index[name][1]).from_pretrained(
+                reference.name,
+                subfolder=name,
+                device_map={"": device},
+                quantization_config=quantizations.get(name),
+                **settings,
+            )
+            for name in ("transformer", "vae")
+            if name in index and index[name][0] == "diffusers"
+        }
         pipeline = DiffusionPipeline.from_pretrained(
-            reference.name,
-            revision=reference.revision,
-            dtype=dtype,
-            use_safetensors=True,
-            quantization_config=quantization_config,
+            reference.name, quantization_config=quantization_config, **on_device, **settings
         )
     if attention_backend is not None:
         pipeline.transformer.set_attention_backend(attention_backend)
@@ -189,6 +222,7 @@ def prepare_transformer(
     else:
         transformer.requires_grad_(True)
     cast_training_params(transformer, torch.float32)
+    adapt_to_inputs(transformer)
     freeze_idle_modules(policy)
     _check_trained_weights(transformer)
     _check_dropout(transformer)
@@ -197,9 +231,9 @@ def prepare_transformer(
             f"`beta` is {args.beta}, but without adapters there is no reference policy: all weights are trained. Train LoRA "
             "with `peft_config`, or, for a loss that can do without, set `beta=0.0`."
         )
-    _redirect_gradient_checkpointing(transformer)
+    _redirect_gradient_checkpointing(policy, is_compiled=args.torch_compile)
     if args.torch_compile:
-        _compile_blocks(transformer, args)
+        _compile_blocks(policy, args)
     return transformer
 
 
@@ -257,17 +291,27 @@ def _check_dropout(transformer: torch.nn.Module) -> None:
             )
 
 
-def _compile_blocks(transformer: torch.nn.Module, args: DiffusionConfig) -> None:
+def _compile_blocks(policy: DiffusionPolicy, args: DiffusionConfig) -> None:
+    # Graphs differ by batch size, adapters and gradients; beyond the limit, by default 8, PyTorch would compile no more.
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _MAX_GRAPHS)
+    # Prompts of a family with a mask have as many lengths as there are. Else all sizes are few, and graphs for one size are faster.
+    has_few_sizes = not any(name.endswith("mask") for name in policy.embed_shapes(1))
     # The blocks of every list, and not `compile_repeated_blocks`, which knows none of Stable Diffusion 3. A kind of block is
     # compiled once for all of its instances.
-    for blocks in [child for child in transformer.children() if isinstance(child, torch.nn.ModuleList)]:
+    for blocks in [child for child in policy.transformer.children() if isinstance(child, torch.nn.ModuleList)]:
         for block in blocks:
-            block.compile(backend=args.torch_compile_backend or "inductor", mode=args.torch_compile_mode)
+            block.compile(
+                backend=args.torch_compile_backend or "inductor",
+                mode=args.torch_compile_mode,
+                dynamic=False if has_few_sizes else None,
+                fullgraph=True,  # or else what cannot be compiled, and all graphs beyond the limit, would run uncompiled in silence
+            )
 
 
-def _redirect_gradient_checkpointing(transformer: Any) -> None:
+def _redirect_gradient_checkpointing(policy: DiffusionPolicy, *, is_compiled: bool) -> None:
     # `transformers.Trainer` calls one of these, by its version; diffusers has the same under another name.
     def enable(**kwargs: Any) -> None:
-        transformer.enable_gradient_checkpointing()
+        enable_checkpointing(policy, is_compiled=is_compiled)
 
-    transformer.activation_checkpointing_enable = transformer.gradient_checkpointing_enable = enable
+    policy.transformer.activation_checkpointing_enable = policy.transformer.gradient_checkpointing_enable = enable

@@ -20,11 +20,16 @@ def check_launch() -> None:
             "which shards weights, gradients and optimizer states, or recipes/accelerate/multi_gpu.yaml, where every GPU "
             "holds the frozen weights."
         )
-    if _is_set("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+    if is_fsdp_launch() and os.environ.get("FSDP_VERSION", "1") != "2":
         raise ValueError(
             "The launch configuration asks for FSDP of version 1, under which diffusion models are not trained here: it packs "
             "the parameters of a layer into one. Set `fsdp_version: 2`, as in recipes/accelerate/fsdp2.yaml."
         )
+
+
+def is_fsdp_launch() -> bool:
+    """Whether the launch configuration asks for FSDP."""
+    return _is_set("ACCELERATE_USE_FSDP")
 
 
 def _is_set(variable: str) -> bool:

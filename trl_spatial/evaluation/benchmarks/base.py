@@ -190,8 +190,8 @@ class Benchmark(ABC):
             Images for each prompt.
         judges (`frozenset[str]`):
             Who is asked: some of `"vision"`, `"detector"`, `"second_detector"`, `"colors"`, `"depth"`.
-        detector_threshold (`float`):
-            Score above which its rules look at boxes.
+        detector_threshold (`float`), counting_threshold (`float`, *optional*):
+            Score above which its rules look at boxes, and the same in prompts about numbers, where that is another.
     """
 
     name: ClassVar[str]
@@ -203,6 +203,7 @@ class Benchmark(ABC):
     num_images: ClassVar[int]
     judges: ClassVar[frozenset[str]]
     detector_threshold: ClassVar[float] = 0.3
+    counting_threshold: ClassVar[float | None] = None
 
     @abstractmethod
     def load(self, folder: Path) -> list[Item]:
@@ -241,6 +242,14 @@ class Benchmark(ABC):
             (item.id, number): self.image_path(item, number) for item in items for number in range(self.num_images)
         }
         return {key: path for key, path in paths.items() if path in known}
+
+    def check_folder(self, folder: Path, items: Sequence[Item]) -> None:  # noqa: B027 - most have only images there
+        """
+        Compares what lies beside the images with the prompts that they are assigned to.
+
+        Raises:
+            `ValueError`: If they do not agree; the message names the file.
+        """
 
     def finish(self, folder: Path, items: Sequence[Item]) -> None:  # noqa: B027 - most have nothing to complete
         """Completes the official layout after images were drawn, where it is more than a file for each."""

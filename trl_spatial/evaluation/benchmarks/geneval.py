@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...judges.geneval import (
+    COUNTING_THRESHOLD,
     Detection,
     GenEvalResult,
     Requirement,
@@ -46,7 +47,7 @@ class GenEval(Benchmark):
     [`~judges.geneval.relative_positions`].
 
     The folder of images has a folder for each prompt, named by its row. As the official programs write it, each also holds its row in
-    `metadata.jsonl`, which is not read here.
+    `metadata.jsonl`. The official program judges by that; here it has to agree with the number of the folder.
     """
 
     name = "geneval"
@@ -63,6 +64,7 @@ class GenEval(Benchmark):
     )
     num_images = 4
     judges = frozenset({"detector", "colors"})
+    counting_threshold = COUNTING_THRESHOLD
 
     def load(self, folder: Path) -> list[Item]:
         path = folder / self.files[0].name
@@ -87,6 +89,13 @@ class GenEval(Benchmark):
             if found and int(found[1]) in ids:
                 of_item[ids[int(found[1])]].append(file)
         return {(id, number): file for id, names in of_item.items() for number, file in enumerate(names)}
+
+    def check_folder(self, folder: Path, items: Sequence[Item]) -> None:
+        by_number = {int(item.id): item for item in items}
+        for path in sorted(folder.glob("*/samples")):
+            name = path.parent.name
+            if (item := by_number.get(int(name)) if name.isdecimal() else None) is not None:
+                _check_metadata(path.with_name("metadata.jsonl"), item)
 
     def finish(self, folder: Path, items: Sequence[Item]) -> None:
         for item in items:
@@ -148,6 +157,22 @@ def _read_row(row: Mapping[str, Any], index: int, path: Path) -> Item:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return Item(f"{index:05d}", row["prompt"], row, is_spatial=row["tag"] == _SPATIAL_TAG)
+
+
+def _check_metadata(path: Path, item: Item) -> None:
+    """An error unless the file beside the images of an item holds its row: folders may be numbered in another order."""
+    rows = read_json_lines(path) if path.is_file() else []
+    if len(rows) != 1:
+        raise ValueError(
+            f"{path} should hold one line, the row of the prompt that the images were drawn for, and "
+            f"{f'has {len(rows)}' if path.is_file() else 'is missing'}. Write the row of {item.prompt!r} into it, if the images are of that prompt."
+        )
+    if rows[0] != dict(item.data):
+        shown = rows[0].get("prompt") if rows[0].get("prompt") != item.prompt else rows[0]
+        raise ValueError(
+            f"{path} says that the images were drawn for {shown!r}, but row {int(item.id)} of the benchmark, counted from 0, is "
+            f"{item.prompt!r}. Name each folder by the row of its prompt, or name the file with these prompts' rows with --data."
+        )
 
 
 def official_specification(row: Mapping[str, Any]) -> Specification:

@@ -176,16 +176,18 @@ def judge_boxes(boxes: Sequence[Mapping[str, Any]], objects: Sequence[str], rela
     """
     axis, sign = RELATIONS.get(relation, (0, 0))
     # with the sign of the relation, so that the first one's largest is compared with the second one's smallest
-    centers: list[list[float]] = [
-        [
-            sign * (row["box"][axis] + row["box"][axis + 2]) / 2
-            for row in boxes
-            if row["score"] > THRESHOLD and geneval_name(row["label"]) == geneval_name(name)
-        ]
-        for name in objects
+    first, second = ([sign * center[axis] for center in find_centers(boxes, name)] for name in objects)
+    has_both = bool(first and second)
+    return ImageResult(has_both, has_both and max(first) > min(second))
+
+
+def find_centers(boxes: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    """Centers of the boxes of an object that count, in pixels."""
+    return [
+        ((row["box"][0] + row["box"][2]) / 2, (row["box"][1] + row["box"][3]) / 2)
+        for row in boxes
+        if row["score"] > THRESHOLD and geneval_name(row["label"]) == geneval_name(name)
     ]
-    has_both = all(centers)
-    return ImageResult(has_both, has_both and max(centers[0]) > min(centers[1]))
 
 
 def _judge_reply(item: Item, reply: Mapping[str, Any]) -> ImageResult:
