@@ -15,7 +15,8 @@ import json
 from pathlib import Path
 
 from trl_spatial.cli import run_command
-from trl_spatial.scripts.grpo import build_trainer, make_parser, train
+from trl_spatial.scripts.diffusion import train
+from trl_spatial.scripts.grpo import build_trainer, make_parser
 from trl_spatial.statistics import compare_rewards
 
 
@@ -28,12 +29,14 @@ def main(script_args, model_args, training_args) -> None:
     after = trainer.predict(trainer.eval_dataset).predictions  # (num_images, num_funcs)
 
     if trainer.is_world_process_zero():
-        results = compare_rewards(before, after, trainer.eval_reward_functions.names)
+        prompts = [row["prompt"] for row in trainer.eval_dataset]
+        results = compare_rewards(before, after, trainer.eval_reward_functions.names, prompts)
         for name, result in results.items():
-            low, high = result["interval"]
+            interval = result["interval"]
+            ends = "no interval of one prompt" if interval is None else "[{:+.4f}, {:+.4f}]".format(*interval)
             print(
                 f"{name:<20} before {result['before']:.4f}  after {result['after']:.4f}  "
-                f"change {result['change']:+.4f}  [{low:+.4f}, {high:+.4f}]  n = {result['n']}"
+                f"change {result['change']:+.4f}  {ends}  n = {result['n']}"
             )
         Path(training_args.output_dir, "before_after.json").write_text(json.dumps(results, indent=2) + "\n")
 

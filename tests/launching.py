@@ -18,7 +18,7 @@ PATHS = (REPOSITORY, REPOSITORY / "recipes" / "tiny")
 ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(map(str, PATHS)), "OMP_NUM_THREADS": "1"}
 
 
-def run_processes(words, *, num_processes=2, **environment):
+def run_processes(words, *, num_processes=2, num_machines=1, **environment):
     """
     Runs a script in processes that find each other as those of `accelerate launch` do, where the launch is not what is tested.
 
@@ -27,17 +27,22 @@ def run_processes(words, *, num_processes=2, **environment):
             The script and its arguments, or `-m`, a module and its arguments, which tell it to use the CPU.
         num_processes (`int`, *optional*, defaults to `2`):
             Number of processes.
+        num_machines (`int`, *optional*, defaults to `1`):
+            Number of machines that they believe to be on.
         **environment (`str`):
             Further variables.
     """
+    per_machine = num_processes // num_machines
     shared = {
-        "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes, "MASTER_ADDR": "127.0.0.1",
+        "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": per_machine, "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": free_port(), "ACCELERATE_MIXED_PRECISION": "no",
     }  # fmt: skip
     with ExitStack() as stack:
         programs = []
         for rank in range(num_processes):
-            variables = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            variables = {
+                name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank % per_machine}.items()
+            }
             env = {**os.environ, **ENVIRONMENT, **variables, **environment}
             programs.append(stack.enter_context(Program(words, env=env)))
         for program in programs:

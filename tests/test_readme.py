@@ -62,6 +62,7 @@ RUN = {
         "runs/comparison/report.html",
         *(f"runs/{name}/results.json" for name in BENCHMARKS if name != "geneval"),
         "runs/geneval/report.html",
+        "FLUX.1-dev-judged/pytorch_lora_weights.safetensors",
     ],
     "hub_cards/README.md": ["pairs", "trainer_output/adapter_model.safetensors", "page/app.py"],
 }
@@ -84,6 +85,8 @@ TINY = {
     "grpo": "--lora_r 2 --num_generations 4 --top_k 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 "
     "--num_inference_steps 4 --eval_num_inference_steps 2 --height 32 --width 32 --eval_height 32 --eval_width 32 "
     "--max_sequence_length 192 --max_steps 2 --eval_steps 2 --save_steps 2 --use_cpu --disable_tqdm true",
+    "dpo": "--lora_r 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --height 32 --width 32 "
+    "--max_sequence_length 192 --max_steps 2 --save_steps 2 --use_cpu --disable_tqdm true",
 }
 FEWER_STEPS = {  # of 4, instead of 10
     "recipes/grpo_qwen_image.yaml": "--sde_window_range 0 2",
@@ -169,7 +172,7 @@ def place(tmp_path, monkeypatch, stand_ins):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     yield tmp_path
-    for name in ("my_rewards", "my_judges"):
+    for name in ("my_rewards", "my_judges", "my_scorers"):
         sys.modules.pop(name, None)
 
 

@@ -6,19 +6,22 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed.run
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from datasets import load_dataset
 
 from trl_spatial import SpatialScore
 from trl_spatial.gaussian_reward import GaussianRewardModel
 from trl_spatial.scenes import make_preference_dataset, make_prompt_dataset
-from trl_spatial.scripts import grpo, reward
+from trl_spatial.scripts import dpo, grpo, reward
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -31,6 +34,7 @@ RECIPE_FILES = {
     "grpo_qwen_image.yaml": (grpo, set()),
     "grpo_sd3.yaml": (grpo, set()),
     "grpo_z_image.yaml": (grpo, set()),
+    "dpo_flux.yaml": (dpo, set()),
     "tiny/grpo.yaml": (grpo, set()),
 }
 TINY_GRPO = (
@@ -172,6 +176,41 @@ def test_accelerate_configs_are_understood(path):
     }[path.stem]
     assert (config.distributed_type, config.num_processes) == (distributed_type, num_processes)
     assert config.mixed_precision == "bf16"
+
+
+def test_commands_for_several_machines_are_understood():
+    """Those of the README and of its SLURM script: options of the launcher are the launcher's, all others the command's."""
+    text = (RECIPES / "README.md").read_text(encoding="utf-8")
+    text = text.split("## Several machines")[1].split("\n## ")[0]
+    blocks = re.findall(r"^```(?:sh|sbatch)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if " grpo " in line]
+    seen = []
+    for line in lines:
+        words = shlex.split(line)
+        if words[0] == "srun":
+            assert words[:3] == ["srun", "bash", "-c"]
+            words = shlex.split(words[3])
+        seen.append(words[0])
+        words = [{"$RANK": "1", "$SLURM_NODEID": "1", "$HEAD": "head"}.get(word, word) for word in words]
+        if words[0] == "trl_spatial":
+            launch_args, words = grpo.make_parser().split_launch_args(words[2:], launch_command_parser())
+            args = launch_command_parser().parse_args([*launch_args, "script"])
+        elif words[0] == "accelerate":
+            args = launch_command_parser().parse_args(words[2:])
+        else:
+            args = torch.distributed.run.get_args_parser().parse_args(words[1:])
+            assert (args.nnodes, args.nproc_per_node, args.node_rank) == ("4", "8", 1)
+            assert (args.master_addr, args.master_port, args.module) == ("head", 29500, True)
+        if words[0] != "torchrun":
+            assert (args.num_machines, args.num_processes, args.machine_rank) == (4, 32, 1)
+            assert (args.main_process_ip, args.main_process_port) == ("head", 29500)
+            assert load_config_from_file(args.config_file).distributed_type == "MULTI_GPU"
+        if words[0] in ("accelerate", "torchrun"):
+            assert args.training_script == "trl_spatial" and args.training_script_args[0] == "grpo"
+            words = args.training_script_args[1:]
+        values = grpo.make_parser().parse_args_and_config([*words, "--use_cpu"])[-1]
+        assert 32 * values.num_prompts_per_device == 32
+    assert seen == ["trl_spatial", "accelerate", "torchrun", "trl_spatial"]
 
 
 def load_recipe(name):

@@ -11,8 +11,11 @@ from trl_spatial.statistics import (
     compare_rewards,
     expected_calibration_error,
     holm,
+    paired_change,
     paired_permutation_test,
+    rank_correlation,
     reliability_bins,
+    share_interval,
 )
 
 
@@ -95,8 +98,8 @@ class TestBootstrapInterval:
         ("values", "kwargs", "message"),
         [
             ([], {}, "values is empty"),
-            ([1, 2], {"clusters": ["a"]}, r"clusters has shape \(1,\) but values has 2 rows"),
-            ([1, 2], {"clusters": [("a", 0), ("b", 0)]}, r"clusters has shape \(2, 2\) but values has 2 rows"),
+            ([1, 2], {"clusters": ["a"]}, r"clusters has shape \(1,\) but there are 2 samples"),
+            ([1, 2], {"clusters": [("a", 0), ("b", 0)]}, r"clusters has shape \(2, 2\) but there are 2 samples"),
             ([1, 2], {"confidence": 1.0}, "confidence is 1.0"),
             ([1, 2], {"num_resamples": 0}, "num_resamples is 0"),
         ],
@@ -186,13 +189,76 @@ class TestAreaUnderROCCurve:
             area_under_roc_curve(scores, labels)
 
 
+class TestShareInterval:
+    def test_is_that_of_a_bootstrap_written_out(self):
+        rng = np.random.default_rng(4)
+        clusters = rng.integers(40, size=150)
+        values = (rng.random(150) < 0.3 + 0.5 * (clusters % 2)).astype(float)
+        members = [values[clusters == cluster] for cluster in np.unique(clusters)]
+        drawn = [
+            np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))]).mean()
+            for _ in range(4000)
+        ]
+        interval = share_interval(values, clusters)
+        assert interval.estimate == pytest.approx(values.mean())
+        assert (interval.low, interval.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.012)
+        alone = share_interval(values)
+        assert interval.high - interval.low > 1.2 * (alone.high - alone.low)  # clusters here are alike inside
+
+    def test_independent_samples_have_the_interval_of_wilson(self, rng):
+        values = rng.integers(3, size=80) / 2
+        assert share_interval(values, rng.permutation(80)) == share_interval(values) == accuracy_interval(values)
+
+    @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+    def test_does_not_collapse_where_all_is_equal(self, value):
+        few, many = share_interval(np.full(40, value), np.repeat(np.arange(4), 10)), share_interval(np.full(40, value))
+        assert few == accuracy_interval(np.full(4, value))
+        assert few.high - few.low > many.high - many.low > 0.05
+
+    def test_one_cluster_is_one_sample(self):
+        assert share_interval([1, 1, 0, 0], ["a"] * 4) == accuracy_interval([0.5])
+
+    def test_bad_input_is_named(self):
+        with pytest.raises(ValueError, match=r"clusters has shape \(1,\) but there are 2 samples"):
+            share_interval([1, 1], ["a"])
+        with pytest.raises(ValueError, match="at least one value"):
+            share_interval([], [])
+
+
+class TestRankCorrelation:
+    @pytest.mark.parametrize("num_values", [3, 1000])  # many ties, hardly any
+    def test_equals_scipy(self, rng, num_values):
+        first = rng.integers(num_values, size=40).astype(float)
+        second = first + rng.normal(size=40) * num_values / 2
+        assert rank_correlation(first, second) == pytest.approx(scipy.stats.spearmanr(first, second).statistic)
+
+    def test_limits(self):
+        values = np.array([0.1, 0.5, 3.0, np.inf])
+        assert rank_correlation(values, values**3) == 1 and rank_correlation(values, -values) == -1
+        for first, second in (([], []), ([1.0], [2.0]), ([7.0, 7.0], [1.0, 2.0])):
+            assert np.isnan(rank_correlation(first, second))
+
+    @pytest.mark.parametrize(
+        ("first", "second", "message"),
+        [
+            ([1.0, 2.0], [1.0], r"first has shape \(2,\), second has shape \(1,\)"),
+            ([1.0, 2.0], [1.0, np.nan], r"second\[1\] is NaN"),
+        ],
+    )
+    def test_unusable_argument(self, first, second, message):
+        with pytest.raises(ValueError, match=message):
+            rank_correlation(first, second)
+
+
 class TestCompareRewards:
     def test_change_is_paired_and_of_the_images_with_an_opinion_both_times(self, rng):
         before = rng.normal(size=(50, 3)) * [1, 10, 1]
         after = before + np.array([0.5, 0.0, 1.0])
         after[:, 1] += rng.normal(size=50)
         before[:10, 0], after[5:20, 0], before[:, 2] = np.nan, np.nan, np.nan
-        results = compare_rewards(before.astype(np.float32), after.astype(np.float32), ["shifted", "noisy", "silent"])
+        results = compare_rewards(
+            before.astype(np.float32), after.astype(np.float32), ["shifted", "noisy", "silent"], range(50)
+        )
         assert list(results) == ["shifted", "noisy"]
         shifted, noisy = results.values()
         assert (shifted["n"], noisy["n"]) == (30, 50)
@@ -202,6 +268,16 @@ class TestCompareRewards:
         ours = noisy["interval"]
         assert ours == pytest.approx(list(theirs.confidence_interval), abs=0.1)
         assert noisy["after"] - noisy["before"] == pytest.approx(noisy["change"], abs=1e-6)
+
+    def test_images_of_one_prompt_change_together(self, rng):
+        """Four copies of an image say no more than one: the interval is that of the prompts alone."""
+        change = rng.normal(size=(30, 1))
+        before, prompts = rng.normal(size=(120, 1)), np.arange(120) // 4
+        alone = paired_change(np.zeros(30), change[:, 0], range(30))
+        found = compare_rewards(before, before + np.repeat(change, 4, axis=0), ["judge"], prompts)["judge"]
+        assert found["interval"] == pytest.approx([alone.low, alone.high], abs=1e-9)
+        assert compare_rewards(before, before + 1, ["judge"], ["one"] * 120)["judge"]["interval"] is None
+        assert paired_change([1.0, np.nan, 2.0], [1.0, 1.0, np.nan], ["a", "b", "c"]) is None
 
 
 class TestPairedPermutationTest:

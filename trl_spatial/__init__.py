@@ -11,8 +11,12 @@ __version__ = "0.1.0.dev0"
 
 # public name: module that defines it
 _PUBLIC_NAMES = {
+    "DiffusionDPOConfig": "diffusion_grpo.dpo.config",
+    "DiffusionDPOTrainer": "diffusion_grpo.dpo.trainer",
     "DiffusionGRPOConfig": "diffusion_grpo.config",
     "DiffusionGRPOTrainer": "diffusion_grpo.trainer",
+    "DiffusionNFTConfig": "diffusion_grpo.nft.config",
+    "DiffusionNFTTrainer": "diffusion_grpo.nft.trainer",
     "GaussianRewardConfig": "gaussian_reward.config",
     "GaussianRewardTrainer": "gaussian_reward.trainer",
     "SpatialScore": "gaussian_reward.scoring",

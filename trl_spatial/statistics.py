@@ -113,9 +113,7 @@ def bootstrap_interval(
     values = np.asarray(values)
     if len(values) == 0:
         raise ValueError("values is empty: pass at least one sample.")
-    keys = np.arange(len(values)) if clusters is None else np.asarray(clusters)
-    if keys.shape != (len(values),):
-        raise ValueError(f"clusters has shape {keys.shape} but values has {len(values)} rows: pass one key per row.")
+    keys = _cluster_keys(clusters, len(values))
     _check_confidence(confidence)
     if num_resamples < 1:
         raise ValueError(f"num_resamples is {num_resamples}: use at least 1.")
@@ -144,6 +142,30 @@ def _resampled_means(
         drawn = rng.integers(len(sums), size=(min(block, num_resamples - start), len(sums)))
         means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
     return np.concatenate(means)
+
+
+def share_interval(values: ArrayLike, clusters: Sequence | np.ndarray | None = None) -> Interval:
+    """
+    A share with its 95 % interval: Wilson's where all samples are independent; else a bootstrap that draws whole clusters, and
+    Wilson's over the clusters where it would collapse: all values are equal, or there is one cluster.
+
+    Args:
+        values (array of shape `(num_samples,)`):
+            Such as 1 where something is right and 0 where it is wrong.
+        clusters (sequence of length `num_samples`, *optional*):
+            Key of the cluster of each sample, for example its prompt. If not set, every sample is its own cluster.
+
+    Raises:
+        `ValueError`: If `values` is empty or has values outside `[0, 1]`, or `clusters` has another length.
+    """
+    values = _fractions("values", values)
+    keys = _cluster_keys(clusters, len(values))
+    num_clusters = len(set(keys.tolist()))
+    if num_clusters == len(values):
+        return accuracy_interval(values)
+    if num_clusters == 1 or values.min() == values.max():
+        return accuracy_interval(np.full(num_clusters, values.mean()))
+    return bootstrap_interval(values, keys, rng=np.random.default_rng(0))
 
 
 def paired_permutation_test(
@@ -189,11 +211,7 @@ def paired_permutation_test(
     difference = first - second
     if np.isnan(difference).any():
         raise ValueError(f"Sample {int(np.isnan(difference).argmax())} has a NaN: drop it, or count it as wrong.")
-    keys = np.arange(len(first)) if clusters is None else np.asarray(clusters)
-    if keys.shape != first.shape:
-        raise ValueError(
-            f"clusters has shape {keys.shape} but there are {len(first)} samples: pass one key per sample."
-        )
+    keys = _cluster_keys(clusters, len(first))
     if num_resamples < 1:
         raise ValueError(f"num_resamples is {num_resamples}: use at least 1.")
 
@@ -232,20 +250,46 @@ def holm(p_values: ArrayLike) -> np.ndarray:
     return adjusted
 
 
-def compare_rewards(before: np.ndarray, after: np.ndarray, names: Sequence[str]) -> dict[str, dict]:
+def paired_change(before: ArrayLike, after: ArrayLike, clusters: Sequence | np.ndarray) -> Interval | None:
     """
-    Mean rewards before and after a training, and the change with its 95 % interval over the images, which are paired: both
-    have the same prompt and noise.
+    Mean change of samples that were measured twice, with its 95 % interval over clusters.
+
+    Args:
+        before, after (array of shape `(num_samples,)`):
+            The two measurements of each sample; NaN where there is none.
+        clusters (sequence of length `num_samples`):
+            Key of the cluster of each sample, for example its prompt.
+
+    Returns:
+        [`Interval`]: Of the samples with both measurements; `None` if they are of fewer than two clusters, of which nothing can be
+        said.
+    """
+    change = np.asarray(after, float) - np.asarray(before, float)
+    known = ~np.isnan(change)
+    keys = np.asarray(clusters)[known]
+    if len(set(keys.tolist())) < 2:
+        return None
+    return bootstrap_interval(change[known], keys, rng=np.random.default_rng(0))
+
+
+def compare_rewards(
+    before: np.ndarray, after: np.ndarray, names: Sequence[str], prompts: Sequence[str]
+) -> dict[str, dict]:
+    """
+    Mean rewards before and after a training, and the change with its 95 % interval over the prompts. Images are paired: both have
+    the same prompt and noise.
 
     Args:
         before, after (`np.ndarray` of shape `(num_images, num_funcs)`):
             Rewards of each image; NaN where a function gave none.
         names (`Sequence[str]` of length `num_funcs`):
             Names of the functions.
+        prompts (`Sequence[str]` of length `num_images`):
+            Prompts of the images.
 
     Returns:
         `dict[str, dict]`: For each function with an opinion on any image, the `"before"` and `"after"` means, the
-        `"change"`, its `"interval"` and the number of images, `"n"`. JSON holds it.
+        `"change"`, its `"interval"`, `None` for a single prompt, and the number of images, `"n"`. JSON holds it.
 
     Example:
 
@@ -253,22 +297,21 @@ def compare_rewards(before: np.ndarray, after: np.ndarray, names: Sequence[str])
     >>> import numpy as np
     >>> from trl_spatial.statistics import compare_rewards
 
-    >>> compare_rewards(np.array([[1.0], [3.0]]), np.array([[2.0], [4.0]]), ["redness"])
+    >>> compare_rewards(np.array([[1.0], [3.0]]), np.array([[2.0], [4.0]]), ["redness"], ["a cat", "a dog"])
     {'redness': {'before': 2.0, 'after': 3.0, 'change': 1.0, 'interval': [1.0, 1.0], 'n': 2}}
     ```
     """
     results = {}
-    for name, old, new in zip(names, before.T, after.T, strict=True):
+    for name, old, new in zip(names, before.T.astype(float), after.T.astype(float), strict=True):
         known = ~(np.isnan(old) | np.isnan(new))
         if not known.any():
             continue
-        old, new = old[known].astype(float), new[known].astype(float)
-        change = bootstrap_interval(new - old, rng=np.random.default_rng(0))
+        change = paired_change(old, new, prompts)
         results[name] = {
-            "before": float(old.mean()),
-            "after": float(new.mean()),
-            "change": change.estimate,
-            "interval": [change.low, change.high],
+            "before": float(old[known].mean()),
+            "after": float(new[known].mean()),
+            "change": float((new - old)[known].mean()),
+            "interval": None if change is None else [change.low, change.high],
             "n": int(known.sum()),
         }
     return results
@@ -353,10 +396,33 @@ def area_under_roc_curve(scores: ArrayLike, labels: ArrayLike) -> float:
     if num_positive == 0 or num_negative == 0:
         raise ValueError(f"labels has {num_positive} positives and {num_negative} negatives: pass some of each.")
 
-    _, value_of, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[value_of]  # from 1; equal scores share their mean rank
-    rank_sum = ranks[labels == 1].sum()
+    rank_sum = _ranks(scores)[labels == 1].sum()
     return float((rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
+
+
+def rank_correlation(first: ArrayLike, second: ArrayLike) -> float:
+    """
+    Spearman's correlation of two scores of the same samples, both `(num_samples,)`: how far they agree on the order, from -1 to
+    1. NaN if all values of either are equal, or there are fewer than two.
+
+    Raises:
+        `ValueError`: If the lengths differ or a score is NaN.
+    """
+    first, second = np.asarray(first), np.asarray(second)
+    if first.shape != second.shape or first.ndim != 1:
+        raise ValueError(f"first has shape {first.shape}, second has shape {second.shape}: pass two equal vectors.")
+    for name, values in (("first", first), ("second", second)):
+        if np.isnan(values).any():
+            raise ValueError(f"{name}[{np.isnan(values).argmax()}] is NaN: it has no rank. Drop that sample.")
+    if min(len(np.unique(first)), len(np.unique(second))) < 2:
+        return float("nan")
+    return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1; equal values share their mean rank."""
+    _, value_of, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[value_of]
 
 
 def _fractions(name: str, values: ArrayLike) -> np.ndarray:
@@ -368,6 +434,15 @@ def _fractions(name: str, values: ArrayLike) -> np.ndarray:
         index = int(unusable.argmax())
         raise ValueError(f"{name}[{index}] is {array[index]}: use values between 0 and 1.")
     return array
+
+
+def _cluster_keys(clusters: Sequence | np.ndarray | None, num_samples: int) -> np.ndarray:
+    keys = np.arange(num_samples) if clusters is None else np.asarray(clusters)
+    if keys.shape != (num_samples,):
+        raise ValueError(
+            f"clusters has shape {keys.shape} but there are {num_samples} samples: pass one key per sample."
+        )
+    return keys
 
 
 def _check_confidence(confidence: float) -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from trl_spatial.demo.reward_model import preference, train_reward_model
-from trl_spatial.evaluation.pairs import score_pairs
+from trl_spatial.demo.reward_model import score_pairs, train_reward_model
+from trl_spatial.evaluation.scorers.spatialscore import SpatialScorer
 from trl_spatial.scenes import make_preference_dataset
 from trl_spatial.statistics import area_under_roc_curve, expected_calibration_error
 
@@ -66,23 +66,20 @@ def run(objective: str, is_noisy: bool, seed: int, args: argparse.Namespace) -> 
     columns = ["prompt", "chosen", "rejected"]
     # reverse pairs would carry the label twice: each pair is seen in one direction here
     labels = draw_flips(train, seed) if is_noisy else np.zeros(len(train), bool)
-    scorer = train_reward_model(
+    folder = args.output_dir / name
+    train_reward_model(
         flip_labels(train, labels).select_columns(columns),
-        args.output_dir / name,
+        folder,
         max_steps=args.max_steps,
         seed=seed,
         objective=objective,
     )
-
-    def score(prompts, images):
-        return scorer.score(prompts, images, batch_size=128)
-
-    scores = score_pairs(score, test)
+    scores = score_pairs(SpatialScorer(str(folder)), test, args.output_dir / f"{name}-pairs")
     flips = draw_flips(test, seed + 1) if is_noisy else np.zeros(len(test), bool)
-    probability = preference(scores).astype(float)
+    probability = scores.probability
     probability_of_label = np.where(flips, 1 - probability, probability)
     result = {
-        "accuracy": float(scores.correct.mean()),
+        "accuracy": float(((np.sign(scores.margin) + 1) / 2).mean()),
         "calibration_error": expected_calibration_error(probability, (~flips).astype(float)),
         "nll": float(-np.log(probability_of_label.clip(1e-12)).mean()),
         "mean_std": float(np.mean([scores.chosen_std.mean(), scores.rejected_std.mean()])),

@@ -243,6 +243,9 @@ class TestBuild:
         assert text["train"]["prompt"] == dataset["train"]["prompt"] and "chosen" not in text["train"].column_names
         assert len(load_dataset_dict(str(built.folder / "dataset"), config_name="preview")["train"]) <= 100
         card = (built.folder / "dataset" / "README.md").read_text()
+        tasks = yaml.safe_load((built.folder / "dataset" / "eval.yaml").read_text())["tasks"]
+        assert {(task["config"], task["split"]) for task in tasks} == {("default", "benchmark")} and len(tasks) == 3
+        assert "--split benchmark --scorers" in card
         assert "## How it was made" in card and "## Controls" in card and "no terms: drawn by trl_spatial" in card
 
     def test_no_scorer_without_the_prompt_finds_the_winner(self, dataset):

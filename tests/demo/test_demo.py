@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from diffusers import FluxPipeline
 from PIL import Image
@@ -19,8 +20,10 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from tests.warm import Program
 from trl_spatial import SpatialScore
 from trl_spatial.demo.generator import TINY_FLUX
-from trl_spatial.demo.reward_model import TINY_BACKBONE, measure
+from trl_spatial.demo.reward_model import TINY_BACKBONE, measure, score_pairs
 from trl_spatial.demo.settings import DemoSettings
+from trl_spatial.evaluation.scorers import PairScorer, Score
+from trl_spatial.gaussian_reward.losses import preference_probability
 from trl_spatial.gaussian_reward.processing import load_processor
 from trl_spatial.judges.scenes import check_images
 from trl_spatial.scenes import make_preference_dataset, parse_description
@@ -62,12 +65,28 @@ def without_times(results):
     return kept | {"training": kept["training"] | {"cost": cost}}
 
 
-class RuleScorer:
-    """The exact judge in the place of the model."""
+class RuleScorer(PairScorer):
+    """The exact judge in the place of the model, or its opposite."""
 
-    def score(self, prompts, images, batch_size):
+    name = "rules"
+    trained_on = "nothing"
+
+    def __init__(self, sign=1):
+        self.sign = sign
+
+    def score(self, prompts, images):
         checks = check_images(images, [parse_description(prompt) for prompt in prompts])
-        return np.array([check.is_correct for check in checks], float) * 20, np.full(len(checks), 0.01)
+        return [Score(20.0 * self.sign * check.is_correct, std=0.01) for check in checks]
+
+
+class PixelScorer(PairScorer):
+    """Mean and standard deviation are functions of the image."""
+
+    name = "pixels"
+    trained_on = "nothing"
+
+    def score(self, prompts, images):
+        return [Score(float(np.mean(image)), std=float(np.std(image))) for image in images]
 
 
 def test_it_writes_numbers_pictures_models_and_a_report(folder, results):
@@ -174,11 +193,39 @@ def test_other_arguments_are_refused_in_the_same_folder(folder):
         main(DemoSettings(output_dir=str(folder), **(SIZES | {"num_test_pairs": 41})))
 
 
-def test_a_perfect_judge_gets_perfect_numbers():
-    results, _ = measure(RuleScorer(), make_preference_dataset(40, split="test", seed=2))
-    assert results["accuracy"]["all"]["all"]["estimate"] == 1
-    assert results["expected_calibration_error"] < 1e-6
-    assert results["flip_test"]["same_order"]["estimate"] == results["flip_test"]["accuracy"]["estimate"] == 1
+def test_a_perfect_judge_gets_perfect_numbers_and_a_wrong_one_none(tmp_path):
+    pairs = make_preference_dataset(40, split="test", seed=2)
+    for sign in (1, -1):
+        results, scores = measure(RuleScorer(sign), pairs, tmp_path / "pairs")
+        is_right = float(sign == 1)
+        assert {row["estimate"] for group in results["accuracy"].values() for row in group.values()} == {is_right}
+        assert results["accuracy"]["all"]["all"]["num_pairs"] == 40
+        assert sum(row["num_pairs"] for row in results["accuracy"]["level"].values()) == 40
+        assert results["expected_calibration_error"] == pytest.approx(1 - is_right, abs=1e-6)
+        assert results["flip_test"]["same_order"]["estimate"] == 1
+        assert results["flip_test"]["accuracy"]["estimate"] == is_right
+        assert (scores.margin == 20 * sign).all()
+
+
+def test_every_score_is_that_of_its_image(tmp_path):
+    pairs = make_preference_dataset(12, split="test", seed=2)
+    scores = score_pairs(PixelScorer(), pairs, tmp_path / "pairs")
+    for column in ("chosen", "rejected"):
+        pixels = [np.asarray(image.convert("RGB")) for image in pairs[column]]
+        assert getattr(scores, f"{column}_mean").tolist() == [float(np.mean(image)) for image in pixels]
+        assert getattr(scores, f"{column}_std").tolist() == [float(np.std(image)) for image in pixels]
+    model_of_training = preference_probability(
+        *(torch.tensor(values) for values in (
+            scores.chosen_mean, np.log(scores.chosen_std), scores.rejected_mean, np.log(scores.rejected_std)
+        ))
+    )  # fmt: skip
+    np.testing.assert_allclose(scores.probability, model_of_training.numpy())
+
+
+def test_a_score_that_is_no_number_ends_the_measurement(tmp_path):
+    pairs = make_preference_dataset(3, split="test", seed=2)
+    with pytest.raises(ValueError, match=r"3 of 3 pairs have no score: the records in .*pairs say why"):
+        measure(RuleScorer(float("nan")), pairs, tmp_path / "pairs")
 
 
 class TestTinyBackbone:

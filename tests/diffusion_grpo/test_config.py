@@ -37,7 +37,7 @@ def test_defaults_are_those_of_the_paper_and_start_on_any_machine(tmp_path):
 def test_there_are_few_fields(tmp_path):
     names = {field.name for field in dataclasses.fields(DiffusionGRPOConfig)}
     own = names - {field.name for field in dataclasses.fields(TrainingArguments)}
-    assert len(own) <= 30
+    assert len(own) <= 32
 
 
 @pytest.mark.parametrize(
@@ -146,6 +146,17 @@ def test_the_nearest_valid_batch_sizes_are_named(tmp_path, fields):
     below = [value for value in range(1, fields[name]) if is_valid(value)][-1:]
     above = next(value for value in range(fields[name] + 1, 200) if is_valid(value))
     assert {*below, above} <= set(named)
+
+
+def test_prompts_per_rollout_are_named_for_all_processes(tmp_path, monkeypatch):
+    """48 prompts do not go into 32 processes: 4 images times 4 or 5 are not whole groups of 12."""
+    monkeypatch.setattr(TrainingArguments, "world_size", 32)
+    for steps in (4, 5):
+        with pytest.raises(
+            ValueError, match=r"Use `gradient_accumulation_steps` 3 or 6 \(32 or 64 prompts per rollout of 32 "
+        ):
+            make_config(tmp_path, gradient_accumulation_steps=steps)
+    assert [make_config(tmp_path, gradient_accumulation_steps=steps).num_prompts for steps in (3, 6)] == [32, 64]
 
 
 def test_the_default_window_is_in_the_first_half(tmp_path):

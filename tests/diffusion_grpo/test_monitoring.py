@@ -108,7 +108,7 @@ class TestHackingMonitor:
                 base + index * slope + noise * torch.randn(self.NUM_IMAGES, generator=generator)
                 for base, slope in ((trained_base, trained_slope), (held_out_base, held_out_slope))
             )
-            warnings = monitor.update(100 * index, trained, {"judge": held_out})
+            warnings = monitor.update(100 * index, trained, {"judge": held_out}, range(self.NUM_IMAGES))
         return warnings
 
     def test_finds_hacking(self):
@@ -137,13 +137,25 @@ class TestHackingMonitor:
 
         def update(step, num_images=4):
             return monitor.update(
-                step, torch.full((num_images,), 1.0 * step), {"judge": torch.full((num_images,), -1.0 * step)}
+                step,
+                torch.full((num_images,), 1.0 * step),
+                {"judge": torch.full((num_images,), -1.0 * step)},
+                range(num_images),
             )
 
         assert not any(update(step) for step in (1, 2, 2, 2))  # one step several times is one evaluation
         assert update(3)
         assert not any(update(step, num_images=5) for step in (4, 5))  # other images: they have no past
         assert update(6, num_images=5)
+
+    def test_images_of_one_prompt_rise_together(self):
+        """Fifty images of two prompts, of which one rises by chance: not a rise of the reward."""
+        for prompts, is_warned in ((range(50), True), (["one"] * 25 + ["other"] * 25, False)):
+            monitor = HackingMonitor()
+            for step in range(3):
+                move = step * torch.tensor([1.0, -0.1]).repeat_interleave(25)
+                warnings = monitor.update(step, move, {"judge": -move}, prompts)
+            assert bool(warnings) == is_warned
 
     def test_compares_images_that_both_evaluations_rewarded(self):
         monitor = HackingMonitor()
@@ -153,6 +165,7 @@ class TestHackingMonitor:
                 step,
                 torch.tensor([0.0, 0.0, 1.0, math.nan]) + step,
                 {"judge": torch.tensor([math.nan, 5.0, 6.0, 7.0]) - step, "absent": missing},
+                list("abcd"),
             )
         (warning,) = warnings
         assert "rose by 2" in warning and "`judge` fell by 2" in warning

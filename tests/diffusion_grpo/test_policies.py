@@ -126,6 +126,18 @@ def test_velocities_are_bit_for_bit_the_pipelines(name, dtype, monkeypatch):
         assert torch.equal(velocity, as_sequence(expected).float())
 
 
+@torch.no_grad()
+def test_each_image_may_have_its_own_noise_level(name):
+    policy, options = shared_policy(name), FAMILIES[name].options()
+    latents, sigmas = policy.prepare_latents(generators(3), options), torch.tensor([0.9, 0.5, 0.2])
+    embeds = encode(policy, options)
+    together = policy.predict_velocity(policy.transformer, latents, sigmas, embeds, options)
+    for row, sigma in enumerate(sigmas):
+        alone = policy.predict_velocity(policy.transformer, latents, sigma, embeds, options)
+        torch.testing.assert_close(together[row], alone[row], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(together[row - 1], alone[row - 1], atol=1e-3)
+
+
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 48)])
 def test_without_noise_a_rollout_is_the_pipelines_own_call(name, height, width):
     family, policy = FAMILIES[name], shared_policy(name)

@@ -144,6 +144,56 @@ def test_more_prompts_than_fit_are_still_returned(flux_policy):
         assert cache.num_encoded == num_encoded
 
 
+# Prompts that are expected
+
+
+def test_expected_prompts_are_encoded_together_with_the_first_one_that_is_missing(movements):
+    policy, events = movements
+    cache = PromptCache(policy, torch.device("cpu:0"))
+    names = [f"prompt {number}" for number in range(12)]
+    plain = PromptCache(policy, "cpu")
+    events.clear()
+    for start in range(0, 12, 2):
+        cache.expect(iter(names[start:]))
+        assert bitwise_equal(cache.get(names[start : start + 2]), plain.get(names[start : start + 2]))
+    moves = [device for number, device in events if number == 0 and device == torch.device("cpu:0")]
+    assert len(moves) == 1 and cache.num_encoded == 12
+
+
+@pytest.mark.parametrize("policy_class", [FluxPolicy, UnpaddedPolicy])
+def test_no_more_is_encoded_ahead_than_fits_and_nothing_of_it_is_dropped_before_it_is_used(
+    make_flux_pipeline, policy_class, monkeypatch
+):
+    policy = policy_class(make_flux_pipeline(), max_sequence_length=16)
+    max_bytes = 4 * BYTES_PER_PROMPT
+    cache = PromptCache(policy, "cpu", negative_prompt="no", max_bytes=max_bytes)
+    names = [" ".join(["prompt"] * (number % 5) + [f"{number}"]) for number in range(30)]
+    moves = []
+    monkeypatch.setattr(policy.encoders[0], "to", moves.append)
+    cache.expect(names)
+    plain = PromptCache(policy, "cpu", negative_prompt="no")
+    moves.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            embeds = cache.get([name])
+            num_moves = len(moves)
+            assert bitwise_equal(embeds, plain.get([name]))
+            del moves[num_moves:]
+            assert sum(tensor.nbytes for row in cache._rows.values() for tensor in row.values()) <= max_bytes
+    assert cache.num_encoded == plain.num_encoded == 31
+    assert len(moves) <= 2 * 10  # three prompts fit beside the negative one, more if they are short
+
+
+def test_what_was_expected_before_is_forgotten(flux_policy):
+    cache = PromptCache(flux_policy, "cpu")
+    cache.expect(["one", "two"])
+    cache.expect(["three"])
+    cache.get(["four"])
+    cache.get(["three"])
+    assert cache.num_encoded == 2
+
+
 def test_rows_of_different_lengths_are_padded_with_zeros(make_flux_pipeline):
     policy = UnpaddedPolicy(make_flux_pipeline(), max_sequence_length=16)
     embeds = PromptCache(policy, "cpu").get(PROMPTS)

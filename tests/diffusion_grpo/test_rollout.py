@@ -8,7 +8,7 @@ import torch
 
 from trl_spatial.diffusion_grpo.policies import make_policy
 from trl_spatial.diffusion_grpo.rollout import Rollout, sample_rollout
-from trl_spatial.diffusion_grpo.sde import sde_step
+from trl_spatial.diffusion_grpo.sde import DYNAMICS, sde_step
 from trl_spatial.generation.seeds import image_generator
 
 
@@ -42,7 +42,7 @@ def pixels(images):
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 48)])
-@pytest.mark.parametrize("dynamics", ["flow_sde", "dance_sde", "cps"])
+@pytest.mark.parametrize("dynamics", DYNAMICS)
 @pytest.mark.parametrize("trained_steps", [(), (0, 1, 2)])
 def test_without_noise_images_are_the_pipelines(flux_policy, options, height, width, dynamics, trained_steps):
     options = replace(options, height=height, width=width)
@@ -93,7 +93,7 @@ def test_images_of_one_prompt_alone_are_those_of_a_list(flux_policy, options):
     assert torch.allclose(some.log_probs, everything.log_probs[order], atol=1e-6)
 
 
-@pytest.mark.parametrize("dynamics", ["flow_sde", "dance_sde", "cps"])
+@pytest.mark.parametrize("dynamics", DYNAMICS)
 def test_scoring_the_recorded_steps_gives_the_recorded_log_probs(flux_policy, options, dynamics):
     rollout = sample(flux_policy, options, dynamics=dynamics)
     sigmas, embeds = flux_policy.prepare_sigmas(options), flux_policy.encode_prompt(PROMPTS)

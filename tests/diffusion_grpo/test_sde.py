@@ -13,7 +13,7 @@ from trl_spatial.diffusion_grpo.sde import DYNAMICS, sde_step, sde_window
 
 # σ at which steps are tested against formulas, and a noise level each of the dynamics is used with
 STEPS = [(0.98, 0.95), (0.9037, 0.7897), (0.5, 0.25), (0.2730, 0.1), (0.0089, 0.004)]
-NOISE_LEVELS = {"flow_sde": 0.9, "dance_sde": 0.3, "cps": 0.8}
+NOISE_LEVELS = {"flow_sde": 0.9, "dance_sde": 0.3, "cps": 0.8, "precise": 1.5}
 # sigmas, noise level of Flow-SDE, std of its steps
 SCHEDULES = {
     ("flux", 6): (
@@ -58,6 +58,9 @@ def mean_and_std(velocity, latents, t, t_next, a, dynamics):
     if dynamics == "cps":
         angle = a * math.pi / 2
         return (1 - t_next) * image + t_next * math.cos(angle) * noise, t_next * math.sin(angle)
+    if dynamics == "precise":
+        std = t_next * math.sqrt(1 - (t_next * (1 - t) / (t * (1 - t_next))) ** (a**2))
+        return (1 - t_next) * image + math.sqrt(t_next**2 - std**2) * noise, std
     g = a * math.sqrt(t / (1 - t)) if dynamics == "flow_sde" else a
     score = -noise / t
     return x - h * (v - g**2 / 2 * score), g * math.sqrt(h)
@@ -87,20 +90,55 @@ class TestMeanAndStd:
             torch.testing.assert_close(velocity.grad, torch.full_like(latents, expected), rtol=1e-5, atol=0)
 
     @pytest.mark.parametrize("a", [0.0, 0.3, 0.8, 1.0])
-    def test_cps_leaves_the_noise_that_the_next_sigma_says(self, a):
+    @pytest.mark.parametrize("dynamics", ["cps", "precise"])
+    def test_leave_the_noise_that_the_next_sigma_says(self, dynamics, a):
         noise, image = random_step()
         for t, t_next in pairwise([1, *sorted({t for step in STEPS for t in step}, reverse=True), 0]):
             latents = (1 - t) * image + t * noise
-            output = sde_step(noise - image, latents, t, t_next, a, dynamics="cps")
+            output = sde_step(noise - image, latents, t, t_next, a, dynamics=dynamics)
             remaining = output.mean - (1 - t_next) * image  # a multiple of the noise
             coefficient = (remaining * noise).sum() / noise.square().sum()
             torch.testing.assert_close(remaining, coefficient * noise, rtol=0, atol=2e-6)
             assert math.hypot(coefficient, output.std[0]) == pytest.approx(t_next, abs=1e-6)
 
-    def test_cps_ends_with_a_deterministic_step_by_itself(self):
+    @pytest.mark.parametrize("dynamics", ["cps", "precise"])
+    @pytest.mark.parametrize("t", [1.0, 0.3])
+    def test_end_with_a_deterministic_step_by_themselves(self, dynamics, t):
         velocity, latents = random_step()
-        output = sde_step(velocity, latents, 0.3, 0.0, 0.8, dynamics="cps")
-        torch.testing.assert_close(output.next_latents, latents - 0.3 * velocity)
+        output = sde_step(velocity, latents, t, 0.0, 0.8, dynamics=dynamics)
+        torch.testing.assert_close(output.next_latents, latents - t * velocity)
+
+    @pytest.mark.parametrize("a", [0.1, 1.5])
+    def test_precise_draws_all_noise_anew_in_the_first_step(self, a):
+        velocity, latents = random_step()
+        output = sde_step(velocity, latents, 1.0, 0.9, a, dynamics="precise", generator=generators(1, 2, 3))
+        torch.testing.assert_close(output.mean, 0.1 * (latents - velocity))  # nothing of the predicted noise
+        assert output.std.equal(torch.full((3,), 0.9))
+        assert output.log_probs.isfinite().all()
+
+    def test_precise_is_flow_sde_in_the_limit_of_small_steps(self):
+        velocity, latents = random_step()
+        for t in (0.98, 0.5, 0.05):
+            precise, flow_sde = (
+                sde_step(velocity, latents, t, t - 1e-4 * t * (1 - t), 0.9, dynamics=dynamics)
+                for dynamics in ("precise", "flow_sde")
+            )
+            moved = flow_sde.mean - latents
+            torch.testing.assert_close(precise.mean - latents, moved, rtol=0, atol=2e-3 * moved.abs().max().item())
+            torch.testing.assert_close(precise.std, flow_sde.std, rtol=1e-3, atol=0)
+
+    def test_precise_steps_with_one_predicted_image_are_one_step(self):
+        latents, image = random_step()
+        noise_kept, variance = latents.clone(), 0.0
+        sigmas = (0.9, 0.7, 0.65, 0.2)
+        for t, t_next in pairwise(sigmas):
+            output = sde_step((noise_kept - image) / t, noise_kept, t, t_next, 1.5, dynamics="precise")
+            # the mean of what follows, and the variance that its noise leaves in it
+            carried = math.sqrt(1 - (output.std[0] / t_next) ** 2) * t_next / t
+            noise_kept, variance = output.mean, variance * carried**2 + output.std[0] ** 2
+        once = sde_step((latents - image) / 0.9, latents, 0.9, 0.2, 1.5, dynamics="precise")
+        torch.testing.assert_close(noise_kept, once.mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(variance.sqrt(), once.std[0])
 
     def test_dance_sde_is_finite_at_the_first_step(self):
         velocity, latents = random_step()
@@ -207,7 +245,8 @@ class TestSchedules:
         assert min(excess(("flux", 6), 0.9, "flow_sde")) > 1.1
         assert excess(("sd3", 10), 0.7, "flow_sde")[-1] == pytest.approx(27, abs=0.5)
         for schedule in SCHEDULES:
-            assert excess(schedule, 0.8, "cps") == pytest.approx([1] * (schedule[1] - 1), abs=1e-6)
+            for dynamics in ("cps", "precise"):
+                assert excess(schedule, 0.8, dynamics) == pytest.approx([1] * (schedule[1] - 1), abs=1e-6)
 
 
 class TestLaw:
@@ -237,6 +276,7 @@ class TestLaw:
             ("dance_sde", 0.3, 0.4875),
             ("dance_sde", 1.0, 0.490),
             ("cps", 0.8, 0.3915),
+            ("precise", 0.9, 0.4855),
         ],
     )
     def test_of_the_latents_after_many_steps(self, dynamics, noise_level, std):
@@ -254,6 +294,7 @@ class TestLaw:
             ("flow_sde", 0.7, 0.422),
             ("dance_sde", 0.3, 0.359),
             ("cps", 0.8, 0.302),
+            ("precise", 1.5, 0.3075),
         ],
     )
     def test_of_images_from_six_steps(self, dynamics, noise_level, std):
@@ -376,7 +417,8 @@ class TestDeterministicSteps:
         assert velocity.grad.equal(torch.zeros_like(latents))
 
     @pytest.mark.parametrize(
-        ("sigma_next", "noise_level", "dynamics"), [(0.8, 0.0, "flow_sde"), (0.8, 0.0, "cps"), (0.0, 0.8, "cps")]
+        ("sigma_next", "noise_level", "dynamics"),
+        [(0.8, 0.0, "flow_sde"), (0.8, 0.0, "cps"), (0.0, 0.8, "cps"), (0.0, 1.5, "precise")],
     )
     def test_cannot_be_scored(self, sigma_next, noise_level, dynamics):
         velocity, latents = random_step()
@@ -387,7 +429,7 @@ class TestDeterministicSteps:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (dict(dynamics="ddim"), r"Unknown dynamics 'ddim': use one of 'flow_sde', 'dance_sde', 'cps'"),
+        (dict(dynamics="ddim"), r"Unknown dynamics 'ddim': use one of 'flow_sde', 'dance_sde', 'cps', 'precise'"),
         (dict(noise_level=-0.1), r"noise_level is -0.1: use a value of at least 0"),
         (dict(noise_level=1.1, dynamics="cps"), r"noise_level is 1.1: .* in 'cps' at most 1"),
         (dict(sigma=1.0), r"pass the schedule's second sigma as sigma_max"),

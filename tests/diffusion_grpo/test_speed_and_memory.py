@@ -13,6 +13,7 @@ from tests.diffusion_grpo.families import FAMILIES, GUIDED, MAX_SEQUENCE_LENGTH
 from trl_spatial import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_spatial.diffusion_grpo import attention_lora_config
 from trl_spatial.diffusion_grpo.policies import SamplingOptions, make_policy
+from trl_spatial.diffusion_grpo.runtime import model_setup
 from trl_spatial.diffusion_grpo.runtime.memory import weight_bytes
 from trl_spatial.diffusion_grpo.runtime.model_setup import (
     is_quantized,
@@ -38,7 +39,7 @@ def decode(policy, size=32, num_images=2):
     return [torch.from_numpy(np.asarray(image).astype("float32")) for image in policy.decode_latents(latents, options)]
 
 
-def train(folder, family, pipeline=None, **kwargs):
+def train(folder, family, pipeline=None, eval_dataset=None, **kwargs):
     """Logs and trained weights of two updates of a tiny model."""
     settings = dict(
         num_generations=4,
@@ -62,6 +63,7 @@ def train(folder, family, pipeline=None, **kwargs):
         brightness,
         make_args(folder, **(settings | kwargs)),
         train_dataset=[{"prompt": "a red cube"}, {"prompt": "the lamp"}],
+        eval_dataset=eval_dataset,
         peft_config=attention_lora_config(rank=2),
     )
     trainer.train()
@@ -161,6 +163,50 @@ def test_the_blocks_are_compiled_and_not_the_whole_model(tmp_path):
             for index in range(len(child))
         }
         assert compiled == blocks and blocks
+
+
+def test_a_graph_for_each_size_and_mode_of_training_and_none_for_evaluation(tmp_path):
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    rows = [{"prompt": prompt} for prompt in ("a red cube", "the lamp", "a cat to the left of a dog")]
+    train(
+        tmp_path,
+        FAMILIES["flux"],
+        torch_compile_backend="eager",  # graphs as they are traced
+        gradient_checkpointing=True,
+        rollout_batch_size=3,  # of 4 images: the last batch is smaller
+        eval_dataset=rows,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_height=32,
+        eval_width=32,
+        per_device_eval_batch_size=2,  # the last batch is smaller here, too
+        eval_num_inference_steps=2,
+    )
+    # of both kinds of blocks: for the two sizes of the rollout, for the reference, and for the policy with its gradient
+    assert counters["stats"]["unique_graphs"] == 2 * 4
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_blocks_of_every_family_are_compiled_whole(tmp_path, name):
+    torch._dynamo.reset()
+    options, velocities = FAMILIES[name].options(), []
+    for kwargs in ({}, {"torch_compile_backend": "eager"}):
+        policy = FAMILIES[name].make_policy()
+        prepare_transformer(policy, make_args(tmp_path, beta=0.0, **kwargs), None)
+        embeds = PromptCache(policy, "cpu", negative_prompt=policy.negative_prompt(options)).get(["a cat"])
+        latents = policy.prepare_latents([image_generator(0)], options)
+        with torch.no_grad():  # what cannot be compiled is an error
+            velocities.append(policy.predict_velocity(policy.transformer, latents, torch.tensor(0.5), embeds, options))
+    assert torch.equal(*velocities)
+
+
+def test_a_graph_beyond_the_limit_is_an_error(tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(model_setup, "_MAX_GRAPHS", 1)
+    with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        train(tmp_path, FAMILIES["flux"], torch_compile_backend="eager")
 
 
 def test_an_unknown_kernel_is_refused_with_those_there_are(tmp_path):

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from trl_spatial.statistics import bootstrap_interval
 from trl_spatial.store import is_complete
 
 
@@ -88,6 +89,28 @@ class TestEvaluation:
         metrics = make_trainer(partial, eval_dataset=ROWS, eval_reward_funcs=blueness).evaluate()
         assert metrics["eval_reward"] == 1.0
         assert metrics["eval_rewards/partial/frac_none"] == pytest.approx(1 / 3)
+
+    def test_means_have_the_interval_of_evaluation_over_prompts(self, make_trainer):
+        rows = ROWS * 2  # of two images of a prompt, a judge says the same
+
+        def judge(prompts, images, **columns):
+            return [float(PROMPTS.index(prompt)) for prompt in prompts]
+
+        trainer = make_trainer(eval_dataset=rows, eval_reward_funcs=judge)
+        metrics, found = trainer.evaluate(), trainer.predict(rows).predictions
+        for prefix, values in (
+            ("eval_rewards/judge/", found[:, 1]),
+            ("eval_rewards/redness/", found[:, 0]),
+            ("eval_reward_", found[:, 0]),
+        ):
+            rng = np.random.default_rng(0)
+            expected = bootstrap_interval(values.astype(float), [row["prompt"] for row in rows], rng=rng)
+            assert [metrics[f"{prefix}{end}"] for end in ("low", "high")] == pytest.approx(
+                [expected.low, expected.high], abs=1e-4
+            )
+        assert metrics["eval_rewards/judge/low"] == 0 and metrics["eval_rewards/judge/high"] == 2
+        metrics = trainer.evaluate(ROWS[:1] * 2)
+        assert "eval_reward" in metrics and not [name for name in metrics if name.endswith(("low", "high"))]
 
     def test_is_the_same_every_time(self, make_trainer):
         trainer = make_trainer(eval_dataset=ROWS, eval_reward_funcs=blueness)

@@ -5,16 +5,20 @@ from base64 import b64encode
 from io import BytesIO
 
 import pytest
+import yaml
 from datasets import DatasetDict
+from huggingface_hub import parse_eval_result_entries
 from PIL import Image
 
 from tests import openai_stub as stubs
 from tests.openai_stub import OpenAIStub
 from trl_spatial.cli import main
+from trl_spatial.data.export import card_files, check_splits
 from trl_spatial.endpoints import BudgetReached, Endpoint, Prices
 from trl_spatial.evaluation.pair_run import PairRun, replay_pairs
 from trl_spatial.evaluation.pair_set import PairSet
 from trl_spatial.evaluation.scorers import Comparison, PairScorer, PairwiseScorer, Score
+from trl_spatial.evaluation.scorers.rules import Pixels
 from trl_spatial.gaussian_reward.scoring import SpatialScore
 from trl_spatial.scenes import check_scene, make_preference_dataset, parse_description
 
@@ -116,6 +120,45 @@ def test_a_whole_run(evaluate, rows, make_reward_model, processor, tmp_path, cap
             assert image.convert("RGB").tobytes() == rows[int(example["pair"])]["chosen"].convert("RGB").tobytes()
         assert set(example["scores"]) == set(specs)
     assert replay_pairs(tmp_path / "run") == results
+
+
+def test_a_scorer_on_a_benchmark_of_the_hub_has_results_for_its_repository(rows, tmp_path):
+    """What is written beside a model fits the leaderboards that `eval.yaml` beside the dataset names."""
+    splits = DatasetDict({"benchmark": rows})
+    eval_file = yaml.safe_load(card_files(splits, "ORG/Pairs", check_splits(splits, show_progress=False))["eval.yaml"])
+    assert {(task["config"], task["split"]) for task in eval_file["tasks"]} == {("default", "benchmark")}
+    folder = tmp_path / "run"
+    folder.mkdir()
+    run = PairRun(folder, PairSet(rows, "ORG/Pairs", dataset_id="ORG/Pairs", split="benchmark"))
+    run.measure("pixels", Pixels(), ["flip"], batch_size=8)
+    [row] = replay_pairs(folder)["scorers"]
+    [place] = (folder / "cards").iterdir()
+    entries = [
+        entry
+        for path in (place / ".eval_results").iterdir()
+        for entry in parse_eval_result_entries(yaml.safe_load(path.read_text()))
+    ]
+    assert {entry.task_id for entry in entries} == {task["id"] for task in eval_file["tasks"]}
+    assert {entry.dataset_id for entry in entries} == {"ORG/Pairs"}
+    assert {entry.value for entry in entries} == {
+        float(f"{number['estimate']:.4g}") for number in row["numbers"].values()
+    }
+    card = (place / "card.md").read_text()
+    assert "## Pairs of ORG/Pairs" in card and "| control: flip |" in card and "| accuracy | 0.5 |" in card
+    assert (place / "card.md").read_text().count("\n| ") == 2 + len(row["numbers"])
+
+
+@pytest.mark.parametrize(
+    ("split", "limit", "dataset_id"), [("test", None, "ORG/P"), ("benchmark", 4, "ORG/P"), ("benchmark", None, None)]
+)
+def test_other_pairs_have_a_card_only(rows, tmp_path, split, limit, dataset_id):
+    (tmp_path / "run").mkdir()
+    run = PairRun(tmp_path / "run", PairSet(rows, str(tmp_path), split=split, limit=limit, dataset_id=dataset_id))
+    run.measure(f"pixels:{tmp_path}/absent", Pixels(), [], batch_size=8)
+    replay_pairs(tmp_path / "run")
+    [place] = (tmp_path / "run" / "cards").iterdir()
+    assert [path.name for path in place.iterdir()] == ["card.md"]
+    assert str(tmp_path) not in (place / "card.md").read_text()  # no folder of the author
 
 
 @pytest.mark.parametrize("num_calls", [0, 1, 7])

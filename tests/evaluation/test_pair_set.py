@@ -45,6 +45,18 @@ def test_orientation_is_a_group_of_its_own():
     assert change_groups(None, []) == {}
 
 
+def test_changes_of_older_datasets_give_the_same_groups(rows):
+    def written(relation):
+        return f"{relation['relation']}({', '.join(relation['arguments'])})"
+
+    for row in rows:
+        operations = [
+            {name: value if name == "operation" else written(value) for name, value in operation.items()}
+            for operation in row["operations"]
+        ]
+        assert change_groups(row["level"], operations) == change_groups(row["level"], row["operations"])
+
+
 def test_files_and_bytes_are_the_same_pairs(rows, tmp_path):
     paths = {"prompt": [], "chosen": [], "rejected": []}
     for number, row in enumerate(rows):

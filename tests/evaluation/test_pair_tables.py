@@ -4,15 +4,16 @@ import json
 
 import numpy as np
 import pytest
+from scipy.special import expit
 
-from trl_spatial.evaluation.pair_tables import make_results, share_interval
+from trl_spatial.evaluation.pair_tables import make_results
 from trl_spatial.evaluation.pair_text import describe_pairs
 from trl_spatial.evaluation.published import published_numbers
 
 
 def make_plan(*names, dataset="some/pairs", is_pairwise=False):
     facts = {"trained_on": "nothing", "is_pairwise": is_pairwise}
-    return {"dataset": dataset, "scorers": dict.fromkeys(names, facts)}
+    return {"dataset": dataset, "scorers": {name: facts | {"file": f"records/{name}.jsonl"} for name in names}}
 
 
 def make_pairs(clusters, **groups):
@@ -117,6 +118,20 @@ def test_groups_hold_their_own_pairs():
     assert [group["num_pairs"] for group in row["groups"]["source"]] == [6] and row["groups"]["orientation"] == []
 
 
+def test_the_numbers_of_comparisons_are_about_their_changes():
+    pairs = make_pairs([0, 0, 1, 2, 3, 4], level=["1", "1", "2", "3", "2", None])
+    row = the_scorer(make_results(make_plan("s"), pairs, {"s": outcomes([1, 0, 1, 1, 0, 1])}))
+    found = {name: (number["estimate"], number["num_pairs"]) for name, number in row["numbers"].items()}
+    assert found == {
+        "accuracy": (pytest.approx(4 / 6), 6),
+        "accuracy, 1 change": (0.5, 2),
+        "accuracy, 2-3 changes": (pytest.approx(2 / 3), 3),
+    }
+    assert row["numbers"]["accuracy, 1 change"]["low"] < 0.1  # two pairs of one prompt say as much as one
+    row = the_scorer(make_results(make_plan("s"), make_pairs([0, 1]), {"s": outcomes([1, 0])}))
+    assert list(row["numbers"]) == ["accuracy"]
+
+
 def test_controls():
     given = [scored(0, 2, 1), scored(1, 2, 1), scored(2, 1, 1), scored(3, None, None)]
     flipped = [(9, 1), (0, 1), (0, 1), (2, 1)]
@@ -126,30 +141,6 @@ def test_controls():
     row = the_scorer(make_results(make_plan("s"), make_pairs(range(4)), {"s": records}))
     controls = {name: (found["estimate"], found["num_pairs"]) for name, found in row["controls"].items()}
     assert controls == {"flip": (0.5, 3), "image_only": (0.5, 3)}  # flip: same, opposite, a tie that is one no more
-
-
-def test_intervals_are_those_of_a_bootstrap_written_out():
-    rng = np.random.default_rng(4)
-    clusters = rng.integers(40, size=150)
-    values = (rng.random(150) < 0.3 + 0.5 * (clusters % 2)).astype(float)
-    drawn = []
-    members = [values[clusters == cluster] for cluster in np.unique(clusters)]
-    for _ in range(4000):
-        chosen = rng.integers(len(members), size=len(members))
-        drawn.append(np.concatenate([members[i] for i in chosen]).mean())
-    interval = share_interval(values, clusters)
-    assert interval.estimate == pytest.approx(values.mean())
-    assert (interval.low, interval.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.012)
-    alone = share_interval(values, np.arange(150))
-    assert interval.high - interval.low > 1.2 * (alone.high - alone.low)  # clusters here are alike inside
-
-
-def test_an_interval_does_not_collapse_where_all_is_right():
-    few = share_interval(np.ones(40), np.repeat(np.arange(4), 10))
-    many = share_interval(np.ones(40), np.arange(40))
-    assert few.estimate == few.high == 1 and few.low < many.low < 1
-    assert few.low == pytest.approx(4 / (4 + 1.959964**2))  # Wilson's lower end of 4 in 4
-    assert share_interval(np.zeros(0), np.zeros(0)) is None
 
 
 def test_p_values_are_uniform_where_scorers_are_alike():
@@ -188,8 +179,9 @@ def test_calibration_of_scores_that_are_drawn_as_they_say():
     rng = np.random.default_rng(2)
     num_pairs = 4000
     means, stds = rng.normal(size=(num_pairs, 2)), rng.uniform(0.3, 1.5, size=(num_pairs, 2))
-    drawn = rng.normal(means, stds)  # the truth: an image is better if its draw is higher
-    is_first = drawn[:, 0] > drawn[:, 1]
+    # the truth: each image draws its score, and of these the first is preferred as Bradley and Terry say
+    drawn = np.diff(rng.normal(means, stds))[:, 0]
+    is_first = rng.random(num_pairs) < expit(-drawn)
     order = np.where(is_first, 0, 1)[:, None]
     order = np.concatenate([order, 1 - order], axis=1)
     means, stds = np.take_along_axis(means, order, 1), np.take_along_axis(stds, order, 1)
@@ -203,13 +195,14 @@ def test_calibration_of_scores_that_are_drawn_as_they_say():
         assert sum(bin["num_pairs"] for bin in row["calibration"]["bins"]) == num_pairs
         return row["calibration"]
 
-    right, sure = calibration(1), calibration(0.3)
-    assert right["error"] < 0.03 and sure["error"] > 0.1
+    right, sure, unsure = calibration(1), calibration(0.01), calibration(5)
+    assert right["error"] < 0.03 and sure["error"] > 0.04 and unsure["error"] > 0.1
     for found in right["bins"]:
         assert found["observed"] == pytest.approx(found["predicted"], abs=4 * 0.5 / np.sqrt(found["num_pairs"]))
     certain = [scored(0, 1.0, 0.0, std=(0.0, 0.0)), scored(1, 0.0, 1.0, std=(0.0, 0.0))]
     row = the_scorer(make_results(make_plan("s"), make_pairs(range(2)), {"s": certain}))
-    assert row["calibration"] == {"bins": [{"predicted": 1.0, "observed": 0.5, "num_pairs": 2}], "error": 0.5}
+    [found] = row["calibration"]["bins"]
+    assert found == {"predicted": pytest.approx(expit(1)), "observed": 0.5, "num_pairs": 2}
 
 
 def test_examples_are_the_worst_and_the_best():

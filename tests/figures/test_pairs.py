@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from trl_spatial.demo.reward_model import scored_pair
-from trl_spatial.evaluation.pairs import PairScores
+from trl_spatial.evaluation.pair_tables import PairScores
 from trl_spatial.figures.pairs import RIGHT, WRONG, ScoredPair, draw_pairs
 
 
@@ -76,3 +76,13 @@ def test_the_demo_draws_every_pair_with_its_own_scores():
     pair = scored_pair(row, scores, 1)
     assert (pair.chosen_score, pair.rejected_score) == ((1.0, 3.0), (5.0, 7.0))
     assert (pair.chosen, pair.rejected) == (PAIR.chosen, PAIR.rejected)
+
+
+def test_a_sheet_shows_images_of_its_size_as_they_are():
+    noise = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+    pair = replace(PAIR, chosen=Image.fromarray(noise))
+    sheet = np.asarray(draw_pairs([pair] * 3, title="", image_size=64))
+    corners = np.argwhere((sheet[:-63, :-63] == noise[0, 0]).all(axis=2))
+    assert sum((sheet[y : y + 64, x : x + 64] == noise).all() for y, x in corners) == 3
+    with pytest.raises(ValueError, match="nothing to draw"):
+        draw_pairs([], title="")

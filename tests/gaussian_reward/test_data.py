@@ -10,7 +10,12 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
 from trl_spatial.data import validate_splits
-from trl_spatial.gaussian_reward.data import DataCollatorForSpatialPreference, PreferencePairs, prepare_pairs
+from trl_spatial.gaussian_reward.data import (
+    DataCollatorForSpatialPreference,
+    PreferencePairs,
+    RowSampler,
+    prepare_pairs,
+)
 
 
 FORMS = ["pil", "bytes", "dictionary of bytes", "dictionary of path", "path", "Image", "Image of paths"]
@@ -326,6 +331,26 @@ def test_pairs_and_collator_travel_to_spawned_workers(processor):
     here = DataCollatorForSpatialPreference(processor)([pairs[0], pairs[1]])
     there = collator_there([pairs_there[0], pairs_there[1]])
     assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+def test_rows_come_in_random_order_each_followed_by_its_reverse():
+    sampler = RowSampler(50, seed=1)
+    first, again = list(sampler), list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert first == again != second and len(sampler) == 100
+    for order in (first, second):
+        assert sorted(order) == list(range(100)) != order
+        assert all(order[i] % 2 == 0 and order[i + 1] == order[i] + 1 for i in range(0, 100, 2))
+
+
+@pytest.mark.parametrize("kind", ["map", "stream"])
+def test_a_pair_and_its_reverse_share_their_images(processor, kind):
+    pairs = prepare_pairs(as_dataset(rows_with_reverse(), kind), processor)
+    batch = DataCollatorForSpatialPreference(processor)(list(pairs))
+    assert batch["image_index"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 1, 0, 3, 2, 5, 4, 7, 6]
+    assert len(batch["image_grid_thw"]) == 8
+    assert len(batch["pixel_values"]) == batch["image_grid_thw"].prod(-1).sum()
 
 
 # Change of row 2, and whether the row can be used then.

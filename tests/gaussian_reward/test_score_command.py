@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 from PIL import Image
+from transformers import Qwen2_5_VLModel
+from transformers.utils import is_flash_attn_2_available
 
 from trl_spatial.gaussian_reward.scoring import SpatialScore
 from trl_spatial.scripts.score import main, make_parser
@@ -46,3 +48,35 @@ def test_bad_rows_are_listed_and_an_interrupted_run_continues(make_reward_model,
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "another", "image": "other.png"}))
     with pytest.raises(ValueError, match="holds other rows"):
         main(*make_parser().parse_args_and_config(command))
+
+
+def test_the_attention_function_is_the_one_that_is_asked_for(
+    make_reward_model, processor, prompts, images, tmp_path, monkeypatch
+):
+    expected = SpatialScore(make_reward_model(), processor).score(prompts[:1], images[:1])
+    SpatialScore(make_reward_model(), processor).save_pretrained(tmp_path / "model")
+    images[0].save(tmp_path / "0.png")
+    command = ["--model", str(tmp_path / "model"), "--prompt", prompts[0], str(tmp_path / "0.png"), "--json"]
+    used = set()
+    call = Qwen2_5_VLModel.__call__
+    monkeypatch.setattr(
+        Qwen2_5_VLModel,
+        "__call__",
+        lambda model, *args, **kwargs: (
+            used.add(model.config.text_config._attn_implementation) or call(model, *args, **kwargs)
+        ),
+    )
+    for name in ("eager", "sdpa"):
+        used.clear()
+        main(
+            *make_parser().parse_args_and_config(
+                [*command, "--attn_implementation", name, "--output", str(tmp_path / name)]
+            )
+        )
+        assert used == {name}
+        assert json.loads((tmp_path / name).read_text())["mean"] == pytest.approx(expected.mean[0], abs=1e-5)
+    with pytest.raises(SystemExit):
+        make_parser().parse_args_and_config([*command, "--attn_implementation", "quick"])
+    if not is_flash_attn_2_available():
+        with pytest.raises(ImportError, match="package for FlashAttention2"):
+            main(*make_parser().parse_args_and_config([*command, "--attn_implementation", "flash_attention_2"]))

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,14 +12,16 @@ import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import BitsAndBytesConfig, TrainerCallback
+from transformers import BitsAndBytesConfig, PreTrainedModel, TrainerCallback
 from trl import RewardConfig
 
 from tests.hub_stub import HubStub
 from tests.warm import run_python
 from trl_spatial.gaussian_reward.config import GaussianRewardConfig
+from trl_spatial.gaussian_reward.data import DataCollatorForSpatialPreference
 from trl_spatial.gaussian_reward.modeling import GaussianRewardModel, spatial_score_lora_config
 from trl_spatial.gaussian_reward.processing import load_processor
 from trl_spatial.gaussian_reward.scoring import SpatialScore
@@ -59,7 +62,14 @@ def make_trainer(backbone_folder, processor):
     """
 
     def make(output_dir, *, model=None, train_dataset=None, peft_config="lora", **config):
-        own = {"eval_dataset", "compute_metrics", "callbacks", "processing_class", "quantization_config"}
+        own = {
+            "eval_dataset",
+            "data_collator",
+            "compute_metrics",
+            "callbacks",
+            "processing_class",
+            "quantization_config",
+        }
         arguments = {"processing_class": processor} | {name: config.pop(name) for name in own & config.keys()}
         config = {
             "per_device_train_batch_size": 2,
@@ -263,7 +273,99 @@ def test_rewards_are_not_rounded_to_bfloat16(make_trainer, tmp_path):
         assert not np.array_equal(array, torch.from_numpy(array).bfloat16().float().numpy())
 
 
+def record_types(model):
+    """Types of the inputs and outputs of the adapters' matrices, as they are used."""
+    types = set()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "lora_" in name:
+            assert module.weight.dtype == torch.float32  # of which nothing is lost on the way to a scorer
+            module.register_forward_hook(lambda _, inputs, output: types.add((inputs[0].dtype, output.dtype)))
+    return types
+
+
+def test_a_checkpoint_scores_in_the_precision_of_training(make_trainer, make_image_text_model, tmp_path):
+    """The same numbers for the same batch, and in any batch those of the evaluation as far as bfloat16 goes."""
+    make_image_text_model("qwen2_5_vl").bfloat16().save_pretrained(tmp_path / "bf16")
+    trainer = make_trainer(tmp_path / "run", model=str(tmp_path / "bf16"), bf16=True, use_cpu=True, max_steps=3)
+    trainer.train()
+    trainer.save_model()
+    scorer = SpatialScore.from_pretrained(tmp_path / "run", device="cpu")
+    for model in (trainer.model, scorer.model):
+        types = record_types(model)
+        rows = make_rows(6)
+        batch = trainer.data_collator(rows)
+        with torch.no_grad(), trainer.autocast_smart_context_manager() if model is trainer.model else nullcontext():
+            output = model.eval()(**batch)
+        assert types == {(torch.bfloat16, torch.bfloat16)}
+        if model is trainer.model:
+            expected = output
+    assert torch.equal(output.mean, expected.mean) and torch.equal(output.log_std, expected.log_std)
+
+    predictions = trainer.predict(Dataset.from_list(rows)).predictions
+    prompts = [row["prompt"] for row in rows]
+    for half, column in enumerate(["chosen", "rejected"]):
+        mean, std = scorer.score(prompts, [row[column] for row in rows])
+        assert np.ptp(mean) > 0.1
+        np.testing.assert_allclose(predictions[2 * half], mean, atol=0.02)
+        np.testing.assert_allclose(np.exp(predictions[2 * half + 1]), std, atol=0.02)
+
+
+def test_adapters_keep_the_type_of_their_inputs_without_other_numbers(make_trainer, make_image_text_model, tmp_path):
+    """Oracle: PEFT's own way, to fp32 and back."""
+    make_image_text_model("qwen2_5_vl").bfloat16().save_pretrained(tmp_path / "bf16")
+    updates = []
+    for casts in (False, True):
+        gradients = Gradients()
+        trainer = make_trainer(
+            tmp_path / "run", model=str(tmp_path / "bf16"), bf16=True, use_cpu=True, callbacks=[gradients],
+            disable_dropout=True, logging_steps=1,
+        )  # fmt: skip
+        for module in trainer.model.modules():
+            if isinstance(module, BaseTunerLayer):
+                assert not module.cast_input_dtype_enabled
+                module.cast_input_dtype_enabled = casts
+        types = record_types(trainer.model)
+        trainer.train()
+        assert types == {
+            (torch.float32 if casts else torch.bfloat16, torch.bfloat16),
+            (torch.bfloat16, torch.bfloat16),
+        }
+        updates.append(gradients.updates[0] | {"loss": torch.tensor(trainer.state.log_history[0]["loss"])})
+    assert_equal_trees(*updates)
+
+
 # ---------------------------------------------------------------- what is trained
+
+
+def test_a_batch_of_reverse_pairs_encodes_every_image_once(make_trainer, tmp_path):
+    rows = make_dataset(6, perturbed_prompt=lambda row: f"a red {WORDS[row]} to the right of a blue lamp")
+    trainer = make_trainer(
+        tmp_path, train_dataset=rows, per_device_train_batch_size=4, num_train_epochs=2, max_steps=-1
+    )
+    sizes = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append((len(kwargs["input_ids"]), len(kwargs["image_grid_thw"]))),
+        with_kwargs=True,
+    )
+    trainer.train()
+    assert sizes == [(8, 4)] * 6
+
+
+@pytest.mark.parametrize("peft_config", ["lora", None])
+def test_pixels_of_bfloat16_train_bit_for_bit_as_those_of_float32(make_trainer, tmp_path, processor, peft_config):
+    states, dtypes = [], []
+    for collator in (None, DataCollatorForSpatialPreference(processor)):
+        trainer = make_trainer(
+            tmp_path, bf16=True, use_cpu=True, max_steps=2, eval_dataset=make_dataset(2), peft_config=peft_config,
+            data_collator=collator,
+        )  # fmt: skip
+        trainer.model.register_forward_pre_hook(
+            lambda module, args, kwargs: dtypes.append(kwargs["pixel_values"].dtype), with_kwargs=True
+        )
+        trainer.train()
+        states.append({"evaluated": torch.tensor(trainer.evaluate()["eval_loss"])} | trainable(trainer.model))
+    assert_equal_trees(*states)
+    assert set(dtypes[: len(dtypes) // 2]) == {torch.bfloat16} and set(dtypes[len(dtypes) // 2 :]) == {torch.float32}
 
 
 def test_head_learning_rate_is_that_of_head_and_reward_token(make_trainer, tmp_path):
@@ -274,6 +376,65 @@ def test_head_learning_rate_is_that_of_head_and_reward_token(make_trainer, tmp_p
     new = {name for name in before if ".head." in name or "reward_token" in name}
     assert moved and {name for name in moved if "weight" in name} == {name for name in new if "weight" in name}
     assert moved <= new
+
+
+def count_forwards(trainer):
+    """Forward passes of the first block of each tower, and whether the vision tower's output needs gradients, in a training."""
+    model = trainer.model.get_base_model()
+    counts, needs_gradients = {"vision": 0, "text": 0}, []
+    blocks = {"vision": model.backbone.visual.blocks[0], "text": model.backbone.language_model.layers[0]}
+    for name, block in blocks.items():
+
+        def count(module, inputs, name=name):
+            counts[name] += 1
+
+        getattr(block, "norm1" if name == "vision" else "input_layernorm").register_forward_pre_hook(count)
+    model.backbone.visual.register_forward_hook(
+        lambda module, inputs, output: needs_gradients.append(output.pooler_output.requires_grad)
+    )
+    trainer.train()
+    return counts, needs_gradients
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradients_stop_before_a_frozen_vision_tower(make_trainer, tmp_path, monkeypatch, use_reentrant):
+    """Oracle: transformers' own hooks, which send them through it, for nothing."""
+    updates, counted = [], []
+    for hooks in (GaussianRewardModel.enable_input_require_grads, PreTrainedModel.enable_input_require_grads):
+        monkeypatch.setattr(GaussianRewardModel, "enable_input_require_grads", hooks)
+        gradients = Gradients()
+        trainer = make_trainer(
+            tmp_path,
+            callbacks=[gradients],
+            gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
+            disable_dropout=True,
+            logging_steps=1,
+        )
+        assert trainer.args.gradient_checkpointing
+        counted.append(count_forwards(trainer))
+        updates.append(gradients.updates[0] | {"loss": torch.tensor(trainer.state.log_history[0]["loss"])})
+    assert counted[0] == ({"vision": 1, "text": 2}, [False])
+    assert counted[1] == ({"vision": 2, "text": 2}, [True])
+    assert_equal_trees(*updates)
+    assert sum("lora_" in name for name in updates[0]) == 2 * 2 * 7
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_vision_tower_with_adapters_trains(make_trainer, tmp_path, use_reentrant):
+    config = spatial_score_lora_config(4, 8)
+    config.target_modules = r".*visual\.blocks\..*\.(qkv|proj)"
+    gradients = Gradients()
+    trainer = make_trainer(
+        tmp_path,
+        peft_config=config,
+        callbacks=[gradients],
+        gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
+    )
+    before = trainable(trainer.model)
+    counts, needs_gradients = count_forwards(trainer)
+    assert (counts, needs_gradients) == ({"vision": 2, "text": 2}, [True])
+    moved = [name for name, param in trainable(trainer.model).items() if not torch.equal(param, before[name])]
+    assert sum("lora_B" in name for name in moved) == 2 * 2  # of two blocks
 
 
 @pytest.mark.parametrize("disable", [None, True])

@@ -58,7 +58,9 @@ def test_images_that_are_the_same_tell_no_more_than_one():
     once = summarize_checks(checks, np.arange(30))["spatial_accuracy"]
     repeated = [check for check in checks for _ in range(4)]
     prompts = np.arange(30).repeat(4)
-    assert summarize_checks(repeated, prompts)["spatial_accuracy"] == once
+    shared = summarize_checks(repeated, prompts)["spatial_accuracy"]
+    # a bootstrap, and Wilson's
+    assert (shared.low, shared.high) == pytest.approx((once.low, once.high), abs=0.03)
     independent = summarize_checks(repeated)["spatial_accuracy"]
     assert independent.high - independent.low < 0.7 * (once.high - once.low)
 

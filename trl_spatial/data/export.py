@@ -8,15 +8,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import yaml
 from datasets import Dataset, DatasetDict, Image
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image as PILImage
 
 from ..figures.pairs import ScoredPair, draw_pairs
-from ..hub.cards import PAPER, SAMPLES_FILE, card_template
+from ..hub.cards import PAPER, SAMPLES_FILE, card_template, task_id
 from ..hub.errors import call_with_retries, explain_errors
 from ..hub.upload import create_repository, push_files
+from ..preferences import benchmark
 from ..preferences.columns import COLUMNS, IMAGE_COLUMNS
 from ..preferences.faults import shorten
 from ..preferences.files import check_paths
@@ -26,6 +28,7 @@ from .validation import ValidationReport, validate_splits
 
 
 PLOT_FILE = "statistics.png"
+EVAL_FILE = "eval.yaml"
 NUM_SAMPLES = 4
 _SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6), ("1M<n<10M", 10**7))
 
@@ -133,8 +136,9 @@ def card_files(
     written: Mapping[str, Any] | None = None,
 ) -> dict[str, Path | bytes]:
     """
-    The card of a dataset with its pictures: name in the repository → content. `notes` are sections on how the dataset was made, as
-    Markdown; `written` is front matter that is there already: which files are which split.
+    The card of a dataset with its pictures and, if it has the split `benchmark`, `eval.yaml`: name in the repository → content.
+    `notes` are sections on how the dataset was made, as Markdown; `written` is front matter that is there already: which files are
+    which split.
     """
     written = dict(written or {})
     pictures: dict[str, Path | bytes] = {SAMPLES_FILE: _png(_draw_samples(next(iter(splits.values()))))}
@@ -161,12 +165,33 @@ def card_files(
         no_shared_prompts=not any(finding.kind == "shared_prompt" for finding in report.findings),
         columns=[_describe_column(name, feature) for name, feature in features.items()],
         generators=sorted({name for part in report.statistics.values() for name in part.counts["generators"]}),
+        benchmark=benchmark.SPLIT if benchmark.SPLIT in splits else None,
         samples=SAMPLES_FILE,
         plot=PLOT_FILE if PLOT_FILE in pictures else None,
         notes=notes,
         paper=PAPER,
     )
-    return {"README.md": str(card).encode(), **pictures}
+    files = {"README.md": str(card).encode(), **pictures}
+    if benchmark.SPLIT in splits:
+        files[EVAL_FILE] = _describe_benchmark(dataset_id, config_name, len(splits[benchmark.SPLIT]))
+    return files
+
+
+def _describe_benchmark(dataset_id: str, config_name: str, num_pairs: int) -> bytes:
+    """
+    What the Hub reads to show results on a dataset as leaderboards. It names no `evaluation_framework`, as the Hub's list of them
+    does not have this package.
+    """
+    content = {
+        "name": dataset_id.split("/")[-1],
+        "description": f"How often a scorer prefers the image that shows what the prompt says about where things are: {num_pairs:,} "
+        "pairs, with trl_spatial evaluate pairs.",
+        "tasks": [
+            {"id": task_id(number, benchmark.SPLIT), "config": config_name, "split": benchmark.SPLIT}
+            for number in benchmark.NUMBERS
+        ],
+    }
+    return yaml.safe_dump(content, sort_keys=False, width=120).encode()
 
 
 def _metadata(repo_id: str) -> dict[str, Any]:

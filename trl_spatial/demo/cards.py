@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..evaluation.pairs import PairScores
+from ..evaluation.pair_tables import PairScores
 from ..figures.pairs import draw_pairs
 from ..hub.cards import SAMPLES_FILE, Card, Result
 from .reward_model import scored_pair

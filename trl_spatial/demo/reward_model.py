@@ -1,21 +1,23 @@
 """SpatialScore in the demo: training on pairs of rendered scenes, evaluation on held-out pairs."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 
-from .. import GaussianRewardConfig, GaussianRewardTrainer, SpatialScore
-from ..evaluation.pairs import PairScores, accuracy_table, score_pairs
+from .. import GaussianRewardConfig, GaussianRewardTrainer
+from ..evaluation.pair_run import PairRun, read_run, replay_pairs
+from ..evaluation.pair_set import PairSet
+from ..evaluation.pair_tables import PairScores, latest, scores_of, values_of
+from ..evaluation.scorers import PairScorer
 from ..figures.pairs import ScoredPair, draw_pairs
 from ..gaussian_reward import spatial_score_lora_config
-from ..gaussian_reward.losses import preference_probability
 from ..scenes import describe_changes, make_preference_dataset
-from ..statistics import accuracy_interval, expected_calibration_error, reliability_bins
+from ..statistics import share_interval
 from ..store import is_complete
 from .report import save_image
 
@@ -41,7 +43,7 @@ def load_pairs(folder: Path, num_pairs: int, *, split: str, seed: int) -> Datase
 
 def train_reward_model(
     dataset: Dataset, output_dir: Path, *, max_steps: int, seed: int, objective: str | None = None
-) -> SpatialScore:
+) -> None:
     """
     Train a reward model from the tiny backbone, or continue an interrupted training; `output_dir` holds checkpoints and the model.
     `objective` is that of the loss, by default [`GaussianRewardConfig`]'s.
@@ -71,45 +73,54 @@ def train_reward_model(
         )
         trainer.train(resume_from_checkpoint=True)
         trainer.save_model()
-    return SpatialScore.from_pretrained(output_dir)
 
 
-def measure(scorer: SpatialScore, dataset: Dataset) -> tuple[dict[str, Any], PairScores]:
+def score_pairs(scorer: PairScorer, dataset: Dataset, folder: Path, controls: Sequence[str] = ()) -> PairScores:
     """
-    Evaluate a reward model on held-out pairs from [`~scenes.make_preference_dataset`]: accuracies with intervals, calibration and the
-    flip test, as JSON; and the scores.
+    Score held-out pairs as `trl_spatial evaluate pairs` does, into a folder, which is begun anew. `controls` are names of
+    [`~evaluation.pair_controls.CONTROLS`].
     """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    run = PairRun(folder, PairSet(dataset, folder.name))
+    run.measure(scorer.name, scorer, controls, batch_size=64)
+    _, pairs, records = read_run(folder)
+    scores = scores_of(latest(records[scorer.name]), [pair["pair"] for pair in pairs])
+    if num_missing := int(np.isnan(scores.margin).sum()):
+        raise ValueError(f"{num_missing} of {len(pairs)} pairs have no score: the records in {folder} say why.")
+    return scores
 
-    def score(prompts, images):
-        return scorer.score(prompts, images, batch_size=128)
 
-    scores, mirrored = score_pairs(score, dataset), score_pairs(score, dataset, is_mirrored=True)
-    probability = preference(scores)
-    bins = reliability_bins(probability)
+def measure(scorer: PairScorer, dataset: Dataset, folder: Path) -> tuple[dict[str, Any], PairScores]:
+    """
+    Evaluate a reward model on held-out pairs from [`~scenes.make_preference_dataset`], in a folder: accuracies with intervals,
+    calibration and the flip test, as JSON; and the scores.
+    """
+    scores = score_pairs(scorer, dataset, folder, ["flip"])
+    [row] = replay_pairs(folder)["scorers"]
+    _, pairs, records = read_run(folder)
+    mirrored, _ = values_of(latest(records[scorer.name]), [pair["pair"] for pair in pairs], "flip")
+    groups = {
+        grouping: {group["name"]: _as_interval(group) for group in row["groups"][grouping]}
+        for grouping in ("level", "relation", "operation")
+    }
     results = {
-        "accuracy": {
-            group: {name: {**asdict(row.accuracy), "num_pairs": row.num_pairs} for name, row in rows.items()}
-            for group, rows in accuracy_table(scores, dataset).items()
-        },
-        "expected_calibration_error": expected_calibration_error(probability),
+        "accuracy": {"all": {"all": row["accuracy"] | {"num_pairs": row["num_pairs"]}}} | groups,
+        "expected_calibration_error": row["calibration"]["error"],
         "reliability": [
-            {"confidence": float(confidence), "accuracy": float(accuracy), "num_pairs": int(count)}
-            for confidence, accuracy, count in zip(bins.confidence, bins.accuracy, bins.counts, strict=True)
-            if count
+            {"confidence": bin["predicted"], "accuracy": bin["observed"], "num_pairs": bin["num_pairs"]}
+            for bin in row["calibration"]["bins"]
         ],
         "flip_test": {
-            "same_order": asdict(accuracy_interval(np.sign(scores.margin) == np.sign(mirrored.margin))),
-            "accuracy": asdict(accuracy_interval(mirrored.correct)),
+            "same_order": row["controls"]["flip"],
+            "accuracy": asdict(share_interval(mirrored, [pair["cluster"] for pair in pairs])),
         },
     }
     return results, scores
 
 
-def preference(scores: PairScores) -> np.ndarray:
-    """P(chosen ≻ rejected) of every pair, `(num_pairs,)`."""
-    fields = (scores.chosen_mean, scores.chosen_std, scores.rejected_mean, scores.rejected_std)
-    chosen_mean, chosen_std, rejected_mean, rejected_std = (torch.as_tensor(values).float() for values in fields)
-    return preference_probability(chosen_mean, chosen_std.log(), rejected_mean, rejected_std.log()).numpy()
+def _as_interval(group: dict[str, Any]) -> dict[str, Any]:
+    return {"estimate": group["accuracy"], **{name: group[name] for name in ("low", "high", "num_pairs")}}
 
 
 def save_examples(dataset: Dataset, scores: PairScores, output_dir: Path, num_pairs: int = 8) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from datasets import Dataset
 
 from .. import SpatialScore
 from ..diffusion_grpo.reward_functions import RewardFunction
+from ..evaluation.scorers.spatialscore import SpatialScorer
 from ..judges.scenes import check_images
 from ..store import Stages, write_record
 from . import generator, reward_model
@@ -112,7 +113,8 @@ def _train_reward_model(settings: DemoSettings, output_dir: Path) -> None:
 
 def _measure_reward_model(settings: DemoSettings, output_dir: Path) -> dict[str, Any]:
     pairs = _load_pairs(settings, output_dir, "test")
-    results, scores = reward_model.measure(SpatialScore.from_pretrained(output_dir / "reward"), pairs)
+    scorer = SpatialScorer(str(output_dir / "reward"))
+    results, scores = reward_model.measure(scorer, pairs, output_dir / "measured_pairs")
     update_reward_card(output_dir / "reward", results, pairs, scores)
     return results | {"examples": reward_model.save_examples(pairs, scores, output_dir)}
 

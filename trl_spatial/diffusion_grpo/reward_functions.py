@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..statistics import bootstrap_interval
+
 
 # prompts, images, **columns → one number or None per image
 RewardFunction = Callable[..., Sequence[float | None] | torch.Tensor | np.ndarray]
@@ -154,6 +156,27 @@ def reward_metrics(rewards: torch.Tensor, combined: torch.Tensor, names: Sequenc
         metrics |= _mean_and_std(column, f"rewards/{name}/mean", f"rewards/{name}/std")
         metrics[f"rewards/{name}/frac_none"] = column.isnan().float().mean().item()
     return metrics
+
+
+def reward_intervals(
+    rewards: torch.Tensor, combined: torch.Tensor, names: Sequence[str], prompts: Sequence[str]
+) -> dict[str, float]:
+    """
+    Ends of the 95 % intervals of the means of [`reward_metrics`], of images with the `prompts`, `n` of them: `reward_low` and
+    `reward_high` of the sum, `rewards/<name>/low` and `rewards/<name>/high` of each function. Whole prompts are drawn. Left out
+    where fewer than two prompts have a reward.
+    """
+    intervals: dict[str, float] = {}
+    for values, prefix in (
+        (combined, "reward_"),
+        *((column, f"rewards/{name}/") for name, column in zip(names, rewards.unbind(dim=1), strict=True)),
+    ):
+        known = ~values.isnan().numpy()
+        keys = np.asarray(prompts)[known]
+        if len(set(keys.tolist())) > 1:
+            interval = bootstrap_interval(values.double().numpy()[known], keys, rng=np.random.default_rng(0))
+            intervals |= {f"{prefix}low": interval.low, f"{prefix}high": interval.high}
+    return intervals
 
 
 def _mean_and_std(values: torch.Tensor, mean_name: str, std_name: str) -> dict[str, float]:

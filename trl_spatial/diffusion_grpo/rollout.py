@@ -99,11 +99,12 @@ def sample_rollout(
         rows = slice(start, start + batch_size)
         batch_embeds = {name: tensor[rows] for name, tensor in embeds.items()}
         latents = policy.prepare_latents(generators[rows], options)  # (n, image_seq_len, num_channels)
+        device_sigmas = sigmas.to(latents.device)  # moved once, where every step would move its own
         before = latents.new_empty(len(latents), len(trained_steps), *latents.shape[1:])
         after, log_probs = torch.empty_like(before), before.new_empty(before.shape[:2])
         for step in range(num_steps):
             output = sde_step(
-                policy.predict_velocity(transformer, latents, sigmas[step], batch_embeds, options),
+                policy.predict_velocity(transformer, latents, device_sigmas[step], batch_embeds, options),
                 latents,
                 sigmas[step],
                 sigmas[step + 1],

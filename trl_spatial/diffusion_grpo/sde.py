@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 
-DYNAMICS = ("flow_sde", "dance_sde", "cps")
+DYNAMICS = ("flow_sde", "dance_sde", "cps", "precise")
 
 
 @dataclass
@@ -75,6 +75,11 @@ def sde_step(
               \\( t' \sin(a \pi / 2) \\) with \\( a \\) in `[0, 1]`, of
               [Coefficients-preserving sampling](https://huggingface.co/papers/2509.05952). Leaves exactly as much noise
               as `sigma_next` says, but narrows the law of the latents.
+            - `"precise"`: mean \\( (1 - t') \hat{x}_0 + t' r^{a^2 / 2} \hat{e} \\) and std
+              \\( t' \sqrt{1 - r^{a^2}} \\) with \\( r = \frac{t' (1 - t)}{t (1 - t')} \\), of
+              [Precise](https://huggingface.co/papers/2605.23522). The process of `"flow_sde"`, solved exactly for a fixed
+              \\( \hat{x}_0 \\): it leaves exactly as much noise as `sigma_next` says, and draws all noise anew in the
+              first step.
         sigma_max (`float` or `torch.Tensor` of shape `()` or `(batch_size,)`, *optional*):
             For the first step of `"flow_sde"`, where sigma is 1 and \\( g \\) infinite: the schedule's second sigma,
             which takes the place of \\( t \\) in the denominator, so that the std is the noise level whatever the
@@ -123,16 +128,17 @@ def sde_step(
             "and has no density: score only the stochastic steps."
         )
 
-    def to_latents(weights: torch.Tensor) -> torch.Tensor:
-        return weights.to(latents).view(-1, *[1] * (latents.ndim - 1))  # (batch_size, 1, 1)
-
-    mean = to_latents(transition.latents_weight) * latents + to_latents(transition.velocity_weight) * velocity
-    std = to_latents(transition.std)
+    # Moved to the latents together: each move from the CPU's memory by itself would wait for the device.
+    weights = _move(transition.stack(), latents.device).view(5, -1, *[1] * (latents.ndim - 1))
+    latents_weight, velocity_weight, std, double_variance, log_density_at_mean = weights  # (batch_size, 1, 1) each
+    mean = latents_weight * latents + velocity_weight * velocity
     if next_latents is None:
         next_latents = (mean + std * _noise(latents, generator) if transition.std.any() else mean).detach()
     next_latents = next_latents.to(mean)
-    log_probs = _mean_log_density(next_latents, mean, transition.std)
-    return SDEStepOutput(next_latents, mean, transition.std.to(mean), log_probs)
+    squared_error = (next_latents - mean).square().flatten(1).mean(1)  # (batch_size,)
+    std = std.flatten()
+    log_probs = log_density_at_mean.flatten() - squared_error / double_variance.flatten()
+    return SDEStepOutput(next_latents, mean, std, log_probs.masked_fill(std == 0, 0))
 
 
 def sde_window(
@@ -212,6 +218,15 @@ class _Transition:
     velocity_weight: torch.Tensor
     std: torch.Tensor
 
+    def stack(self) -> torch.Tensor:
+        """
+        Its three fields, twice the variance, and the log-density at the mean: `(5, batch_size)` in float32. A step without
+        noise has no density; its last two rows are those of any std, which keeps the gradient of its log-prob finite.
+        """
+        std = torch.where(self.std == 0, 1, self.std)
+        constant = -std.log() - math.log(2 * math.pi) / 2
+        return torch.stack([self.latents_weight, self.velocity_weight, self.std, 2 * std.square(), constant]).float()
+
 
 def _transition(
     t: torch.Tensor, t_next: torch.Tensor, t_max: torch.Tensor, noise_level: float, dynamics: str
@@ -223,7 +238,13 @@ def _transition(
     if noise_level == 0:  # Euler in all dynamics; Flow-SDE's diffusion would be 0 * inf in the first step
         return _reverse_sde(t, t_next, torch.zeros_like(t))
     if dynamics == "cps":
-        return _coefficients_preserving(t, t_next, noise_level)
+        kept = torch.full_like(t, math.cos(noise_level * math.pi / 2))
+        return _coefficients_preserving(t, t_next, kept, t_next * math.sin(noise_level * math.pi / 2))
+    if dynamics == "precise":
+        log_kept = (
+            noise_level**2 / 2 * (t_next * (1 - t) / (t * (1 - t_next))).log()
+        )  # -inf in the first and last step
+        return _coefficients_preserving(t, t_next, log_kept.exp(), t_next * (-(2 * log_kept).expm1()).sqrt())
     if dynamics == "dance_sde":
         return _reverse_sde(t, t_next, torch.full_like(t, noise_level**2))
     # sigmas fall, so that the minimum replaces the t of the first step and of no other, without comparing floats for
@@ -243,14 +264,12 @@ def _reverse_sde(t: torch.Tensor, t_next: torch.Tensor, squared_diffusion: torch
     return _Transition(1 - score_weight, -h - score_weight * (1 - t), (squared_diffusion * h).sqrt())
 
 
-def _coefficients_preserving(t: torch.Tensor, t_next: torch.Tensor, noise_level: float) -> _Transition:
+def _coefficients_preserving(
+    t: torch.Tensor, t_next: torch.Tensor, kept: torch.Tensor, std: torch.Tensor
+) -> _Transition:
     clean_weight = 1 - t_next  # of x - t v, the predicted image
-    noise_weight = t_next * math.cos(noise_level * math.pi / 2)  # of x + (1 - t) v, the predicted noise
-    return _Transition(
-        clean_weight + noise_weight,
-        noise_weight * (1 - t) - clean_weight * t,
-        t_next * math.sin(noise_level * math.pi / 2),
-    )
+    noise_weight = t_next * kept  # of x + (1 - t) v, the predicted noise
+    return _Transition(clean_weight + noise_weight, noise_weight * (1 - t) - clean_weight * t, std)
 
 
 def _noise(latents: torch.Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> torch.Tensor:
@@ -268,16 +287,12 @@ def _noise(latents: torch.Tensor, generator: torch.Generator | Sequence[torch.Ge
         )
         for one in generators
     ]
-    return torch.cat([image.to(latents) for image in noise])  # (batch_size, image_seq_len, num_channels)
+    return _move(torch.cat(noise), latents.device)  # (batch_size, image_seq_len, num_channels)
 
 
-def _mean_log_density(next_latents: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    # a deterministic step has no density: any std keeps the gradient of its 0 finite
-    is_deterministic = (std == 0).to(mean.device)
-    std = torch.where(std == 0, 1, std)
-    squared_error = (next_latents - mean).square().flatten(1).mean(1)  # (batch_size,)
-    constant = (std.log() + math.log(2 * math.pi) / 2).to(mean)
-    return (-squared_error / (2 * std.square()).to(mean) - constant).masked_fill(is_deterministic, 0)
+def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    # CUDA has read pageable memory before this returns: nothing has to wait until it is done.
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def _per_image(sigma: float | torch.Tensor, name: str, batch_size: int) -> torch.Tensor:

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..scenes import parse_description
-from .pairs import mirror_prompt
+from ..scenes import describe_scene, mirror, parse_description
 
 
 GIVEN = "given"  # the pairs as they are
@@ -79,12 +78,18 @@ def exchange_sides(text: str) -> str:
 
 
 def mirror_text(prompt: str) -> str:
-    """The prompt of the mirrored image: exact for descriptions of flat scenes, by [`exchange_sides`] for any other."""
+    """
+    The prompt of the mirrored image: for a description of a flat scene that of the mirrored scene, of the same length and worded
+    anew; [`exchange_sides`] of any other.
+    """
     try:
-        is_scene = bool(parse_description(prompt).entities)
+        graph = parse_description(prompt)
     except ValueError:
-        is_scene = False
-    return mirror_prompt(prompt) if is_scene else exchange_sides(prompt)
+        return exchange_sides(prompt)
+    if not graph.entities:
+        return exchange_sides(prompt)
+    is_long = prompt.count(".") > len(graph.relations)
+    return describe_scene(mirror(graph), seed=len(prompt), length="long" if is_long else "short")
 
 
 def swap_prompts(prompts: Sequence[str], clusters: Sequence[int], rng: np.random.Generator) -> list[str] | None:

@@ -21,6 +21,7 @@ from .pair_controls import GIVEN
 from .pair_set import PairSet
 from .pair_tables import latest, make_results
 from .pair_text import describe_pairs
+from .sharing import write_shared_pairs
 
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class PairRun:
             pairs.check()
             (folder / PAIRS_FILE).unlink(missing_ok=True)
             RecordLog(folder / PAIRS_FILE).append(pairs.records())
-            self.plan = now | {"scorers": {}}
+            self.plan = now | {"dataset_id": pairs.dataset_id, "split": pairs.split, "scorers": {}}
             write_record(folder / PLAN_FILE, self.plan)
         self._prompts = [record["prompts"] for record in RecordLog(folder / PAIRS_FILE)]
 
@@ -293,7 +294,8 @@ def replay_pairs(folder: Path) -> dict[str, Any]:
 
     Args:
         folder (`Path`):
-            The folder of the run. `results.json` and `results.md` are written there.
+            The folder of the run. `results.json` and `results.md` are written there, and for each scorer what its model's repository
+            takes: see [`~evaluation.sharing.write_shared_pairs`].
 
     Returns:
         `dict`: See [`~evaluation.pair_tables.make_results`].
@@ -304,6 +306,7 @@ def replay_pairs(folder: Path) -> dict[str, Any]:
     results = make_results(*read_run(folder))
     write_record(folder / RESULTS_FILE, results)
     write_atomically(folder / TABLES_FILE, describe_pairs(results))
+    write_shared_pairs(folder, results)
     return results
 
 

@@ -16,7 +16,6 @@ from ..preferences.prompts import clean_prompt
 from ..preferences.rows import find_faults, look_at_image
 from ..scenes import describe_changes
 from .pair_controls import CONTROLS, GIVEN, prompts_of
-from .pairs import relation_of
 
 
 # Pairs that differ in nothing else have a column of their own: what people call the worst errors, and judges see worst.
@@ -37,12 +36,23 @@ class PairSet:
             Number of pairs. If not set, all.
         folder (`Path`, *optional*):
             Where relative paths of images start. If not set, at the current folder.
+        dataset_id (`str`, *optional*), split (`str`, *optional*):
+            Its repository on the Hub, and its split there.
 
     Raises:
         `ValueError`: If there is no pair, a column is missing or of a wrong type, or a prompt cannot be used.
     """
 
-    def __init__(self, dataset: Dataset, name: str, *, limit: int | None = None, folder: Path | None = None):
+    def __init__(
+        self,
+        dataset: Dataset,
+        name: str,
+        *,
+        limit: int | None = None,
+        folder: Path | None = None,
+        dataset_id: str | None = None,
+        split: str | None = None,
+    ):
         pick_columns(dataset.features, False, name)
         for column in IMAGE_COLUMNS:
             if isinstance(dataset.features[column], Image):
@@ -53,6 +63,9 @@ class PairSet:
         if len(self.rows) == 0:
             raise ValueError(f"{name} has no rows.")
         self.name, self.folder = name, folder or Path()
+        # of a part of the split, nothing is said on the Hub
+        self.dataset_id = dataset_id if len(self.rows) == len(dataset) else None
+        self.split = split
         self.prompts = []
         for row, prompt in enumerate(self.rows["prompt"]):
             try:
@@ -142,6 +155,11 @@ def change_groups(level: int | None, operations: Sequence[Mapping[str, Any]]) ->
         if relations and relations <= members:
             groups["orientation"] = name
     return groups
+
+
+def relation_of(changed: Mapping[str, Any] | str) -> str:
+    """Name of the relation `before` or `after` a change. Older datasets hold strings, as `left_of(red circle, blue square)`."""
+    return changed.partition("(")[0] if isinstance(changed, str) else changed["relation"]
 
 
 def find_clusters(prompts: Sequence[str], perturbed: Sequence[str | None]) -> list[int]:

@@ -1,20 +1,22 @@
 """Tables of a measurement of scorers, made from what it has recorded alone."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import numpy as np
-from scipy.special import ndtr
+import torch
 
+from ..gaussian_reward.losses import preference_probability
+from ..preferences.benchmark import NUMBERS
 from ..statistics import (
-    Interval,
-    accuracy_interval,
     bootstrap_interval,
     expected_calibration_error,
     holm,
     paired_permutation_test,
     reliability_bins,
+    share_interval,
 )
 from .mmrb2 import MMRB2, NUM_PAIRS
 from .pair_controls import CONTROLS, GIVEN
@@ -25,6 +27,32 @@ GROUPINGS = ("level", "relation", "operation", "orientation", "generator", "sour
 _NUM_EXAMPLES = 4  # of the worst pairs, and as many of the best
 _VALUES = {"chosen": 1.0, "tie": 0.5, "rejected": 0.0, None: 0.0}
 Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """
+    Mean and standard deviation of the scores of the two images of every pair, each of shape `(num_pairs,)`; NaN where there is
+    none.
+    """
+
+    chosen_mean: np.ndarray
+    chosen_std: np.ndarray
+    rejected_mean: np.ndarray
+    rejected_std: np.ndarray
+
+    @property
+    def margin(self) -> np.ndarray:
+        """Difference of the means, `(num_pairs,)`; positive where the order is right."""
+        return self.chosen_mean - self.rejected_mean
+
+    @property
+    def probability(self) -> np.ndarray:
+        """P(chosen ≻ rejected), `(num_pairs,)`, as models whose scores have a standard deviation are trained to give it."""
+        with np.errstate(divide="ignore"):  # a score may be certain
+            log_stds = np.log(self.chosen_std), np.log(self.rejected_std)
+        fields = (self.chosen_mean, log_stds[0], self.rejected_mean, log_stds[1])
+        return preference_probability(*(torch.from_numpy(values.astype(float)) for values in fields)).numpy()
 
 
 def make_results(plan: Record, pairs: Sequence[Record], records: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
@@ -43,8 +71,8 @@ def make_results(plan: Record, pairs: Sequence[Record], records: Mapping[str, Se
             Name of each scorer → its records. Of several on the same pair, the last counts.
 
     Returns:
-        `dict`: What `results.json` holds: `kind`, `dataset`, `num_pairs`, `scorers`, `differences` (the second minus the first),
-        `published`, `examples` (the worst, then the best).
+        `dict`: What `results.json` holds: `kind`, `dataset`, `dataset_id` and `split` if it is all of a split on the Hub, `num_pairs`,
+        `scorers`, `differences` (the second minus the first), `published`, `examples` (the worst, then the best).
     """
     clusters = np.array([pair["cluster"] for pair in pairs])
     answers = {spec: latest(found) for spec, found in records.items()}
@@ -53,6 +81,9 @@ def make_results(plan: Record, pairs: Sequence[Record], records: Mapping[str, Se
     return {
         "kind": "pairs",
         "dataset": plan["dataset"],
+        # runs of earlier versions do not say
+        "dataset_id": plan.get("dataset_id"),
+        "split": plan.get("split"),
         "num_pairs": len(pairs),
         "scorers": [
             _scorer_row(spec, facts, pairs, clusters, records[spec]) for spec, facts in plan["scorers"].items()
@@ -88,16 +119,15 @@ def values_of(
     return values, is_covered
 
 
-def share_interval(values: np.ndarray, clusters: np.ndarray) -> Interval | None:
-    """
-    Mean of values in `[0, 1]` with its 95 % interval over clusters; Wilson's, over the clusters, where all values are 0 or all
-    are 1, since a bootstrap would collapse. `None` if there are no values.
-    """
-    if len(values) == 0:
-        return None
-    if values.max() == 0 or values.min() == 1:
-        return accuracy_interval(np.full(len(np.unique(clusters)), values[0]))
-    return bootstrap_interval(values, clusters, rng=np.random.default_rng(0))
+def scores_of(answers: Mapping[tuple[str, str], Record], names: Sequence[str]) -> PairScores:
+    """The scores of the pairs with some names, as they are."""
+    rows = np.full((len(names), 4), np.nan)
+    for row, name in enumerate(names):
+        record = answers.get((name, GIVEN), {})
+        if _scores(record) is not None:
+            numbers = [record[side][number] for side in ("chosen", "rejected") for number in ("mean", "std")]
+            rows[row] = [np.nan if number is None else number for number in numbers]
+    return PairScores(*rows.T)
 
 
 def _scores(record: Record) -> tuple[float, float] | None:
@@ -115,12 +145,14 @@ def _scorer_row(
     num_asked = max(len(answers), 1)
     return {
         "name": spec,
+        "file": facts["file"],
         "trained_on": facts["trained_on"],
         "served_models": sorted({model for record in records for model in record["served_models"]}),
-        "accuracy": _ends(share_interval(values, clusters)),
+        "accuracy": _share(values, clusters),
         "num_pairs": len(pairs),
         "coverage": float(is_covered.mean()),
-        "covered_accuracy": _ends(share_interval(values[is_covered], clusters[is_covered])),
+        "covered_accuracy": _share(values[is_covered], clusters[is_covered]),
+        "numbers": _numbers(pairs, values, clusters),
         "failures": list(_failures(answers, names)),
         "groups": {grouping: _groups(grouping, pairs, values, clusters) for grouping in GROUPINGS},
         "controls": {control: _control(control, answers, names, clusters) for control in _asked_controls(answers)},
@@ -131,9 +163,11 @@ def _scorer_row(
     }
 
 
-def _ends(interval: Interval | None) -> dict[str, float | None]:
-    """An interval as JSON."""
-    return dict.fromkeys(("estimate", "low", "high")) if interval is None else dict(vars(interval))
+def _share(values: np.ndarray, clusters: np.ndarray) -> dict[str, float | None]:
+    """A share with its interval as JSON, `None` if there are no values."""
+    if len(values) == 0:
+        return dict.fromkeys(("estimate", "low", "high"))
+    return dict(vars(share_interval(values, clusters)))
 
 
 def _failures(answers: Mapping[tuple[str, str], Record], names: Sequence[str]) -> Iterable[dict[str, Any]]:
@@ -163,10 +197,21 @@ def _groups(grouping: str, pairs: Sequence[Record], values: np.ndarray, clusters
     for name in sorted(set(group_of.tolist()) - {""}):
         members = group_of == name
         interval = share_interval(values[members], clusters[members])
-        assert interval is not None  # a group has members
         ends = {"accuracy": interval.estimate, "low": interval.low, "high": interval.high}
         rows.append({"name": name} | ends | {"num_pairs": int(members.sum())})
     return rows
+
+
+def _numbers(pairs: Sequence[Record], values: np.ndarray, clusters: np.ndarray) -> dict[str, dict[str, Any]]:
+    """The numbers that scorers are compared by; those without pairs are left out."""
+    level_of = np.array([int(pair["groups"].get("level", 0)) for pair in pairs])
+    numbers = {}
+    for name, levels in NUMBERS.items():
+        members = np.ones(len(pairs), dtype=bool) if levels is None else np.isin(level_of, list(levels))
+        if members.any():
+            share = _share(values[members], clusters[members])
+            numbers[name] = share | {"num_pairs": int(members.sum())}
+    return numbers
 
 
 def _asked_controls(answers: Mapping[tuple[str, str], Record]) -> list[str]:
@@ -182,30 +227,22 @@ def _control(
     if control == "flip":
         given, is_given = values_of(answers, names, GIVEN)
         values, is_covered = 1 - np.abs(values - given), is_covered & is_given
-    interval = share_interval(values[is_covered], clusters[is_covered])
-    return _ends(interval) | {"num_pairs": int(is_covered.sum())}
+    return _share(values[is_covered], clusters[is_covered]) | {"num_pairs": int(is_covered.sum())}
 
 
 def _calibration(answers: Mapping[tuple[str, str], Record], names: Sequence[str]) -> dict[str, Any] | None:
     """Of scores with a standard deviation: how often the order is right that they give a probability."""
-    probabilities = []
-    for name in names:
-        record = answers.get((name, GIVEN), {})
-        if (scores := _scores(record)) is None or None in (
-            stds := [record[side]["std"] for side in ("chosen", "rejected")]
-        ):
-            continue
-        margin, spread = scores[0] - scores[1], float(np.hypot(*stds))
-        probabilities.append(ndtr(margin / spread) if spread > 0 else (np.sign(margin) + 1) / 2)
-    if not probabilities:
+    probability = scores_of(answers, names).probability
+    known = probability[~np.isnan(probability)]
+    if len(known) == 0:
         return None
-    bins = reliability_bins(probabilities)
+    bins = reliability_bins(known)
     rows = [
         {"predicted": float(predicted), "observed": float(observed), "num_pairs": int(count)}
         for predicted, observed, count in zip(bins.confidence, bins.accuracy, bins.counts, strict=True)
         if count
     ]
-    return {"bins": rows, "error": expected_calibration_error(probabilities)}
+    return {"bins": rows, "error": expected_calibration_error(known)}
 
 
 def _order_consistency(answers: Mapping[tuple[str, str], Record], names: Sequence[str]) -> float | None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from ..hub.errors import call_with_retries, explain_errors
 from ..hub.references import Reference, UnknownReferenceError, find_reference
 from ..hub.safety import PICKLE_SUFFIXES, check_repository
-from .modeling import GaussianRewardModel, GaussianRewardModelConfig
+from .modeling import GaussianRewardModel, GaussianRewardModelConfig, keep_input_types
 from .processing import SpatialScoreProcessor
 from .weights import check_finite, check_types
 
@@ -178,6 +178,7 @@ def load_adapter(folder: Path, config: Any, backbone: str | Path | None, **loadi
             )
     check_finite(file, tensors.items())
     set_peft_model_state_dict(model, tensors)
+    keep_input_types(model)
     return model
 
 

@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftModel
 from transformers import AutoConfig, BitsAndBytesConfig
 
 from ..hub.references import find_reference
 from ..hub.safety import check_repository
+from ..training.machines import download_on_each_machine
 from .config import GaussianRewardConfig
 from .modeling import GaussianRewardModel, GaussianRewardModelConfig
 from .processing import SpatialScoreProcessor, load_processor
@@ -82,6 +84,9 @@ def _load_model(name: str, kwargs: dict[str, Any], *, reward_token_id: int, seed
             f"{name} holds an adapter. To train it further, pass the model with the adapter on it: "
             "`PeftModel.from_pretrained(GaussianRewardModel.from_backbone(...), adapter_folder, is_trainable=True)`."
         )
+    if not Path(name).exists():
+        patterns = ["*.json", "*.jinja", "*.safetensors", "*.txt"]
+        download_on_each_machine(lambda: snapshot_download(name, revision=kwargs["revision"], allow_patterns=patterns))
     config = AutoConfig.from_pretrained(name, revision=kwargs["revision"], trust_remote_code=False)
     if isinstance(config, GaussianRewardModelConfig):
         return GaussianRewardModel.from_pretrained(name, **kwargs)

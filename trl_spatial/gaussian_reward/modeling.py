@@ -5,14 +5,15 @@ deviation of a one-dimensional Gaussian score, as in SpatialScore
 ([papers/2602.24233](https://huggingface.co/papers/2602.24233)).
 """
 
-import copy
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -25,8 +26,11 @@ from transformers import (
 )
 from transformers.utils import ModelOutput, cached_file
 
-from ..hub.references import Reference, find_reference
+from ..hub.references import find_reference
 from ..hub.safety import check_repository
+from .patches import multiply_patches
+from .quantization import copy_loading_state, quantize_language_model_only
+from .shared_prefixes import encode_rows, use_shared_prefixes
 from .vision_attention import use_packed_sdpa
 from .weights import DAMAGED, check_finite, check_no_missing_keys, check_types
 
@@ -197,11 +201,19 @@ class GaussianRewardModel(PreTrainedModel):
         )
         embedding = RewardTokenEmbedding(self.backbone.get_input_embeddings(), config.reward_token_id)
         self.backbone.set_input_embeddings(embedding)
+        multiply_patches(self.backbone)
         use_packed_sdpa(self.backbone)
+        use_shared_prefixes(self.backbone)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         """The backbone initializes itself; the head keeps PyTorch's default, the reward token gets the mean row."""
+
+    def _autocast(self) -> AbstractContextManager:
+        """Adapters are fp32, but compute in the type of a half-precision backbone: when scoring as in training."""
+        if self.backbone.dtype == torch.float32:
+            return nullcontext()  # or the trainer's
+        return torch.autocast(self.device.type, dtype=self.backbone.dtype)
 
     def enable_input_require_grads(self) -> None:
         """
@@ -274,7 +286,7 @@ class GaussianRewardModel(PreTrainedModel):
         reference = find_reference(name_or_path, kind="model", revision=revision)
         check_repository(reference, kind="model")
         if quantization_config is not None:
-            quantization_config = _quantize_language_model_only(reference, quantization_config)
+            quantization_config = quantize_language_model_only(reference, quantization_config)
         # The whole image-text model is loaded, not its base: only so does transformers translate the names of the
         # weights in official checkpoints.
         try:
@@ -312,7 +324,7 @@ class GaussianRewardModel(PreTrainedModel):
             torch.manual_seed(seed)
             model = cls(config, backbone=image_text_model.base_model)
         model.backbone.get_input_embeddings().reset_reward_token()
-        _copy_loading_state(image_text_model, model)
+        copy_loading_state(image_text_model, model)
         return model.eval()
 
     @classmethod
@@ -339,6 +351,7 @@ class GaussianRewardModel(PreTrainedModel):
         mm_token_type_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_grid_thw: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
     ) -> GaussianRewardOutput:
         """
         Scores a batch made by [`SpatialScoreProcessor`].
@@ -351,9 +364,11 @@ class GaussianRewardModel(PreTrainedModel):
             mm_token_type_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`):
                 1 at image tokens, 0 elsewhere.
             pixel_values (`torch.Tensor` of shape `(total_patches, patch_dim)`):
-                Patches of all images, in row order.
-            image_grid_thw (`torch.LongTensor` of shape `(batch_size, 3)`):
+                Patches of all images, one after another.
+            image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`):
                 Frames, rows and columns of patches of each image.
+            image_index (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+                Number of each row's image. If `None`, each row has its own.
 
         Returns:
             [`GaussianRewardOutput`]: Mean and log standard deviation of each row's score, in fp32.
@@ -373,15 +388,19 @@ class GaussianRewardModel(PreTrainedModel):
                 f"Every row needs exactly one reward token (id {self.config.reward_token_id}), got "
                 f"{num_reward_tokens.tolist()}. Encode the batch with the model's own processor."
             )
-        hidden_states = self.backbone(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            mm_token_type_ids=mm_token_type_ids,
-            pixel_values=pixel_values,
-            image_grid_thw=image_grid_thw,
-            use_cache=False,
-        ).last_hidden_state  # (batch_size, sequence_length, hidden_size)
-        at_reward_token = hidden_states[is_reward_token.to(hidden_states.device)]  # (batch_size, hidden_size)
+        if pixel_values is None or image_grid_thw is None:
+            raise ValueError("`pixel_values` or `image_grid_thw` is missing. Pass everything the processor returns.")
+        with self._autocast():
+            at_reward_token = encode_rows(
+                self.backbone,
+                is_reward_token,
+                pixel_values=pixel_values,
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids) if attention_mask is None else attention_mask,
+                mm_token_type_ids=mm_token_type_ids,
+                image_grid_thw=image_grid_thw,
+                image_index=torch.arange(len(input_ids)) if image_index is None else image_index,
+            )  # (batch_size, hidden_size)
         mean, log_std = self.head(at_reward_token.to(next(self.head.parameters()).device))
         return GaussianRewardOutput(mean=mean, log_std=log_std)
 
@@ -411,34 +430,15 @@ def spatial_score_lora_config(rank: int = 64, alpha: int = 128, dropout: float =
     )
 
 
-def _quantize_language_model_only(reference: Reference, quantization_config: BitsAndBytesConfig) -> BitsAndBytesConfig:
-    """A copy of the configuration that skips every part of the model but its language model."""
-    with torch.device("meta"):
-        skeleton = AutoModelForImageTextToText.from_config(
-            AutoConfig.from_pretrained(reference.name, revision=reference.revision, trust_remote_code=False)
-        )
-    language_model = skeleton.base_model.get_decoder()
-    inside = [name for name, module in skeleton.base_model.named_children() if module is not language_model]
-    outside = [name for name, module in skeleton.named_children() if module is not skeleton.base_model]
-    skipped = [f"{skeleton.base_model_prefix}.{name}" for name in inside] + outside
-    quantization_config = copy.deepcopy(quantization_config)
-    quantization_config.llm_int8_skip_modules = skipped + (quantization_config.llm_int8_skip_modules or [])
-    return quantization_config
-
-
-def _copy_loading_state(source: PreTrainedModel, model: GaussianRewardModel) -> None:
-    """Copies what transformers noted on the model it loaded, so that trainers and PEFT see it too."""
-    device_map = getattr(source, "hf_device_map", None)
-    if device_map is not None:
-        model.hf_device_map = device_map
-    quantizer = getattr(source, "hf_quantizer", None)
-    if quantizer is not None:
-        model.hf_quantizer = quantizer
-        model.is_quantized = True
-        model.quantization_method = source.quantization_method
-        model.is_loaded_in_4bit = getattr(source, "is_loaded_in_4bit", False)
-        model.is_loaded_in_8bit = getattr(source, "is_loaded_in_8bit", False)
-        model.config.quantization_config = source.config.quantization_config
+def keep_input_types(model: PreTrainedModel | PeftModel) -> None:
+    """
+    Spares the inputs of adapters on a half-precision backbone, up to 18,944 numbers per token, the way to fp32 by PEFT and back
+    by autocast. The products stay the same, bit for bit.
+    """
+    if isinstance(model, PeftModel) and model.get_base_model().backbone.dtype != torch.float32:
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.cast_input_dtype_enabled = False
 
 
 AutoConfig.register("gaussian_reward", GaussianRewardModelConfig)

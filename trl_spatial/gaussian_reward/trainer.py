@@ -8,6 +8,7 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
+from torch.utils.data import RandomSampler
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
@@ -25,12 +26,19 @@ from ..training.base import BaseTrainer
 from ..training.hub import dataset_split
 from .checkpoints import save_checkpoint
 from .config import GaussianRewardConfig
-from .data import IS_REVERSE_COLUMN, ROW_COLUMN, DataCollatorForSpatialPreference, PreferencePairs, prepare_pairs
+from .data import (
+    IS_REVERSE_COLUMN,
+    ROW_COLUMN,
+    DataCollatorForSpatialPreference,
+    PreferencePairs,
+    RowSampler,
+    prepare_pairs,
+)
 from .kinds import SPATIAL_SCORE
 from .losses import gaussian_bradley_terry_loss
 from .model_card import build_card, training_settings
 from .model_setup import copy_trained_parameters, resolve_model, restore_fp32
-from .modeling import GaussianRewardModel
+from .modeling import GaussianRewardModel, keep_input_types
 from .processing import SpatialScoreProcessor
 
 
@@ -158,7 +166,8 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
         super().__init__(
             model=model,
             args=_copy_for_parent(args),
-            data_collator=data_collator or DataCollatorForSpatialPreference(processing_class),
+            data_collator=data_collator
+            or DataCollatorForSpatialPreference(processing_class, torch.bfloat16 if args.bf16 else torch.float32),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class.tokenizer,  # the parent asks it for its pad token
@@ -176,6 +185,7 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
             for name, part in _named(self.eval_dataset).items()
         }
         restore_fp32(self.model, trained)
+        keep_input_types(self.model)
         self._check_trainable()
 
     def _check_trainable(self) -> None:
@@ -229,6 +239,13 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
             batch_size=self._train_batch_size,
             is_training=True,
         )
+
+    def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        pairs = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(sampler, RandomSampler) and isinstance(pairs, PreferencePairs) and pairs.use_reverse_pairs:
+            return RowSampler(len(pairs.rows), self.args.seed if self.args.data_seed is None else self.args.data_seed)
+        return sampler
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None

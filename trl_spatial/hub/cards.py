@@ -184,7 +184,7 @@ def result_files(results: Iterable[Result]) -> dict[str, bytes]:
             notes.append("95 % interval {:.4g} to {:.4g}".format(*result.interval))
         entry = EvalResultEntry(
             dataset_id=result.dataset_id,
-            task_id=_slug(" ".join(part for part in (result.split, result.metric) if part)),
+            task_id=task_id(result.metric, result.split),
             value=_rounded(result.value),
             notes=", ".join(notes) or None,
         )
@@ -192,6 +192,11 @@ def result_files(results: Iterable[Result]) -> dict[str, bytes]:
         content = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
         files[f".eval_results/{name}.yaml"] = content.encode()
     return files
+
+
+def task_id(metric: str, split: str | None = None) -> str:
+    """The name of a leaderboard of a dataset: in its `eval.yaml`, and in the results of models."""
+    return _slug(f"{split or ''} {metric}")
 
 
 def _row(result: Result) -> dict[str, str]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..preferences.images import load_image
 from ..scenes import SceneCheck, SceneGraph, Verdict, check_scene
-from ..statistics import Interval, accuracy_interval, bootstrap_interval
+from ..statistics import Interval, share_interval
 
 
 def check_image(image: Any, graph: SceneGraph, *, row: int = 0) -> SceneCheck:
@@ -65,17 +65,10 @@ def summarize_checks(
         raise ValueError(
             f"There are {len(checks)} `checks`, but `clusters` has shape {keys.shape}. Give one per check."
         )
-    summary = {"spatial_accuracy": _interval(correct, keys), "objects_present": _interval(present, keys)}
+    summary = {"spatial_accuracy": share_interval(correct, keys), "objects_present": share_interval(present, keys)}
     if present.any():
-        summary["relations_correct"] = _interval(correct[present], None if keys is None else keys[present])
+        summary["relations_correct"] = share_interval(correct[present], None if keys is None else keys[present])
     return summary
-
-
-def _interval(values: np.ndarray, clusters: np.ndarray | None) -> Interval:
-    # Of equal values every resample is the same: Wilson's interval does not collapse.
-    if clusters is None or values.all() or not values.any():
-        return accuracy_interval(values)
-    return bootstrap_interval(values, clusters, rng=np.random.default_rng(0))
 
 
 def pairwise_distance(images: Sequence[Any], group_size: int) -> float:

@@ -56,9 +56,9 @@ def add_pairs(commands: argparse._SubParsersAction) -> None:
         nargs="+",
         required=True,
         metavar="NAME[:MODEL]",
-        help="Scorers: rules, pixels, spatialscore:MODEL, clipscore, pickscore, image-reward, hpsv2:FOLDER, hpsv3:MODEL, geneval:MODEL, "
-        "vqascore:MODEL, unified-reward:MODEL, judge-pairwise:MODEL, judge-pointwise:MODEL, or a function module:function. Of the "
-        "last four, MODEL may be http://HOST:PORT/v1#MODEL.",
+        help="Scorers: rules, pixels, spatialscore:MODEL, clipscore, pickscore, image-reward, hpsv2:FOLDER, hpsv3:MODEL, "
+        "hpsv3++:FOLDER, geneval:MODEL, vqascore:MODEL, unified-reward:MODEL, judge-pairwise:MODEL, judge-pointwise:MODEL, or a "
+        "function module:function. Of vqascore, unified-reward and the judges, MODEL may be http://HOST:PORT/v1#MODEL.",
     )
     parser.add_argument("--output_dir", required=True, help="Folder of the run: a new one, or one to continue.")
     parser.add_argument("--limit", type=int, help="Number of pairs, the first ones; by default all.")
@@ -122,18 +122,26 @@ def write_tables(folder: Path) -> str:
 
     results = replay_pairs(folder)
     write_report(folder, results)
-    return f"{describe_pairs(results)}\nSaved to {folder}: results.json, results.md, report.html"
+    return f"{describe_pairs(results)}\nSaved to {folder}: results.json, results.md, report.html, cards/"
 
 
 def _load_pairs(args: argparse.Namespace) -> "PairSet":
     from ..evaluation.mmrb2 import load_mmrb2
     from ..evaluation.pair_set import PairSet
+    from ..hub.references import find_reference
 
     if args.dataset.startswith(MMRB2):
         return PairSet(load_mmrb2(args.dataset.removeprefix(MMRB2)), args.dataset, limit=args.limit)
     rows = pick_split(load_dataset_dict(args.dataset, config_name=args.config_name), args.split, args.dataset)
-    path = Path(args.dataset)
-    return PairSet(rows, args.dataset, limit=args.limit, folder=path.parent if path.is_file() else path)
+    path, reference = Path(args.dataset), find_reference(args.dataset, kind="dataset")
+    return PairSet(
+        rows,
+        args.dataset,
+        limit=args.limit,
+        folder=path.parent if path.is_file() else path,
+        dataset_id=None if reference.is_local else reference.name,
+        split=args.split,
+    )
 
 
 def _measure(run: "PairRun", spec: str, args: argparse.Namespace, spend: "Spend", prices: "Prices | None") -> None:

@@ -1,13 +1,13 @@
 """`trl_spatial grpo`: fine-tune a text-to-image model with rewards for its images."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from transformers.hf_argparser import HfArg
+from typing import TYPE_CHECKING
 
 from ..cli import run_command
 from .datasets import hub_dataset_name, load_prompts
-from .parser import SpatialParser, quick_imports
+from .diffusion import DiffusionModelArguments, EvaluationArguments, load_eval_prompts, train
+from .parser import SpatialParser, argument, quick_imports
+from .training_parser import training_parser
 
 
 if TYPE_CHECKING:
@@ -50,37 +50,23 @@ EXAMPLES = """\
 """
 
 
-@dataclass
-class GRPOScriptArguments:
-    """Options that say what is trained on; the `help` of each describes it."""
+@dataclass(kw_only=True)
+class GRPOScriptArguments(EvaluationArguments):
+    """Options that say what is trained on and evaluated; the `help` of each describes it."""
 
-    dataset: str = HfArg(
+    dataset: str = argument(
         help="Prompts: a .txt file with one per line; scenes:N, captions of N scenes of the small world, with the column "
         "scene for the reward `rules`; or a dataset with the column prompt, whose other columns the rewards get: a folder "
         "written by `datasets`, a Parquet, JSON Lines or CSV file or a folder of them, ORG/NAME or ORG/NAME@REVISION on the "
         "Hub, or hub/NAME for your own."
     )
-    rewards: list[str] = HfArg(
+    rewards: list[str] = argument(
         help="Reward functions: SpatialScore checkpoints (folders or Hub ids), `rules`, `geneval:DETECTOR` or "
         "`geneval:DETECTOR,CLASSIFIER` (GenEval's rules over an object detector, and a CLIP for colors; "
         "`geneval-strict:` for its verdict instead of shares), `module:function`, or http://HOST:PORT of `trl_spatial serve`, "
         "a reward in a process of its own. --reward_weights are their weights."
     )
-    eval_rewards: list[str] | None = HfArg(
-        default=None, help="Further reward functions that score the images of evaluation and are not trained on."
-    )
-    reward_device: str | None = HfArg(
-        default=None,
-        help="Where SpatialScore checkpoints run, e.g. cuda:1 or cpu. By default the device of the training. In a process "
-        "of its own, a reward is a server: `trl_spatial serve`.",
-    )
-    eval_dataset: str | None = HfArg(
-        default=None, help="Prompts to evaluate on, in the same forms. By default the test split of --dataset."
-    )
-    dataset_config: str | None = HfArg(default=None, help="Configuration of a dataset on the Hub.")
-    dataset_train_split: str = HfArg(default="train", help="Split to train on.")
-    dataset_test_split: str = HfArg(default="test", help="Split to evaluate on, if `eval_strategy` asks for it.")
-    estimate: bool = HfArg(
+    estimate: bool = argument(
         default=False,
         help="Print how much memory of a GPU the run would need, in bf16, int8 and NF4, with and without "
         "checkpointing and offloading, and end. No weights are loaded.",
@@ -88,54 +74,15 @@ class GRPOScriptArguments:
 
 
 @dataclass
-class GRPOModelArguments:
-    """Options that say which model is trained and how, named as in [`~trl.ModelConfig`]; the `help` of each describes it."""
+class GRPOModelArguments(DiffusionModelArguments):
+    """[`DiffusionModelArguments`], and whether LoRA is trained or all weights."""
 
-    model_name_or_path: str = HfArg(
-        default="black-forest-labs/FLUX.1-dev",
-        help="Text-to-image pipeline, FLUX.1, Qwen-Image, Stable Diffusion 3 or 3.5, or Z-Image: a folder, ORG/NAME or "
-        "ORG/NAME@REVISION on the Hub, or hub/NAME.",
-    )
-    model_revision: str = HfArg(default="main", help="Branch, tag or commit of the pipeline on the Hub.")
-    dtype: str | None = HfArg(
-        default=None,
-        help="Type of the frozen weights. By default bfloat16 if `bf16` is on, else float32. What is trained is float32.",
-        metadata={"choices": ["bfloat16", "float32"]},
-    )
-    use_peft: bool = HfArg(
+    use_peft: bool = argument(
         default=True, help="Whether to train LoRA on the attention (--no_use_peft: all weights; needs --beta 0)."
-    )
-    lora_r: int = HfArg(default=32, help="LoRA rank.")
-    lora_alpha: int = HfArg(default=64, help="LoRA alpha.")
-    load_in_4bit: bool = HfArg(
-        default=False,
-        help="Whether to quantize the frozen transformer to NF4 (QLoRA); needs LoRA, a GPU and the `quant` extra.",
-    )
-    load_in_8bit: bool = HfArg(
-        default=False, help="Whether to quantize the frozen transformer to 8 bits; needs what `load_in_4bit` needs."
-    )
-    load_text_encoders_in_4bit: bool = HfArg(
-        default=False,
-        help="Whether to quantize the text encoders but CLIP's to NF4, where encoding prompts is what needs most memory. "
-        "Prompts are then read a little differently: evaluate and use the trained model so, too. Needs the `quant` extra.",
-    )
-    attention_backend: str | None = HfArg(
-        default=None,
-        help="Attention kernel of the transformer, one of diffusers' `AttentionBackendName` such as _native_cudnn or flash. "
-        "By default PyTorch chooses.",
-    )
-    offload_vae: bool = HfArg(
-        default=False,
-        help="Whether the VAE is on the accelerator only while it decodes, as the text encoders are while they encode.",
-    )
-    vae_slicing: bool = HfArg(default=False, help="Whether the VAE decodes one image at a time.")
-    vae_tiling: bool = HfArg(
-        default=False, help="Whether the VAE decodes an image in tiles. Where they meet, pixels differ a little."
     )
 
     def __post_init__(self):
-        if self.load_in_4bit and self.load_in_8bit:
-            raise ValueError("`load_in_4bit` and `load_in_8bit` are both True. Drop one of them.")
+        super().__post_init__()
         if self.quantization is not None and not self.use_peft:
             option = "load_in_4bit" if self.load_in_4bit else "load_in_8bit"
             raise ValueError(
@@ -143,30 +90,12 @@ class GRPOModelArguments:
                 f"`--{option}` and `--no_use_peft`."
             )
 
-    @property
-    def quantization(self) -> str | None:
-        """Method by which the frozen transformer is quantized: `"nf4"`, `"int8"` or none."""
-        return "nf4" if self.load_in_4bit else "int8" if self.load_in_8bit else None
 
-    @property
-    def revision(self) -> str | None:
-        """The revision, or none for the default one, which a local folder also has."""
-        return None if self.model_revision == "main" else self.model_revision
-
-    def set_up_vae(self, vae: Any) -> None:
-        """Sets how an autoencoder of diffusers decodes."""
-        if self.vae_slicing:
-            vae.enable_slicing()
-        if self.vae_tiling:
-            vae.enable_tiling()
-
-
-def make_parser(prog: str = "trl_spatial grpo") -> SpatialParser:
-    with quick_imports():
-        from ..diffusion_grpo.config import DiffusionGRPOConfig
-
-    return SpatialParser(
-        (GRPOScriptArguments, GRPOModelArguments, DiffusionGRPOConfig),
+def make_parser(prog: str = "trl_spatial grpo", *, is_brief: bool = False) -> SpatialParser:
+    return training_parser(
+        (GRPOScriptArguments, GRPOModelArguments),
+        "diffusion_grpo.config:DiffusionGRPOConfig",
+        is_brief=is_brief,
         prog=prog,
         usage=f"{prog} --dataset PROMPTS --rewards REWARD [REWARD ...] [--config FILE] [OPTIONS] "
         "[OPTIONS OF accelerate launch]",
@@ -181,53 +110,21 @@ def build_trainer(
 ) -> "DiffusionGRPOTrainer":
     """The trainer that the arguments describe, with its prompts, rewards and pipeline loaded."""
     with quick_imports():
-        import torch
-
         from ..diffusion_grpo.policies.lora import attention_lora_config
-        from ..diffusion_grpo.reward_functions import RewardFunction
-        from ..diffusion_grpo.runtime.model_setup import (
-            large_text_encoders,
-            load_pipeline,
-            loading_device,
-            quantization_config,
-        )
         from ..diffusion_grpo.trainer import DiffusionGRPOTrainer
-        from ..rewards import load_reward
         from ..training.run_folder import check_start
 
     check_start(training_args)
-    dtype = getattr(torch, model_args.dtype or ("bfloat16" if training_args.bf16 else "float32"))
     # the quick things first: what is misspelt should be reported before a model of 24 GB is loaded
-    name, revision = model_args.model_name_or_path, model_args.revision
-    encoders = large_text_encoders(name, revision=revision) if model_args.load_text_encoders_in_4bit else ()
-    quantization = quantization_config(model_args.quantization, dtype, text_encoders=encoders)
+    load_pipeline = model_args.pipeline_loader(training_args)
     train_dataset = load_prompts(
         script_args.dataset, script_args.dataset_train_split, config_name=script_args.dataset_config
     )
-    eval_dataset = None
-    if training_args.eval_strategy != "no":
-        eval_dataset = load_prompts(
-            script_args.eval_dataset or script_args.dataset,
-            script_args.dataset_test_split,
-            config_name=None if script_args.eval_dataset else script_args.dataset_config,
-            use_only_split=script_args.eval_dataset is not None,
-        )
-    device = script_args.reward_device or training_args.device
-    rewards: list[RewardFunction] = [load_reward(reward, device=device) for reward in script_args.rewards]
-    eval_rewards: list[RewardFunction] = [
-        load_reward(reward, device=device) for reward in script_args.eval_rewards or []
-    ]
-    pipeline = load_pipeline(
-        name,
-        dtype,
-        device=loading_device(training_args),
-        revision=revision,
-        quantization_config=quantization,
-        attention_backend=model_args.attention_backend,
-    )
-    model_args.set_up_vae(pipeline.vae)
+    eval_dataset = load_eval_prompts(script_args, training_args)
+    rewards = script_args.load_rewards(script_args.rewards, training_args)
+    eval_rewards = script_args.load_rewards(script_args.eval_rewards or [], training_args)
     trainer = DiffusionGRPOTrainer(
-        pipeline=pipeline,
+        pipeline=load_pipeline(),
         reward_funcs=rewards,
         args=training_args,
         train_dataset=train_dataset,
@@ -266,19 +163,6 @@ def describe_memory(
     model_args.set_up_vae(model.policy.vae)
     table = describe_options(model, offload_vae=model_args.offload_vae)
     return f"{model_args.model_name_or_path}, {table}"
-
-
-def train(trainer: "DiffusionGRPOTrainer") -> None:
-    """Train, from a checkpoint if the arguments name one, and save the weights."""
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    trainer.accelerator.print("✅ Training completed.")
-
-    if trainer.args.push_to_hub:
-        address = trainer.push_to_hub()
-        trainer.accelerator.print(f"🤗 Weights saved to {trainer.args.output_dir} and pushed to the Hub: {address}")
-    else:
-        trainer.save_model(trainer.args.output_dir)
-        trainer.accelerator.print(f"💾 Weights saved to {trainer.args.output_dir}.")
 
 
 def main(

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, field
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
@@ -17,6 +18,8 @@ from ..cli import nearest
 
 
 MAX_CONFIG_BYTES = 2**20
+ATTENTION_FUNCTIONS = ["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
+ATTENTION_HELP = "Attention function of the backbone; by default sdpa. FlashAttention needs its package, a GPU and weights in half precision."
 
 
 @contextmanager
@@ -34,6 +37,14 @@ def quick_imports() -> Iterator[None]:
             gc.freeze()
         if was_enabled:
             gc.enable()
+
+
+def argument(*, help: str, default: Any = MISSING, metadata: dict[str, Any] | None = None) -> Any:
+    """
+    A field of a dataclass of options, as transformers' `HfArg` makes it. To import that one takes longer than to print a help
+    text.
+    """
+    return field(default=default, metadata={"help": help, **(metadata or {})})
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -85,6 +96,10 @@ class SpatialParser(TrlParser):
         )
         dtypes = ["auto", "bfloat16", "float16", "float32"]
         self.add_argument("--dtype", default="auto", choices=dtypes, help="Type of the weights.")
+
+    def add_attention_argument(self) -> None:
+        """Add the option that says how a reward model attends."""
+        self.add_argument("--attn_implementation", choices=ATTENTION_FUNCTIONS, help=ATTENTION_HELP)
 
     def parse_args_and_config(self, args: list[str] | None = None, *, is_launched: bool = False) -> tuple[Any, ...]:
         """

@@ -63,6 +63,7 @@ def make_parser(prog: str = "trl_spatial score") -> SpatialParser:
     parser.add_argument(
         "--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"], help="Type of the weights."
     )
+    parser.add_attention_argument()
     parser.add_argument("--json", action="store_true", help="Print JSON lines instead of a table.")
     parser.add_argument("--output", help="File to write the scores to, as JSON lines.")
     return parser
@@ -92,7 +93,12 @@ def main(args: argparse.Namespace) -> None:
         from .. import SpatialScore
 
     scorer = SpatialScore.from_pretrained(
-        args.model, revision=args.revision, backbone=args.backbone, dtype=args.dtype, device=args.device
+        args.model,
+        revision=args.revision,
+        backbone=args.backbone,
+        dtype=args.dtype,
+        device=args.device,
+        attn_implementation=args.attn_implementation,
     )
     model = f"{args.model}@{scorer.fingerprint}"
     records: list[dict[str, Any]] = []

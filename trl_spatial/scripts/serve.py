@@ -32,6 +32,7 @@ def make_parser(prog: str = "trl_spatial serve") -> SpatialParser:
     )
     parser.add_checkpoint_arguments("Checkpoint, with an adapter or merged")
     parser.add_argument("--device", help="Device, e.g. cuda:1; by default the first GPU if there is one.")
+    parser.add_attention_argument()
     parser.add_argument("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 lets other machines in.")
     parser.add_argument("--port", type=int, default=8000, help="Port to listen on.")
     parser.add_argument(
@@ -68,7 +69,12 @@ def main(args: argparse.Namespace) -> None:
 
     limits = Limits(**{field.name: getattr(args, field.name) for field in fields(Limits)})
     scorer = SpatialScore.from_pretrained(
-        args.model, revision=args.revision, backbone=args.backbone, dtype=args.dtype, device=args.device
+        args.model,
+        revision=args.revision,
+        backbone=args.backbone,
+        dtype=args.dtype,
+        device=args.device,
+        attn_implementation=args.attn_implementation,
     )
     app = create_app(
         scorer,

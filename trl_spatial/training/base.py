@@ -2,7 +2,6 @@
 
 import math
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, has_length, rotate_checkpoints
@@ -19,6 +18,7 @@ from ..hub.cards import Card
 from ..store import begin_folder, lock_folder, mark_complete
 from .hub import HubTrainer
 from .interruption import Interruption
+from .machines import check_shared_folder
 from .run_folder import (
     begin_weights,
     find_start,
@@ -95,7 +95,7 @@ class BaseTrainer(HubTrainer):
             self._checkpoint, self._run, refusal = broadcast_object_list(answer)
             if refusal is not None:
                 raise ValueError(refusal)
-            self._check_shared_folder()
+            check_shared_folder(self.args.output_dir)
             self._is_resumed = self._checkpoint is not None
             stack.enter_context(self._interruption)
             return super().train(self._checkpoint, trial, ignore_keys_for_eval)
@@ -129,20 +129,6 @@ class BaseTrainer(HubTrainer):
                 )
             logger.warning(f"`{name}` is {now[name]!r} from update {step} on; it was {then[name]!r} before.")
         return [{"name": name, "value": then[name], "until": step} for name in changed]
-
-    def _check_shared_folder(self) -> None:
-        """Makes sure that all machines see the folder that the first process writes."""
-        if self.args.world_size == 1:
-            return
-        deadline = time.monotonic() + 30  # a network disk may need a moment
-        while not (is_seen := read_run(self.args.output_dir).get("id") == self._run["id"]):
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.5)
-        if not all(gather_object([is_seen])):
-            raise ValueError(
-                f"`output_dir` is {self.args.output_dir}, which not all machines share. Use a shared disk."
-            )
 
     # Position in the data
 

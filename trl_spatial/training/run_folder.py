@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..hub.cards import CARD_FILE, SAMPLES_FILE, Card
 from ..store import MARKER, begin_folder, is_complete, marked_files, read_record, write_record
+from .machines import check_shared_folder
 
 
 logger = logging.getLogger(__name__)
@@ -137,9 +138,13 @@ def find_start(output_dir: str | Path, resume: str | bool | None) -> str | None:
 
 
 def check_start(args: TrainingArguments) -> None:
-    """[`find_start`] before a model is loaded: refuses an `output_dir` that is in use, or an unusable checkpoint."""
+    """
+    [`find_start`] before a model is loaded: refuses an `output_dir` that is in use or that not all machines see, or an unusable
+    checkpoint.
+    """
     if str(args.resume_from_checkpoint).lower() != "true":  # the last complete checkpoint is looked for at the start
         find_start(args.output_dir, args.resume_from_checkpoint)
+    check_shared_folder(args.output_dir)
 
 
 def _check_resumable(folder: Path, checkpoint: Path) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ...preferences.images import load_image
-from ...statistics import Interval, accuracy_interval, bootstrap_interval
+from ...statistics import Interval, share_interval
 
 
 SIDE = 16  # width and height of the images that the classifier sees
@@ -88,9 +88,7 @@ def _guess(train: Dataset, test: Dataset, features: Callable[[Dataset], torch.Te
     keys = np.array(
         ["|".join(sorted(pair)) for pair in zip(test["chosen_image"], test["rejected_image"], strict=True)]
     )
-    if len(set(keys)) < 2 or np.ptp(right) == 0:  # every resample is the same
-        return accuracy_interval(right)
-    return bootstrap_interval(right, keys, rng=np.random.default_rng(0))
+    return share_interval(right, keys)
 
 
 def _image_features(rows: Dataset) -> torch.Tensor:

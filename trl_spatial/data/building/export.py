@@ -10,6 +10,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Value, disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 
+from ...preferences.benchmark import SPLIT
 from ...preferences.images import load_image
 from ...scenes import RELATIONS
 from ...scenes.dataset import FEATURES
@@ -96,8 +97,8 @@ def accepted_rows(store: BuildStore) -> dict[str, list[tuple[DrawnPair, str]]]:
     rows: dict[str, list[tuple[DrawnPair, str]]] = {"train": [], "validation": [], "test": []}
     for pair in accepted:
         rows[split_of[pair.prompt["scene"]]] += [(pair, side) for side in SIDES]  # type: ignore[union-attr, misc]
-    rows["benchmark"] = _benchmark(store, rows["test"])
-    measured = {pair.prompt["id"] for pair, _ in rows["benchmark"]}
+    rows[SPLIT] = _benchmark(store, rows["test"])
+    measured = {pair.prompt["id"] for pair, _ in rows[SPLIT]}
     rows["test"] = [row for row in rows["test"] if row[0].prompt["id"] not in measured]
     return {split: part for split, part in rows.items() if part}
 
@@ -284,7 +285,8 @@ def export_dataset(store: BuildStore, output: Path, *, form: str = "hub") -> dic
         output (`Path`):
             The folder. What an earlier export has left there is replaced.
         form (`str`, *optional*, defaults to `"hub"`):
-            `"hub"`: Parquet with the configurations `default`, `text` (no images) and `preview`, and a card;
+            `"hub"`: Parquet with the configurations `default`, `text` (no images) and `preview`, a card, and `eval.yaml` if there is
+            the split `benchmark`;
             `"flow-factory"`: its folder for offline DPO; `"diffusion-dpo"`: Parquet with the columns of those scripts.
 
     Returns:

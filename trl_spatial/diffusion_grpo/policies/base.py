@@ -1,4 +1,4 @@
-"""What a family of text-to-image models must give: five methods around its diffusers pipeline."""
+"""What a family of text-to-image models must give: six methods around its diffusers pipeline."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -45,7 +45,7 @@ class DiffusionPolicy(ABC):
     """
     A text-to-image model as a policy: the parts of a diffusers pipeline, each callable by itself.
 
-    A policy keeps no state but where its VAE decodes. What a method returns depends on its arguments and the weights alone, so rollout,
+    A policy keeps no state but where its VAE works. What a method returns depends on its arguments and the weights alone, so rollout,
     training and evaluation see the same model. Only `predict_velocity` takes part in the caller's autocast.
 
     Args:
@@ -66,6 +66,9 @@ class DiffusionPolicy(ABC):
     guidance_argument: ClassVar[str] = "guidance_scale"  # what the pipeline's own call calls the scale
     unguided_scale: ClassVar[float] = 1.0  # the scale at which classifier-free guidance is none
     default_negative_prompt: ClassVar[str] = ""  # what classifier-free guidance leads away from
+    # Linear layers at the end of a block, by their names in it. A gate multiplies their output, which goes nowhere but into
+    # that of the block: unless the gate is trained, no backward pass reads it.
+    unread_outputs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, pipeline: Any, *, max_sequence_length: int = 512):
         scheduler = type(pipeline.scheduler).__name__
@@ -82,7 +85,7 @@ class DiffusionPolicy(ABC):
             )
         self.pipeline = pipeline
         self.max_sequence_length = max_sequence_length
-        self._vae_device: torch.device | None = None  # where the VAE goes to decode; `None`: it stays
+        self._vae_device: torch.device | None = None  # where the VAE goes to work; `None`: it stays
 
     @property
     def transformer(self) -> Any:
@@ -96,8 +99,7 @@ class DiffusionPolicy(ABC):
 
     def offload_vae(self, device: torch.device) -> None:
         """
-        Keeps the VAE on the CPU but while it decodes on `device`, as the text encoders always are but while they
-        encode.
+        Keeps the VAE on the CPU but while it works on `device`, as the text encoders always are but while they encode.
         """
         self.vae.to("cpu")
         self._vae_device = device
@@ -201,15 +203,15 @@ class DiffusionPolicy(ABC):
         options: SamplingOptions,
     ) -> torch.Tensor:
         """
-        Predicts the velocity `noise - image` at one noise level, guidance included.
+        Predicts the velocity `noise - image`, guidance included.
 
         Args:
             transformer (`torch.nn.Module`):
                 The policy's transformer, or what wraps it in training.
             latents (`torch.Tensor` of shape `(n, image_seq_len, num_channels)`):
                 Latents in float32. They are cast to the type of the transformer's weights here and nowhere else.
-            sigma (`torch.Tensor` of shape `()`):
-                Noise level, float32.
+            sigma (`torch.Tensor` of shape `()` or `(n,)`):
+                Noise level, of all images or of each, float32.
             embeds (`dict[str, torch.Tensor]`):
                 From [`~DiffusionPolicy.encode_prompt`], a row per image. With classifier-free guidance also those of
                 the negative prompt, their names beginning with `negative_`, as [`PromptCache`] gives them.
@@ -235,6 +237,20 @@ class DiffusionPolicy(ABC):
                 Size of the images.
         """
 
+    @abstractmethod
+    def encode_images(self, images: list[Image.Image]) -> torch.Tensor:
+        """
+        Encodes images into latents without noise, the inverse of [`~DiffusionPolicy.decode_latents`] up to what the VAE loses: the
+        mode of its distribution, in the type of its weights and without gradient.
+
+        Args:
+            images (`list[PIL.Image.Image]`):
+                RGB images of one size that [`~DiffusionPolicy.check_size`] accepts.
+
+        Returns:
+            `torch.Tensor` of shape `(len(images), image_seq_len, num_channels)`: float32, where the VAE works.
+        """
+
     def _draw_latents(self, generators: list[torch.Generator], options: SamplingOptions, num_channels: int) -> Any:
         """What the pipeline's own `prepare_latents` gives."""
         return self.pipeline.prepare_latents(
@@ -248,7 +264,21 @@ class DiffusionPolicy(ABC):
         )
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """What the VAE makes of its latents, where it decodes, without a caller's autocast: that is for the transformer."""
+        """What the VAE makes of its latents."""
+        with self._working_vae() as device:
+            return self.vae.decode(latents.to(device, self.vae.dtype), return_dict=False)[0]
+
+    def _encode(self, images: list[Image.Image], *, frames_axis: int | None = None) -> torch.Tensor:
+        """The VAE's latents of images, float32; `frames_axis` is where a VAE of videos wants the one frame."""
+        pixels = self.pipeline.image_processor.preprocess(images)  # (n, 3, height, width)
+        if frames_axis is not None:
+            pixels = pixels.unsqueeze(frames_axis)
+        with self._working_vae() as device:
+            return self.vae.encode(pixels.to(device, self.vae.dtype)).latent_dist.mode().float()
+
+    @contextmanager
+    def _working_vae(self) -> Iterator[torch.device]:
+        """The VAE on the device where it works, without a caller's autocast: that is for the transformer."""
         home = self.vae.device
         device = home if self._vae_device is None else self._vae_device
         # the meta device, on which memory is estimated, has no autocast
@@ -256,7 +286,7 @@ class DiffusionPolicy(ABC):
         self.vae.to(device)
         try:
             with autocast:
-                return self.vae.decode(latents.to(device, self.vae.dtype), return_dict=False)[0]
+                yield device
         finally:
             self.vae.to(home)
 

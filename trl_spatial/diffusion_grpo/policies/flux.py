@@ -19,6 +19,7 @@ class FluxPolicy(DiffusionPolicy):
     prompt_tokenizer = "tokenizer_2"
     max_prompt_tokens = 512
     has_classifier_free_guidance = False
+    unread_outputs = ("ff.net.2", "ff_context.net.2", "proj_out")
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> dict[str, torch.Tensor]:
@@ -54,6 +55,8 @@ class FluxPolicy(DiffusionPolicy):
             guidance = torch.full((num_images,), options.guidance_scale, device=device)
         prompt_embeds = embeds["prompt_embeds"].to(dtype)
         rows, columns = options.height // self.size_multiple, options.width // self.size_multiple
+        with device:  # the pipeline makes positions where tensors are made, and would move them at every step
+            img_ids = self.pipeline._prepare_latent_image_ids(num_images, rows, columns, device, torch.float32)
         (velocity,) = transformer(
             hidden_states=latents.to(dtype),
             timestep=timestep.expand(num_images),
@@ -61,7 +64,7 @@ class FluxPolicy(DiffusionPolicy):
             pooled_projections=embeds["pooled_prompt_embeds"].to(dtype),
             encoder_hidden_states=prompt_embeds,
             txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=device),
-            img_ids=self.pipeline._prepare_latent_image_ids(num_images, rows, columns, device, torch.float32),
+            img_ids=img_ids,
             return_dict=False,
         )
         return velocity.float()  # (n, image_seq_len, in_channels)
@@ -73,3 +76,9 @@ class FluxPolicy(DiffusionPolicy):
         latents = latents / config.scaling_factor + config.shift_factor  # (n, latent_channels, rows, columns)
         images = self._decode(latents)  # (n, 3, height, width)
         return self.pipeline.image_processor.postprocess(images, output_type="pil")
+
+    @torch.no_grad()
+    def encode_images(self, images: list[Image.Image]) -> torch.Tensor:
+        config = self.vae.config
+        latents = (self._encode(images) - config.shift_factor) * config.scaling_factor
+        return self.pipeline._pack_latents(latents, *latents.shape)  # (n, image_seq_len, in_channels)

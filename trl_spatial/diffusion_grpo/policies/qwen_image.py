@@ -20,6 +20,7 @@ class QwenImagePolicy(DiffusionPolicy):
     prompt_tokenizer = "tokenizer"
     max_prompt_tokens = 1024
     has_classifier_free_guidance = True
+    unread_outputs = ("img_mlp.net.2", "txt_mlp.net.2")
     default_negative_prompt = " "  # as its authors do
     guidance_argument = "true_cfg_scale"  # its `guidance_scale` is for distilled models, of which none was released
 
@@ -86,7 +87,7 @@ class QwenImagePolicy(DiffusionPolicy):
         dtype = self.transformer.dtype
         # Padding that a longer prompt elsewhere has left: without it, and without a mask where no row needs one, images
         # of one prompt are computed alike whatever they are batched with.
-        mask = embeds["prompt_embeds_mask"]
+        mask = embeds["prompt_embeds_mask"]  # on the CPU, where it can be asked without waiting for the device
         mask = mask[:, : int(mask.sum(dim=1).max())]  # (n, text_seq_len)
         # Rounded as a timestep, as in the pipeline: in bfloat16 the rounded sigma is up to 4 of 1000 timesteps elsewhere.
         timestep = (sigma.to(latents.device) * 1000).to(dtype) / 1000
@@ -95,7 +96,7 @@ class QwenImagePolicy(DiffusionPolicy):
             hidden_states=latents.to(dtype),
             timestep=timestep.expand(len(latents)),
             encoder_hidden_states=embeds["prompt_embeds"][:, : mask.shape[1]].to(dtype),
-            encoder_hidden_states_mask=None if mask.all() else mask,
+            encoder_hidden_states_mask=None if mask.all() else mask.to(latents.device),
             img_shapes=[[size]] * len(latents),
             return_dict=False,
         )
@@ -112,3 +113,12 @@ class QwenImagePolicy(DiffusionPolicy):
         )
         images = self._decode(latents / (1 / std) + mean)[:, :, 0]  # (n, 3, height, width)
         return self.pipeline.image_processor.postprocess(images, output_type="pil")
+
+    @torch.no_grad()
+    def encode_images(self, images: list[Image.Image]) -> torch.Tensor:
+        latents = self._encode(images, frames_axis=2)[:, :, 0]  # (n, latent_channels, rows, columns)
+        config = self.vae.config
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (config.latents_mean, config.latents_std)
+        )
+        return self.pipeline._pack_latents((latents - mean) / std, *latents.shape)  # (n, image_seq_len, in_channels)

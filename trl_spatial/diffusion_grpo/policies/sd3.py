@@ -26,6 +26,7 @@ class StableDiffusion3Policy(DiffusionPolicy):
     prompt_tokenizer = "tokenizer_3"
     max_prompt_tokens = 512
     has_classifier_free_guidance = True
+    unread_outputs = ("ff.net.2", "ff_context.net.2")
 
     def __init__(self, pipeline: Any, *, max_sequence_length: int = 512):
         super().__init__(pipeline, max_sequence_length=max_sequence_length)
@@ -77,7 +78,7 @@ class StableDiffusion3Policy(DiffusionPolicy):
         hidden_states = torch.cat([image.to(dtype)] * len(parts))
         (velocity,) = transformer(
             hidden_states=hidden_states,
-            timestep=(sigma.to(latents.device) * 1000).expand(len(hidden_states)),
+            timestep=(sigma.to(latents.device) * 1000).expand(len(latents)).repeat(len(parts)),
             encoder_hidden_states=torch.cat([part["prompt_embeds"] for part in parts]).to(dtype),
             pooled_projections=torch.cat([part["pooled_prompt_embeds"] for part in parts]).to(dtype),
             return_dict=False,
@@ -95,3 +96,8 @@ class StableDiffusion3Policy(DiffusionPolicy):
         latents = latents / config.scaling_factor + config.shift_factor  # (n, in_channels, rows, columns)
         images = self._decode(latents)  # (n, 3, height, width)
         return self.pipeline.image_processor.postprocess(images, output_type="pil")
+
+    @torch.no_grad()
+    def encode_images(self, images: list[Image.Image]) -> torch.Tensor:
+        config = self.vae.config
+        return to_sequence((self._encode(images) - config.shift_factor) * config.scaling_factor)

@@ -84,7 +84,9 @@ class ZImagePolicy(DiffusionPolicy):
         images = images.unsqueeze(2).repeat(len(parts), 1, 1, 1, 1)  # (len(captions), in_channels, 1, rows, columns)
         # The model's time goes up to 1 at the image, and it predicts `image - noise`.
         time = (1000 - sigma.to(latents.device) * 1000) / 1000
-        (outputs,) = transformer(list(images), time.expand(len(images)), captions, return_dict=False)
+        (outputs,) = transformer(
+            list(images), time.expand(len(latents)).repeat(len(parts)), captions, return_dict=False
+        )
         output = torch.stack(outputs).squeeze(2).float()  # (len(captions), in_channels, rows, columns)
         if is_guided:
             output, unguided = output.chunk(2)
@@ -97,3 +99,8 @@ class ZImagePolicy(DiffusionPolicy):
         latents = to_image(latents, options, self.pipeline.vae_scale_factor).to(self.vae.dtype)
         images = self._decode(latents / config.scaling_factor + config.shift_factor)  # (n, 3, height, width)
         return self.pipeline.image_processor.postprocess(images, output_type="pil")
+
+    @torch.no_grad()
+    def encode_images(self, images: list[Image.Image]) -> torch.Tensor:
+        config = self.vae.config
+        return to_sequence((self._encode(images) - config.shift_factor) * config.scaling_factor)

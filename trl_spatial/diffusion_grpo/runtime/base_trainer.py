@@ -1,11 +1,11 @@
 import math
 import shutil
 import time
-from collections import defaultdict
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from accelerate.logging import get_logger
@@ -24,18 +24,25 @@ from ...hub.cards import SAMPLES_FILE, Card
 from ...training.base import BaseTrainer
 from ...training.hub import dataset_split
 from ..advantages import combine_rewards
-from ..config import DiffusionGRPOConfig
 from ..kinds import LORA, TRANSFORMER
 from ..policies import make_policy
-from ..reward_functions import RewardFunction, RewardFunctions, reward_metrics
+from ..reward_functions import RewardFunctions, reward_intervals, reward_metrics
 from . import checkpointing
-from .callbacks import RolloutProgressCallback, UpdateCallback, adapt_callbacks, log_image
-from .checks import check_inputs, with_held_out
+from .base_config import DiffusionConfig
+from .callbacks import RolloutProgressCallback, Samples, UpdateCallback, adapt_callbacks, log_samples
+from .checks import check_data, check_evaluation
 from .ema import EMA
 from .evaluation import EvaluationOutput, PolicyGenerator, gather_evaluation, reward_images
 from .metrics import TrainingMetrics
 from .model_card import build_card
-from .model_setup import load_pipeline, prepare_transformer, sampling_options, shard_transformer
+from .model_setup import (
+    freeze_idle_modules,
+    load_pipeline,
+    loading_device,
+    prepare_transformer,
+    sampling_options,
+    shard_transformer,
+)
 from .monitoring import HackingMonitor, StepTimer
 from .processes import check_launch, fail_together
 from .prompt_cache import PromptCache
@@ -58,24 +65,44 @@ class DiffusionTrainer(BaseTrainer):
     - The exported weights are uploaded to the Hub with their card (`push_to_hub`), see [`~training.hub.HubTrainer`].
     - Checkpoints hold exactly what training changes, see [`~training.base.BaseTrainer`]. The best one is always kept.
 
-    A subclass gives `training_step`, and `_training_state`, `_load_training_state` and `_merge_training_states` for what
-    else it remembers. Arguments are those of [`DiffusionGRPOTrainer`].
+    A subclass gives the data and the loss of training, `_method` and `_citation` for the card, and, if it remembers more than what it has
+    counted, `_training_state`, `_load_training_state` and `_merge_training_states`.
+
+    Args:
+        pipeline (`str` or [`~diffusers.DiffusionPipeline`]):
+            Pipeline whose transformer is trained, or its name.
+        args ([`~runtime.base_config.DiffusionConfig`]):
+            Configuration for this trainer.
+        train_dataset ([`~datasets.Dataset`] or `list[dict]`, *optional*):
+            Dataset to use for training, with a column `"prompt"`.
+        eval_dataset ([`~datasets.Dataset`], `list[dict]` or a `dict` of them, *optional*):
+            Dataset to use for evaluation, with a column `"prompt"` and those that the reward functions need.
+        eval_reward_functions ([`~reward_functions.RewardFunctions`], *optional*):
+            What judges the images of evaluation: the functions that are trained on come first. `eval_reward` is their weighted
+            sum.
+        num_trained_rewards (`int`, *optional*, defaults to `0`):
+            How many of them are trained on.
+        callbacks, optimizers, peft_config:
+            See [`DiffusionGRPOTrainer`].
     """
 
-    _tag_names = ["diffusion-grpo", "spatial-rl", "trl"]
+    _tag_names = ["spatial-rl", "trl"]
     _kinds = (LORA, TRANSFORMER)
+    _method: ClassVar[str]  # a sentence on the model's card
+    _citation: ClassVar[str]  # of the method's paper, for the card
+    _counted: ClassVar[tuple[str, ...]] = ("num_images", "num_policy_passes", "num_reference_passes")  # in every log
 
     def __init__(
         self,
         pipeline: str | DiffusionPipeline,
-        reward_funcs: RewardFunction | list[RewardFunction],
-        args: DiffusionGRPOConfig,
+        args: DiffusionConfig,
         train_dataset: Rows | None,
         eval_dataset: Rows | dict[str, Rows] | None,
-        eval_reward_funcs: RewardFunction | list[RewardFunction] | None,
-        callbacks: list[TrainerCallback] | None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None],
-        peft_config: LoraConfig | None,
+        eval_reward_functions: RewardFunctions | None = None,
+        num_trained_rewards: int = 0,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: LoraConfig | None = None,
     ):
         if args.n_gpu > 1:
             raise ValueError(
@@ -84,21 +111,21 @@ class DiffusionTrainer(BaseTrainer):
             )
         check_launch()
         if isinstance(pipeline, str):
-            pipeline = load_pipeline(pipeline, torch.bfloat16 if args.bf16 else torch.float32)
+            pipeline = load_pipeline(
+                pipeline, torch.bfloat16 if args.bf16 else torch.float32, device=loading_device(args)
+            )
         self.policy = make_policy(pipeline, max_sequence_length=args.max_sequence_length)
-        self.reward_functions = RewardFunctions(reward_funcs, args.reward_weights)
-        self.eval_reward_functions = with_held_out(self.reward_functions, eval_reward_funcs)
+        self.eval_reward_functions, self._num_trained_rewards = eval_reward_functions, num_trained_rewards
         self._options, self._eval_options = sampling_options(args)
-        check_inputs(
-            self.policy,
-            train_dataset,
-            eval_dataset,
-            self.reward_functions,
-            self.eval_reward_functions,
-            options=self._options,
-            eval_options=self._eval_options,
-            metric=args.metric_for_best_model,
-        )
+        self.policy.check_size(self._options.height, self._options.width)
+        self.policy.check_num_inference_steps(self._options.num_inference_steps)
+        self.policy.check_guidance(self._options)  # the same in evaluation
+        if train_dataset is not None:
+            self._check_train_dataset(train_dataset)
+        if eval_dataset is not None:
+            check_evaluation(
+                self.policy, eval_dataset, eval_reward_functions, self._eval_options, args.metric_for_best_model
+            )
         set_seed(args.seed)  # for the first weights of the adapters
         self._timer = StepTimer()
 
@@ -124,8 +151,11 @@ class DiffusionTrainer(BaseTrainer):
         negative_prompt = self.policy.negative_prompt(self._options)
         self.prompt_cache = PromptCache(self.policy, args.device, negative_prompt=negative_prompt)
         self.ema = EMA(self.model, args.ema_decay, every=args.ema_steps) if args.ema_decay > 0 else None
-        self._metrics = TrainingMetrics()
+        self._metrics = TrainingMetrics(self._counted)
         self._hacking_monitors: defaultdict[str, HackingMonitor] = defaultdict(HackingMonitor)
+
+    def _check_train_dataset(self, dataset: Rows) -> None:
+        check_data(dataset, "train_dataset", self.policy)
 
     # `torch_compile` is for the transformer's blocks, see `prepare_transformer`; the parent would compile all of it.
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
@@ -135,13 +165,28 @@ class DiffusionTrainer(BaseTrainer):
         return len(self.train_dataset)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        self._metrics = TrainingMetrics()
+        self._metrics = TrainingMetrics(self._counted)
         return super().train(*args, **kwargs)
 
     def _on_update(self) -> None:
         self._metrics.num_updates += 1
         if self.ema is not None:
             self.ema.step()
+
+    @contextmanager
+    def _reference_policy(self) -> Iterator[None]:
+        """Context in which the transformer is the reference policy, without gradient: its adapters are switched off."""
+        self.model.disable_adapters()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.enable_adapters()
+            freeze_idle_modules(self.policy)
+
+    def _count_passes(self, kind: str, num_velocities: int) -> None:
+        """Counts passes of one image through the transformer, of which guidance may take two for a velocity."""
+        self._metrics.totals[f"num_{kind}_passes"] += num_velocities * self.policy.num_passes(self._options)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # of updates, and not of an evaluation or the end
@@ -156,7 +201,8 @@ class DiffusionTrainer(BaseTrainer):
     ) -> dict[str, float]:
         """
         Evaluates the averaged weights: the same noise every time, no noise in the steps, the rewards of training and
-        those that were not trained on. `ignore_keys` is not used. Gives metrics such as `eval_reward` and `eval_rewards/<name>/mean`.
+        those that were not trained on. `ignore_keys` is not used. Gives metrics such as `eval_reward` and `eval_rewards/<name>/mean`,
+        and the ends of their 95 % intervals, for which whole prompts are drawn: `eval_reward_low`, `eval_rewards/<name>/high`.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
@@ -195,11 +241,15 @@ class DiffusionTrainer(BaseTrainer):
     def _evaluate_policy(self, dataset: Rows) -> EvaluationOutput:
         """Evaluation of all processes."""
         args = self.args
+        if self.eval_reward_functions is None:
+            raise ValueError("Evaluation rewards images, and there is no reward function. Pass `eval_reward_funcs`.")
         averaged = nullcontext() if self.ema is None else self.ema.applied()
         with fail_together(self.accelerator, "Evaluating", is_collective=self.is_fsdp_enabled), averaged:
             generator = PolicyGenerator(
                 self.policy, self.model, self.prompt_cache, self._eval_options, self.accelerator.autocast
             )
+            own_rows = range(args.process_index, len(dataset), args.world_size)
+            self.prompt_cache.expect(dataset[index]["prompt"] for index in own_rows)
             batches = draw_rows(
                 generator,
                 dataset,
@@ -214,12 +264,18 @@ class DiffusionTrainer(BaseTrainer):
         return gather_evaluation(output)
 
     def _evaluation_metrics(self, output: EvaluationOutput, prefix: str) -> dict[str, float]:
-        names, num_trained = self.eval_reward_functions.names, len(self.reward_functions.names)
+        functions, num_trained = self.eval_reward_functions, self._num_trained_rewards
+        assert functions is not None
         # An image is a group of its own; held-out rewards have no weight
-        combined = combine_rewards(output.rewards, 1, self.eval_reward_functions.weights)
-        metrics = reward_metrics(output.rewards, combined, names)
-        held_out = dict(zip(names[num_trained:], output.rewards[:, num_trained:].unbind(1), strict=True))
-        for warning in self._hacking_monitors[prefix].update(self.state.global_step, combined, held_out):
+        combined = combine_rewards(output.rewards, 1, functions.weights)
+        metrics = reward_metrics(output.rewards, combined, functions.names)
+        metrics |= reward_intervals(output.rewards, combined, functions.names, output.prompts)
+        held_out = dict(zip(functions.names[num_trained:], output.rewards[:, num_trained:].unbind(1), strict=True))
+        if num_trained == 0:  # nothing that could be hacked
+            held_out = {}
+        for warning in self._hacking_monitors[prefix].update(
+            self.state.global_step, combined, held_out, output.prompts
+        ):
             logger.warning(warning)
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
@@ -229,26 +285,34 @@ class DiffusionTrainer(BaseTrainer):
         """Saves a grid of the first images and shows it to the trackers."""
         if self.args.logging_strategy == "no" or not self.is_world_process_zero():
             return
-        names = self.eval_reward_functions.names  # those of the trained ones come first
-        captions = [_caption(names, row) for row in rewards[:NUM_LOGGED_IMAGES].tolist()]
+        assert self.eval_reward_functions is not None
+        images, prompts, rewards = images[:NUM_LOGGED_IMAGES], prompts[:NUM_LOGGED_IMAGES], rewards[:NUM_LOGGED_IMAGES]
+        names = self.eval_reward_functions.names[: rewards.shape[1]]  # those of the trained ones come first
+        captions = [_caption(names, row) for row in rewards.tolist()]
         path = Path(self.args.output_dir) / "images" / f"{name}_{number:06d}.png"
-        grid = save_image_grid(path, images[:NUM_LOGGED_IMAGES], prompts[:NUM_LOGGED_IMAGES], captions)
-        log_image(self.callback_handler.callbacks, grid, f"images/{name}", self.state.global_step)
+        grid = save_image_grid(path, images, prompts, captions)
+        columns = dict(zip(names, rewards.T.tolist(), strict=True))
+        samples = Samples(name, grid, prompts, images, columns)
+        log_samples(self.callback_handler.callbacks, samples, self.state.global_step)
 
     def _training_state(self) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
         """What this process has to remember: tensors, and anything that JSON holds."""
-        raise NotImplementedError
+        return {}, {"totals": self._metrics.totals}
 
     def _load_training_state(self, tensors: Mapping[str, torch.Tensor], extra: dict[str, Any]) -> None:
         """Undoes `_training_state`."""
-        raise NotImplementedError
+        self._metrics.load_totals(extra["totals"])
 
     def _merge_training_states(self, states: list[tuple[dict[str, torch.Tensor], dict[str, Any]]]) -> dict[str, Any]:
         """
         What this process continues from if another number of processes saved `states`: the second part of a state
         without tensors. An error if their work cannot be shared out anew.
         """
-        raise NotImplementedError
+        # The counts of all processes are added up in the logs.
+        totals: Counter[str] = Counter()
+        for _, extra in states if self.args.process_index == 0 else states[:0]:
+            totals.update(extra["totals"])
+        return {"totals": totals}
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         is_new_best = super()._determine_best_metric(metrics, trial)
@@ -265,28 +329,6 @@ class DiffusionTrainer(BaseTrainer):
         if is_writer or self.is_fsdp_enabled:
             checkpointing.save_trained_state(self.model, folder, ema=self.ema, is_writer=is_writer)
         checkpointing.save_buffer(*self._training_state(), folder, self.args.process_index)
-
-    # Prompts are a function of the rollout's index: a resumed run has to count rollouts as before.
-    def _position(self) -> dict[str, int]:
-        return {
-            "num_rows": len(self.train_dataset),
-            "prompts per rollout": self.args.num_prompts,
-            "updates per rollout": self.args.num_updates_per_rollout,
-        }
-
-    def _find_start(self, dataloader: Any, num_updates: int, updates_per_epoch: int) -> tuple[int, int]:
-        then, now = self._run.get("position"), self._position()
-        if then is not None:
-            self._check_num_rows(then["num_rows"])
-            if then != now:
-                names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "top_k")
-                raise ValueError(
-                    "Resumed like this, the run would leave out prompts or draw them twice: (prompts, updates) per rollout "
-                    f"were {tuple(then.values())[1:]} and are {tuple(now.values())[1:]} now, with {self.args.world_size} "
-                    f"processes{self._old_sizes((*names, 'num_generations', 'num_iterations'))}. Use the old values."
-                )
-        epoch, updates = divmod(num_updates, updates_per_epoch)
-        return epoch, updates * self.args.gradient_accumulation_steps
 
     # Of a sharded transformer, the parent would collect and write the frozen weights too.
     def _export(self, folder: Path) -> None:
@@ -312,28 +354,32 @@ class DiffusionTrainer(BaseTrainer):
             checkpointing.export_weights(self.policy.pipeline, self.model, folder, ema=self.ema, is_writer=is_writer)
 
     def _save_samples(self, folder: Path) -> None:
-        """The newest grid of an evaluation, or, without one, of a rollout, as the picture of the card."""
-        step = self.state.global_step
-        # Later ones are of an attempt that was interrupted.
-        last = {"eval": step, "rollout": step // self.args.num_updates_per_rollout}
-        grids: list[Path] = []
-        for name in ("rollout", "eval"):
+        """The newest grid as the picture of the card."""
+        for name, last in self._last_grids().items():
             found = (Path(self.args.output_dir) / "images").glob(f"{name}*.png")
-            grids = sorted((path for path in found if _grid_number(path) <= last[name]), key=_grid_number) or grids
-        if grids:
-            shutil.copyfile(grids[-1], folder / SAMPLES_FILE)
+            grids = [path for path in found if _grid_number(path) <= last]
+            if grids:
+                shutil.copyfile(max(grids, key=_grid_number), folder / SAMPLES_FILE)
+                return
+
+    def _last_grids(self) -> dict[str, int]:
+        """Names of the grids, the best first, and the last number of each; later ones are of an attempt that was interrupted."""
+        return {"eval": self.state.global_step}
 
     def _build_card(self) -> Card:
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        rewards = self.reward_functions
+        rewards = self.eval_reward_functions
+        trained = [] if rewards is None else list(zip(rewards.names, rewards.weights.tolist(), strict=True))
         return build_card(
             self.args,
             self.state.log_history,
-            lora_config=next(iter(self.model.peft_config.values())) if checkpointing.has_adapter(self.model) else None,
+            method=self._method,
+            citation=self._citation,
+            settings=self._card_settings(),
+            is_lora=checkpointing.has_adapter(self.model),
             pipeline_name=type(self.policy.pipeline).__name__,
             guidance=self.policy.pipeline_guidance(self._eval_options),
-            num_updates=self.state.global_step,
-            trained_rewards=dict(zip(rewards.names, rewards.weights.tolist(), strict=True)),
+            trained_rewards=dict(trained[: self._num_trained_rewards]),
             eval_datasets={
                 f"eval_{key}" if key else "eval": (len(part), self.eval_dataset_name, dataset_split(part))
                 for key, part in evaluated.items()
@@ -341,6 +387,21 @@ class DiffusionTrainer(BaseTrainer):
             },
             base_model=self.policy.pipeline.config.get("_name_or_path"),  # none if it was built in Python
         )
+
+    def _card_settings(self) -> dict[str, Any]:
+        """What a reader of the card wants to know about the training, under the names of the card."""
+        args = self.args
+        lora = next(iter(self.model.peft_config.values())) if checkpointing.has_adapter(self.model) else None
+        return {
+            "adapters": None if lora is None else f"LoRA, rank {lora.r}, alpha {lora.lora_alpha}",
+            "updates": self.state.global_step,
+            "learning rate": args.learning_rate,
+            "KL coefficient": args.beta,
+            "moving average of the weights": args.ema_decay or None,
+            "precision": "fp32" if args.mixed_precision == "no" else args.mixed_precision,
+            "image size in training": f"{args.width} × {args.height}",
+            "seed": args.seed,
+        }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         checkpointing.check_sharding(resume_from_checkpoint, is_sharded=self.is_fsdp_enabled)
@@ -362,4 +423,4 @@ def _grid_number(path: Path) -> int:
 
 def _caption(names: list[str], rewards: list[float]) -> str:
     values = ["none" if math.isnan(reward) else f"{reward:.3g}" for reward in rewards]
-    return "\n".join(f"{name} {value}" for name, value in zip(names, values, strict=False))
+    return "\n".join(f"{name} {value}" for name, value in zip(names, values, strict=True))

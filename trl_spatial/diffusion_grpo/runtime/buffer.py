@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -31,20 +31,12 @@ class TrainingStep:
             self.old_mean.copy_(mean)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RolloutBuffer:
-    """
-    Kept images of a rollout, `n` in number, with their `K` trained steps, and how far training has come with them.
-    What belongs to the old policy is `None` where the loss never needs it again.
-    """
+    """Kept images of a rollout, `n` in number, and how far training has come with them. A subclass adds what its loss needs."""
 
     prompts: list[str]
-    trained_steps: tuple[int, ...]  # indices of denoising steps
-    latents: torch.Tensor  # before each trained step: (n, K, image_seq_len, num_channels), float32
-    next_latents: torch.Tensor  # after it
     advantages: torch.Tensor  # (n,), float32
-    old_log_probs: torch.Tensor | None  # (n, K), float32
-    old_means: torch.Tensor | None  # (n, K, image_seq_len, num_channels), float32
     batch_size: int  # images per batch
     num_iterations: int  # how often every batch is trained on
     num_batches_on_policy: int  # how many are trained on before the policy changes
@@ -60,10 +52,45 @@ class RolloutBuffer:
         """Whether all batches of all iterations were handed out."""
         return self.position == self.num_batches * self.num_iterations
 
+    def rows(self, position: int) -> slice:
+        """The images of the batch at a position."""
+        start = position % self.num_batches * self.batch_size
+        return slice(start, start + self.batch_size)
+
+    def batch_steps(self, position: int, prompt_cache: PromptCache) -> list[Any]:
+        """What a loss is computed on, one after the other, for the batch at a position, with the embeddings of its prompts."""
+        raise NotImplementedError
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What a checkpoint keeps: tensors, and the rest as JSON holds it."""
+        values = vars(self)
+        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return tensors, {name: value for name, value in values.items() if name not in tensors}
+
+    @classmethod
+    def from_state(cls, tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any], device: torch.device) -> Self:
+        """Undoes [`~RolloutBuffer.state`]."""
+        # Copies: tensors in a mapped file may lie at other addresses than those of training, where kernels round differently
+        copies: dict[str, Any] = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+        return cls(**rest, **copies)
+
+
+@dataclass(kw_only=True)
+class StepsBuffer(RolloutBuffer):
+    """
+    A [`RolloutBuffer`] with `K` trained denoising steps of each image. What belongs to the old policy is `None` where the
+    loss never needs it again.
+    """
+
+    trained_steps: tuple[int, ...]  # indices of denoising steps
+    latents: torch.Tensor  # before each trained step: (n, K, image_seq_len, num_channels), float32
+    next_latents: torch.Tensor  # after it
+    old_log_probs: torch.Tensor | None  # (n, K), float32
+    old_means: torch.Tensor | None  # (n, K, image_seq_len, num_channels), float32
+
     def batch_steps(self, position: int, prompt_cache: PromptCache) -> list[TrainingStep]:
         """The trained steps of the batch at a position, as views of the buffer, with the embeddings of its prompts."""
-        start = position % self.num_batches * self.batch_size
-        rows = slice(start, start + self.batch_size)
+        rows = self.rows(position)
         embeds = prompt_cache.get(self.prompts[rows])
         return [
             TrainingStep(
@@ -78,18 +105,3 @@ class RolloutBuffer:
             )
             for k, step in enumerate(self.trained_steps)
         ]
-
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """What a checkpoint keeps: tensors, and the rest as JSON holds it."""
-        values = vars(self)
-        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-        return tensors, {name: value for name, value in values.items() if name not in tensors}
-
-    @classmethod
-    def from_state(
-        cls, tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any], device: torch.device
-    ) -> "RolloutBuffer":
-        """Undoes [`~RolloutBuffer.state`]."""
-        # Copies: tensors in a mapped file may lie at other addresses than those of training, where kernels round differently
-        values = {**rest, **{name: tensor.to(device, copy=True) for name, tensor in tensors.items()}}
-        return cls(**{**values, "trained_steps": tuple(rest["trained_steps"])})

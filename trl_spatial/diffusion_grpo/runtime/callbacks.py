@@ -3,7 +3,9 @@ What happens between the steps of the training loop of `transformers.Trainer`, a
 which has to be installed, need to work with diffusion models.
 """
 
+import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -69,16 +71,56 @@ def adapt_callbacks(trainer: Trainer) -> None:
             trainer.add_callback(DiffusionTensorBoardCallback(callback.tb_writer))
 
 
-def log_image(callbacks: Iterable[TrainerCallback], image: Image.Image, name: str, step: int) -> None:
+@dataclass
+class Samples:
     """
-    Hands a picture to TensorBoard, trackio and Weights & Biases, as far as a trainer with these callbacks reports to
-    them, under a name such as `"images/eval"`. To be called by the main process.
+    Images to show to the trackers.
+
+    Args:
+        name (`str`):
+            What they were drawn in: `"rollout"`, or the prefix of an evaluation's metrics.
+        grid (`PIL.Image.Image`):
+            One picture of all of them.
+        prompts (`list[str]`):
+            Prompt of each image.
+        images (`list[PIL.Image.Image]`):
+            The images.
+        rewards (`dict[str, list[float]]`):
+            Rewards of each image, by the name of the function; NaN where it gave none.
+    """
+
+    name: str
+    grid: Image.Image
+    prompts: list[str]
+    images: list[Image.Image]
+    rewards: dict[str, list[float]]
+
+
+def log_samples(callbacks: Iterable[TrainerCallback], samples: Samples, step: int) -> None:
+    """
+    Shows images to TensorBoard, Trackio and Weights & Biases, as far as a trainer with these callbacks reports to them: the
+    grid as `"images/<name>"`, and, but for TensorBoard, TRL's table `"completions"` with a row per image, for an evaluation
+    `"<name>/completions"`. To be called by the main process.
     """
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            callback.tb_writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+            callback.tb_writer.add_image(f"images/{samples.name}", np.asarray(samples.grid), step, dataformats="HWC")
         elif isinstance(callback, WandbCallback) and callback._wandb.run is not None:
-            # The callback shows everything over `train/global_step`, not over the logger's own counter.
-            callback._wandb.log({name: callback._wandb.Image(image), "train/global_step": step})
+            callback._wandb.log(_pictures_and_table(callback._wandb, samples, step))
         elif isinstance(callback, TrackioCallback) and callback._initialized:
-            callback._trackio.log({name: callback._trackio.Image(image), "train/global_step": step})
+            callback._trackio.log(_pictures_and_table(callback._trackio, samples, step))
+
+
+def _pictures_and_table(tracker: Any, samples: Samples, step: int) -> dict[str, Any]:
+    """The entry of a log, in the classes that Trackio has in common with Weights & Biases."""
+    rewards = [[None if math.isnan(value) else value for value in values] for values in samples.rewards.values()]
+    pictures = [tracker.Image(image) for image in samples.images]
+    rows = zip([step] * len(pictures), samples.prompts, *rewards, pictures, strict=True)
+    return {
+        f"images/{samples.name}": tracker.Image(samples.grid),
+        "completions" if samples.name == "rollout" else f"{samples.name}/completions": tracker.Table(
+            columns=["step", "prompt", *samples.rewards, "image"], data=[list(row) for row in rows]
+        ),
+        # The callback shows everything over this, not over the logger's own counter.
+        "train/global_step": step,
+    }

@@ -1,19 +1,12 @@
-"""Bad input and doubtful settings that can be known before training."""
+"""Bad input that can be known before training."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from accelerate.logging import get_logger
 from datasets import Dataset
 
-from ...generation.seeds import image_generator
-from ..config import DiffusionGRPOConfig
 from ..policies import DiffusionPolicy, SamplingOptions
 from ..reward_functions import RewardFunction, RewardFunctions
-from .monitoring import setup_warnings
-
-
-logger = get_logger(__name__)
 
 
 def with_held_out(trained: RewardFunctions, held_out: RewardFunction | list[RewardFunction] | None) -> RewardFunctions:
@@ -24,53 +17,50 @@ def with_held_out(trained: RewardFunctions, held_out: RewardFunction | list[Rewa
     return RewardFunctions([*trained.functions, *others], [*trained.weights.tolist(), *[0.0] * len(others)])
 
 
-def check_inputs(
+def check_evaluation(
     policy: DiffusionPolicy,
-    train_dataset: Dataset | Sequence[dict[str, Any]] | None,
-    eval_dataset: Dataset | Sequence[dict[str, Any]] | dict[str, Any] | None,
-    reward_functions: RewardFunctions,
-    eval_reward_functions: RewardFunctions,
-    *,
+    eval_dataset: Dataset | Sequence[dict[str, Any]] | dict[str, Any],
+    reward_functions: RewardFunctions | None,
     options: SamplingOptions,
-    eval_options: SamplingOptions,
     metric: str | None,
 ) -> None:
     """
-    Checks what a trainer is given: sizes, steps and guidance of the images, datasets, and the metric by which the best
-    checkpoint is chosen. It is a `TypeError` if a dataset cannot be indexed; the `ValueError` of anything else names
+    Checks what a trainer is to be evaluated by: rewards, sizes and steps of the images, datasets, and the metric by which the
+    best checkpoint is chosen. It is a `TypeError` if a dataset cannot be indexed; the `ValueError` of anything else names
     it.
     """
-    policy.check_size(options.height, options.width)
-    policy.check_num_inference_steps(options.num_inference_steps)
-    policy.check_guidance(options)  # the same in evaluation
-    if train_dataset is not None:
-        check_data(train_dataset, "train_dataset", policy, reward_functions)
-    if eval_dataset is None:
-        return
+    if reward_functions is None:
+        raise ValueError(
+            "`eval_dataset` is set, but no reward function that could judge its images. Pass `eval_reward_funcs`, or leave "
+            "`eval_dataset` `None`."
+        )
     try:
-        policy.check_size(eval_options.height, eval_options.width)
+        policy.check_size(options.height, options.width)
     except ValueError as error:
         raise ValueError(f"`eval_height` and `eval_width`: {error}") from None
     try:
-        policy.check_num_inference_steps(eval_options.num_inference_steps)
+        policy.check_num_inference_steps(options.num_inference_steps)
     except ValueError as error:
         raise ValueError(f"`eval_num_inference_steps`: {error}") from None
     if isinstance(eval_dataset, dict):
         for name, dataset in eval_dataset.items():
-            check_data(dataset, f"eval_dataset[{name!r}]", policy, eval_reward_functions)
+            check_data(dataset, f"eval_dataset[{name!r}]", policy, reward_functions)
         datasets = list(eval_dataset)
     else:
-        check_data(eval_dataset, "eval_dataset", policy, eval_reward_functions)
+        check_data(eval_dataset, "eval_dataset", policy, reward_functions)
         datasets = [None]
-    check_metric(metric, datasets, eval_reward_functions)
+    check_metric(metric, datasets, reward_functions)
 
 
 def check_data(
-    dataset: Dataset | Sequence[dict[str, Any]], name: str, policy: DiffusionPolicy, reward_functions: RewardFunctions
+    dataset: Dataset | Sequence[dict[str, Any]],
+    name: str,
+    policy: DiffusionPolicy,
+    reward_functions: RewardFunctions | None = None,
 ) -> None:
     """
     Checks that a dataset can be trained or evaluated on: it can be indexed, has rows, and the model takes its prompts
-    and the reward functions its other columns. `name` is what errors call it.
+    and the reward functions, if there are any, its other columns. `name` is what errors call it.
     """
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(
@@ -94,7 +84,8 @@ def check_data(
         prompts = (row["prompt"] for row in dataset)
     try:
         policy.check_prompts(prompts)
-        reward_functions.check_columns([column for column in columns if column != "prompt"])
+        if reward_functions is not None:
+            reward_functions.check_columns([column for column in columns if column != "prompt"])
     except ValueError as error:
         raise ValueError(f"`{name}`: {error}") from None
 
@@ -111,20 +102,3 @@ def check_metric(metric: str | None, dataset_names: list[str | None], reward_fun
             f"`metric_for_best_model` is {metric!r}, but the evaluation will have {', '.join(metrics)}. Use one of them, "
             "or `None`."
         )
-
-
-def warn_about_settings(args: DiffusionGRPOConfig, policy: DiffusionPolicy, options: SamplingOptions) -> None:
-    """Issues the warnings of [`setup_warnings`]."""
-    num_updates = args.num_updates_per_rollout // args.num_iterations  # of an iteration
-    warnings = setup_warnings(
-        dynamics=args.dynamics,
-        noise_level=args.noise_level,
-        trains_first_step=args.sde_window_range is None or args.sde_window_range[0] == 0,
-        epsilon=args.epsilon,
-        num_latent_elements=policy.prepare_latents([image_generator(args.seed)], options).numel(),
-        num_updates_per_rollout=args.num_updates_per_rollout,
-        is_ratio_corrected=args.needs_old_means,
-        num_groups_per_update=args.num_prompts / num_updates,
-    )
-    for warning in warnings:
-        logger.warning(warning)

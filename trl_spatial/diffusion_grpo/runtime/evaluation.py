@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from accelerate.utils import gather_object
@@ -21,14 +22,15 @@ class EvaluationOutput:
 
     rewards: torch.Tensor  # (n, num_funcs), float32, on the CPU; NaN where a function gave none
     indices: torch.Tensor  # (n,), numbers of the images among those of all processes: row * num_images + image
+    prompts: list[str]  # of length n
     images: list[Image.Image]  # those whose number is below `num_kept_images`, for the logs
-    prompts: list[str]  # of these images
 
 
 class PolicyGenerator:
     """
     Draws with a policy by the deterministic sampler: an [`~generation.generators.ImageGenerator`]. The transformer may
-    be wrapped for training; `autocast` makes the context of its forward passes, such as `accelerator.autocast`.
+    be wrapped for training; `autocast` makes the context of its forward passes, such as `accelerator.autocast`. It runs
+    without its compiled graphs: images of another size would leave graphs for any size, which are slower in training.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class PolicyGenerator:
     def __call__(self, prompts: list[str], generators: list[torch.Generator]) -> list[Image.Image]:
         was_training = self.transformer.training
         self.transformer.eval()
-        with self.autocast():
+        with self.autocast(), torch.compiler.set_stance("force_eager"):
             rollout = sample_rollout(
                 self.policy,
                 self.transformer,
@@ -71,16 +73,15 @@ def reward_images(
     reward functions. Only the first `num_kept_images` are returned, the others are dropped once they are rewarded. A
     process without images has no batches.
     """
-    rewards, indices, images, prompts = [torch.empty(0, len(reward_functions.names))], [], [], []
+    rewards, indices, prompts, images = [torch.empty(0, len(reward_functions.names))], [], [], []
     for batch in batches:
         columns = {name: [row[name] for row in batch.rows] for name in batch.rows[0]}
         batch_prompts = columns.pop("prompt")
         rewards.append(reward_functions(batch_prompts, batch.images, **columns))
         indices += batch.indices
-        num_kept = sum(index < num_kept_images for index in batch.indices)  # they ascend
-        images += batch.images[:num_kept]
-        prompts += batch_prompts[:num_kept]
-    return EvaluationOutput(torch.cat(rewards), torch.tensor(indices, dtype=torch.long), images, prompts)
+        prompts += batch_prompts
+        images += batch.images[: sum(index < num_kept_images for index in batch.indices)]  # they ascend
+    return EvaluationOutput(torch.cat(rewards), torch.tensor(indices, dtype=torch.long), prompts, images)
 
 
 def gather_evaluation(output: EvaluationOutput) -> EvaluationOutput:
@@ -88,15 +89,12 @@ def gather_evaluation(output: EvaluationOutput) -> EvaluationOutput:
     outputs = gather_object([output])
     indices = torch.cat([output.indices for output in outputs])
     order = indices.argsort()
+    prompts = [prompt for output in outputs for prompt in output.prompts]
     # Each process kept the images with the lowest numbers among its own.
-    shown = sorted(
-        (index, image, prompt)
-        for output in outputs
-        for index, image, prompt in zip(output.indices.tolist(), output.images, output.prompts, strict=False)
-    )
+    kept = [pair for output in outputs for pair in zip(output.indices.tolist(), output.images, strict=False)]
     return EvaluationOutput(
         rewards=torch.cat([output.rewards for output in outputs])[order],
         indices=indices[order],
-        images=[image for _, image, _ in shown],
-        prompts=[prompt for _, _, prompt in shown],
+        prompts=[prompts[index] for index in order.tolist()],
+        images=[image for _, image in sorted(kept, key=itemgetter(0))],
     )

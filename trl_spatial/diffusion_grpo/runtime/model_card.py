@@ -1,29 +1,30 @@
-"""The card of weights that were trained by reinforcement learning."""
+"""The card of trained weights."""
 
 import math
 from typing import Any
 
-from peft import LoraConfig
-
 from ...hub.cards import Card, Result
-from ..config import DiffusionGRPOConfig
+from .base_config import DiffusionConfig
 
 
 def build_card(
-    args: DiffusionGRPOConfig,
+    args: DiffusionConfig,
     log_history: list[dict[str, Any]],
     *,
-    lora_config: LoraConfig | None,
+    method: str,
+    citation: str,
+    settings: dict[str, Any],
+    is_lora: bool,
     pipeline_name: str,
     guidance: dict[str, Any],
-    num_updates: int,
     trained_rewards: dict[str, float],
     eval_datasets: dict[str, tuple[int, str | None, str | None]],
     base_model: str | None,
 ) -> Card:
     """
     Makes the card of trained weights from what was set and measured; the first and the last evaluation of
-    `log_history` go into it. `lora_config` is `None` if all weights were trained. `guidance` is in the names of the
+    `log_history` go into it. `method` is a sentence on how they were trained, `citation` its paper in BibTeX, and `settings` what a reader wants to know about
+    it, under the names of the card. `is_lora` says whether adapters were trained or all weights. `guidance` is in the names of the
     pipeline's own call, from [`~policies.DiffusionPolicy.pipeline_guidance`]. `trained_rewards` are weights by name,
     and `eval_datasets` leads from the prefix of the logged metrics, such as `"eval"`, to number of prompts, Hub id and
     split. `base_model` is a Hub id or a folder.
@@ -38,7 +39,6 @@ def build_card(
         for result in _reward_results(last, prefix, *source, trained_rewards)
     ]
     before = _reward_results(first, "eval", 0, None, None, trained_rewards) if step else []
-    is_lora = lora_config is not None
     return Card(
         template="diffusion.md",
         front_matter={
@@ -48,6 +48,8 @@ def build_card(
         },
         values={
             "is_lora": is_lora,
+            "method": method,
+            "citation": citation,
             "pipeline_name": pipeline_name,
             "sampling": {  # of the evaluation: keyword arguments of the pipeline
                 "height": args.eval_height or args.height,
@@ -58,7 +60,7 @@ def build_card(
             },
             "before": {result.metric: result.value for result in before},
             "metrics_step": step,
-            "settings": _settings(args, lora_config, num_updates, trained_rewards),
+            "settings": settings,
             "versions": ("trl", "transformers", "diffusers", "peft", "torch", "datasets"),
         },
         results=results,
@@ -95,31 +97,3 @@ def _reward_results(
             )
         )
     return results
-
-
-def _settings(
-    args: DiffusionGRPOConfig, lora_config: LoraConfig | None, num_updates: int, rewards: dict[str, float]
-) -> dict[str, Any]:
-    """What a reader of the card wants to know about a training run, under the names of the card."""
-    window = None
-    if args.sde_window_size is not None:
-        window = f"{args.sde_window_size} of {args.sde_window_range or 'the first half'}"
-    return {
-        "rewards": ", ".join(f"{name} ({weight:g})" for name, weight in rewards.items()),
-        "adapters": None if lora_config is None else f"LoRA, rank {lora_config.r}, alpha {lora_config.lora_alpha}",
-        "updates": num_updates,
-        "prompts per rollout": args.num_prompts,
-        "images per prompt": args.num_generations,
-        "kept of them, best and worst": None if args.top_k is None else f"{args.top_k} and {args.top_k}",
-        "denoising steps in training": args.num_inference_steps,
-        "trained steps": window,
-        "dynamics": args.dynamics,
-        "noise level": args.noise_level,
-        "learning rate": args.learning_rate,
-        "clip range": args.epsilon,
-        "KL coefficient": args.beta,
-        "moving average of the weights": args.ema_decay or None,
-        "precision": "fp32" if args.mixed_precision == "no" else args.mixed_precision,
-        "image size in training": f"{args.width} × {args.height}",
-        "seed": args.seed,
-    }

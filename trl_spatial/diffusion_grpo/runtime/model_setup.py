@@ -18,14 +18,19 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from ...hub.errors import explain_errors
 from ...hub.references import find_reference
 from ...hub.safety import check_repository
+from ...training.machines import download_on_each_machine
 from ...training.quantization import nf4_config
-from ..config import DiffusionGRPOConfig
+from ..online_config import OnlineConfig
 from ..policies import DiffusionPolicy, SamplingOptions
 from .adapters import adapt_to_inputs
+from .base_config import DiffusionConfig
 from .checkpointing import check_exportable, has_adapter
 from .processes import is_fsdp_launch
+from .recomputation import enable_checkpointing
 
 
+# Most graphs that a kind of block may be compiled to
+_MAX_GRAPHS = 64
 # bitsandbytes' classes of quantized weights
 _QUANTIZED_WEIGHTS = {"Params4bit", "Int8Params"}
 
@@ -99,7 +104,7 @@ def is_quantized(module: torch.nn.Module) -> bool:
     return any(type(parameter).__name__ in _QUANTIZED_WEIGHTS for parameter in module.parameters())
 
 
-def loading_device(args: DiffusionGRPOConfig) -> torch.device:
+def loading_device(args: DiffusionConfig) -> torch.device:
     """
     Where [`load_pipeline`] shall put the transformer and the VAE: on the device of this process, or on the CPU where
     FSDP shares the transformer out, which need not fit on one device.
@@ -111,7 +116,7 @@ def load_pipeline(
     name: str,
     dtype: torch.dtype,
     *,
-    device: str | torch.device = "cpu",
+    device: torch.device,
     revision: str | None = None,
     quantization_config: PipelineQuantizationConfig | None = None,
     attention_backend: str | None = None,
@@ -137,6 +142,10 @@ def load_pipeline(
     quantizations = {} if quantization_config is None else quantization_config.quant_mapping
     settings = {"revision": reference.revision, "dtype": dtype, "use_safetensors": True}
     with explain_errors(f"Loading the pipeline {reference}"):
+        if not reference.is_local:
+            download_on_each_machine(
+                lambda: DiffusionPipeline.download(reference.name, revision=reference.revision, use_safetensors=True)
+            )
         index = DiffusionPipeline.load_config(reference.name, revision=reference.revision)
         on_device = {
             name: getattr(diffusers, index[name][1]).from_pretrained(
@@ -157,20 +166,21 @@ def load_pipeline(
     return pipeline
 
 
-def sampling_options(args: DiffusionGRPOConfig) -> tuple[SamplingOptions, SamplingOptions]:
+def sampling_options(args: DiffusionConfig) -> tuple[SamplingOptions, SamplingOptions]:
     """How images are sampled in training, and in evaluation."""
-    training = SamplingOptions(args.height, args.width, args.num_inference_steps, args.guidance_scale)
-    evaluation = replace(
-        training,
-        height=args.eval_height or args.height,
-        width=args.eval_width or args.width,
-        num_inference_steps=args.eval_num_inference_steps,
+    evaluation = SamplingOptions(
+        args.eval_height or args.height,
+        args.eval_width or args.width,
+        args.eval_num_inference_steps,
+        args.guidance_scale,
     )
-    return training, evaluation
+    # Where no images are drawn to be trained on, only their size and the guidance count
+    num_steps = args.num_inference_steps if isinstance(args, OnlineConfig) else args.eval_num_inference_steps
+    return replace(evaluation, height=args.height, width=args.width, num_inference_steps=num_steps), evaluation
 
 
 def prepare_transformer(
-    policy: DiffusionPolicy, args: DiffusionGRPOConfig, peft_config: LoraConfig | None
+    policy: DiffusionPolicy, args: DiffusionConfig, peft_config: LoraConfig | None
 ) -> torch.nn.Module:
     """
     Freezes a pipeline but for what is trained, and returns its transformer, changed in place. Trained are the new
@@ -218,12 +228,12 @@ def prepare_transformer(
     _check_dropout(transformer)
     if args.beta > 0 and not has_adapter(transformer):
         raise ValueError(
-            f"`beta` is {args.beta}, but without adapters there is no reference policy: all weights are trained. Set "
-            "`beta=0.0`, or train LoRA with `peft_config`."
+            f"`beta` is {args.beta}, but without adapters there is no reference policy: all weights are trained. Train LoRA "
+            "with `peft_config`, or, for a loss that can do without, set `beta=0.0`."
         )
-    _redirect_gradient_checkpointing(transformer)
+    _redirect_gradient_checkpointing(policy, is_compiled=args.torch_compile)
     if args.torch_compile:
-        _compile_blocks(transformer, args)
+        _compile_blocks(policy, args)
     return transformer
 
 
@@ -281,17 +291,27 @@ def _check_dropout(transformer: torch.nn.Module) -> None:
             )
 
 
-def _compile_blocks(transformer: torch.nn.Module, args: DiffusionGRPOConfig) -> None:
+def _compile_blocks(policy: DiffusionPolicy, args: DiffusionConfig) -> None:
+    # Graphs differ by batch size, adapters and gradients; beyond the limit, by default 8, PyTorch would compile no more.
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _MAX_GRAPHS)
+    # Prompts of a family with a mask have as many lengths as there are. Else all sizes are few, and graphs for one size are faster.
+    has_few_sizes = not any(name.endswith("mask") for name in policy.embed_shapes(1))
     # The blocks of every list, and not `compile_repeated_blocks`, which knows none of Stable Diffusion 3. A kind of block is
     # compiled once for all of its instances.
-    for blocks in [child for child in transformer.children() if isinstance(child, torch.nn.ModuleList)]:
+    for blocks in [child for child in policy.transformer.children() if isinstance(child, torch.nn.ModuleList)]:
         for block in blocks:
-            block.compile(backend=args.torch_compile_backend or "inductor", mode=args.torch_compile_mode)
+            block.compile(
+                backend=args.torch_compile_backend or "inductor",
+                mode=args.torch_compile_mode,
+                dynamic=False if has_few_sizes else None,
+                fullgraph=True,  # or else what cannot be compiled, and all graphs beyond the limit, would run uncompiled in silence
+            )
 
 
-def _redirect_gradient_checkpointing(transformer: Any) -> None:
+def _redirect_gradient_checkpointing(policy: DiffusionPolicy, *, is_compiled: bool) -> None:
     # `transformers.Trainer` calls one of these, by its version; diffusers has the same under another name.
     def enable(**kwargs: Any) -> None:
-        transformer.enable_gradient_checkpointing()
+        enable_checkpointing(policy, is_compiled=is_compiled)
 
-    transformer.activation_checkpointing_enable = transformer.gradient_checkpointing_enable = enable
+    policy.transformer.activation_checkpointing_enable = policy.transformer.gradient_checkpointing_enable = enable

@@ -3,18 +3,18 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 
+from ...statistics import paired_change
+
 
 # Fewer groups than this give an update of mostly noise: a policy that collapses is the usual complaint.
 MIN_GROUPS_PER_UPDATE = 8
-# Evaluations over which the trained and the held-out rewards are compared, and the noise they must leave, in standard
-# errors of the paired difference.
+# Evaluations over which the trained and the held-out rewards are compared.
 NUM_COMPARED_EVALUATIONS = 3
-NUM_STANDARD_ERRORS = 2.0
 # A reward function that leaves out more of a rollout's images than this is worth a warning.
 MAX_FRAC_NONE = 0.1
 
@@ -50,13 +50,18 @@ def setup_warnings(
             f"{num_updates_per_rollout} updates per rollout, ratios fall below 1 on average and the upper clip almost never "
             "acts. Set `ratio_norm=True`, use `kl_mask`, or make one update per rollout."
         )
-    if num_groups_per_update < MIN_GROUPS_PER_UPDATE:
-        warnings.append(
-            f"An update sees {num_groups_per_update:g} groups, fewer than {MIN_GROUPS_PER_UPDATE}: training often collapses "
-            "with so few prompts. Raise `gradient_accumulation_steps`, `per_device_train_batch_size` or the number of "
-            "processes."
-        )
-    return warnings
+    return warnings + few_groups_warnings(num_groups_per_update)
+
+
+def few_groups_warnings(num_groups_per_update: float) -> list[str]:
+    """Warns about an update of few groups, whatever the loss."""
+    if num_groups_per_update >= MIN_GROUPS_PER_UPDATE:
+        return []
+    return [
+        f"An update sees {num_groups_per_update:g} groups, fewer than {MIN_GROUPS_PER_UPDATE}: training often collapses "
+        "with so few prompts. Raise `gradient_accumulation_steps`, `per_device_train_batch_size` or the number of "
+        "processes."
+    ]
 
 
 class RewardsMonitor:
@@ -106,18 +111,20 @@ class HackingMonitor:
     falls.
 
     The same prompts and seeds are evaluated each time, so images are compared in pairs: over the last three
-    evaluations both changes must be larger than two standard errors of their mean. Evaluations before a resume are not
-    known, and an evaluation of another number of images starts anew.
+    evaluations, 0 must be outside the 95 % intervals of both changes, for which whole prompts are drawn. Evaluations before a
+    resume are not known, and an evaluation of another number of images starts anew.
     """
 
     def __init__(self) -> None:
         self._history: list[tuple[int, torch.Tensor, dict[str, torch.Tensor]]] = []
 
-    def update(self, step: int, trained: torch.Tensor, held_out: Mapping[str, torch.Tensor]) -> list[str]:
+    def update(
+        self, step: int, trained: torch.Tensor, held_out: Mapping[str, torch.Tensor], prompts: Sequence[str]
+    ) -> list[str]:
         """
         Adds an evaluation after `step` updates: the reward that is trained on, `(n,)`, and others by name, of the same
-        images in the order of all evaluations; NaN where there is none. A warning for each that falls while the
-        trained one rises.
+        images, with the `prompts`, in the order of all evaluations; NaN where there is none. A warning for each that falls
+        while the trained one rises.
         """
         # A step that is evaluated twice counts once.
         history = [entry for entry in self._history if entry[0] != step and len(entry[1]) == len(trained)]
@@ -126,28 +133,19 @@ class HackingMonitor:
         first_step, first_trained, first_held_out = self._history[0]
         if len(self._history) < NUM_COMPARED_EVALUATIONS:
             return []
-        rise = _paired_change(first_trained, trained.cpu())
-        if rise is None or rise <= 0:
+        rise = paired_change(first_trained, trained.cpu(), prompts)
+        if rise is None or rise.low <= 0:
             return []
         warnings = []
         for name, values in held_out.items():
-            change = _paired_change(first_held_out[name], values.cpu())
-            if change is not None and change < 0:
+            change = paired_change(first_held_out[name], values.cpu(), prompts)
+            if change is not None and change.high < 0:
                 warnings.append(
-                    f"Since step {first_step} the trained reward rose by {rise:.3g} while the held-out reward `{name}` fell "
-                    f"by {-change:.3g}: the policy may be exploiting the reward. Look at the image grids; go back to an "
+                    f"Since step {first_step} the trained reward rose by {rise.estimate:.3g} while the held-out reward `{name}` "
+                    f"fell by {-change.estimate:.3g}: the policy may be exploiting the reward. Look at the image grids; go back to an "
                     "earlier checkpoint, raise `beta`, lower `learning_rate`, or add the held-out reward to `reward_funcs`."
                 )
         return warnings
-
-
-def _paired_change(before: torch.Tensor, after: torch.Tensor) -> float | None:
-    """Mean change over the images that have both rewards, or `None` if it is within the noise."""
-    change = (after.double() - before.double())[~(after.isnan() | before.isnan())]
-    if len(change) < 2:
-        return None
-    mean, error = change.mean().item(), change.std().item() / math.sqrt(len(change))
-    return mean if abs(mean) > NUM_STANDARD_ERRORS * error else None
 
 
 class StepTimer:

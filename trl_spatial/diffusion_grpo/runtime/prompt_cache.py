@@ -2,6 +2,7 @@
 
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -14,6 +15,9 @@ class PromptCache:
     """
     Encodes each distinct prompt once, on `device`, and keeps its embeddings on the CPU. The text encoders are on the
     device only while they encode. `num_encoded` prompts were encoded so far, the negative one among them.
+
+    Moving them takes longer than encoding: of the prompts that [`~PromptCache.expect`] announces, as many as there is room
+    for are encoded together with the first one that is missing.
 
     Prompts are encoded one by one: in a batch the last bits of an embedding, and for some families its length, would
     depend on the prompts beside it, and a resumed run would not continue as the first one.
@@ -38,48 +42,73 @@ class PromptCache:
         self._rows: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()  # least recently used first
         self._num_bytes = 0
         self._has_warned = False
+        self._expected: Iterator[str] = iter(())
         self._move_encoders(torch.device("cpu"))
+
+    def expect(self, prompts: Iterable[str]) -> None:
+        """
+        Announces which prompts [`~PromptCache.get`] will be asked for, in their order; they replace what was announced
+        before. They are read only when a prompt has to be encoded, and no further than `max_bytes` hold.
+        """
+        self._expected = iter(prompts)
 
     def get(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """
         Embeddings of prompts, which may repeat: tensors of shape `(len(prompts), ...)` on the device, rows in the
-        order of `prompts`. Rows of different lengths are padded with zeros on the right. Embeddings of the negative
-        prompt, if there is one, have the same names, with `negative_` before them; their rows are one and the same
-        memory.
+        order of `prompts`, masks excepted, which are read on the CPU. Rows of different lengths are padded with zeros on
+        the right. Embeddings of the negative prompt, if there is one, have the same names, with `negative_` before them;
+        their rows are one and the same memory.
         """
-        embeds = self._get(prompts)
-        if self.negative_prompt is None:
-            return embeds
-        negative = self._get([self.negative_prompt])
-        return embeds | {
-            f"{NEGATIVE_PREFIX}{name}": row.expand(len(prompts), *row.shape[1:]) for name, row in negative.items()
-        }
-
-    def _get(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        positions = {prompt: position for position, prompt in enumerate(dict.fromkeys(prompts))}  # of distinct prompts
-        unseen = [prompt for prompt in positions if prompt not in self._rows]
-        if unseen:
-            self._encode(unseen)
-        for prompt in positions:
+        negative = [] if self.negative_prompt is None else [self.negative_prompt]
+        needed = list(dict.fromkeys([*negative, *prompts]))
+        if not self._rows.keys() >= set(needed):
+            self._encode(needed)
+        for prompt in needed:
             self._rows.move_to_end(prompt)
-        rows = [self._rows[prompt] for prompt in positions]
+        embeds = self._gather(prompts)
+        for name, row in self._gather(negative).items():
+            embeds[f"{NEGATIVE_PREFIX}{name}"] = row.expand(len(prompts), *row.shape[1:])
         self._evict()
-        index = torch.tensor([positions[prompt] for prompt in prompts], device=self.device)
+        return embeds
+
+    def _gather(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """Embeddings of encoded prompts, a row for each; of no prompts there are none."""
+        positions = {prompt: position for position, prompt in enumerate(dict.fromkeys(prompts))}  # of distinct prompts
+        rows = [self._rows[prompt] for prompt in positions]
+        index = torch.tensor([positions[prompt] for prompt in prompts])
+        embeds = {
+            name: pad_sequence([row[name] for row in rows], batch_first=True) for row in rows[:1] for name in row
+        }
         return {
-            name: pad_sequence([row[name] for row in rows], batch_first=True).to(self.device)[index]
-            for name in rows[0]
+            name: tensor[index] if name.endswith("mask") else tensor.to(self.device)[index.to(self.device)]
+            for name, tensor in embeds.items()
         }
 
-    def _encode(self, prompts: list[str]) -> None:
+    def _encode(self, needed: list[str]) -> None:
+        """Encodes the prompts that are needed now, and those that are expected as far as they fit beside them."""
         self._move_encoders(self.device)
         try:
-            for prompt in prompts:
-                embeds = self.policy.encode_prompt([prompt])
-                self._rows[prompt] = {name: tensor[0].cpu() for name, tensor in embeds.items()}
-                self._num_bytes += _num_bytes(self._rows[prompt])
-                self.num_encoded += 1
+            sizes = [self._encode_prompt(prompt) for prompt in needed]
+            room = self.max_bytes - sum(sizes)
+            while room >= max(sizes) and (prompt := next(self._expected, None)) is not None:
+                if prompt not in needed:
+                    room -= self._encode_prompt(prompt)
+                if room >= 0:
+                    self._evict()  # what is neither needed nor expected
         finally:
             self._move_encoders(torch.device("cpu"))
+            if self.device.type != "cpu":
+                torch.accelerator.empty_cache()  # the encoders' memory, in pieces that training could not use
+
+    def _encode_prompt(self, prompt: str) -> int:
+        """Encodes a prompt if it was not, and returns the size of its embeddings in bytes."""
+        if prompt not in self._rows:
+            embeds = self.policy.encode_prompt([prompt])
+            self._rows[prompt] = {name: tensor[0].cpu() for name, tensor in embeds.items()}
+            self._num_bytes += _num_bytes(self._rows[prompt])
+            self.num_encoded += 1
+        self._rows.move_to_end(prompt)
+        return _num_bytes(self._rows[prompt])
 
     def _move_encoders(self, device: torch.device) -> None:
         for encoder in self.policy.encoders:

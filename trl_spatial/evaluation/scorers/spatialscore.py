@@ -28,5 +28,5 @@ class SpatialScorer(PairScorer):
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Score]:
         """See [`PairScorer`]."""
-        mean, std = self._scorer.score(list(prompts), list(images), show_progress=False)
+        mean, std = self._scorer.score(list(prompts), list(images), batch_size=len(images), show_progress=False)
         return [Score(float(m), float(s)) for m, s in zip(mean, std, strict=True)]

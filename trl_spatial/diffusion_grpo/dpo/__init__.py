@@ -1,0 +1,1 @@
+"""Offline preference optimization of text-to-image models."""

@@ -1,0 +1,119 @@
+"""Pairs of images to train on, from a preference dataset: checked before training, decoded where batches are made."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset, Image
+from PIL import Image as PILImage
+
+from ...preferences.columns import IMAGE_COLUMNS, pick_columns
+from ...preferences.faults import Finding, Place, shorten
+from ...preferences.images import load_image
+from ...preferences.rows import ImageFacts, find_faults, look_at_image
+from ..policies import DiffusionPolicy, SamplingOptions
+
+
+# What data building writes beside an image: how it was drawn, as JSON
+RECIPE_COLUMNS = {column: f"{column}_recipe" for column in IMAGE_COLUMNS}
+# Images are scaled to the size of training, and may be of another shape by as much
+MAX_DISTORTION = 0.02
+
+
+class PreferencePairs(torch.utils.data.Dataset):
+    """
+    A preference dataset as pairs. An entry has the number of its `row`, its `prompt`, the images `chosen` and `rejected` at the size
+    of training, and `noise_seeds`: the seed from which each was drawn, `None` where that is not known.
+
+    Args:
+        rows ([`~datasets.Dataset`] or list of `dict`):
+            Rows of a preference dataset, as [`~preferences.columns.COLUMNS`] describes it. The columns `chosen_recipe` and
+            `rejected_recipe`, if there are any, say what drew the images, as JSON.
+        policy ([`DiffusionPolicy`]):
+            The model that is trained.
+        options ([`SamplingOptions`]):
+            Size of the images in training.
+
+    Raises:
+        `ValueError`: If a column is missing or a row cannot be used. The message names row, column, value and the way out.
+    """
+
+    def __init__(self, rows: Dataset | Sequence[Mapping[str, Any]], policy: DiffusionPolicy, options: SamplingOptions):
+        rows = _as_stored(rows)
+        if len(rows) == 0:
+            raise ValueError("`train_dataset` is empty. It needs at least one pair.")
+        features = rows.features if isinstance(rows, Dataset) else dict.fromkeys(rows[0])
+        columns = [
+            name for name in pick_columns(features, False, "`train_dataset`") if name in ("prompt", *IMAGE_COLUMNS)
+        ]
+        self._recipes = [name for name in RECIPE_COLUMNS.values() if name in features]
+        self._rows = rows.select_columns([*columns, *self._recipes]) if isinstance(rows, Dataset) else rows
+        self._pipeline_class = policy.pipeline_class
+        self._size = (options.width, options.height)
+        for number, row in enumerate(self._rows):
+            fault = self._find_fault({name: row.get(name) for name in columns}, number, policy)
+            if fault is not None:
+                raise ValueError(f"{fault} Repair or remove the row.")
+
+    def _find_fault(self, row: dict[str, Any], number: int, policy: DiffusionPolicy) -> Finding | None:
+        place = Place("`train_dataset`", number)
+        images = {column: look_at_image(row[column], decode=False) for column in IMAGE_COLUMNS}
+        fault = next(iter(find_faults(row, images, place)), None)
+        if fault is not None:
+            return fault
+        try:
+            policy.check_prompts([row["prompt"]])
+        except ValueError as error:
+            reason = f"cannot be encoded. {str(error).replace('Prompt 0', 'It', 1)}"
+            return Finding("too_long", Place(place.split, number, "prompt"), shorten(row["prompt"]), reason)
+        width, height = self._size
+        for column, image in images.items():
+            assert isinstance(image, ImageFacts)
+            if abs(image.width * height / (image.height * width) - 1) > MAX_DISTORTION:
+                reason = (
+                    f"has {image.width}x{image.height} pixels, another shape than the {width}x{height} of training, to which it "
+                    "would be distorted. Crop or pad it, or set `height` and `width`."
+                )
+                return Finding("bad_image", Place(place.split, number, column), shorten(row[column]), reason)
+        return None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        row = self._rows[number]
+        pair: dict[str, Any] = {"row": number, "prompt": row["prompt"]}
+        for column in IMAGE_COLUMNS:
+            try:
+                image = load_image(row[column])
+            except ValueError as error:
+                place = Place("`train_dataset`", number, column)
+                raise ValueError(f"{place}: {shorten(row[column])} {error}. Repair or remove the row.") from error
+            pair[column] = image if image.size == self._size else image.resize(self._size, PILImage.Resampling.LANCZOS)
+        seeds = [self._noise_seed(row[name]) for name in self._recipes]
+        # Both or none: the two images of a pair are seen either in their own noise or in the same one.
+        return pair | {"noise_seeds": seeds if len(seeds) == 2 and None not in seeds else (None, None)}
+
+    def _noise_seed(self, recipe: str | None) -> int | None:
+        """The seed of the noise that became the image, if it was drawn by a pipeline of this class at this size."""
+        facts = {} if recipe is None else json.loads(recipe)
+        size = (facts.get("width"), facts.get("height"))
+        is_own = facts.get("pipeline") == self._pipeline_class and size == self._size
+        return facts["torch_seed"] if is_own and facts.get("generator_device") == "cpu" else None
+
+
+def collate_pairs(pairs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A batch as the trainer takes it: the pairs, as they are."""
+    return list(pairs)
+
+
+def _as_stored(rows: Any) -> Any:
+    """The rows with their images not decoded."""
+    if not isinstance(rows, Dataset):
+        return rows
+    rows = rows.with_format(None)
+    for column in IMAGE_COLUMNS:
+        if isinstance(rows.features.get(column), Image):
+            rows = rows.cast_column(column, Image(decode=False))
+    return rows
