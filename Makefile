@@ -59,5 +59,5 @@ clean: ## remove the environments and caches
 $(INSTALLED): pyproject.toml .ci/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install --constraint .ci/constraints.txt --editable '.[dev,data,demo,diffusion,judge,quant,ray,serve,space]'
+	$(BIN)/python -m pip install --constraint .ci/constraints.txt --editable '.[dev,data,demo,diffusion,evaluate,judge,quant,ray,serve,space]'
 	touch $@

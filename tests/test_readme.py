@@ -62,6 +62,7 @@ RUN = {
         "runs/comparison/report.html",
         *(f"runs/{name}/results.json" for name in BENCHMARKS if name != "geneval"),
         "runs/geneval/report.html",
+        "FLUX.1-dev-judged/pytorch_lora_weights.safetensors",
     ],
     "hub_cards/README.md": ["pairs", "trainer_output/adapter_model.safetensors", "page/app.py"],
 }
@@ -171,7 +172,7 @@ def place(tmp_path, monkeypatch, stand_ins):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     yield tmp_path
-    for name in ("my_rewards", "my_judges"):
+    for name in ("my_rewards", "my_judges", "my_scorers"):
         sys.modules.pop(name, None)
 
 

@@ -108,6 +108,20 @@ def test_reward_token_beyond_the_embedding_matrix(tmp_path, processor, make_imag
     assert torch.allclose(*results, atol=1e-6)
 
 
+def test_patches_are_projected_as_by_a_convolution(make_reward_model, make_image_text_model, batch, family):
+    ours = make_reward_model(family).backbone.visual.patch_embed
+    theirs = make_image_text_model(family).model.visual.patch_embed
+    theirs.load_state_dict(ours.state_dict())
+    results = []
+    for layer in (theirs, ours):
+        output = layer(batch["pixel_values"])
+        output.square().sum().backward()
+        results.append((output, *(param.grad for param in layer.parameters())))
+    assert type(ours.proj) is not type(theirs.proj)
+    for expected, actual in zip(*results, strict=True):
+        assert actual.shape == expected.shape and (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def test_missing_positions_and_reward_tokens_are_errors(make_reward_model, batch):
     model = make_reward_model()
     with pytest.raises(ValueError, match="mm_token_type_ids"):

@@ -72,6 +72,16 @@ def test_outputs_and_gradients_are_those_of_one_window_at_a_time(backbone, grid)
         assert (ours[name] - tensor).abs().max() <= 1e-6 * max(1, tensor.abs().max()), name
 
 
+def test_a_tower_trains_after_it_has_scored_the_same_images(backbone):
+    """What is kept of an image is made in inference mode, in which nothing can be saved for a backward pass."""
+    tower, grid = packed(backbone).visual, torch.tensor([[1, 6, 22]])
+    with torch.inference_mode():
+        expected = tower(patches(grid), grid_thw=grid).pooler_output
+    output = tower(patches(grid), grid_thw=grid).pooler_output
+    output.sum().backward()
+    assert torch.equal(output, expected) and tower.patch_embed.proj.weight.grad is not None
+
+
 def test_few_calls_for_images_of_one_size(backbone, monkeypatch):
     """10 x 6 patches: 2 windows of 4 x 4, and edges of 4 x 2, 2 x 4 and 2 x 2; 8 and 8 are one length."""
     has_windows = backbone.config.model_type == "qwen2_5_vl"

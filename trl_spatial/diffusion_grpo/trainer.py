@@ -7,7 +7,7 @@ from PIL.Image import Image
 
 from ..generation.seeds import image_generator
 from .config import DiffusionGRPOConfig
-from .losses import ScoredStep, policy_objective, reference_kl
+from .losses import ScoredStep, policy_objective, reference_kl, velocity_ratio
 from .online_trainer import OnlineTrainer
 from .rollout import Rollout, sample_rollout
 from .runtime.buffer import StepsBuffer, TrainingStep
@@ -82,6 +82,13 @@ class DiffusionGRPOTrainer(OnlineTrainer):
         "Trained by online reinforcement learning (GRPO with flow-SDE rollouts): the model draws groups of images, reward "
         "functions score them, and training makes the better ones more likely."
     )
+    _citation = """\
+@article{liu2025flowgrpo,
+  title   = {{Flow-GRPO: Training Flow Matching Models via Online RL}},
+  author  = {Liu, Jie and others},
+  journal = {arXiv preprint arXiv:2505.05470},
+  year    = {2025}
+}"""
     _config_class = DiffusionGRPOConfig
     _buffer_class = StepsBuffer
     _run_suffix = "GRPO"
@@ -89,7 +96,6 @@ class DiffusionGRPOTrainer(OnlineTrainer):
 
     def _setup_warnings(self) -> list[str]:
         args = self.args
-        num_updates = args.num_updates_per_rollout // args.num_iterations  # of an iteration
         return setup_warnings(
             dynamics=args.dynamics,
             noise_level=args.noise_level,
@@ -98,7 +104,7 @@ class DiffusionGRPOTrainer(OnlineTrainer):
             num_latent_elements=self.policy.prepare_latents([image_generator(args.seed)], self._options).numel(),
             num_updates_per_rollout=args.num_updates_per_rollout,
             is_ratio_corrected=args.needs_old_means,
-            num_groups_per_update=args.num_prompts / num_updates,
+            num_groups_per_update=self._num_groups_per_update,
         )
 
     @cached_property
@@ -226,6 +232,7 @@ class DiffusionGRPOTrainer(OnlineTrainer):
         }
         if reference is not None:
             metrics["kl"] = reference_kl(scored, reference, args.kl_estimator)  # (batch_size,)
+            metrics["velocity_ratio"] = velocity_ratio(scored.velocity, reference.velocity)
             loss = loss + args.beta * metrics["kl"]
         self._metrics.add_per_image(metrics)
         return (loss.mean(), scored) if return_outputs else loss.mean()

@@ -28,6 +28,7 @@ from transformers.utils import ModelOutput, cached_file
 
 from ..hub.references import find_reference
 from ..hub.safety import check_repository
+from .patches import multiply_patches
 from .quantization import copy_loading_state, quantize_language_model_only
 from .shared_prefixes import encode_rows, use_shared_prefixes
 from .vision_attention import use_packed_sdpa
@@ -200,6 +201,7 @@ class GaussianRewardModel(PreTrainedModel):
         )
         embedding = RewardTokenEmbedding(self.backbone.get_input_embeddings(), config.reward_token_id)
         self.backbone.set_input_embeddings(embedding)
+        multiply_patches(self.backbone)
         use_packed_sdpa(self.backbone)
         use_shared_prefixes(self.backbone)
         self.post_init()

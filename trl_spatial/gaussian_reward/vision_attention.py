@@ -4,10 +4,11 @@ Left to itself, transformers attends to one window at a time: 5,600 calls for ei
 """
 
 import copy
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
@@ -53,33 +54,62 @@ def use_packed_sdpa(backbone: PreTrainedModel) -> None:
     tower.register_forward_pre_hook(add_packings, with_kwargs=True)
 
 
+class ImageLayout(NamedTuple):
+    """
+    Where the patches of an image are.
+
+    Args:
+        position_ids (`torch.LongTensor` of shape `(num_patches, 2)`):
+            Row and column of each.
+        window_index (`torch.LongTensor` of shape `(num_tokens,)`, *optional*):
+            Tokens, which are squares of patches, window by window. If `None`, there are no windows.
+        window_lengths (`torch.LongTensor` of shape `(num_windows,)`, *optional*):
+            Number of patches in each window.
+    """
+
+    position_ids: torch.Tensor
+    window_index: torch.Tensor | None
+    window_lengths: torch.Tensor | None
+
+
+@lru_cache(maxsize=1024)
+def _image_layout(grid: tuple[int, int, int], merge_size: int, window: tuple[int, int] | None) -> ImageLayout:
+    """Computes the layout of an image from its grid of patches, and from the sizes of a window and of a patch in pixels."""
+    grid_thw = torch.tensor([grid])
+    position_ids = get_vision_position_ids(grid_thw, merge_size)
+    if window is None:
+        return ImageLayout(position_ids, None, None)
+    window_size, patch_size = window
+    window_index, boundaries = get_vision_window_index(grid_thw, merge_size, window_size, patch_size)
+    return ImageLayout(position_ids, window_index, boundaries.diff().long())
+
+
 def _add_packings(
     has_windows: bool, tower: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]] | None:
     """Computes, once per forward pass and on the CPU, what every block of the tower needs to know about the images."""
-    if tower.config._attn_implementation != PACKED_SDPA:
+    config = tower.config
+    if config._attn_implementation != PACKED_SDPA:
         return None
-    device = args[0].device
+    device, merge_size = args[0].device, config.spatial_merge_size
     grid = kwargs["grid_thw"].cpu()
-    merge_size = tower.config.spatial_merge_size
+    window = (config.window_size, config.patch_size) if has_windows else None
+    layouts = [_image_layout(tuple(image), merge_size, window) for image in grid.tolist()]
     lengths = (grid[:, 1] * grid[:, 2]).repeat_interleave(grid[:, 0])  # of the images
     image = torch.arange(len(lengths)).repeat_interleave(lengths)  # of each patch
-    added: dict[str, Any] = {"position_ids": get_vision_position_ids(grid, merge_size).to(device)}
+    added: dict[str, Any] = {"position_ids": torch.cat([layout.position_ids for layout in layouts]).to(device)}
     if has_windows:
-        window_index, boundaries = get_vision_window_index(
-            grid,
-            spatial_merge_size=merge_size,
-            window_size=tower.config.window_size,
-            patch_size=tower.config.patch_size,
-        )
+        starts = (grid.prod(-1) // merge_size**2).cumsum(0).roll(1).tolist()
+        starts[0] = 0
+        window_index = torch.cat([layout.window_index + start for layout, start in zip(layouts, starts, strict=True)])
+        window_lengths = torch.cat([layout.window_lengths for layout in layouts])
         # Windows of one size are made neighbours, so that they need not be gathered in every block.
-        window_lengths = boundaries.diff().long()
         token_lengths = window_lengths.repeat_interleave(window_lengths // merge_size**2)
         window_index = window_index[token_lengths.argsort(descending=True, stable=True)]
         window_lengths = window_lengths.sort(descending=True, stable=True).values
-        window = torch.arange(len(window_lengths)).repeat_interleave(window_lengths)
+        numbers = torch.arange(len(window_lengths)).repeat_interleave(window_lengths)
         added["window_index"] = window_index.to(device)
-        added["cu_window_seqlens"] = pack(window, window_lengths, device)
+        added["cu_window_seqlens"] = pack(numbers, window_lengths, device)
         added["max_window_seqlen"] = int(window_lengths.max())
         image = image.view(-1, merge_size**2)[window_index].flatten()
     added["cu_seqlens"] = pack(image, lengths, device)
@@ -109,7 +139,7 @@ def pack(segment: torch.Tensor, lengths: torch.Tensor, device: torch.device) -> 
 
 
 def packed_sdpa(
-    module: torch.nn.Module,
+    module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -65,7 +65,7 @@ class DiffusionTrainer(BaseTrainer):
     - The exported weights are uploaded to the Hub with their card (`push_to_hub`), see [`~training.hub.HubTrainer`].
     - Checkpoints hold exactly what training changes, see [`~training.base.BaseTrainer`]. The best one is always kept.
 
-    A subclass gives the data and the loss of training, `_method` for the card, and, if it remembers more than what it has
+    A subclass gives the data and the loss of training, `_method` and `_citation` for the card, and, if it remembers more than what it has
     counted, `_training_state`, `_load_training_state` and `_merge_training_states`.
 
     Args:
@@ -89,6 +89,7 @@ class DiffusionTrainer(BaseTrainer):
     _tag_names = ["spatial-rl", "trl"]
     _kinds = (LORA, TRANSFORMER)
     _method: ClassVar[str]  # a sentence on the model's card
+    _citation: ClassVar[str]  # of the method's paper, for the card
     _counted: ClassVar[tuple[str, ...]] = ("num_images", "num_policy_passes", "num_reference_passes")  # in every log
 
     def __init__(
@@ -373,6 +374,7 @@ class DiffusionTrainer(BaseTrainer):
             self.args,
             self.state.log_history,
             method=self._method,
+            citation=self._citation,
             settings=self._card_settings(),
             is_lora=checkpointing.has_adapter(self.model),
             pipeline_name=type(self.policy.pipeline).__name__,

@@ -281,21 +281,22 @@ class MemoryModel:
                 num_bytes += weight_bytes(module, "nf4" if is_quantized else None, self.dtype)
         return num_bytes
 
-    @property
-    def _num_images(self) -> int:
-        """Images of a rollout."""
-        return self.args.num_prompts_per_device * self.args.num_generations
-
     def _rollout_bytes(self) -> int:
         # before and after each trained step, and the last ones
         args = self.args
         num_trained = args.sde_window_size or args.num_inference_steps - 1
-        return self._num_images * (2 * num_trained + 1) * self._latents(1, self._options).nbytes
+        return (
+            args.num_prompts_per_device
+            * args.num_drawn
+            * (2 * num_trained + 1)
+            * self._latents(1, self._options).nbytes
+        )
 
     def _embeds_bytes(self) -> int:
-        # a row for each image of the rollout; rows of the negative prompt are one and the same memory
+        # a row for each image or scout of the rollout; rows of the negative prompt are one and the same memory
         rows = self._embeds(1).items()
-        return self._num_images * sum(row.nbytes for name, row in rows if not name.startswith(NEGATIVE_PREFIX))
+        num_images = self.args.num_prompts_per_device * max(self.args.num_drawn, self.args.num_scouts or 0)
+        return num_images * sum(row.nbytes for name, row in rows if not name.startswith(NEGATIVE_PREFIX))
 
 
 def describe_options(model: MemoryModel, *, offload_vae: bool = False) -> str:
