@@ -11,6 +11,10 @@ from ..policies import DiffusionPolicy
 from ..policies.base import NEGATIVE_PREFIX
 
 
+# Of embeddings on the CPU, in each process
+DEFAULT_MAX_BYTES = 8 * 2**30
+
+
 class PromptCache:
     """
     Encodes each distinct prompt once, on `device`, and keeps its embeddings on the CPU. The text encoders are on the
@@ -32,7 +36,7 @@ class PromptCache:
         device: str | torch.device,
         *,
         negative_prompt: str | None = None,
-        max_bytes: int = 8 * 2**30,
+        max_bytes: int = DEFAULT_MAX_BYTES,
     ):
         self.policy = policy
         self.device = torch.device(device)
