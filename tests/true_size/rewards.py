@@ -92,11 +92,14 @@ def train(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, int]:
 
 
 @torch.no_grad()
-def score(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, int]:
+def score(model: GaussianRewardModel, batch: dict[str, torch.Tensor]) -> dict[str, int]:
     """Counts of a merged model."""
+    in_tower: list[int] = []
     with Counts(model) as counts:
+        handle = model.backbone.visual.register_forward_hook(lambda *_: in_tower.append(counts.num_attentions))
         model(**batch)
-    return counts.take() | {"images": len(batch["input_ids"])}
+        handle.remove()
+    return counts.take() | {"images": len(batch["input_ids"]), "num_vision_attentions": in_tower[0]}
 
 
 def measure_reward(changes: dict[str, Any]) -> dict[str, dict[str, int]]:
