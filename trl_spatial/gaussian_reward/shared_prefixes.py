@@ -283,7 +283,7 @@ def shared_sdpa(
     outputs = []
     for batch in batches:
         states = [
-            whole[0].index_select(1, places.flatten()).unflatten(1, places.shape).transpose(0, 1)
+            whole[0].transpose(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
             for whole, places in ((query, batch.queries), (key, batch.keys), (value, batch.keys))
         ]  # each (num_segments, num_heads, length or num_keys, head_dim)
         outputs.append(sdpa_attention_forward(module, *states, batch.mask, **kwargs)[0].flatten(0, 1))
