@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from trl_spatial.cli import run_command
+from trl_spatial.evaluation.pair_set import find_clusters
 from trl_spatial.gaussian_reward import GaussianRewardTrainer, preference_probability
 from trl_spatial.scripts.datasets import load_dataset_dict, pick_split
 from trl_spatial.scripts.reward import build_trainer, make_parser
-from trl_spatial.statistics import accuracy_interval, expected_calibration_error
+from trl_spatial.statistics import expected_calibration_error, share_interval
 
 
 def main(script_args, model_args, training_args) -> None:
@@ -45,14 +46,17 @@ def measure(trainer: GaussianRewardTrainer, held_out) -> dict:
     trainer.args.use_reverse_pairs, trainer.args.skip_bad_rows = False, False  # one prediction for each row
     outputs = trainer.predict(held_out).predictions
     chosen_mean, _, rejected_mean, _ = outputs  # each (num_pairs,)
-    correct = (chosen_mean > rejected_mean).astype(float)  # (num_pairs,)
+    correct = (np.sign(chosen_mean - rejected_mean) + 1) / 2  # (num_pairs,)
+    has_perturbed = "perturbed_prompt" in held_out.column_names
+    perturbed = held_out["perturbed_prompt"] if has_perturbed else [None] * len(correct)
+    clusters = np.array(find_clusters(list(held_out["prompt"]), list(perturbed)))  # (num_pairs,)
     groups = {"all pairs": np.ones(len(correct), dtype=bool)}
     if "level" in held_out.column_names:
         levels = np.array(held_out["level"])
         groups |= {f"{level} changed": levels == level for level in np.unique(levels)}
     accuracy = {}
     for name, rows in groups.items():
-        interval = accuracy_interval(correct[rows])
+        interval = share_interval(correct[rows], clusters[rows])
         accuracy[name] = {
             "estimate": float(interval.estimate),
             "interval": [float(interval.low), float(interval.high)],

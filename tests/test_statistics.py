@@ -13,6 +13,7 @@ from trl_spatial.statistics import (
     holm,
     paired_change,
     paired_permutation_test,
+    rank_correlation,
     reliability_bins,
     share_interval,
 )
@@ -222,6 +223,31 @@ class TestShareInterval:
             share_interval([1, 1], ["a"])
         with pytest.raises(ValueError, match="at least one value"):
             share_interval([], [])
+
+
+class TestRankCorrelation:
+    @pytest.mark.parametrize("num_values", [3, 1000])  # many ties, hardly any
+    def test_equals_scipy(self, rng, num_values):
+        first = rng.integers(num_values, size=40).astype(float)
+        second = first + rng.normal(size=40) * num_values / 2
+        assert rank_correlation(first, second) == pytest.approx(scipy.stats.spearmanr(first, second).statistic)
+
+    def test_limits(self):
+        values = np.array([0.1, 0.5, 3.0, np.inf])
+        assert rank_correlation(values, values**3) == 1 and rank_correlation(values, -values) == -1
+        for first, second in (([], []), ([1.0], [2.0]), ([7.0, 7.0], [1.0, 2.0])):
+            assert np.isnan(rank_correlation(first, second))
+
+    @pytest.mark.parametrize(
+        ("first", "second", "message"),
+        [
+            ([1.0, 2.0], [1.0], r"first has shape \(2,\), second has shape \(1,\)"),
+            ([1.0, 2.0], [1.0, np.nan], r"second\[1\] is NaN"),
+        ],
+    )
+    def test_unusable_argument(self, first, second, message):
+        with pytest.raises(ValueError, match=message):
+            rank_correlation(first, second)
 
 
 class TestCompareRewards:

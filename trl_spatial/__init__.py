@@ -15,6 +15,8 @@ _PUBLIC_NAMES = {
     "DiffusionDPOTrainer": "diffusion_grpo.dpo.trainer",
     "DiffusionGRPOConfig": "diffusion_grpo.config",
     "DiffusionGRPOTrainer": "diffusion_grpo.trainer",
+    "DiffusionNFTConfig": "diffusion_grpo.nft.config",
+    "DiffusionNFTTrainer": "diffusion_grpo.nft.trainer",
     "GaussianRewardConfig": "gaussian_reward.config",
     "GaussianRewardTrainer": "gaussian_reward.trainer",
     "SpatialScore": "gaussian_reward.scoring",

@@ -396,10 +396,33 @@ def area_under_roc_curve(scores: ArrayLike, labels: ArrayLike) -> float:
     if num_positive == 0 or num_negative == 0:
         raise ValueError(f"labels has {num_positive} positives and {num_negative} negatives: pass some of each.")
 
-    _, value_of, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[value_of]  # from 1; equal scores share their mean rank
-    rank_sum = ranks[labels == 1].sum()
+    rank_sum = _ranks(scores)[labels == 1].sum()
     return float((rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
+
+
+def rank_correlation(first: ArrayLike, second: ArrayLike) -> float:
+    """
+    Spearman's correlation of two scores of the same samples, both `(num_samples,)`: how far they agree on the order, from -1 to
+    1. NaN if all values of either are equal, or there are fewer than two.
+
+    Raises:
+        `ValueError`: If the lengths differ or a score is NaN.
+    """
+    first, second = np.asarray(first), np.asarray(second)
+    if first.shape != second.shape or first.ndim != 1:
+        raise ValueError(f"first has shape {first.shape}, second has shape {second.shape}: pass two equal vectors.")
+    for name, values in (("first", first), ("second", second)):
+        if np.isnan(values).any():
+            raise ValueError(f"{name}[{np.isnan(values).argmax()}] is NaN: it has no rank. Drop that sample.")
+    if min(len(np.unique(first)), len(np.unique(second))) < 2:
+        return float("nan")
+    return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1; equal values share their mean rank."""
+    _, value_of, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[value_of]
 
 
 def _fractions(name: str, values: ArrayLike) -> np.ndarray:

@@ -10,7 +10,7 @@ from diffusers.utils import logging
 from flux import build_flux_pipeline
 from peft import LoraConfig
 
-from trl_spatial import DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl_spatial import DiffusionGRPOTrainer
 from trl_spatial.diffusion_grpo.policies import SamplingOptions, make_policy
 
 
@@ -62,7 +62,15 @@ def make_pipeline(make_flux_pipeline):
 def make_trainer(tmp_path, make_pipeline):
     """A function that builds a trainer: groups of four images, of which two are kept, two prompts per rollout."""
 
-    def make(reward_funcs=redness, *, pipeline=None, train_dataset=None, peft_config="lora", **kwargs):
+    def make(
+        reward_funcs=redness,
+        *,
+        trainer_class=DiffusionGRPOTrainer,
+        pipeline=None,
+        train_dataset=None,
+        peft_config="lora",
+        **kwargs,
+    ):
         trainer_kwargs = {
             name: kwargs.pop(name)
             for name in ("eval_dataset", "eval_reward_funcs", "callbacks", "optimizers")
@@ -88,10 +96,10 @@ def make_trainer(tmp_path, make_pipeline):
             disable_tqdm=True,
             use_cpu=True,
         )
-        return DiffusionGRPOTrainer(
+        return trainer_class(
             pipeline or make_pipeline(),
             reward_funcs,
-            DiffusionGRPOConfig(str(tmp_path / "run"), **(settings | kwargs)),
+            trainer_class._config_class(str(tmp_path / "run"), **(settings | kwargs)),
             train_dataset=train_dataset or [{"prompt": prompt} for prompt in PROMPTS],
             peft_config=LoraConfig(**LORA) if peft_config == "lora" else peft_config,
             **trainer_kwargs,

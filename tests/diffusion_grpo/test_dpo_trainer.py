@@ -262,10 +262,11 @@ def test_logs_have_trls_names_and_count_passes(make_trainer):
     # The adapters start at nothing
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) or first["step"] > 1
     assert first["velocity_ratio"] == pytest.approx(1, abs=1e-3)
-    assert last["num_images"] == 2 * 2 * 7
-    assert last["num_policy_passes"] == 3 * last["num_images"] and last["num_reference_passes"] == last["num_images"]
+    assert (last["num_images"], last["num_trained_images"]) == (0, 2 * 2 * 7)  # none is drawn
+    assert (last["num_policy_passes"], last["num_reference_passes"]) == (3 * 28, 28)
+    assert last["passes_per_trained_image"] == 4
     assert last["rewards/margins"] == pytest.approx(last["rewards/chosen"] - last["rewards/rejected"], rel=1e-4)
-    assert {"time/encode", "time/train", "images_per_second"} <= set(last)
+    assert {"time/encode", "time/train"} <= set(last)
 
 
 def test_every_pair_of_an_update_counts_alike(make_trainer):
@@ -332,7 +333,7 @@ def test_two_processes_train_as_one_and_resume(make_trainer, tmp_path):
         for folder in ("whole", "one")
     ]
     ours, theirs = (log["log_history"][-1] for log in logs)
-    assert ours["num_images"] == theirs["num_images"] == 32
+    assert ours["num_trained_images"] == theirs["num_trained_images"] == 32
     assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-3)
 
 

@@ -12,6 +12,7 @@ from trl_spatial.diffusion_grpo.losses import (
     kl_mask,
     normalized_log_ratio,
     velocity_kl,
+    velocity_ratio,
 )
 from trl_spatial.diffusion_grpo.sde import sde_step
 
@@ -211,3 +212,9 @@ class TestKL:
             assert kl.equal(torch.zeros(3))
             (gradient,) = torch.autograd.grad(kl.sum(), mean)
             assert gradient.equal(torch.zeros_like(mean))
+
+
+def test_the_velocity_ratio_is_how_much_longer_a_velocity_is():
+    reference = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    factors = torch.tensor([1.0, 0.5, 3.0])
+    torch.testing.assert_close(velocity_ratio(-factors[:, None, None] * reference, reference), factors)

@@ -40,6 +40,10 @@ WHOLE = dict(max_steps=4, save_steps=1, eval_strategy="steps", eval_steps=2)
 # Advantages in units of the whole batch's standard deviation: they need the rewards of both processes.
 QWEN = dict(family="qwen_image", guidance_scale=4.0, scale_rewards="batch", max_steps=2, save_steps=1)
 MIDDLE = dict(gradient_accumulation_steps=1, steps_per_generation=2, max_steps=4)
+# Two updates of a rollout, each with all of its images: it can be interrupted between them.
+SCOUTS = dict(num_scouts=6, scout_steps=1, num_iterations=2, max_steps=4, save_steps=1)
+# The same with another loss, and an old policy beside the weights
+NFT = dict(algorithm="nft", **SCOUTS)
 # Without KL: a transformer of which all weights are trained has no reference policy.
 FULL = dict(is_full=True, beta=0.0, learning_rate=1e-2, **(WHOLE | dict(max_steps=2, save_steps=2, eval_steps=1)))
 SHARDED = dict(is_sharded=True)
@@ -49,6 +53,10 @@ RUNS = {
     "qwen": QWEN,
     "middle": dict(**MIDDLE, save_steps=4),
     "middle_parts": dict(**MIDDLE, save_steps=3, stop_at=3),
+    "scouts": SCOUTS,
+    "scouts_parts": dict(**SCOUTS, stop_at=3),
+    "nft": NFT,
+    "nft_parts": dict(**NFT, stop_at=3),
     "fails": dict(max_steps=4, save_steps=1, fail=dict(call=3, rank=1, seconds=0)),
     "evaluation_fails": dict(eval_strategy="steps", eval_steps=1, max_steps=2, fail=dict(call=2, rank=0, seconds=0)),
     "few_rows": dict(num_eval_rows=1, eval_strategy="steps", eval_steps=1, max_steps=1, save_strategy="no"),
@@ -56,6 +64,7 @@ RUNS = {
     # The last ones, as a process cannot go back
     "sharded": dict(**WHOLE, **SHARDED),
     "sharded_parts": dict(**WHOLE, **SHARDED, stop_at=2),
+    "sharded_nft": dict(**NFT, **SHARDED),
     "sharded_full": dict(**FULL, **SHARDED),
     "sharded_few_rows": dict(
         num_eval_rows=1, eval_strategy="steps", eval_steps=1, max_steps=1, save_strategy="no", **SHARDED
@@ -82,7 +91,8 @@ def two(tmp_path_factory):
 def one(tmp_path_factory):
     """Folder of the same runs of one process. Treat it as read-only."""
     folder = tmp_path_factory.mktemp("one")
-    for name, settings in {"whole": WHOLE, "qwen": QWEN, "few_rows": RUNS["few_rows"]}.items():
+    runs = {"whole": WHOLE, "qwen": QWEN, "scouts": SCOUTS, "nft": NFT, "few_rows": RUNS["few_rows"]}
+    for name, settings in runs.items():
         run(folder / name, **settings, **ONE)
     return folder
 
@@ -104,7 +114,9 @@ def rewards_of_evaluation(folder, rank=0):
     return [without_clocks(entry) for entry in record(folder, rank)["log"] if "eval_reward" in entry]
 
 
-@pytest.mark.parametrize(("name", "step"), [("whole", 1), ("whole", 4), ("qwen", 1), ("qwen", 2)])
+@pytest.mark.parametrize(
+    ("name", "step"), [("whole", 1), ("whole", 4), ("qwen", 1), ("qwen", 2), ("scouts", 1), ("scouts", 4)]
+)
 def test_trained_weights_are_those_of_one_process(one, two, name, step):
     ours, theirs = (load_file(folder / name / f"checkpoint-{step}" / TRAINED_WEIGHTS) for folder in (two[0], one))
     assert ours.keys() == theirs.keys() and ours
@@ -113,10 +125,11 @@ def test_trained_weights_are_those_of_one_process(one, two, name, step):
         torch.testing.assert_close(ours[key], weight, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["whole", "qwen"])
+@pytest.mark.parametrize("name", ["whole", "qwen", "scouts", "nft"])
 def test_logs_are_those_of_one_process(one, two, name):
     logs, expected = ([without_clocks(entry) for entry in record(folder / name)["log"]] for folder in (two[0], one))
-    assert {"reward", "kl", "ratio/mean", "clip_ratio/high", "num_images"} <= logs[0].keys()
+    own = {"old_policy_distance"} if name == "nft" else {"ratio/mean", "clip_ratio/high"}
+    assert {"reward", "kl", "num_images", *own} <= logs[0].keys()
     for entry, wanted in zip(logs, expected, strict=True):
         assert entry.keys() == wanted.keys()
         for key, value in wanted.items():
@@ -131,6 +144,16 @@ def test_prompts_and_noise_are_those_of_one_process(one, two):
         seen = record(one / name)["seen"][:16]
         assert halves[0] + halves[1] == seen
         assert len({digest for _, digest in seen}) == 16 and len({prompt for prompt, _ in seen}) == 4
+
+
+@pytest.mark.parametrize("name", ["scouts", "nft"])
+def test_scouts_and_the_images_they_choose_are_those_of_one_process(one, two, name):
+    """24 scouts of four prompts, then 8 images: each process has those of its prompts."""
+    halves = [record(two[0] / name, rank)["seen"][:16] for rank in (0, 1)]
+    seen = record(one / name)["seen"][:32]
+    assert halves[0][:12] + halves[1][:12] == seen[:24]
+    assert halves[0][12:] + halves[1][12:] == seen[24:]
+    assert len({digest for _, digest in seen}) == 32
 
 
 @pytest.mark.parametrize("name", ["whole", "few_rows"])
@@ -161,7 +184,14 @@ def test_files_are_written_once(one, two):
 
 
 @pytest.mark.parametrize(
-    ("whole", "parts"), [("whole", "parts"), ("middle", "middle_parts"), ("sharded", "sharded_parts")]
+    ("whole", "parts"),
+    [
+        ("whole", "parts"),
+        ("middle", "middle_parts"),
+        ("scouts", "scouts_parts"),
+        ("nft", "nft_parts"),
+        ("sharded", "sharded_parts"),
+    ],
 )
 def test_two_processes_resume_bit_for_bit(two, whole, parts):
     """Between two rollouts, and in the middle of one."""
@@ -227,17 +257,17 @@ def test_a_killed_process_ends_the_run_which_is_resumed(two, one, tmp_path):
 class TestSharded:
     """Weights that are shared out (FSDP2) learn what whole ones do, up to the rounding of sums."""
 
-    @pytest.mark.parametrize(("name", "step"), [("whole", 1), ("whole", 4), ("full", 2)], ids=lambda value: str(value))
+    @pytest.mark.parametrize(
+        ("name", "step"), [("whole", 1), ("whole", 4), ("nft", 4), ("full", 2)], ids=lambda value: str(value)
+    )
     def test_what_is_saved_is_that_of_whole_weights(self, two, name, step):
         """Trained weights, their average and what is exported, of LoRA and of the whole transformer."""
         theirs = two[0] / name / f"checkpoint-{step}"
-        ours = two[0] / {"whole": "sharded", "full": "sharded_full"}[name] / f"checkpoint-{step}"
+        ours = two[0] / {"whole": "sharded", "nft": "sharded_nft", "full": "sharded_full"}[name] / f"checkpoint-{step}"
         files = sorted(path.relative_to(theirs) for path in theirs.rglob("*.safetensors") if "buffer" not in path.name)
-        exported = {
-            "whole": "pytorch_lora_weights.safetensors",
-            "full": "transformer/diffusion_pytorch_model.safetensors",
-        }
-        assert Path(exported[name]) in files and len(files) == 3
+        is_full = name == "full"
+        exported = "transformer/diffusion_pytorch_model" if is_full else "pytorch_lora_weights"
+        assert Path(f"{exported}.safetensors") in files and len(files) == (4 if name == "nft" else 3)
         for file in files:
             saved, expected = load_file(ours / file), load_file(theirs / file)
             assert saved.keys() == expected.keys()

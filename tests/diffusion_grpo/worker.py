@@ -21,7 +21,7 @@ from peft import LoraConfig
 from qwen_image import build_qwen_image_pipeline
 from transformers import TrainerCallback
 
-from trl_spatial import DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl_spatial import DiffusionGRPOTrainer, DiffusionNFTTrainer
 
 
 PROMPTS = ["a red cube", "a blue sphere", "a lamp", "a table", "a dog"]  # not a multiple of what a rollout takes
@@ -42,12 +42,15 @@ TINY = dict(
     learning_rate=1e-2,
     lr_scheduler_type="linear",
     ema_steps=2,
-    sde_window_size=1,
-    sde_window_range=[0, 2],
     use_cpu=True,
     report_to="none",
     disable_tqdm=True,
 )
+# Of each algorithm: its trainer, and its own settings
+ALGORITHMS = {
+    "grpo": (DiffusionGRPOTrainer, dict(sde_window_size=1, sde_window_range=[0, 2])),
+    "nft": (DiffusionNFTTrainer, dict(beta=0.01, num_noise_levels=2, old_policy_warmup=4)),
+}
 
 
 class Redness:
@@ -93,6 +96,7 @@ def shard_on_cpus():
 def run(
     folder,
     *,
+    algorithm="grpo",
     family="flux",
     resume=None,
     stop_at=None,
@@ -104,10 +108,11 @@ def run(
 ):
     """Trains, and leaves `record_<rank>.json` beside the checkpoints: what the reward saw, the logs and the error."""
     reward = Redness(fail)
-    config = DiffusionGRPOConfig(str(folder), **(TINY | settings))
+    trainer_class, own = ALGORITHMS[algorithm]
+    config = trainer_class._config_class(str(folder), **(TINY | own | settings))
     if is_sharded:
         shard_on_cpus()
-    trainer = DiffusionGRPOTrainer(
+    trainer = trainer_class(
         FAMILIES[family](),
         reward,
         config,

@@ -14,6 +14,7 @@ from PIL import Image
 
 from trl_spatial import SpatialScore
 from trl_spatial.rewards import GenEvalReward, SceneRules, load_reward
+from trl_spatial.scenes import parse_description, render_scene
 
 
 MODULE = """
@@ -152,6 +153,38 @@ def test_geneval_with_a_detector_of_ones_own(tmp_path, monkeypatch):
     assert reward(["x"], [Image.new("RGB", (16, 16))], include=[row], tag=["counting"]) == [1.0]
     with pytest.raises(ValueError, match="no module 'nowhere'"):
         load_reward("geneval:nowhere:detect")
+
+
+def test_geneval_with_the_judges_of_the_flat_world():
+    """As `evaluate images --detector flat --colors flat` judges: exactly, by its own classes."""
+    reward = load_reward("geneval-strict:flat,flat")
+    prompt = "A red circle is left of a blue square."
+    images = [
+        render_scene(parse_description(text), seed=1, image_size=96)
+        for text in (prompt, prompt.replace("left", "right"))
+    ]
+    include = [
+        {"class": "square", "count": 1},
+        {"class": "circle", "count": 1, "color": "red", "position": ["left of", 0]},
+    ]
+    assert reward([prompt] * 2, images, include=[include] * 2) == [1.0, 0.0]
+    with pytest.raises(ValueError, match="does not know the class 'dog'"):
+        reward([prompt], images[:1], include=[[{"class": "dog", "count": 1}]])
+
+
+def test_a_detector_that_has_to_be_told_gets_the_classes_of_each_image(tmp_path, monkeypatch):
+    (tmp_path / "told_detector.py").write_text(
+        "from trl_spatial.rewards import Detection\n"
+        "class Told:\n"
+        "    takes_classes = True\n"
+        "    def __call__(self, images, classes):\n"
+        "        return [[Detection(name, 0.8, (9 * i, 0, 9 * i + 9, 9)) for i, name in enumerate(names)] for names in classes]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="does not count"):
+        reward = load_reward("geneval:told_detector:Told")
+    rows = [[{"class": "dog", "count": 1}, {"class": "cat", "count": 1}], [{"class": "cat", "count": 2}]]
+    assert reward(["x"] * 2, [Image.new("RGB", (16, 16))] * 2, include=rows) == [1.0, 0.5]
 
 
 def test_the_documented_detector_of_another_library_works(tmp_path, monkeypatch):

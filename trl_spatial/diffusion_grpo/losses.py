@@ -183,6 +183,22 @@ def velocity_kl(velocity: torch.Tensor, velocity_ref: torch.Tensor) -> torch.Ten
     return _mean_squared_error(velocity, velocity_ref)
 
 
+def velocity_ratio(velocity: torch.Tensor, velocity_ref: torch.Tensor) -> torch.Tensor:
+    """
+    Size of a velocity relative to the reference's. Losses that push away from bad images inflate it: a value far from 1 is a
+    sign of oversaturated images.
+
+    Args:
+        velocity, velocity_ref (`torch.Tensor` of shape `(batch_size, image_seq_len, num_channels)`):
+            Velocity predicted by the policy and by the reference policy.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`:
+            Ratio of their norms, in float32.
+    """
+    return velocity.float().flatten(1).norm(dim=1) / velocity_ref.float().flatten(1).norm(dim=1)
+
+
 def _mean_squared_error(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (x.float() - y.float()).square().flatten(1).mean(1)
 

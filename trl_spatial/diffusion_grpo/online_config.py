@@ -17,7 +17,7 @@ class OnlineConfig(DiffusionConfig):
 
     Sizes: a forward pass of training takes `per_device_train_batch_size` kept images at one noise level. A rollout samples
     `per_device_train_batch_size * steps_per_generation / num_kept` prompts per device, `num_generations` images each, of
-    which `num_kept`, `2 * top_k` or all, are trained on.
+    which `num_kept`, `2 * top_k` or all, are trained on. With `num_scouts`, only these `2 * top_k` images are drawn.
 
     Parameters:
         > Parameters that control the rollout
@@ -33,6 +33,14 @@ class OnlineConfig(DiffusionConfig):
             `per_device_eval_batch_size` is the most at once, and fewer where they would have more pixels together.
         num_inference_steps (`int`, *optional*, defaults to `6`):
             Number of denoising steps in training.
+        num_scouts (`int`, *optional*):
+            Number of scouts per prompt, in place of its `num_generations` images: cheap images of `scout_steps` steps
+            without noise, ranked by the same rewards ([Sol-RL](https://huggingface.co/papers/2604.06916)). Only the seeds of the
+            `top_k` best and the `top_k` worst are drawn with all their steps, and all of these images are trained on. An image
+            depends on its seed alone, so it is the one that would have been drawn without scouts. `scout_rank_correlation` in
+            the logs says how far the scouts can be trusted. If `None`, there are no scouts.
+        scout_steps (`int`, *optional*):
+            Number of denoising steps of a scout, at most `num_inference_steps`. It goes with `num_scouts`.
 
         > Parameters that control the rewards and advantages
 
@@ -64,8 +72,8 @@ class OnlineConfig(DiffusionConfig):
 
     _ranges: ClassVar[Ranges] = {
         **DiffusionConfig._ranges,
-        "num_generations": (2, math.inf, None),
-        **dict.fromkeys(("num_inference_steps", "num_iterations"), (1, math.inf, None)),
+        **dict.fromkeys(("num_generations", "num_scouts"), (2, math.inf, None)),
+        **dict.fromkeys(("num_inference_steps", "scout_steps", "num_iterations"), (1, math.inf, None)),
         **dict.fromkeys(("steps_per_generation", "rollout_batch_size"), (1, math.inf, None)),
     }
 
@@ -82,6 +90,12 @@ class OnlineConfig(DiffusionConfig):
         "of evaluation has more pixels.",
     )
     num_inference_steps: int = option(6, "Number of denoising steps in training.")
+    num_scouts: int | None = option(
+        None,
+        "Number of cheap images per prompt, in place of `num_generations`: only the seeds of the `top_k` best and worst of "
+        "them are drawn with all their steps. If `None`, there are no scouts.",
+    )
+    scout_steps: int | None = option(None, "Number of denoising steps of a scout.")
 
     # Parameters that control the rewards and advantages
     top_k: int | None = option(
@@ -131,6 +145,11 @@ class OnlineConfig(DiffusionConfig):
         return self.num_generations if self.top_k is None else 2 * self.top_k
 
     @property
+    def num_drawn(self) -> int:
+        """Number of images of a group that are drawn with all their steps."""
+        return self.num_generations if self.num_scouts is None else self.num_kept
+
+    @property
     def num_prompts_per_device(self) -> int:
         """Number of prompts that a device samples in a rollout."""
         return self.per_device_train_batch_size * self.num_batches_per_rollout // self.num_kept
@@ -152,12 +171,33 @@ class OnlineConfig(DiffusionConfig):
             raise ValueError(
                 f"`reward_weights` is {weights}. Use one finite number for each reward function, not all of them 0."
             )
-        if self.top_k is not None and not 1 <= self.top_k <= self.num_generations // 2:
+        self._check_scouts()
+        size = self.num_scouts or self.num_generations
+        if self.top_k is not None and not 1 <= self.top_k <= size // 2:
             raise ValueError(
-                f"`top_k` is {self.top_k} and `num_generations` is {self.num_generations}. Use `top_k` between 1 and "
-                f"{self.num_generations // 2}, half of a group, or `None` to train on all images."
+                f"`top_k` is {self.top_k} and `{'num_scouts' if self.num_scouts else 'num_generations'}` is {size}. Use `top_k` "
+                f"between 1 and {size // 2}, half of a group, or `None` to train on all images."
             )
         self._check_batch_sizes()
+
+    def _check_scouts(self):
+        if (self.num_scouts is None) != (self.scout_steps is None):
+            raise ValueError(
+                f"`num_scouts` is {self.num_scouts} and `scout_steps` is {self.scout_steps}. Set both, such as 96 and 2, or "
+                "leave both `None` for no scouts."
+            )
+        if self.num_scouts is None or self.scout_steps is None:
+            return
+        if self.top_k is None:
+            raise ValueError(
+                f"`num_scouts` is {self.num_scouts} and `top_k` is None. Scouts choose the `top_k` best and worst seeds: set "
+                "it, or leave `num_scouts` `None`."
+            )
+        if self.scout_steps > self.num_inference_steps:
+            raise ValueError(
+                f"`scout_steps` is {self.scout_steps} and `num_inference_steps` is {self.num_inference_steps}. A scout is a "
+                f"cheap image: use at most {self.num_inference_steps}."
+            )
 
     def _check_batch_sizes(self):
         # Smallest step by which `gradient_accumulation_steps` can change for whole groups to come out

@@ -1,5 +1,6 @@
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,11 +15,13 @@ from transformers.trainer_utils import TrainOutput
 from ..generation.seeds import image_generator
 from .advantages import combine_rewards, group_advantages, select_top_k
 from .online_config import OnlineConfig
+from .policies import SamplingOptions
 from .reward_functions import OverlappedRewards, RewardFunction, RewardFunctions
-from .rollout import Rollout, num_rollouts_per_epoch, rollout_prompts
+from .rollout import Rollout, num_rollouts_per_epoch, rollout_prompts, sample_rollout
 from .runtime.base_trainer import DiffusionTrainer, Rows
 from .runtime.buffer import RolloutBuffer
 from .runtime.checks import check_data, with_held_out
+from .runtime.metrics import group_diversity
 from .runtime.monitoring import RewardsMonitor
 from .runtime.processes import fail_together
 
@@ -27,13 +30,16 @@ logger = get_logger(__name__)
 
 # A grid of a rollout's images is saved every so many rollouts
 ROLLOUTS_PER_GRID = 10
+# The prompts of so many rollouts are encoded together: moving the text encoders to the device and back takes seconds
+ROLLOUTS_PER_ENCODING = 32
 
 
 class OnlineTrainer(DiffusionTrainer):
     """
     Trains on images that the policy draws itself: rollout, rewards, filter and advantages, whatever the loss.
 
-    A subclass gives `_sample`, `_make_buffer` and `compute_loss`, and the warnings of its settings. Arguments are those of
+    A subclass gives `_make_buffer` and `compute_loss`, the warnings of its settings and, if images are drawn otherwise than
+    in evaluation, `_sample`. Arguments are those of
     [`DiffusionGRPOTrainer`].
     """
 
@@ -41,6 +47,7 @@ class OnlineTrainer(DiffusionTrainer):
     _buffer_class: ClassVar[type[RolloutBuffer]]
     _run_suffix: ClassVar[str]  # of the output folder, if there are no `args`
     eval_reward_functions: RewardFunctions
+    _counted = (*DiffusionTrainer._counted, "num_trained_images", "num_scout_images")
 
     def __init__(
         self,
@@ -71,6 +78,11 @@ class OnlineTrainer(DiffusionTrainer):
             optimizers=optimizers,
             peft_config=peft_config,
         )
+        if args.scout_steps is not None:
+            try:
+                self.policy.check_num_inference_steps(args.scout_steps)
+            except ValueError as error:
+                raise ValueError(f"`scout_steps`: {error}") from None
         self._sigmas = self.policy.prepare_sigmas(self._options)  # (num_inference_steps + 1,), on the CPU
         self._buffer: RolloutBuffer | None = None
         self._rewards_monitor = RewardsMonitor()
@@ -78,8 +90,12 @@ class OnlineTrainer(DiffusionTrainer):
             logger.warning(warning)
 
     def _setup_warnings(self) -> list[str]:
-        """Settings that are allowed but known to hurt."""
+        """Warnings about settings that are allowed but known to hurt."""
         raise NotImplementedError
+
+    @property
+    def _num_groups_per_update(self) -> float:
+        return self.args.num_prompts * self.args.num_iterations / self.args.num_updates_per_rollout
 
     def _check_train_dataset(self, dataset: Rows) -> None:
         check_data(dataset, "train_dataset", self.policy, self.reward_functions)
@@ -127,25 +143,31 @@ class OnlineTrainer(DiffusionTrainer):
         """Samples images, rewards them, and keeps those to train on, with their advantages."""
         args, functions = self.args, self.reward_functions
         rows = self._rollout_rows(rollout_index)
-        prompts = [row["prompt"] for row in rows]  # n of them
-        rollout, rewards = self._sample_and_reward(rows, prompts, rollout_index)
+        chosen, scout_rewards = self._choose_images(rows, rollout_index)
+        prompts = [row["prompt"] for row in rows for _ in range(args.num_drawn)]  # n of them
+        rollout, rewards = self._draw(rows, chosen, rollout_index)  # (n, num_funcs)
         if rollout_index % ROLLOUTS_PER_GRID == 0:
             self._log_images("rollout", rollout_index, rollout.images, prompts, rewards)
 
         # Selected and normalised over all processes, of which each takes its part
-        rewards = self.accelerator.gather(rewards.to(args.device)).cpu()  # (num_processes * n, num_funcs)
+        rewards = self._gather(rewards)  # (num_processes * n, num_funcs)
         combined = combine_rewards(
-            rewards, args.num_generations, functions.weights, args.multi_objective_aggregation
+            rewards, args.num_drawn, functions.weights, args.multi_objective_aggregation
         )  # (num_processes * n,)
         kept = self._select_kept(combined, rollout_index)  # (num_processes * num_kept,)
         advantages = group_advantages(
-            combined, args.num_generations, args.scale_rewards, kept=kept, advantage_scope=args.advantage_scope
+            combined, args.num_drawn, args.scale_rewards, kept=kept, advantage_scope=args.advantage_scope
         )  # (num_processes * num_kept,)
-        self._metrics.add_rollout(rewards, combined, functions, args.num_generations)
+        self._metrics.add_rollout(rewards, combined, functions, args.num_drawn)
+        if scout_rewards is not None:
+            self._metrics.add_scouts(scout_rewards, combined, args.num_drawn)
+        diversity = group_diversity(rollout.images, args.num_drawn)
+        self._metrics.add_per_image({"group_diversity": diversity.to(args.device)})
         for warning in self._rewards_monitor.update(functions.names, rewards, combined):
             logger.warning(warning)
         kept = kept.view(args.world_size, -1)[args.process_index] - args.process_index * len(prompts)  # (num_kept,)
         advantages = advantages.view(args.world_size, -1)[args.process_index]  # (num_kept,)
+        self._metrics.totals["num_trained_images"] += len(kept)
 
         return self._make_buffer(
             rollout_index,
@@ -158,6 +180,28 @@ class OnlineTrainer(DiffusionTrainer):
             num_batches_on_policy=args.gradient_accumulation_steps,
         )
 
+    def _choose_images(
+        self, rows: list[dict[str, Any]], rollout_index: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        The numbers of the images that are drawn for each prompt of this process, `(num_prompts_per_device, num_drawn)`, and,
+        if scouts have chosen them, the combined rewards of their scouts, `(num_prompts * num_drawn,)`, of all processes.
+        """
+        args = self.args
+        if args.num_scouts is None:
+            return torch.arange(args.num_generations).expand(len(rows), -1), None
+        scouts = torch.arange(args.num_scouts).expand(len(rows), -1)
+        _, rewards = self._draw(rows, scouts, rollout_index, is_scout=True)
+        combined = combine_rewards(
+            self._gather(rewards), args.num_scouts, self.reward_functions.weights, args.multi_objective_aggregation
+        )  # (num_prompts * num_scouts,)
+        kept = select_top_k(combined, args.num_scouts, args.top_k)  # (num_prompts * num_drawn,)
+        own = kept.view(args.world_size, len(rows), -1)[args.process_index]
+        return own % args.num_scouts, combined[kept]
+
+    def _gather(self, rewards: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.gather(rewards.to(self.args.device)).cpu()
+
     def _make_buffer(self, rollout_index: int, rollout: Rollout, kept: torch.Tensor, **common: Any) -> RolloutBuffer:
         """
         Takes the kept images of this process's rollout, `(num_kept,)` indices, to be trained on. `common` is what every
@@ -166,23 +210,39 @@ class OnlineTrainer(DiffusionTrainer):
         raise NotImplementedError
 
     def _rollout_rows(self, rollout_index: int) -> list[dict[str, Any]]:
-        """Rows of this process's prompts, each once per image: group-contiguous."""
+        """Rows of this process's prompts."""
+        return [self.train_dataset[index] for index in self._row_indices(rollout_index)]
+
+    def _row_indices(self, rollout_index: int) -> list[int]:
+        """Which rows of the dataset are this process's prompts in a rollout."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         indices = rollout_prompts(len(self.train_dataset), self.args.num_prompts, rollout_index, seed=seed)
         start = self.args.process_index * self.args.num_prompts_per_device
-        rows = [self.train_dataset[index] for index in indices[start : start + self.args.num_prompts_per_device]]
-        return [row for row in rows for _ in range(self.args.num_generations)]
+        return indices[start : start + self.args.num_prompts_per_device]
 
-    def _sample_and_reward(
-        self, rows: list[dict[str, Any]], prompts: list[str], rollout_index: int
+    def _next_prompts(self, rollout_index: int) -> Iterator[str]:
+        """Prompts of the rollouts that are still to come after this one, no more than are encoded together."""
+        num_rollouts = -(-self.state.max_steps // self.args.num_updates_per_rollout)
+        for index in range(rollout_index + 1, min(rollout_index + ROLLOUTS_PER_ENCODING, num_rollouts)):
+            for row in self._row_indices(index):
+                yield self.train_dataset[row]["prompt"]
+
+    def _draw(
+        self, rows: list[dict[str, Any]], numbers: torch.Tensor, rollout_index: int, *, is_scout: bool = False
     ) -> tuple[Rollout, torch.Tensor]:
-        """A rollout of this process, and its rewards, `(n, num_funcs)`."""
+        """
+        Draws, for each row, the images or the scouts of its `numbers`, `(len(rows), num_images)`, and rewards them: a rollout
+        of `n` images, group-contiguous, and their rewards, `(n, num_funcs)`.
+        """
         args = self.args
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        rows_of_images = [row for row in rows for _ in range(numbers.shape[1])]
+        columns = {name: [row[name] for row in rows_of_images] for name in rows[0]}
+        prompts = columns.pop("prompt")
         first = args.process_index * len(rows)
         generators = [
-            image_generator(args.seed, rollout_index, *divmod(index, args.num_generations))  # its group, its image
-            for index in range(first, first + len(rows))
+            image_generator(args.seed, rollout_index, group, number)
+            for group, of_group in enumerate(numbers.tolist(), start=first)
+            for number in of_group
         ]
         overlapped = (
             OverlappedRewards(self.reward_functions, prompts, columns, args.device) if args.overlap_rewards else None
@@ -190,17 +250,22 @@ class OnlineTrainer(DiffusionTrainer):
         with nullcontext() if overlapped is None else overlapped:
             with fail_together(self.accelerator, "Sampling images", is_collective=self.is_fsdp_enabled):
                 with self._timer.phase("encode"):
+                    self.prompt_cache.expect(self._next_prompts(rollout_index))
                     embeds = self.prompt_cache.get(prompts)
-                with self._timer.phase("sample"), self.accelerator.autocast():
+                with self._timer.phase("sample"), self._sampling_policy(), self.accelerator.autocast():
                     on_batch = None if overlapped is None else overlapped.add
-                    rollout = self._sample(rollout_index, embeds, generators, on_batch)
+                    if is_scout:  # from the first latents of the image, in few steps
+                        options = replace(self._options, num_inference_steps=args.scout_steps)
+                        rollout = self._sample_without_noise(options, embeds, generators, on_batch)
+                    else:
+                        rollout = self._sample(rollout_index, embeds, generators, on_batch)
             with fail_together(self.accelerator, "Rewarding images"), self._timer.phase("reward"):
                 if overlapped is None:
                     rewards = self.reward_functions(prompts, rollout.images, **columns)
                 else:
                     rewards = overlapped.collect()
-        self._metrics.totals["num_images"] += len(rows)
-        self._count_passes("policy", len(rows) * args.num_inference_steps)
+        self._metrics.totals["num_scout_images" if is_scout else "num_images"] += len(prompts)
+        self._count_passes("policy", len(prompts) * (args.scout_steps if is_scout else args.num_inference_steps))
         return rollout, rewards
 
     def _sample(
@@ -210,12 +275,37 @@ class OnlineTrainer(DiffusionTrainer):
         generators: list[torch.Generator],
         on_batch: Callable[[int, list[Image]], None] | None,
     ) -> Rollout:
-        """Draws an image for every row of `embeds`, see [`~rollout.sample_rollout`]."""
-        raise NotImplementedError
+        """Draws an image for every row of `embeds`, see [`~rollout.sample_rollout`]: without noise, as in evaluation."""
+        return self._sample_without_noise(self._options, embeds, generators, on_batch)
+
+    def _sample_without_noise(
+        self,
+        options: SamplingOptions,
+        embeds: dict[str, torch.Tensor],
+        generators: list[torch.Generator],
+        on_batch: Callable[[int, list[Image]], None] | None,
+    ) -> Rollout:
+        return sample_rollout(
+            self.policy,
+            self.model,
+            embeds,
+            generators,
+            options,
+            sigmas=self.policy.prepare_sigmas(options),
+            trained_steps=(),
+            noise_level=0.0,
+            dynamics="flow_sde",
+            batch_size=self.args.sampling_batch_size,
+            on_batch=on_batch,
+        )
+
+    def _sampling_policy(self) -> AbstractContextManager:
+        """Context in which the transformer is the policy that draws images."""
+        return nullcontext()
 
     def _select_kept(self, rewards: torch.Tensor, rollout_index: int) -> torch.Tensor:
         """Which images of a rollout are trained on, of all processes: `(num_prompts * num_kept,)` indices."""
-        return select_top_k(rewards, self.args.num_generations, self.args.top_k)
+        return select_top_k(rewards, self.args.num_drawn, self.args.top_k)
 
     def _training_state(self) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
         buffer = self._buffer
@@ -283,7 +373,8 @@ class OnlineTrainer(DiffusionTrainer):
         return {
             "rewards": ", ".join(f"{name} ({weight:g})" for name, weight in rewards),
             "prompts per rollout": args.num_prompts,
-            "images per prompt": args.num_generations,
+            "scouts per prompt": args.num_scouts and f"{args.num_scouts} of {args.scout_steps} steps",
+            "images per prompt": args.num_drawn,
             "kept of them, best and worst": None if args.top_k is None else f"{args.top_k} and {args.top_k}",
             "denoising steps in training": args.num_inference_steps,
             **super()._card_settings(),

@@ -12,8 +12,8 @@ from ..preferences.images import load_image
 from .geneval import Detection, confident_objects, geneval_name
 
 
-# images → what is in each
-Detector = Callable[[list[Image.Image]], Sequence[Sequence[Detection]]]
+# images → what is in each; one with a true attribute `takes_classes` also gets the classes to look for in each
+Detector = Callable[..., Sequence[Sequence[Detection]]]
 
 # A portrait of Rear Admiral Grace Hopper by the U.S. Navy, in the public domain (Wikimedia Commons, Grace_Hopper.jpg).
 SELF_TEST_IMAGE = Path(__file__).with_name("self_test.jpg")
@@ -43,7 +43,8 @@ class CheckedDetector:
     It must find the photograph's object above `threshold`, or this is a `SilentDetectorError`. The photograph beside
     itself has two of them: if fewer are found above `counting_threshold`, a warning says so, because prompts about
     numbers would then be judged as if the objects were not there. By default it is a photograph of a person that comes
-    with the package: detectors of photographs may well not know a drawing.
+    with the package: detectors of photographs may well not know a drawing. A detector of other pictures may name one of its
+    own, with what it shows, as the attribute `self_test`.
 
     If the detector has an attribute `labels`, the names of its classes, a class that it does not know is an error
     rather than an object that is never found. If it finds nothing in the first `silence_limit` images, it is taken for
@@ -57,7 +58,7 @@ class CheckedDetector:
         threshold: float,
         counting_threshold: float,
         image: Any = None,
-        label: str = SELF_TEST_LABEL,
+        label: str | None = None,
         silence_limit: int = 64,
     ):
         for name, value in (("threshold", threshold), ("counting_threshold", counting_threshold)):
@@ -76,14 +77,16 @@ class CheckedDetector:
         self._num_silent: int | None = 0  # images without any object so far; `None` once there was one
         labels = getattr(detector, "labels", None)
         self._labels = None if labels is None else {geneval_name(label) for label in labels}
-        self._test(load_image(SELF_TEST_IMAGE if image is None else image), label)
+        own_image, own_label = getattr(detector, "self_test", (SELF_TEST_IMAGE, SELF_TEST_LABEL))
+        self._test(load_image(own_image if image is None else image), own_label if label is None else label)
 
-    def __call__(self, images: list[Image.Image]) -> list[Sequence[Detection]]:
+    def __call__(self, images: list[Image.Image], classes: Sequence[Sequence[str]]) -> list[Sequence[Detection]]:
         """
-        What is in each image. A `SilentDetectorError` if nothing was found in the first `silence_limit` images, and a
-        `TypeError` if the detector does not return a list of [`Detection`] for each.
+        What is in each image, of `classes` in each if the detector has to be told what to look for. A `SilentDetectorError` if
+        nothing was found in the first `silence_limit` images, and a `TypeError` if the detector does not return a list of
+        [`Detection`] for each.
         """
-        results = self._detect(images)
+        results = self._detect(images, classes)
         for found in results:
             self._watch(found)
         return results
@@ -96,8 +99,10 @@ class CheckedDetector:
         shown = f"names like it are {near}" if near else f"it knows {', '.join(sorted(self._labels)[:10])}, …"
         raise ValueError(f"The detector does not know the class {name!r} among its {len(self._labels)}: {shown}.")
 
-    def _detect(self, images: list[Image.Image]) -> list[Sequence[Detection]]:
-        return check_detections(self.detector(images), len(images))
+    def _detect(self, images: list[Image.Image], classes: Sequence[Sequence[str]]) -> list[Sequence[Detection]]:
+        takes_classes = getattr(self.detector, "takes_classes", False)
+        found = self.detector(images, classes) if takes_classes else self.detector(images)
+        return check_detections(found, len(images))
 
     def _watch(self, detections: Sequence[Detection]) -> None:
         if self._num_silent is None:
@@ -122,7 +127,7 @@ class CheckedDetector:
                 "picture of something that it knows."
             ) from error
         name = geneval_name(label)
-        (detections,) = self._detect([picture])
+        (detections,) = self._detect([picture], [[label]])
         objects = confident_objects(detections, self.threshold)
         if name not in objects:
             best = max((found.score for found in detections if geneval_name(found.label) == name), default=None)
@@ -136,7 +141,7 @@ class CheckedDetector:
         pair = Image.new("RGB", (2 * picture.width, picture.height))
         for left in (0, picture.width):
             pair.paste(picture, (left, 0))
-        (detections,) = self._detect([pair])
+        (detections,) = self._detect([pair], [[label]])
         scores = sorted((found.score for found in detections if geneval_name(found.label) == name), reverse=True)
         number = sum(score > self.counting_threshold for score in scores)
         if number < 2:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from ..scenes import COLORS, SHAPES, LocatedObject, locate_objects
+from ..scenes import COLORS, SHAPES, Entity, LocatedObject, Relation, SceneGraph, locate_objects, render_scene
 from ..scenes.locating import UNKNOWN
 from ..scenes.segmentation import segment
 from ..scenes.shapes import signed_distance
@@ -16,6 +16,13 @@ NO_COLOR = "none"
 _IGNORED = {"a", "an", "the", "small", "large"}  # sizes are not judged
 # Least pixels, in each direction, of two outlines that overlap rather than touch.
 _LEAST_OVERLAP = 2
+SELF_TEST_SIZE = 256
+
+
+def draw_pair(left: Entity, right: Entity) -> Image.Image:
+    """A picture of two things, one on the left and one on the right."""
+    sides = (Relation("at", (left,), "left edge"), Relation("at", (right,), "right edge"))
+    return render_scene(SceneGraph((left, right), sides), seed=0, image_size=SELF_TEST_SIZE)
 
 
 class FlatDetector:
@@ -30,6 +37,12 @@ class FlatDetector:
     name = "flat"
     takes_classes = True
     labels = (*(f"{color} {shape}" for color in COLORS for shape in SHAPES), *SHAPES)
+
+    @property
+    def self_test(self) -> tuple[Image.Image, str]:
+        """See [`~judges.checked_detector.CheckedDetector`]."""
+        first, second = Entity("red", "circle"), Entity("blue", "diamond")
+        return draw_pair(first, second), first.look
 
     def __call__(
         self, images: Sequence[Image.Image], classes: Sequence[Sequence[str]] | None = None

@@ -4,7 +4,6 @@ import re
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -12,15 +11,14 @@ from PIL import Image
 from ..endpoints import BadAnswer
 from ..preferences.images import load_image
 from ..scenes import Entity, Relation, SceneGraph, render_scene
-from .checked_detector import SELF_TEST_IMAGE, SELF_TEST_LABEL, CheckedDetector, SilentDetectorError
-from .flat import FlatDetector
-from .geneval import THRESHOLD, Detection
+from .checked_detector import SELF_TEST_IMAGE, CheckedDetector, SilentDetectorError
+from .flat import SELF_TEST_SIZE, draw_pair
+from .geneval import THRESHOLD
 from .loading import ClassDetector
 from .vision import VisionModel
 
 
 SPELLINGS = ("Yes", " Yes", "yes", " yes", "No", " No", "no", " no")
-_SIZE = 256
 # Each is in one picture, in this order from left to right.
 _PICTURES = (
     (Entity("red", "circle"), Entity("blue", "diamond")),
@@ -83,7 +81,7 @@ def check_vision(model: VisionModel, *, kinds: Collection[str] = ("text",)) -> N
             between the pictures.
         [`~endpoints.ServerError`], [`~endpoints.BudgetReached`]: If its server cannot be asked.
     """
-    pictures = [_draw(entities) for entities in _PICTURES]
+    pictures = [draw_pair(*entities) for entities in _PICTURES]
     if "text" in kinds:
         replies = [
             _ask(model, picture, question, answers[number])
@@ -113,29 +111,12 @@ def check_detector(
         [`JudgeError`]: If it does not find what there is, or cannot know it.
         `TypeError`: If it does not return a list of [`~judges.geneval.Detection`] for each image.
     """
-    image: Any = SELF_TEST_IMAGE
-    label = SELF_TEST_LABEL
-    if isinstance(detector, FlatDetector):
-        image, label = _draw(_PICTURES[0]), _PICTURES[0][0].look
-    shown = _Shown(detector, label)
     if counting_threshold is None:
         counting_threshold = float(getattr(detector, "counting_threshold", threshold))
     try:
-        CheckedDetector(shown, threshold=threshold, counting_threshold=counting_threshold, image=image, label=label)
+        CheckedDetector(detector, threshold=threshold, counting_threshold=counting_threshold)
     except (SilentDetectorError, ValueError) as error:
         raise JudgeError(f"{detector.name} fails the self-test of detectors. {error}") from error
-
-
-class _Shown:
-    """A detector that looks for one class in every image, with the attributes of its own that tests read."""
-
-    def __init__(self, detector: ClassDetector, label: str):
-        self._detector, self._label = detector, label
-        self.labels = getattr(detector, "labels", None)
-        self.threshold = getattr(detector, "threshold", 0.0)
-
-    def __call__(self, images: list[Image.Image]) -> list[list[Detection]]:
-        return self._detector(images, [[self._label]] * len(images))
 
 
 def check_depth(depth: Callable[[Image.Image], np.ndarray], name: str = "The estimator of depth") -> None:
@@ -156,7 +137,7 @@ def check_depth(depth: Callable[[Image.Image], np.ndarray], name: str = "The est
     photograph = load_image(SELF_TEST_IMAGE)
     front, behind = Entity("red", "circle"), Entity("blue", "square")
     drawing = render_scene(
-        SceneGraph((front, behind), (Relation("front_of", (front, behind)),)), seed=0, image_size=_SIZE
+        SceneGraph((front, behind), (Relation("front_of", (front, behind)),)), seed=0, image_size=SELF_TEST_SIZE
     )
     maps = []
     for image in (photograph, drawing):
@@ -189,14 +170,6 @@ def _mean_within(values: np.ndarray, part: tuple[float, float, float, float]) ->
     height, width = values.shape
     left, top, right, bottom = part
     return float(values[int(top * height) : int(bottom * height), int(left * width) : int(right * width)].mean())
-
-
-def _draw(entities: tuple[Entity, Entity]) -> Image.Image:
-    """A picture of two things, one on the left and one on the right."""
-    sides = tuple(
-        Relation("at", (entity,), side) for entity, side in zip(entities, ("left edge", "right edge"), strict=True)
-    )
-    return render_scene(SceneGraph(entities, sides), seed=0, image_size=_SIZE)
 
 
 def _ask(model: VisionModel, picture: Image.Image, question: str, right: str) -> _Reply:

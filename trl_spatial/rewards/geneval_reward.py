@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from ..judges.checked_detector import SELF_TEST_LABEL, CheckedDetector, Detector
+from ..judges.checked_detector import CheckedDetector, Detector
 from ..judges.geneval import (
     COUNTING_THRESHOLD,
     THRESHOLD,
@@ -38,8 +38,9 @@ class GenEvalReward:
         detector (`Callable`):
             Takes a list of RGB images, returns a list of [`Detection`] for each, with scores down to `threshold` or below.
             [`~judges.detection.TransformersDetector`] is one; the example adapts another. It may have the attributes
-            `labels`, the names of its classes, and `counting_threshold`. It is tested and watched, as one that finds nothing
-            looks like bad images, see [`~judges.checked_detector.CheckedDetector`].
+            `labels`, the names of its classes, and `counting_threshold`; with a true `takes_classes` it also gets the classes to
+            look for in each image. It is tested and watched, as one that finds nothing looks like bad images, see
+            [`~judges.checked_detector.CheckedDetector`].
         color_classifier (`Callable`, *optional*):
             Takes the crop of an object and its class, returns its color, one of `geneval.COLORS`; such as
             [`~judges.detection.ZeroShotColors`]. Needed for prompts with colors only.
@@ -106,7 +107,7 @@ class GenEvalReward:
         counting_threshold: float | None = None,
         batch_size: int = 16,
         self_test_image: Any = None,
-        self_test_label: str = SELF_TEST_LABEL,
+        self_test_label: str | None = None,
         silence_limit: int = 64,
     ):
         if kind not in ("partial", "strict"):
@@ -182,7 +183,8 @@ class GenEvalReward:
         for start in range(0, len(asked), self.batch_size):
             chunk = asked[start : start + self.batch_size]
             pictures = [_load(prompts[index], images[index]) for index, _ in chunk]
-            for (index, specification), picture, found in zip(chunk, pictures, self.detector(pictures), strict=True):
+            detections = self.detector(pictures, [specification.class_names for _, specification in chunk])
+            for (index, specification), picture, found in zip(chunk, pictures, detections, strict=True):
                 results[index] = judge(
                     specification,
                     found,

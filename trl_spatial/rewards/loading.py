@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ..hub.functions import is_function, load_function
 from ..hub.references import UnknownReferenceError, find_reference
+from ..judges.loading import FLAT, load_colors, load_detector
 from . import TOKEN_VARIABLE
 from .geneval_reward import GenEvalReward
 from .remote import RemoteReward
@@ -35,11 +36,11 @@ def load_reward(
             - `http://HOST:PORT` or `https://...`: the server that `trl_spatial serve` started, whose token is
               `TRL_SPATIAL_SERVER_TOKEN` of the environment;
             - `rules`: [`SceneRules`], for prompts that describe scenes;
-            - `geneval:DETECTOR`: [`GenEvalReward`] with a detector of transformers, named as a checkpoint is, or any other as
-              `module:function` or `module:Class`, for datasets with the columns of GenEval's `evaluation_metadata.jsonl`;
-              `geneval:DETECTOR,CLASSIFIER` if there are colors in it, with a model of zero-shot image classification such
-              as CLIP or a function; `geneval-strict:` in place of `geneval:` for the benchmark's verdict in place of shares.
-              A module of your own cannot be called `geneval`;
+            - `geneval:DETECTOR`: [`GenEvalReward`] with a detector of transformers, named as a checkpoint is, any other as
+              `module:function` or `module:Class`, or `flat`, for datasets with the columns of GenEval's
+              `evaluation_metadata.jsonl`; `geneval:DETECTOR,CLASSIFIER` if there are colors in it, with a model of zero-shot
+              image classification such as CLIP, a function, or `flat`; `geneval-strict:` in place of `geneval:` for the
+              benchmark's verdict in place of shares. A module of your own cannot be called `geneval`;
             - `module:function`: a function `(prompts, images, **columns) -> list[float | None]` of a module that Python
               finds, the current folder included, or a class, whose object is created once, without arguments, and called.
         device (`str` or `torch.device`, *optional*):
@@ -75,21 +76,20 @@ def _load_geneval(name: str, models: str, kind: Literal["partial", "strict"], de
     detector_name, comma, classifier_name = (models, "", "") if Path(models).exists() else models.partition(",")
     for model in (detector_name, classifier_name) if comma else (detector_name,):
         try:
-            if not is_function(model):
+            if model != FLAT and not is_function(model):
                 find_reference(model, kind="model")
         except UnknownReferenceError as error:
             raise ValueError(
                 f"There is no reward {name!r}: {model!r} is no model. Write geneval:DETECTOR or geneval:DETECTOR,CLASSIFIER, "
-                "each a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, hub/NAME for your own, or module:function. If a "
+                "each a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, hub/NAME for your own, module:function, or flat. If a "
                 "module of yours is called geneval, rename it."
             ) from error
 
-    def load(model: str, class_name: str) -> Any:
-        if is_function(model):
-            return load_function(model, what="reward", hint=f"Name {_FORMS}.")
-        from ..judges import detection  # transformers takes seconds to import
+    def load_own(model: str) -> Any:
+        return load_function(model, what="reward", hint=f"Name {_FORMS}.")
 
-        return getattr(detection, class_name)(model, device=device)
-
-    colors = load(classifier_name, "ZeroShotColors") if comma else None
-    return GenEvalReward(load(detector_name, "TransformersDetector"), colors, kind)
+    detector: Any = load_own(detector_name) if is_function(detector_name) else load_detector(detector_name, device)
+    if not comma:
+        return GenEvalReward(detector, None, kind)
+    colors = load_own(classifier_name) if is_function(classifier_name) else load_colors(classifier_name, device)
+    return GenEvalReward(detector, colors, kind)

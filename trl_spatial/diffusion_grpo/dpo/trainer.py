@@ -7,6 +7,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from ...generation.seeds import image_generator
+from ..losses import velocity_ratio
 from ..reward_functions import RewardFunction, RewardFunctions
 from ..runtime.base_trainer import DiffusionTrainer, Rows
 from .config import DiffusionDPOConfig
@@ -86,6 +87,14 @@ class DiffusionDPOTrainer(DiffusionTrainer):
         "They were trained on pairs of images by [Diffusion-DPO](https://huggingface.co/papers/2311.12908) for flow matching, "
         "which draws the velocities towards the preferred image."
     )
+    _citation = """\
+@article{wallace2023diffusion,
+  title   = {{Diffusion Model Alignment Using Direct Preference Optimization}},
+  author  = {Wallace, Bram and others},
+  journal = {arXiv preprint arXiv:2311.12908},
+  year    = {2023}
+}"""
+    _counted = (*DiffusionTrainer._counted, "num_trained_images")
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the number of pairs of the whole update
 
     def __init__(
@@ -160,7 +169,7 @@ class DiffusionDPOTrainer(DiffusionTrainer):
             with self._reference_policy():
                 reference = self._predict(self.model, inputs)
             velocity = self._predict(model, inputs)
-        self._metrics.totals["num_images"] += num_images
+        self._metrics.totals["num_trained_images"] += num_images
         self._count_passes("reference", num_images)
         # forward, again with checkpointing, backward
         self._count_passes("policy", (3 if self.args.gradient_checkpointing else 2) * num_images)
@@ -183,7 +192,7 @@ class DiffusionDPOTrainer(DiffusionTrainer):
                 "rewards/rejected": output.rejected_rewards,
                 "rewards/accuracies": output.chosen_rewards > output.rejected_rewards,
                 "rewards/margins": output.chosen_rewards - output.rejected_rewards,
-                "velocity_ratio": velocity.detach().flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1),
+                "velocity_ratio": velocity_ratio(velocity, reference),
             }
         )
         if num_items_in_batch is None:

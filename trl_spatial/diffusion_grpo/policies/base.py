@@ -66,6 +66,9 @@ class DiffusionPolicy(ABC):
     guidance_argument: ClassVar[str] = "guidance_scale"  # what the pipeline's own call calls the scale
     unguided_scale: ClassVar[float] = 1.0  # the scale at which classifier-free guidance is none
     default_negative_prompt: ClassVar[str] = ""  # what classifier-free guidance leads away from
+    # Linear layers at the end of a block, by their names in it. A gate multiplies their output, which goes nowhere but into
+    # that of the block: unless the gate is trained, no backward pass reads it.
+    unread_outputs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, pipeline: Any, *, max_sequence_length: int = 512):
         scheduler = type(pipeline.scheduler).__name__

@@ -19,6 +19,7 @@ class FluxPolicy(DiffusionPolicy):
     prompt_tokenizer = "tokenizer_2"
     max_prompt_tokens = 512
     has_classifier_free_guidance = False
+    unread_outputs = ("ff.net.2", "ff_context.net.2", "proj_out")
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ class QwenImagePolicy(DiffusionPolicy):
     prompt_tokenizer = "tokenizer"
     max_prompt_tokens = 1024
     has_classifier_free_guidance = True
+    unread_outputs = ("img_mlp.net.2", "txt_mlp.net.2")
     default_negative_prompt = " "  # as its authors do
     guidance_argument = "true_cfg_scale"  # its `guidance_scale` is for distilled models, of which none was released
 

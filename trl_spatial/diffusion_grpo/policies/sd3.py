@@ -26,6 +26,7 @@ class StableDiffusion3Policy(DiffusionPolicy):
     prompt_tokenizer = "tokenizer_3"
     max_prompt_tokens = 512
     has_classifier_free_guidance = True
+    unread_outputs = ("ff.net.2", "ff_context.net.2")
 
     def __init__(self, pipeline: Any, *, max_sequence_length: int = 512):
         super().__init__(pipeline, max_sequence_length=max_sequence_length)

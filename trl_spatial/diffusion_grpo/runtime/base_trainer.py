@@ -38,6 +38,7 @@ from .model_card import build_card
 from .model_setup import (
     freeze_idle_modules,
     load_pipeline,
+    loading_device,
     prepare_transformer,
     sampling_options,
     shard_transformer,
@@ -64,7 +65,7 @@ class DiffusionTrainer(BaseTrainer):
     - The exported weights are uploaded to the Hub with their card (`push_to_hub`), see [`~training.hub.HubTrainer`].
     - Checkpoints hold exactly what training changes, see [`~training.base.BaseTrainer`]. The best one is always kept.
 
-    A subclass gives the data and the loss of training, `_method` for the card, and, if it remembers more than what it has
+    A subclass gives the data and the loss of training, `_method` and `_citation` for the card, and, if it remembers more than what it has
     counted, `_training_state`, `_load_training_state` and `_merge_training_states`.
 
     Args:
@@ -88,6 +89,7 @@ class DiffusionTrainer(BaseTrainer):
     _tag_names = ["spatial-rl", "trl"]
     _kinds = (LORA, TRANSFORMER)
     _method: ClassVar[str]  # a sentence on the model's card
+    _citation: ClassVar[str]  # of the method's paper, for the card
     _counted: ClassVar[tuple[str, ...]] = ("num_images", "num_policy_passes", "num_reference_passes")  # in every log
 
     def __init__(
@@ -109,7 +111,9 @@ class DiffusionTrainer(BaseTrainer):
             )
         check_launch()
         if isinstance(pipeline, str):
-            pipeline = load_pipeline(pipeline, torch.bfloat16 if args.bf16 else torch.float32)
+            pipeline = load_pipeline(
+                pipeline, torch.bfloat16 if args.bf16 else torch.float32, device=loading_device(args)
+            )
         self.policy = make_policy(pipeline, max_sequence_length=args.max_sequence_length)
         self.eval_reward_functions, self._num_trained_rewards = eval_reward_functions, num_trained_rewards
         self._options, self._eval_options = sampling_options(args)
@@ -244,6 +248,8 @@ class DiffusionTrainer(BaseTrainer):
             generator = PolicyGenerator(
                 self.policy, self.model, self.prompt_cache, self._eval_options, self.accelerator.autocast
             )
+            own_rows = range(args.process_index, len(dataset), args.world_size)
+            self.prompt_cache.expect(dataset[index]["prompt"] for index in own_rows)
             batches = draw_rows(
                 generator,
                 dataset,
@@ -368,6 +374,7 @@ class DiffusionTrainer(BaseTrainer):
             self.args,
             self.state.log_history,
             method=self._method,
+            citation=self._citation,
             settings=self._card_settings(),
             is_lora=checkpointing.has_adapter(self.model),
             pipeline_name=type(self.policy.pipeline).__name__,

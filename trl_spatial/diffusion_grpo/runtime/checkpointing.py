@@ -123,8 +123,7 @@ def save_trained_state(
     Path(folder).mkdir(parents=True, exist_ok=True)
     _save_tensors(_trainable_parameters(transformer), Path(folder) / TRAINED_WEIGHTS, is_writer=is_writer)
     if ema is not None:
-        extra = {"num_updates": ema.num_updates}
-        _save_tensors(ema.weights, Path(folder) / EMA_WEIGHTS, extra, is_writer=is_writer)
+        save_average(ema, Path(folder) / EMA_WEIGHTS, is_writer=is_writer)
 
 
 def load_trained_state(transformer: torch.nn.Module, folder: str | Path, *, ema: EMA | None = None) -> None:
@@ -138,9 +137,19 @@ def load_trained_state(transformer: torch.nn.Module, folder: str | Path, *, ema:
     for name, parameter in parameters.items():
         fill_tensor(parameter, saved[name])
     if ema is not None:
-        saved, extra = _load_tensors(Path(folder) / EMA_WEIGHTS)
-        _check_same_tensors(saved, ema.weights, Path(folder) / EMA_WEIGHTS)
-        ema.load_state_dict({"weights": saved, "num_updates": extra["num_updates"]})
+        load_average(ema, Path(folder) / EMA_WEIGHTS)
+
+
+def save_average(average: EMA, path: Path, *, is_writer: bool = True) -> None:
+    """Saves an average of the trained weights, bit for bit; `is_writer` is as for [`export_weights`]."""
+    _save_tensors(average.weights, path, {"num_updates": average.num_updates}, is_writer=is_writer)
+
+
+def load_average(average: EMA, path: Path) -> None:
+    """Undoes [`save_average`]. It is a `ValueError` if the saved weights are of other parameters."""
+    saved, extra = _load_tensors(path)
+    _check_same_tensors(saved, average.weights, path)
+    average.load_state_dict({"weights": saved, "num_updates": extra["num_updates"]})
 
 
 def save_buffer(buffer: Mapping[str, torch.Tensor], extra: Mapping[str, Any], folder: str | Path, rank: int) -> None:

@@ -41,9 +41,12 @@ class EMA:
         self.num_updates += 1
         if self.num_updates % self.every:
             return
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        decay = self._current_decay()
         for name, parameter in self._parameters.items():
             self.weights[name].lerp_(parameter.to(torch.float32), 1 - decay)
+
+    def _current_decay(self) -> float:
+        return min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

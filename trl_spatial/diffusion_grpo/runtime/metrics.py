@@ -1,17 +1,23 @@
 """What a training run counts and averages between two logs."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
+from ...statistics import rank_correlation
 from ..advantages import combine_rewards, group_advantages
 from ..reward_functions import RewardFunctions, reward_metrics
 
 
 # Phases that are no part of a step
 _OUTSIDE = ("time/evaluate", "time/save")
+# Longest side of the images whose pixels are compared
+_COMPARED_SIZE = 32
 
 
 class TrainingMetrics:
@@ -24,7 +30,7 @@ class TrainingMetrics:
     def __init__(self, counted: Iterable[str]) -> None:
         self.totals: Counter[str] = Counter(dict.fromkeys(counted, 0))
         self.num_updates = 0
-        self._num_images_before = 0
+        self._totals_before = self.totals.copy()
         self._per_image: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._per_rollout: dict[str, list[float]] = defaultdict(list)
 
@@ -32,7 +38,7 @@ class TrainingMetrics:
         """Continues from the `totals` of a checkpoint."""
         # Checkpoints of 0.1 count passes as "evaluations".
         self.totals.update({name.replace("_evaluations", "_passes"): total for name, total in totals.items()})
-        self._num_images_before = self.totals["num_images"]
+        self._totals_before = self.totals.copy()
 
     def add_per_image(self, metrics: Mapping[str, torch.Tensor]) -> None:
         """Adds values of shape `(n,)`, one per image and trained step of this process; the same names on all."""
@@ -55,10 +61,27 @@ class TrainingMetrics:
         for name, value in metrics.items():
             self._per_rollout[name].append(value)
 
+    def add_scouts(self, scout_rewards: torch.Tensor, combined: torch.Tensor, num_drawn: int) -> None:
+        """
+        Adds the combined rewards of a rollout's images and of their scouts, both `(num_prompts * num_drawn,)`, of all
+        processes: how well the order of a group was foretold. Groups in which either has no order say nothing.
+        """
+        correlations = [
+            rank_correlation(scouts[known], finals[known])
+            for scouts, finals in zip(
+                scout_rewards.view(-1, num_drawn).numpy(), combined.view(-1, num_drawn).numpy(), strict=True
+            )
+            for known in [~(np.isnan(scouts) | np.isnan(finals))]
+        ]
+        defined = [correlation for correlation in correlations if not math.isnan(correlation)]
+        if defined:
+            self._per_rollout["scout_rank_correlation"].append(sum(defined) / len(defined))
+
     def collect(self, accelerator: Accelerator, times: Mapping[str, float]) -> dict[str, float]:
         """
-        Averages, totals, `images_per_second` and the seconds per update of each phase, of all processes since the last
-        call. `times` are the seconds of this process, from [`StepTimer`]. To be called by all processes.
+        Averages; totals; `images_per_second`, `passes_per_update` and the seconds per update of each phase, of all processes
+        since the last call; and the passes since the start per image that was trained on. `times` are the seconds of this
+        process, from [`StepTimer`]. To be called by all processes.
         """
         metrics = {name: sum(values) / len(values) for name, values in self._per_rollout.items()}
         for name, values in sorted(self._per_image.items()):
@@ -66,19 +89,48 @@ class TrainingMetrics:
             metrics["ratio/mean" if name == "ratio" else name] = of_all.mean().item()
             if name == "ratio":
                 metrics["ratio/std"] = of_all.std(correction=0).item()
-        totals = torch.tensor(list(self.totals.values()), dtype=torch.float64, device=accelerator.device)
-        totals = accelerator.reduce(totals).tolist()
-        metrics |= {name: int(total) for name, total in zip(self.totals, totals, strict=True)}
+        new, totals = self._reduced(accelerator)
+        metrics |= totals
+        num_updates = max(self.num_updates, 1)
+        metrics["passes_per_update"] = _num_passes(new) / num_updates
+        if totals.get("num_trained_images"):
+            metrics["passes_per_trained_image"] = _num_passes(totals) / totals["num_trained_images"]
 
         seconds = times["time/step"] - sum(times.get(name, 0.0) for name in _OUTSIDE)
-        num_images = (self.totals["num_images"] - self._num_images_before) * accelerator.num_processes
-        if num_images > 0:
-            metrics["images_per_second"] = num_images / seconds
-        num_updates = max(self.num_updates, 1)
+        if new["num_images"] > 0:
+            metrics["images_per_second"] = new["num_images"] / seconds
         metrics |= {name: time / num_updates for name, time in times.items() if name not in _OUTSIDE}
         metrics["time/step"] = seconds / num_updates
 
         self._per_image.clear()
         self._per_rollout.clear()
-        self.num_updates, self._num_images_before = 0, self.totals["num_images"]
+        self.num_updates, self._totals_before = 0, self.totals.copy()
         return metrics
+
+    def _reduced(self, accelerator: Accelerator) -> tuple[dict[str, int], dict[str, int]]:
+        """Counts of all processes since the last log, and since the start."""
+        totals = list(self.totals.values())
+        new = [total - self._totals_before[name] for name, total in self.totals.items()]
+        counts = torch.tensor([new, totals], dtype=torch.float64, device=accelerator.device)
+        new, totals = accelerator.reduce(counts).long().tolist()
+        return dict(zip(self.totals, new, strict=True)), dict(zip(self.totals, totals, strict=True))
+
+
+def _num_passes(counts: Mapping[str, int]) -> int:
+    return sum(count for name, count in counts.items() if name.endswith("_passes"))
+
+
+def group_diversity(images: list[Image.Image], num_generations: int) -> torch.Tensor:
+    """
+    How much the images of a prompt differ: the root mean square difference of the pixels, from 0 to 1, of all pairs of a group,
+    whose images follow each other. Of images that are made smaller, which is quick and leaves fine grain out.
+
+    Returns:
+        `torch.Tensor` of shape `(num_prompts,)`: float32.
+    """
+    width, height = images[0].size
+    size = (min(width, _COMPARED_SIZE), min(height, _COMPARED_SIZE))
+    small = [np.asarray(image.resize(size, Image.Resampling.BOX), dtype=np.float32) / 255 for image in images]
+    groups = torch.from_numpy(np.stack(small)).flatten(1).unflatten(0, (-1, num_generations))
+    # The mean square of a difference is twice the variance
+    return (2 * groups.var(dim=1)).mean(dim=1).sqrt()  # (num_prompts,)

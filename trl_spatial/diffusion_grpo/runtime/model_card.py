@@ -12,6 +12,7 @@ def build_card(
     log_history: list[dict[str, Any]],
     *,
     method: str,
+    citation: str,
     settings: dict[str, Any],
     is_lora: bool,
     pipeline_name: str,
@@ -22,7 +23,7 @@ def build_card(
 ) -> Card:
     """
     Makes the card of trained weights from what was set and measured; the first and the last evaluation of
-    `log_history` go into it. `method` is a sentence on how they were trained, and `settings` what a reader wants to know about
+    `log_history` go into it. `method` is a sentence on how they were trained, `citation` its paper in BibTeX, and `settings` what a reader wants to know about
     it, under the names of the card. `is_lora` says whether adapters were trained or all weights. `guidance` is in the names of the
     pipeline's own call, from [`~policies.DiffusionPolicy.pipeline_guidance`]. `trained_rewards` are weights by name,
     and `eval_datasets` leads from the prefix of the logged metrics, such as `"eval"`, to number of prompts, Hub id and
@@ -48,6 +49,7 @@ def build_card(
         values={
             "is_lora": is_lora,
             "method": method,
+            "citation": citation,
             "pipeline_name": pipeline_name,
             "sampling": {  # of the evaluation: keyword arguments of the pipeline
                 "height": args.eval_height or args.height,

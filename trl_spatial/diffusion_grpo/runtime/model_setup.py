@@ -26,6 +26,7 @@ from .adapters import adapt_to_inputs
 from .base_config import DiffusionConfig
 from .checkpointing import check_exportable, has_adapter
 from .processes import is_fsdp_launch
+from .recomputation import enable_checkpointing
 
 
 # Most graphs that a kind of block may be compiled to
@@ -115,7 +116,7 @@ def load_pipeline(
     name: str,
     dtype: torch.dtype,
     *,
-    device: str | torch.device = "cpu",
+    device: torch.device,
     revision: str | None = None,
     quantization_config: PipelineQuantizationConfig | None = None,
     attention_backend: str | None = None,
@@ -230,7 +231,7 @@ def prepare_transformer(
             f"`beta` is {args.beta}, but without adapters there is no reference policy: all weights are trained. Train LoRA "
             "with `peft_config`, or, for a loss that can do without, set `beta=0.0`."
         )
-    _redirect_gradient_checkpointing(transformer)
+    _redirect_gradient_checkpointing(policy, is_compiled=args.torch_compile)
     if args.torch_compile:
         _compile_blocks(policy, args)
     return transformer
@@ -308,9 +309,9 @@ def _compile_blocks(policy: DiffusionPolicy, args: DiffusionConfig) -> None:
             )
 
 
-def _redirect_gradient_checkpointing(transformer: Any) -> None:
+def _redirect_gradient_checkpointing(policy: DiffusionPolicy, *, is_compiled: bool) -> None:
     # `transformers.Trainer` calls one of these, by its version; diffusers has the same under another name.
     def enable(**kwargs: Any) -> None:
-        transformer.enable_gradient_checkpointing()
+        enable_checkpointing(policy, is_compiled=is_compiled)
 
-    transformer.activation_checkpointing_enable = transformer.gradient_checkpointing_enable = enable
+    policy.transformer.activation_checkpointing_enable = policy.transformer.gradient_checkpointing_enable = enable

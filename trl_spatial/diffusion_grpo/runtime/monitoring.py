@@ -50,13 +50,18 @@ def setup_warnings(
             f"{num_updates_per_rollout} updates per rollout, ratios fall below 1 on average and the upper clip almost never "
             "acts. Set `ratio_norm=True`, use `kl_mask`, or make one update per rollout."
         )
-    if num_groups_per_update < MIN_GROUPS_PER_UPDATE:
-        warnings.append(
-            f"An update sees {num_groups_per_update:g} groups, fewer than {MIN_GROUPS_PER_UPDATE}: training often collapses "
-            "with so few prompts. Raise `gradient_accumulation_steps`, `per_device_train_batch_size` or the number of "
-            "processes."
-        )
-    return warnings
+    return warnings + few_groups_warnings(num_groups_per_update)
+
+
+def few_groups_warnings(num_groups_per_update: float) -> list[str]:
+    """Warns about an update of few groups, whatever the loss."""
+    if num_groups_per_update >= MIN_GROUPS_PER_UPDATE:
+        return []
+    return [
+        f"An update sees {num_groups_per_update:g} groups, fewer than {MIN_GROUPS_PER_UPDATE}: training often collapses "
+        "with so few prompts. Raise `gradient_accumulation_steps`, `per_device_train_batch_size` or the number of "
+        "processes."
+    ]
 
 
 class RewardsMonitor:

@@ -1,0 +1,1 @@
+"""DiffusionNFT: online reinforcement learning on the forward process, with the final latents of any sampler."""
