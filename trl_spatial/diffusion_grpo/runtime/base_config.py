@@ -48,7 +48,8 @@ class DiffusionConfig(TrainingArguments):
         > Parameters that control the loss
 
         beta (`float`, *optional*, defaults to `0.01`):
-            KL coefficient. The reference policy is the transformer without its adapters. If `0.0`, it is not scored.
+            KL coefficient. The reference policy is the transformer without its adapters. If `0.0`, it is not scored. A
+            divergence is a mean over latent elements; in which units, each trainer says (for GRPO, see `kl_estimator`).
 
         > Parameters that control the weights that are evaluated and exported
 
