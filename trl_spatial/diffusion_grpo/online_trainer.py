@@ -251,7 +251,8 @@ class OnlineTrainer(DiffusionTrainer):
             with fail_together(self.accelerator, "Sampling images", is_collective=self.is_fsdp_enabled):
                 with self._timer.phase("encode"):
                     self.prompt_cache.expect(self._next_prompts(rollout_index))
-                    embeds = self.prompt_cache.get(prompts)
+                    # a row for each image of the rollout: too much for the device, which gets them batch by batch
+                    embeds = self.prompt_cache.get(prompts, device=torch.device("cpu"))
                 with self._timer.phase("sample"), self._sampling_policy(), self.accelerator.autocast():
                     on_batch = None if overlapped is None else overlapped.add
                     if is_scout:  # from the first latents of the image, in few steps
