@@ -28,21 +28,30 @@ sys.path.append(str(Path(__file__).parent))
 from curves import draw_curves
 from spatial_rl import NUM_PROMPTS_PER_UPDATE, RandomFilterTrainer, brightness, check_same_runs, result_file
 
-from trl_spatial import DiffusionDPOConfig, DiffusionDPOTrainer, DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl_spatial import (
+    DiffusionDPOConfig,
+    DiffusionDPOTrainer,
+    DiffusionGRPOConfig,
+    DiffusionGRPOTrainer,
+    DiffusionNFTConfig,
+    DiffusionNFTTrainer,
+)
 from trl_spatial.demo.generator import (
     IMAGES_PER_PROMPT,
     LORA_RANK,
     NUM_MONITORED_PROMPTS,
     SAMPLING,
     draw_images,
-    grpo_config,
     load_generator,
     make_prompts,
     objects_present,
     read_graphs,
     spatial_accuracy,
+    training_config,
 )
 from trl_spatial.demo.run import make_reward
+from trl_spatial.diffusion_grpo.online_config import OnlineConfig
+from trl_spatial.diffusion_grpo.online_trainer import OnlineTrainer
 from trl_spatial.diffusion_grpo.policies.lora import attention_lora_config
 from trl_spatial.diffusion_grpo.reward_functions import RewardFunction
 from trl_spatial.diffusion_grpo.runtime.base_trainer import DiffusionTrainer
@@ -60,36 +69,41 @@ NUM_PAIR_IMAGES, NUM_PAIR_STEPS = 8, 6
 @dataclass(frozen=True)
 class Method:
     """
-    A way of training: how its configuration differs from the demo's, the trainer, the reward if it is not the reward model, and how
-    much of the budget preference training takes before it.
+    A way of training: how its configuration differs from the demo's, the trainer and its configuration, the reward if it is not the
+    reward model, and how much of the budget preference training takes before it.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
-    trainer: type[DiffusionTrainer] = DiffusionGRPOTrainer
+    trainer: type[OnlineTrainer] = DiffusionGRPOTrainer
+    config: type[OnlineConfig] = DiffusionGRPOConfig
     reward: RewardFunction | None = None
     dpo_share: float = 0.0
 
 
+GRPO = {"noise_level": 0.7}  # the demo's
+NFT: dict[str, Any] = {"beta": 1e-2}
 SCOUTS = {"num_scouts": 48, "scout_steps": 2}
 METHODS: dict[str, Method] = {
-    "k = 6": Method(),  # the demo's, and the paper's: Flow-SDE, all steps, advantages over the kept images
-    "no filter": Method({"top_k": None, "per_device_train_batch_size": NUM_PROMPTS_PER_UPDATE * 24}),
-    "k = 4": Method({"top_k": 4, "per_device_train_batch_size": NUM_PROMPTS_PER_UPDATE * 8}),
-    "12 at random": Method(trainer=RandomFilterTrainer),
-    "window of 2": Method({"sde_window_size": 2}),
-    "scouts": Method(SCOUTS),
-    "DPO → GRPO": Method(dpo_share=0.25),
+    "k = 6": Method(GRPO),  # the demo's, and the paper's: Flow-SDE, all steps, advantages over the kept images
+    "no filter": Method(GRPO | {"top_k": None, "per_device_train_batch_size": NUM_PROMPTS_PER_UPDATE * 24}),
+    "k = 4": Method(GRPO | {"top_k": 4, "per_device_train_batch_size": NUM_PROMPTS_PER_UPDATE * 8}),
+    "12 at random": Method(GRPO, RandomFilterTrainer),
+    "window of 2": Method(GRPO | {"sde_window_size": 2}),
+    "scouts": Method(GRPO | SCOUTS),
+    "NFT": Method(NFT, DiffusionNFTTrainer, DiffusionNFTConfig),
+    "NFT, scouts": Method(NFT | SCOUTS, DiffusionNFTTrainer, DiffusionNFTConfig),
+    "DPO → GRPO": Method(GRPO, dpo_share=0.25),
     "CPS": Method({"dynamics": "cps", "noise_level": 0.8}),
     "Precise": Method({"dynamics": "precise", "noise_level": 1.5}),
-    "advantage over the group": Method({"advantage_scope": "group"}),
-    "rule as reward": Method(reward=spatial_accuracy),
-    "brightness as reward": Method(reward=brightness),
+    "advantage over the group": Method(GRPO | {"advantage_scope": "group"}),
+    "rule as reward": Method(GRPO, reward=spatial_accuracy),
+    "brightness as reward": Method(GRPO, reward=brightness),
 }
 BASELINE = "k = 6"
 # A picture for each: the methods that it compares with the baseline
 PANELS: dict[str, list[str]] = {
     "filter": ["no filter", "k = 6", "k = 4", "12 at random"],
-    "cost": ["k = 6", "window of 2", "scouts", "DPO → GRPO"],
+    "cost": ["k = 6", "window of 2", "scouts", "NFT", "NFT, scouts", "DPO → GRPO"],
     "sampler and advantage": ["k = 6", "CPS", "Precise", "advantage over the group"],
     "reward": ["k = 6", "rule as reward", "brightness as reward"],
 }
@@ -144,12 +158,12 @@ def run(name: str, seed: int, args: argparse.Namespace) -> None:
     file.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def make_config(method: Method, folder: Path, seed: int, args: argparse.Namespace) -> DiffusionGRPOConfig:
+def make_config(method: Method, folder: Path, seed: int, args: argparse.Namespace) -> OnlineConfig:
     """The demo's configuration, changed as the method wants it, for as many updates as the budget may need."""
     # No update takes fewer passes than one per image of a prompt.
     max_steps = math.ceil(args.budget / NUM_PROMPTS_PER_UPDATE)
     own = {"eval_strategy": "no", "eval_on_start": False, "save_steps": 10}
-    return grpo_config(folder, max_steps=max_steps, seed=seed, **(own | method.settings))
+    return training_config(method.config, folder, max_steps=max_steps, seed=seed, **(own | method.settings))
 
 
 def validation(seed: int, args: argparse.Namespace) -> dict[str, Any]:
