@@ -52,7 +52,7 @@ def test_every_phase_takes_the_memory_that_is_estimated(recipe):
 
 def test_a_velocity_takes_the_operations_of_its_layers(recipe):
     """Oracle: 24 d² operations a token and layer for attention's projections and the feed-forward layer, and 4 d S² for attention."""
-    _, args, memory, counts = recipe
+    _, _, memory, counts = recipe
     config, passes = memory.transformer.config, memory.policy.num_passes(memory._options)
     image = memory._latents(1, memory._options).shape[1]  # tokens, or positions of which 4 make a token
     text = memory.policy.embed_shapes(1)["prompt_embeds"][1]
