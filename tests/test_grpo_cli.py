@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from trl_spatial.cli import main
 from trl_spatial.scenes import make_preference_dataset, parse_description
-from trl_spatial.scripts.grpo import build_trainer, load_prompts, make_parser
+from trl_spatial.scripts.datasets import load_prompts
+from trl_spatial.scripts.grpo import build_trainer, make_parser
 
 
 REWARDS = """

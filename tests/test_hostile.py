@@ -13,6 +13,7 @@ REQUIRED = {
     "demo": "",
     "reward": "--dataset nowhere --output_dir out --use_cpu",
     "grpo": "--dataset nowhere.txt --rewards rules --output_dir out --use_cpu",
+    "nft": "--dataset nowhere.txt --rewards rules --output_dir out --use_cpu",
     "dpo": "--dataset nowhere --output_dir out --use_cpu",
     "score": "--model nowhere --prompt a x.png",
     "merge": "--model nowhere --output merged",
@@ -79,7 +80,7 @@ def test_hostile_command_lines_and_files_are_refused(command, refused, place):
     assert not {"out", "merged", "pairs", "folder", "runs"} & {path.name for path in place.iterdir()}
 
 
-@pytest.mark.parametrize("command", ["reward", "grpo", "dpo"])
+@pytest.mark.parametrize("command", ["reward", "grpo", "nft", "dpo"])
 def test_wrong_values_of_every_training_option_are_refused_as_on_the_command_line(command, place, capsys):
     make_parser = importlib.import_module(f"trl_spatial.scripts.{command}").make_parser
     options = [argument for argument in make_parser()._actions if argument.type in (int, float) or argument.choices]

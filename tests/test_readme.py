@@ -51,6 +51,8 @@ RUN = {
         "scores.jsonl",
         "FLUX.1-dev-SpatialScore-fast/pytorch_lora_weights.safetensors",
         "Qwen-Image-SpatialScore/before_after.json",
+        "FLUX.1-dev-NFT/pytorch_lora_weights.safetensors",
+        "FLUX.1-dev-scouts/pytorch_lora_weights.safetensors",
         "FLUX.1-dev-red/pytorch_lora_weights.safetensors",
         "FLUX.1-dev-geneval/pytorch_lora_weights.safetensors",
         "FLUX.1-dev-served/pytorch_lora_weights.safetensors",
@@ -80,11 +82,15 @@ SMALLER = {
     "DiffusionGRPOConfig(output_dir=": "DiffusionGRPOConfig(num_generations=4, top_k=1, per_device_train_batch_size=2, "
     "gradient_accumulation_steps=1, height=32, width=32, max_steps=1, use_cpu=True, output_dir=",
 }
+TINY_ROLLOUT = (
+    "--lora_r 2 --num_generations 4 --top_k 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 "
+    "--num_inference_steps 4 --eval_num_inference_steps 2 --height 32 --width 32 --eval_height 32 --eval_width 32 "
+    "--max_sequence_length 192 --max_steps 2 --eval_steps 2 --save_steps 2 --use_cpu --disable_tqdm true"
+)
 TINY = {
     "reward": "--lora_r 2 --min_pixels 256 --max_pixels 1024 --dataloader_num_workers 0 --use_cpu --disable_tqdm true",
-    "grpo": "--lora_r 2 --num_generations 4 --top_k 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 "
-    "--num_inference_steps 4 --eval_num_inference_steps 2 --height 32 --width 32 --eval_height 32 --eval_width 32 "
-    "--max_sequence_length 192 --max_steps 2 --eval_steps 2 --save_steps 2 --use_cpu --disable_tqdm true",
+    "grpo": TINY_ROLLOUT,
+    "nft": TINY_ROLLOUT,
     "dpo": "--lora_r 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --height 32 --width 32 "
     "--max_sequence_length 192 --max_steps 2 --save_steps 2 --use_cpu --disable_tqdm true",
 }

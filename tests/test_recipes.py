@@ -21,7 +21,7 @@ from datasets import load_dataset
 from trl_spatial import SpatialScore
 from trl_spatial.gaussian_reward import GaussianRewardModel
 from trl_spatial.scenes import make_preference_dataset, make_prompt_dataset
-from trl_spatial.scripts import dpo, grpo, reward
+from trl_spatial.scripts import dpo, grpo, nft, reward
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -34,6 +34,7 @@ RECIPE_FILES = {
     "grpo_qwen_image.yaml": (grpo, set()),
     "grpo_sd3.yaml": (grpo, set()),
     "grpo_z_image.yaml": (grpo, set()),
+    "nft_flux.yaml": (nft, set()),
     "dpo_flux.yaml": (dpo, set()),
     "tiny/grpo.yaml": (grpo, set()),
 }
@@ -64,7 +65,7 @@ def parse():
         script, _ = RECIPE_FILES[name]
         given = read_yaml(name) if use_file else {}
         arguments = ["--use_cpu", *(["--config", str(RECIPES / name)] if use_file else [])]
-        for key in ("dataset", "output_dir", *(["rewards"] if script is grpo else [])):
+        for key in ("dataset", "output_dir", *(["rewards"] if script in (grpo, nft) else [])):
             arguments += [] if key in given else [f"--{key}", "none"]
         values = {}
         for part in script.make_parser().parse_args_and_config(arguments):

@@ -26,6 +26,7 @@ COMMANDS = {
     "demo": "the whole method in a small world: reward model, reinforcement learning, an exact judge, a report",
     "reward": "train a spatial reward model on preference pairs",
     "grpo": "fine-tune FLUX.1, Qwen-Image, Stable Diffusion 3 or Z-Image by rewards for their images",
+    "nft": "the same with the loss of DiffusionNFT, on images drawn without noise",
     "dpo": "fine-tune the same models on preference pairs of images",
     "score": "score images for prompts with a trained reward model",
     "merge": "fold a checkpoint's LoRA adapter into its backbone",
@@ -36,7 +37,7 @@ COMMANDS = {
     "space": "build or run a page that scores images",
 }
 # Training commands also take the arguments of `accelerate launch`, as in TRL's CLI.
-LAUNCHED_COMMANDS = {"reward", "grpo", "dpo"}
+LAUNCHED_COMMANDS = {"reward", "grpo", "nft", "dpo"}
 # Started again after an interruption, they continue from what is on disk.
 RESUMED_COMMANDS = {"data", "demo", "evaluate", "push"}
 # Number of the launching process, for the processes that it launches.

@@ -7,7 +7,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from tests.diffusion_grpo.families import FAMILIES, GUIDED, MAX_SEQUENCE_LENGTH
-from trl_spatial.diffusion_grpo import DiffusionGRPOConfig, attention_lora_config
+from trl_spatial.diffusion_grpo import DiffusionGRPOConfig, DiffusionNFTConfig, attention_lora_config
 from trl_spatial.diffusion_grpo.policies import make_policy
 from trl_spatial.diffusion_grpo.runtime.memory import (
     GIB,
@@ -28,6 +28,20 @@ OFFICIAL = (
     "Qwen/Qwen-Image",
     "stabilityai/stable-diffusion-3.5-medium",
     "Tongyi-MAI/Z-Image",
+)
+
+
+# Fields of what is shared by the configurations
+SHARED = (
+    *(
+        "output_dir",
+        "num_generations",
+        "top_k",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "height",
+    ),
+    *("width", "num_inference_steps", "max_sequence_length", "guidance_scale"),
 )
 
 
@@ -63,6 +77,21 @@ def make_model(saved, tmp_path, peft_config="lora", dtype=torch.float32, **kwarg
         attention_lora_config(rank=2) if peft_config == "lora" else peft_config,
         dtype=dtype,
     )
+
+
+def test_an_old_policy_takes_the_place_of_trained_steps(saved, tmp_path):
+    """DiffusionNFT keeps one more set of the trained weights, another one aside while it draws, and the last latents only."""
+    family, _, folder = saved
+    lora = attention_lora_config(rank=2)
+    args = make_args(tmp_path, **family.guidance)
+    nft = DiffusionNFTConfig(**{name: getattr(args, name) for name in SHARED}, use_cpu=True)
+    ours, theirs = (MemoryModel(load_architecture(str(folder)), config, lora).estimate() for config in (nft, args))
+    weights = ours.parts["trained weights"]
+    assert ours.parts["old policy"] == weights and "old policy" not in theirs.parts
+    one = theirs.parts["latents of a rollout"] // (2 * 3 + 1)
+    assert ours.parts["latents of a rollout"] == one
+    assert ours.phases["train"] - theirs.phases["train"] == weights - 6 * one
+    assert ours.phases["sample"] - theirs.phases["sample"] == 2 * weights - 6 * one
 
 
 def test_parameters_are_counted_without_weights(saved):

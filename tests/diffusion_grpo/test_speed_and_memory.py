@@ -26,7 +26,8 @@ from trl_spatial.diffusion_grpo.runtime.model_setup import (
 )
 from trl_spatial.diffusion_grpo.runtime.prompt_cache import PromptCache
 from trl_spatial.generation.seeds import image_generator
-from trl_spatial.scripts.grpo import GRPOModelArguments, build_trainer, main, make_parser
+from trl_spatial.scripts.grpo import build_trainer, main, make_parser
+from trl_spatial.scripts.online import OnlineModelArguments
 
 
 def make_args(folder, **kwargs):
@@ -109,12 +110,12 @@ def test_an_offloaded_vae_decodes_elsewhere_and_comes_back(name):
 def test_slicing_changes_nothing_and_tiling_little(name):
     policy = FAMILIES[name].make_policy()
     whole = decode(policy, size=64)
-    options = GRPOModelArguments(vae_slicing=True)
+    options = OnlineModelArguments(vae_slicing=True)
     options.set_up_vae(policy.vae)
     assert policy.vae.use_slicing and not policy.vae.use_tiling
     for a, b in zip(whole, decode(policy, size=64), strict=True):
         assert (a - b).abs().max() <= 1  # grey levels: convolutions of one image may round differently
-    GRPOModelArguments(vae_tiling=True).set_up_vae(policy.vae)
+    OnlineModelArguments(vae_tiling=True).set_up_vae(policy.vae)
     assert policy.vae.use_tiling
     tiled = decode(policy, size=64)
     # Weights are random, so that norms over a tile are not those over an image: nearer to its image than to the other one
@@ -325,11 +326,11 @@ def test_text_encoders_that_are_not_worth_quantizing_are_an_error(tmp_path):
 
 def test_quantized_weights_need_lora():
     with pytest.raises(ValueError, match="`load_in_4bit` is True and `use_peft` is False"):
-        GRPOModelArguments(load_in_4bit=True, use_peft=False)
+        OnlineModelArguments(load_in_4bit=True, use_peft=False)
     with pytest.raises(ValueError, match="both True"):
-        GRPOModelArguments(load_in_4bit=True, load_in_8bit=True)
-    assert [GRPOModelArguments().quantization, GRPOModelArguments(load_in_4bit=True).quantization] == [None, "nf4"]
-    assert GRPOModelArguments(load_in_8bit=True).quantization == "int8"
+        OnlineModelArguments(load_in_4bit=True, load_in_8bit=True)
+    assert [OnlineModelArguments().quantization, OnlineModelArguments(load_in_4bit=True).quantization] == [None, "nf4"]
+    assert OnlineModelArguments(load_in_8bit=True).quantization == "int8"
 
 
 def test_a_quantized_transformer_trains_adapters_in_float32_or_nothing(tmp_path):

@@ -20,7 +20,7 @@ from trl_spatial.rewards import (
     relative_positions,
 )
 from trl_spatial.scenes import Entity, PlacedObject, locate_objects, render_layout, sample_style
-from trl_spatial.scripts.grpo import load_prompts
+from trl_spatial.scripts.datasets import load_prompts
 
 
 PUBLIC_FILE = Path(__file__).parents[3] / "shared" / "bench_data" / "geneval" / "evaluation_metadata.jsonl"

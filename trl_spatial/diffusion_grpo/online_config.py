@@ -38,7 +38,8 @@ class OnlineConfig(DiffusionConfig):
             without noise, ranked by the same rewards ([Sol-RL](https://huggingface.co/papers/2604.06916)). Only the seeds of the
             `top_k` best and the `top_k` worst are drawn with all their steps, and all of these images are trained on. An image
             depends on its seed alone, so it is the one that would have been drawn without scouts. `scout_rank_correlation` in
-            the logs says how far the scouts can be trusted. If `None`, there are no scouts.
+            the logs says how far the scouts can be trusted. Every scout is rewarded, too, so they pay where a reward is cheaper
+            than an image. If `None`, there are no scouts.
         scout_steps (`int`, *optional*):
             Number of denoising steps of a scout, at most `num_inference_steps`. It goes with `num_scouts`.
 

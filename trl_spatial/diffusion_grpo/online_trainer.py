@@ -84,8 +84,12 @@ class OnlineTrainer(DiffusionTrainer):
         self._sigmas = self.policy.prepare_sigmas(self._options)  # (num_inference_steps + 1,), on the CPU
         self._buffer: RolloutBuffer | None = None
         self._rewards_monitor = RewardsMonitor()
+        self._set_up()
         for warning in self._setup_warnings():
             logger.warning(warning)
+
+    def _set_up(self) -> None:
+        """Makes what a subclass needs besides, at the end of `__init__`."""
 
     def _setup_warnings(self) -> list[str]:
         """Warnings about settings that are allowed but known to hurt."""

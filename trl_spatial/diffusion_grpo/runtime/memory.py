@@ -18,6 +18,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ...generation.seeds import image_generator
 from ..config import DiffusionGRPOConfig
+from ..nft.config import DiffusionNFTConfig
+from ..online_config import OnlineConfig
 from ..policies.base import NEGATIVE_PREFIX, SamplingOptions
 from .architectures import Architecture, build_component, build_policy, load_architecture
 from .model_setup import is_large_text_encoder, prepare_transformer, sampling_options
@@ -161,7 +163,7 @@ class MemoryModel:
     def __init__(
         self,
         architecture: Architecture,
-        args: DiffusionGRPOConfig,
+        args: OnlineConfig,
         peft_config: LoraConfig | None,
         *,
         dtype: torch.dtype = torch.bfloat16,
@@ -191,12 +193,15 @@ class MemoryModel:
         linear = [layer.weight.numel() for layer in self.transformer.modules() if isinstance(layer, nn.Linear)]
         unpacked = 0 if quantization is None else max(linear) * self.dtype.itemsize  # one layer's weights, in its turn
         vae = weight_bytes(self.policy.vae, dtype=self.dtype)
+        # With an old policy, which draws the images, the trained weights are kept aside in a rollout too
+        old_policy = trained if isinstance(self.args, DiffusionNFTConfig) else 0
         num_sampled, num_evaluated = self.args.sampling_batch_size, self.args.eval_sampling_batch_size
         state = {
             "frozen weights": weight_bytes(self.transformer, quantization, self.dtype),
             "trained weights": trained,
             "their gradients and AdamW": 3 * trained,
             "average of the weights": trained if self.args.ema_decay > 0 else 0,
+            **({"old policy": old_policy} if old_policy else {}),
             "latents of a rollout": self._rollout_bytes(),
             "prompt embeddings": self._embeds_bytes(),
             "reward models": self.reward_bytes,
@@ -208,7 +213,7 @@ class MemoryModel:
             "sampling step": unpacked + self._peak("sampling", lambda: self._sample(num_sampled, self._options)),
             "training step": unpacked
             + self._peak(f"training {gradient_checkpointing}", lambda: self._train(gradient_checkpointing)),
-            "trained weights kept aside": state["average of the weights"],
+            "trained weights kept aside": max(state["average of the weights"], old_policy),
             "decoding in evaluation": self._peak(
                 "decoding in evaluation", lambda: self._decode(num_evaluated, self._eval_options)
             ),
@@ -216,11 +221,11 @@ class MemoryModel:
             + self._peak("sampling in evaluation", lambda: self._sample(num_evaluated, self._eval_options)),
         }
         resident = sum(state.values()) + (0 if offload_vae else vae)
-        aside = resident + parts["trained weights kept aside"]
+        aside = resident + state["average of the weights"]
         phases = {
             "encode": resident + parts["text encoders"],
-            "sample": resident + parts["sampling step"],
-            "decode": resident + (vae if offload_vae else 0) + parts["decoding"],
+            "sample": resident + old_policy + parts["sampling step"],
+            "decode": resident + old_policy + (vae if offload_vae else 0) + parts["decoding"],
             "train": resident + parts["training step"],
             "evaluate: sample": aside + parts["sampling step in evaluation"],
             "evaluate: decode": aside + (vae if offload_vae else 0) + parts["decoding in evaluation"],
@@ -282,15 +287,11 @@ class MemoryModel:
         return num_bytes
 
     def _rollout_bytes(self) -> int:
-        # before and after each trained step, and the last ones
-        args = self.args
-        num_trained = args.sde_window_size or args.num_inference_steps - 1
-        return (
-            args.num_prompts_per_device
-            * args.num_drawn
-            * (2 * num_trained + 1)
-            * self._latents(1, self._options).nbytes
-        )
+        # the last ones, and before and after each trained step
+        args, num_latents = self.args, 1
+        if isinstance(args, DiffusionGRPOConfig):
+            num_latents += 2 * (args.sde_window_size or args.num_inference_steps - 1)
+        return args.num_prompts_per_device * args.num_drawn * num_latents * self._latents(1, self._options).nbytes
 
     def _embeds_bytes(self) -> int:
         # a row for each image or scout of the rollout; rows of the negative prompt are one and the same memory
