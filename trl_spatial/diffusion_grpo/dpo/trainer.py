@@ -84,8 +84,8 @@ class DiffusionDPOTrainer(DiffusionTrainer):
 
     _tag_names = ["diffusion-dpo", "dpo", *DiffusionTrainer._tag_names]
     _method = (
-        "They were trained on pairs of images by [Diffusion-DPO](https://huggingface.co/papers/2311.12908) for flow matching, "
-        "which draws the velocities towards the preferred image."
+        "Trained on preference pairs of images ([Diffusion-DPO](https://huggingface.co/papers/2311.12908) for flow matching): the "
+        "velocities move towards the preferred image and away from the other."
     )
     _citation = """\
 @article{wallace2023diffusion,
