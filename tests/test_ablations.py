@@ -135,8 +135,8 @@ def test_preference_training_comes_out_of_the_same_budget(tmp_path, reward_folde
     (file,) = tmp_path.glob("DPO_GRPO-0/result.json")
     curve = json.loads(file.read_text())["curve"]
     drawn = 1000 // 2 // (8 * 6) * 8 * 6
-    # 10 pairs in an epoch, and each of its batches takes 2 images, twice by the policy and once by the reference
-    after_dpo = drawn + 3 * 10 * 6
+    # 10 pairs in an update, of 2 images each, which pass twice through the policy and once through the reference
+    after_dpo = drawn + 9 * 10 * 2 * 3
     assert [point["passes"] for point in curve] == [drawn, after_dpo, after_dpo + 2592, after_dpo + 2 * 2592]
     log = json.loads(next((file.parent / "dpo").glob("checkpoint-*/trainer_state.json")).read_text())["log_history"]
     assert any("rewards/margins" in entry for entry in log)

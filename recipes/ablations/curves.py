@@ -35,12 +35,13 @@ def draw_curves(
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(2, -(-len(panels) // 2), sharex=True, sharey=True, squeeze=False)
     for axes, (question, methods) in zip(all_axes.flat, panels.items(), strict=False):
-        for number, method in enumerate(methods):
-            if method in curves:
-                _draw_method(axes, method, curves[method], "black" if method == baseline else f"C{number}", num_images)
+        colors = {method: "black" if method == baseline else f"C{number}" for number, method in enumerate(methods)}
+        for method in [method for method in methods if method in curves]:
+            _draw_method(axes, method, curves[method], colors[method], num_images)
         axes.set_title(question)
         axes.grid(color="0.9")
-        axes.legend(loc="upper left", fontsize="small", frameon=False)
+        if axes.has_data():
+            axes.legend(loc="upper left", fontsize="small", frameon=False)
     for axes in all_axes[-1]:
         axes.set_xlabel("passes through the transformer, thousands")
     for axes in all_axes[:, 0]:

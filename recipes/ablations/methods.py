@@ -204,12 +204,12 @@ def train_on_preferences(
     num_prompts = max(1, num_passes // 2 // (NUM_PAIR_IMAGES * NUM_PAIR_STEPS))
     pairs, seconds = make_pairs(pipeline, scorer, num_prompts, seed)
     drawn = {"passes": num_prompts * NUM_PAIR_IMAGES * NUM_PAIR_STEPS, "seconds": seconds}
-    num_pairs = 32
+    num_pairs = min(32, len(pairs))
     # a forward and a backward pass of the policy, and one of the reference, for both images of a pair
     max_steps = math.ceil((num_passes - drawn["passes"]) / (num_pairs * 2 * 3))
     config = DiffusionDPOConfig(
         str(folder / "dpo"), max_steps=max_steps, seed=seed, beta=args.dpo_beta, learning_rate=args.dpo_learning_rate,
-        per_device_train_batch_size=num_pairs, gradient_accumulation_steps=1, per_device_eval_batch_size=192, ema_decay=0.0,
+        per_device_train_batch_size=num_pairs, dataloader_drop_last=True, gradient_accumulation_steps=1, per_device_eval_batch_size=192, ema_decay=0.0,
         gradient_checkpointing=False, height=SAMPLING["height"], width=SAMPLING["width"],
         max_sequence_length=SAMPLING["max_sequence_length"], eval_num_inference_steps=SAMPLING["num_inference_steps"],
         save_steps=10, save_total_limit=1, eval_on_start=True, report_to="none",

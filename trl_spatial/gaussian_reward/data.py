@@ -9,9 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
-from datasets import Dataset, Image, IterableDataset
+from datasets import Dataset, IterableDataset
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 from transformers.data.data_collator import DataCollatorMixin
@@ -19,7 +18,16 @@ from transformers.data.data_collator import DataCollatorMixin
 from ..preferences.columns import IMAGE_COLUMNS, PROMPT_COLUMNS, pick_columns
 from ..preferences.faults import Finding, Place, shorten
 from ..preferences.images import load_image
-from ..preferences.rows import WAY_OUT, ImageFacts, find_faults, is_same_image, look_at_image, write_bad_rows
+from ..preferences.rows import (
+    WAY_OUT,
+    ImageFacts,
+    as_stored,
+    find_faults,
+    is_same_image,
+    iterate_stored,
+    look_at_image,
+    write_bad_rows,
+)
 from .processing import SpatialScoreProcessor
 
 
@@ -268,7 +276,7 @@ def prepare_pairs(
     """
     if isinstance(dataset, PreferencePairs):
         return dataset
-    dataset = _as_stored(dataset, dataset_name)
+    dataset = as_stored(dataset, dataset_name)
     first_row = next(iter(dataset), None)
     if first_row is None:
         raise ValueError(f"The {dataset_name} dataset is empty. Check its split and its filters.")
@@ -315,24 +323,10 @@ def reverse_pair(pair: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _as_stored(dataset: Dataset | IterableDataset, dataset_name: str) -> Dataset | IterableDataset:
-    """The dataset as it is stored: no formats, images not decoded."""
-    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
-        raise ValueError(
-            f"The {dataset_name} dataset has a transform (`set_transform`), which would not be applied. Apply it with "
-            "`dataset.map`, or remove it with `dataset.reset_format()`."
-        )
-    dataset = dataset.with_format(None)
-    for column in IMAGE_COLUMNS:
-        if dataset.features is not None and isinstance(dataset.features.get(column), Image):
-            dataset = dataset.cast_column(column, Image(decode=False))
-    return dataset
-
-
 def _find_bad_rows(
     dataset: Dataset, checker: RowChecker, dataset_name: str, num_threads: int, show_progress: bool
 ) -> Iterator[Finding]:
-    rows = enumerate(_iter_arrow(dataset))
+    rows = enumerate(iterate_stored(dataset))
     # A bar for the impatient only: most checks are over before it would appear.
     bar = tqdm(total=len(dataset), desc=f"Checking {dataset_name} dataset", delay=3, disable=not show_progress)
     with bar, ThreadPoolExecutor(num_threads) as pool:
@@ -341,21 +335,6 @@ def _find_bad_rows(
             faults = pool.map(lambda item: checker.find_fault(item[1], dataset_name, item[0]), chunk)
             yield from (bad_row for bad_row in faults if bad_row is not None)
             bar.update(len(chunk))
-
-
-def _iter_arrow(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    """Rows whose images are views of the dataset's memory, so that reading a header does not read the file."""
-    for table in dataset.with_format("arrow").iter(batch_size=100):
-        for index in range(table.num_rows):
-            yield {column: _view(table.column(column)[index]) for column in table.column_names}
-
-
-def _view(scalar: pa.Scalar) -> Any:
-    if isinstance(scalar, pa.StructScalar) and scalar.is_valid:
-        return {key: _view(scalar[key]) for key in scalar}
-    if pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type):
-        return scalar.as_buffer()
-    return scalar.as_py()
 
 
 def _without_bad_rows(

@@ -9,6 +9,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+from datasets import Dataset, Image, IterableDataset
 from PIL import Image as PILImage
 
 from .columns import IMAGE_COLUMNS, PROMPT_COLUMNS
@@ -31,6 +33,35 @@ class ImageFacts:
     height: int
     mode: str
     digest: bytes | None = None
+
+
+def as_stored(dataset: Dataset | IterableDataset, dataset_name: str) -> Dataset | IterableDataset:
+    """The dataset as it is stored: no formats, images not decoded."""
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        raise ValueError(
+            f"The {dataset_name} dataset has a transform (`set_transform`), which would not be applied. Apply it with "
+            "`dataset.map`, or remove it with `dataset.reset_format()`."
+        )
+    dataset = dataset.with_format(None)
+    for column in IMAGE_COLUMNS:
+        if dataset.features is not None and isinstance(dataset.features.get(column), Image):
+            dataset = dataset.cast_column(column, Image(decode=False))
+    return dataset
+
+
+def iterate_stored(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """Rows whose images are views of the dataset's memory, so that reading a header does not read the file."""
+    for table in dataset.with_format("arrow").iter(batch_size=100):
+        for index in range(table.num_rows):
+            yield {column: _view(table.column(column)[index]) for column in table.column_names}
+
+
+def _view(scalar: pa.Scalar) -> Any:
+    if isinstance(scalar, pa.StructScalar) and scalar.is_valid:
+        return {key: _view(scalar[key]) for key in scalar}
+    if pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type):
+        return scalar.as_buffer()
+    return scalar.as_py()
 
 
 def look_at_image(value: Any, *, decode: bool) -> ImageFacts | ValueError:
