@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from tests.true_size.generators import RECIPES, measure_generator
+from tests.true_size.rewards import REWARDS, measure_reward
 
 
 TABLE = RECIPES / "bench" / "true_size.json"
@@ -16,9 +17,10 @@ def main(recipes: list[str]) -> None:
     table = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}
     for recipe in recipes:
         with tempfile.TemporaryDirectory() as folder:
-            table[recipe] = measure_generator(recipe, Path(folder))
+            is_reward = recipe in REWARDS
+            table[recipe] = measure_reward(REWARDS[recipe]) if is_reward else measure_generator(recipe, Path(folder))
         TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or GENERATORS)
+    main(sys.argv[1:] or [*GENERATORS, *REWARDS])

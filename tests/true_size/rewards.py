@@ -37,13 +37,15 @@ def build_reward_model(changes: dict[str, Any]) -> GaussianRewardModel:
     _, _, config = load_architecture("Qwen/Qwen-Image")["text_encoder"]  # Qwen2.5-VL-7B
     config = copy.deepcopy(config)
     config["text_config"].update(changes)
+    config["text_config"].pop("layer_types", None)  # one for each layer, by default
     config["vision_config"]["out_hidden_size"] = config["text_config"]["hidden_size"]
     backbone_config = Qwen2_5_VLConfig.from_dict(config)
     with torch.device("meta"):
         backbone = Qwen2_5_VLModel._from_config(backbone_config, attn_implementation="sdpa")
-        model = GaussianRewardModel(
-            GaussianRewardModelConfig(backbone_config=backbone_config, reward_token_id=REWARD_TOKEN), backbone
+        config = GaussianRewardModelConfig(
+            backbone_config=backbone_config, reward_token_id=REWARD_TOKEN, attn_implementation="sdpa"
         )
+        model = GaussianRewardModel(config, backbone)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     make_fake(model.backbone.get_input_embeddings().reward_token, mode, torch.float32)
     make_fake(model.head, mode, torch.float32)

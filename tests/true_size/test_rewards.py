@@ -1,0 +1,67 @@
+"""The reward model at true size: true architectures as fake tensors, with the smallest and the largest images of the recipe."""
+
+import json
+
+import pytest
+from torch import nn
+
+from tests.true_size.measure import TABLE
+from tests.true_size.rewards import NUM_TEXT_TOKENS, REWARDS, SIDES, build_reward_model, measure_reward
+from trl_spatial.diffusion_grpo.runtime.memory import GPU_GIB
+
+
+pytestmark = pytest.mark.true_size
+
+
+@pytest.fixture(scope="module", params=REWARDS)
+def reward(request):
+    """Its name in the table, its model, and what was counted."""
+    return request.param, build_reward_model(REWARDS[request.param]), measure_reward(REWARDS[request.param])
+
+
+def test_training_takes_the_operations_of_its_layers_and_none_of_a_backward_pass_through_the_vision_tower(reward):
+    """Oracle: 2 operations a token and weight, and 4 d S² for attention."""
+    _, model, counts = reward
+    config = model.config.backbone_config
+    towers = (model.backbone.language_model.layers, model.backbone.visual.blocks)
+    num_weights = [sum(weight.numel() for weight in tower.parameters() if weight.dim() == 2) for tower in towers]
+    width, vision_width = config.text_config.hidden_size, config.vision_config.hidden_size
+    for side, num_patches in SIDES.items():
+        tokens = num_patches**2 // 4 + NUM_TEXT_TOKENS
+        language = 2 * num_weights[0] * tokens + 4 * width * tokens**2 * config.text_config.num_hidden_layers
+        vision = 2 * num_weights[1] * num_patches**2
+        vision += 4 * vision_width * num_patches**4 * len(config.vision_config.fullatt_block_indexes)
+        score, train = (counts[f"{phase}: {side}"]["flops"] / 8 for phase in ("score", "train"))
+        assert score == pytest.approx(language + vision, rel=0.05)  # and attention in windows, and the merged patches
+        # forward, again, and backward: only the language model, with its adapters
+        assert train == pytest.approx(score + 2 * language, rel=0.06)
+        assert train < score + 2 * language + vision
+
+
+def test_windows_take_few_calls_of_attention(reward):
+    _, model, counts = reward
+    config = model.config.backbone_config
+    for side in SIDES:
+        num_vision = counts[f"score: {side}"]["num_attentions"] - config.text_config.num_hidden_layers
+        assert config.vision_config.depth <= num_vision <= 4 * config.vision_config.depth
+
+
+def test_a_micro_batch_of_the_largest_images_fits_on_a_card_of_40_gb(reward):
+    _, model, counts = reward
+    weights = sum(weight.nbytes for weight in model.parameters())
+    linear = [layer for layer in model.backbone.language_model.modules() if isinstance(layer, nn.Linear)]
+    num_trained = sum(64 * (layer.in_features + layer.out_features) for layer in linear)  # adapters of rank 64
+    num_trained += sum(weight.numel() for weight in model.head.parameters())
+    trained = 16 * num_trained  # in float32, with gradients and AdamW
+    assert weights + trained + counts["train: 1024"]["peak_bytes"] < GPU_GIB[40] * 2**30
+
+
+def test_nothing_has_grown(reward):
+    name, _, counts = reward
+    recorded = json.loads(TABLE.read_text(encoding="utf-8"))[name]
+    assert counts.keys() == recorded.keys()
+    for phase, record in recorded.items():
+        for key, value in record.items():
+            assert counts[phase][key] == pytest.approx(value, rel=0.01), (
+                f"{phase}, {key}: see tests/true_size/measure.py"
+            )
