@@ -121,6 +121,9 @@ def test_the_readme_says_what_is_estimated(recipe):
     assert all(line in readme for line in MACHINES)
     reward = reward_model_bytes(["SpatialScore-7B"])
     assert f"takes {reward / GIB:.1f} more" in readme
+    assert f"{8 * memory.host_bytes() / GIB:.0f} for `{name.removesuffix('_fast')}`" in readme.replace(
+        "GiB for", "for"
+    )
     for card, runs in CARDS[name].items():
         for quantization, has_reward in runs:
             estimate = memory.estimate(quantization=quantization)
