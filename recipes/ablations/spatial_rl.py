@@ -11,6 +11,7 @@ can work on one folder, with other `--variants` or `--seeds` each. The results s
 import argparse
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,9 @@ STUDIES: dict[str, list[str]] = {
 
 def run(variant: str, seed: int, args: argparse.Namespace) -> None:
     """Train one variant and measure it, unless that has been done."""
-    result_file = _result_file(args.output_dir, variant, seed)
-    folder = result_file.parent
-    if result_file.exists():
+    file = result_file(args.output_dir, variant, seed)
+    folder = file.parent
+    if file.exists():
         return
     print(f"{variant}, seed {seed}", flush=True)
     scorer = make_reward(args.reward_model)
@@ -114,13 +115,13 @@ def run(variant: str, seed: int, args: argparse.Namespace) -> None:
     result["kl"] = [log["kl"] for log in trainer.state.log_history if "kl" in log][-1]
     cost = training["cost"]
     result |= {name: cost[name] for name in ("num_policy_passes", "evaluations_per_image", "seconds")}
-    result_file.write_text(json.dumps(result, indent=1) + "\n")
+    file.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def check_same_runs(args: argparse.Namespace) -> None:
-    """Results of other settings must not stand in one table."""
+def check_same_runs(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Results of other settings, of the arguments with these names, must not stand in one table."""
     file = args.output_dir / "arguments.json"
-    settings = {name: str(getattr(args, name)) for name in ("reward_model", "max_steps", "num_prompts")}
+    settings = {name: str(getattr(args, name)) for name in names}
     if file.exists() and (found := json.loads(file.read_text())) != settings:
         raise SystemExit(f"{args.output_dir} holds runs with {found}, not {settings}. Choose another --output_dir.")
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -129,13 +130,14 @@ def check_same_runs(args: argparse.Namespace) -> None:
 
 def measure_base(args: argparse.Namespace) -> None:
     """Measure the generator as it is shipped, once."""
-    result_file = _result_file(args.output_dir, "base", 0)
-    if not result_file.exists():
-        result_file.parent.mkdir(parents=True, exist_ok=True)
-        result_file.write_text(json.dumps(measure(None, make_reward(args.reward_model), args), indent=1) + "\n")
+    file = result_file(args.output_dir, "base", 0)
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(measure(None, make_reward(args.reward_model), args), indent=1) + "\n")
 
 
-def _result_file(output_dir: Path, variant: str, seed: int) -> Path:
+def result_file(output_dir: Path, variant: str, seed: int) -> Path:
+    """Where the result of a run is."""
     return output_dir / f"{re.sub('[^a-zA-Z0-9]+', '_', variant)}-{seed}" / "result.json"
 
 
@@ -146,7 +148,7 @@ def collect(output_dir: Path) -> dict[str, list[dict[str, float]]]:
 
 
 def _pattern(variant: str) -> str:
-    return str(_result_file(Path(), variant, 0)).replace("-0/", "-*/")
+    return str(result_file(Path(), variant, 0)).replace("-0/", "-*/")
 
 
 def measure(adapter: Path | None, scorer: RewardFunction, args: argparse.Namespace) -> dict[str, float]:
@@ -206,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_steps", type=int, default=100, help="number of rollouts")
     parser.add_argument("--num_prompts", type=int, default=256)
     args = parser.parse_args(argv)
-    check_same_runs(args)
+    check_same_runs(args, ("reward_model", "max_steps", "num_prompts"))
     measure_base(args)
     for study in args.studies:
         for seed in args.seeds:

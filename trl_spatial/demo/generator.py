@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..diffusion_grpo.config import DiffusionGRPOConfig
+from ..diffusion_grpo.online_config import OnlineConfig
 from ..diffusion_grpo.policies.lora import attention_lora_config
 from ..diffusion_grpo.reward_functions import RewardFunction, RewardFunctions
 from ..diffusion_grpo.runtime.callbacks import RolloutProgressCallback
@@ -25,6 +26,8 @@ from ..generation.generators import PipelineGenerator
 from ..judges.scenes import check_images, has_objects, pairwise_distance, summarize_checks
 from ..scenes import SceneCheck, SceneGraph, check_scene, make_prompt_dataset, parse_description
 
+
+Config = TypeVar("Config", bound=OnlineConfig)
 
 # The tiny FLUX that is shipped with the package: see its card beside it.
 TINY_FLUX = Path(__file__).parents[1] / "tiny_models" / "flux"
@@ -47,8 +50,8 @@ SAMPLING: dict[str, Any] = {
 LORA_RANK = 32
 # Prompts on which the trainer looks at how far it is, at most: in another split than those of the demo's result
 NUM_MONITORED_PROMPTS = 192
-# How the demo differs from the defaults of `DiffusionGRPOConfig`
-_GRPO_SETTINGS: dict[str, Any] = {
+# How the demo differs from the defaults of a training on rewards
+_SETTINGS: dict[str, Any] = {
     "height": IMAGE_SIZE,
     "width": IMAGE_SIZE,
     "max_sequence_length": MAX_SEQUENCE_LENGTH,
@@ -58,7 +61,6 @@ _GRPO_SETTINGS: dict[str, Any] = {
     "rollout_batch_size": 192,
     "per_device_eval_batch_size": 192,
     "eval_num_inference_steps": NUM_INFERENCE_STEPS,
-    "noise_level": 0.7,
     # SpatialScore says little about objects that lose their shape: more of a pull to the reference keeps them
     "beta": 0.1,
     # a tiny model learns with rates that would ruin a large one, and within the span of the average's defaults
@@ -189,9 +191,17 @@ def _check_pixels(pixels: bytes, size: tuple[int, int], scene: str) -> SceneChec
 
 def grpo_config(output_dir: Path, *, max_steps: int, seed: int, **changes: Any) -> DiffusionGRPOConfig:
     """Configuration of the tiny FLUX's reinforcement learning, which looks ten times at how far it is; `changes` are further fields."""
+    changes = {"noise_level": 0.7} | changes
+    return training_config(DiffusionGRPOConfig, output_dir, max_steps=max_steps, seed=seed, **changes)
+
+
+def training_config(
+    config_class: type[Config], output_dir: Path, *, max_steps: int, seed: int, **changes: Any
+) -> Config:
+    """[`grpo_config`] for a training on rewards by another loss."""
     every = -(-max_steps // 10)
     own = {"output_dir": str(output_dir), "max_steps": max_steps, "seed": seed}
-    return DiffusionGRPOConfig(**(_GRPO_SETTINGS | own | {"eval_steps": every, "save_steps": every} | changes))
+    return config_class(**(_SETTINGS | own | {"eval_steps": every, "save_steps": every} | changes))
 
 
 def make_trainer(
