@@ -185,7 +185,7 @@ def test_the_noise_is_what_the_image_was_drawn_from_if_that_is_known(make_traine
         ({"prompt": "a lamp " * 20}, r"`train_dataset`: Prompt 1, .* has .* tokens; .*`max_sequence_length=16`"),
         ({"chosen": make_image(True, size=(32, 16))}, r"row 1, `chosen`: .* has 32x16 pixels, another shape than the 16x16"),
     ],
-    ids=str,
+    ids=["missing", "same image", "no prompt", "long prompt", "another shape"],
 )  # fmt: skip
 def test_a_row_that_cannot_be_trained_on_is_named(make_trainer, changed, message):
     rows = make_rows(3)
