@@ -141,7 +141,7 @@ def _line(name: str, row: dict[str, Any], prediction: Prediction | None, about: 
     peaks = [f"{phase} {size:.1f}" for phase, size in row.get("phases_gib", {}).items()]
     cells = [
         "" if rate is None else f"{rate:.3g} {unit}",
-        "" if prediction is None else f"{prediction.rate:.3g}",
+        "" if prediction is None or prediction.rate is None else f"{prediction.rate:.3g}",
         ", ".join(phases),
         ", ".join(peaks) or (f"{row['peak_gib']:.1f}" if "peak_gib" in row else ""),
         "" if share is None else f"{share:.0%}",
@@ -150,9 +150,25 @@ def _line(name: str, row: dict[str, Any], prediction: Prediction | None, about: 
     return f"| {name} | {' | '.join(cells)} |"
 
 
+def predicted_table() -> str:
+    """What is predicted of every row, without measuring any."""
+    lines = ["| row | predicted per s | TFLOP each | minutes it may take |", "|---|---|---|---|"]
+    predictions = predict()
+    for name, row in all_rows().items():
+        prediction = predictions.get(name)
+        rate = "" if prediction is None or prediction.rate is None else f"{prediction.rate:.2f}"
+        flops = "" if prediction is None else f"{prediction.flops / 1e12:.0f}"
+        lines.append(f"| {name} | {rate} | {flops} | {row.minutes:g} |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, help="writes OUTPUT.json and OUTPUT.md; continues what is there")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--output", help="writes OUTPUT.json and OUTPUT.md; continues what is there")
+    what.add_argument(
+        "--predict", action="store_true", help="print what is predicted of every row, and measure nothing"
+    )
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="only rows whose name has one of these in it")
     parser.add_argument("--minutes", type=float, help="end before a row that would take longer than this in all")
     parser.add_argument("--size", type=int, default=512, help="width and height of trained images in pixels")
@@ -163,6 +179,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--repeats", type=int, default=2, help="updates, or calls, after one that sets everything up")
     parser.add_argument("--tiny", action="store_true", help="tiny models at 64²: whether it runs")
     args = parser.parse_args(argv)
+    if args.predict:
+        print(predicted_table())
+        return {}
     if args.tiny:
         args.size, args.num_images, args.batch_size, args.repeats = 64, 4, 2, 1
     rows = {name: row for name, row in all_rows().items() if not args.only or any(text in name for text in args.only)}
@@ -171,7 +190,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     start = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = Results(args.output)
-    settings = {key: value for key, value in vars(args).items() if key not in ("output", "only", "minutes")}
+    settings = {key: value for key, value in vars(args).items() if key not in ("output", "only", "minutes", "predict")}
     command = " ".join(["python recipes/bench_gpu.py", *(sys.argv[1:] if argv is None else argv)])
     results.begin(device, settings, command)
     for name, row in rows.items():

@@ -12,6 +12,7 @@ import torch
 from gpu.generator import Generator
 from gpu.models import FLUX
 from gpu.phases import PhaseTrainer
+from gpu.prediction import FLOPS_PER_SECOND, predict
 from gpu.rows import Row, all_rows
 
 
@@ -141,6 +142,20 @@ def test_the_mark_is_judged_at_true_size_only(device, is_tiny, rate, verdict):
 
 def test_marks_are_of_rows_that_there_are():
     assert bench_gpu.MARKS.keys() <= all_rows().keys()
+
+
+def test_predictions_of_the_readme_are_those_of_the_counts(capsys):
+    assert bench_gpu.main(["--predict"]) == {}
+    table = capsys.readouterr().out
+    assert table.strip() in (REPOSITORY / "recipes" / "bench" / "README.md").read_text(encoding="utf-8")
+    predictions = predict()
+    assert predictions.keys() <= all_rows().keys()
+    rates = [
+        predictions[f"FLUX.1-dev: {lever}"].rate for lever in ("all images, all steps", "filter", "filter, window 2")
+    ]
+    assert rates == sorted(rates)  # each lever saves passes
+    for prediction in predictions.values():  # reading and writing takes time too
+        assert prediction.rate is None or 0 < prediction.rate < FLOPS_PER_SECOND / prediction.flops
 
 
 def test_it_needs_neither_trl_nor_gradio():

@@ -152,7 +152,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> None:
         peft_config=peft_config,
         **validation(seed, args),
     )
-    curve += train(trainer, args.budget, args, curve)
+    curve = curve[:-1] + train(trainer, args.budget, args, curve)  # begins where the other ends
     trainer.save_model()
     result = measure(folder, scorer, args) | {"curve": curve} | {key: curve[-1][key] for key in ("passes", "seconds")}
     file.write_text(json.dumps(result, indent=1) + "\n")
@@ -162,7 +162,7 @@ def make_config(method: Method, folder: Path, seed: int, args: argparse.Namespac
     """The demo's configuration, changed as the method wants it, for as many updates as the budget may need."""
     # No update takes fewer passes than one per image of a prompt.
     max_steps = math.ceil(args.budget / NUM_PROMPTS_PER_UPDATE)
-    own = {"eval_strategy": "no", "eval_on_start": False, "save_steps": 10}
+    own = {"eval_strategy": "no", "save_steps": 10}
     return training_config(method.config, folder, max_steps=max_steps, seed=seed, **(own | method.settings))
 
 
@@ -182,15 +182,16 @@ def train(
     every = math.ceil(args.budget / args.num_points)
     trainer.add_callback(Budget(trainer, num_passes, every, int(start["passes"])))
     trainer.train(resume_from_checkpoint=True)
-    points, seconds, passes = [], start["seconds"], start["passes"]
+    points, seconds, passes = {}, start["seconds"], start["passes"]
     for log in trainer.state.log_history:
         if "loss" in log:
             seconds += log["time/step"]
-            passes = start["passes"] + sum(log[key] for key in log if key.endswith("_passes"))
+            passes = int(start["passes"]) + sum(log[key] for key in log if key.endswith("_passes"))
         elif "eval_rewards/spatial_accuracy/mean" in log:
             shares = {key: log[f"eval_rewards/{key}/mean"] for key in ("spatial_accuracy", "objects_present")}
-            points.append({"passes": passes, "seconds": seconds, **shares})
-    return points
+            # a resumed run evaluates once more where it continues
+            points[passes] = {"passes": passes, "seconds": seconds, **shares}
+    return list(points.values())
 
 
 def train_on_preferences(
@@ -203,15 +204,15 @@ def train_on_preferences(
     num_prompts = max(1, num_passes // 2 // (NUM_PAIR_IMAGES * NUM_PAIR_STEPS))
     pairs, seconds = make_pairs(pipeline, scorer, num_prompts, seed)
     drawn = {"passes": num_prompts * NUM_PAIR_IMAGES * NUM_PAIR_STEPS, "seconds": seconds}
-    num_pairs = 32
+    num_pairs = min(32, len(pairs))
     # a forward and a backward pass of the policy, and one of the reference, for both images of a pair
     max_steps = math.ceil((num_passes - drawn["passes"]) / (num_pairs * 2 * 3))
     config = DiffusionDPOConfig(
         str(folder / "dpo"), max_steps=max_steps, seed=seed, beta=args.dpo_beta, learning_rate=args.dpo_learning_rate,
-        per_device_train_batch_size=num_pairs, gradient_accumulation_steps=1, per_device_eval_batch_size=192, ema_decay=0.0,
+        per_device_train_batch_size=num_pairs, dataloader_drop_last=True, gradient_accumulation_steps=1, per_device_eval_batch_size=192, ema_decay=0.0,
         gradient_checkpointing=False, height=SAMPLING["height"], width=SAMPLING["width"],
         max_sequence_length=SAMPLING["max_sequence_length"], eval_num_inference_steps=SAMPLING["num_inference_steps"],
-        save_steps=10, save_total_limit=1, report_to="none",
+        save_steps=10, save_total_limit=1, eval_on_start=True, report_to="none",
     )  # fmt: skip
     trainer = DiffusionDPOTrainer(
         pipeline=pipeline,
@@ -346,10 +347,9 @@ def report(args: argparse.Namespace) -> None:
     """Write the table and the picture of the results so far."""
     results = collect(args.output_dir)
     (args.output_dir / "table.md").write_text(format_table(results))
-    base = results["base"][0]["spatial_accuracy"]
     curves = {name: [run["curve"] for run in runs] for name, runs in results.items() if name != "base"}
     if curves:
-        draw_curves(args.output_dir / "curves.png", curves, PANELS, base, args.num_validation_prompts)
+        draw_curves(args.output_dir / "curves.png", curves, PANELS, BASELINE, args.num_validation_prompts)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """Offline preference training on tiny pipelines: what is trained on, the update, resuming, and what it leaves for users."""
 
+import dataclasses
 import inspect
 import io
 import json
@@ -12,7 +13,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from diffusers import FluxPipeline
 from peft import LoraConfig
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file
 from trl import DPOTrainer
 
@@ -100,15 +101,15 @@ def recipe(seed, **changes):
     return json.dumps(facts | changes)
 
 
-def test_pairs_are_the_same_from_a_list_and_from_a_dataset(flux_policy, options):
+def test_pairs_are_the_same_from_a_list_and_from_a_dataset(options):
     rows = make_rows(3)
     features = Features({"prompt": Value("string"), "chosen": ImageFeature(), "rejected": ImageFeature()})
     stored = Dataset.from_list(
         [row | {name: {"bytes": png(row[name]), "path": None} for name in ("chosen", "rejected")} for row in rows],
         features=features,
     )
-    pairs = PreferencePairs(rows, flux_policy, options)
-    for ours, theirs in zip(pairs, PreferencePairs(stored, flux_policy, options), strict=True):
+    pairs = PreferencePairs(rows, "FluxPipeline", options)
+    for ours, theirs in zip(pairs, PreferencePairs(stored, "FluxPipeline", options), strict=True):
         assert ours["prompt"] == theirs["prompt"] and ours["row"] == theirs["row"]
         for column in ("chosen", "rejected"):
             assert ours[column].size == (options.width, options.height)
@@ -180,11 +181,11 @@ def test_the_noise_is_what_the_image_was_drawn_from_if_that_is_known(make_traine
     [
         ({"rejected": None}, r"`train_dataset`, row 1, `rejected`: .* is missing.* Repair or remove the row"),
         ({"rejected": make_image(True, 1)}, r"row 1, `rejected`: .* shows the chosen image"),
-        ({"prompt": " "}, r"row 1, `prompt`"),
-        ({"prompt": "a lamp " * 20}, r"row 1, `prompt`: .* has .* tokens; .*`max_sequence_length=16`"),
+        ({"prompt": " "}, r"`train_dataset`: Prompt 1 is ' '"),
+        ({"prompt": "a lamp " * 20}, r"`train_dataset`: Prompt 1, .* has .* tokens; .*`max_sequence_length=16`"),
         ({"chosen": make_image(True, size=(32, 16))}, r"row 1, `chosen`: .* has 32x16 pixels, another shape than the 16x16"),
     ],
-    ids=str,
+    ids=["missing", "same image", "no prompt", "long prompt", "another shape"],
 )  # fmt: skip
 def test_a_row_that_cannot_be_trained_on_is_named(make_trainer, changed, message):
     rows = make_rows(3)
@@ -193,9 +194,25 @@ def test_a_row_that_cannot_be_trained_on_is_named(make_trainer, changed, message
         make_trainer(rows=rows)
 
 
+def test_an_image_is_upright_before_its_shape_counts(tmp_path, options):
+    """Of 32 x 16 pixels as it is stored, and by its EXIF orientation of 16 x 32."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    make_image(True, size=(32, 16)).save(tmp_path / "turned.png", exif=exif)
+    rows = [{"prompt": "a lamp", "chosen": str(tmp_path / "turned.png"), "rejected": make_image(False, size=(16, 32))}]
+    upright = PreferencePairs(rows, "FluxPipeline", dataclasses.replace(options, height=32, width=16))
+    assert upright[0]["chosen"].size == (16, 32)
+    rows[0]["rejected"] = make_image(False, size=(32, 16))
+    lying = PreferencePairs(rows, "FluxPipeline", dataclasses.replace(options, height=16, width=32))
+    with pytest.raises(ValueError, match=r"row 0, `chosen`: .* has 16x32 pixels, another shape than the 32x16"):
+        lying[0]
+
+
 def test_wrong_datasets_and_settings_are_errors(make_trainer, tmp_path):
     with pytest.raises(ValueError, match="`train_dataset` is empty"):
         make_trainer(rows=[])
+    with pytest.raises(TypeError, match="cannot be indexed"):
+        make_trainer(rows=iter([]))
     with pytest.raises(ValueError, match="`rejected`"):
         make_trainer(rows=[{"prompt": "a lamp", "chosen": make_image(True)}])
     with pytest.raises(ValueError, match=r"Train LoRA with `peft_config`"):

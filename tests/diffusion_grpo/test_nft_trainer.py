@@ -142,9 +142,17 @@ def test_the_gradient_is_that_of_the_papers_formula(make_nft_trainer, make_pipel
             torch.testing.assert_close(gradient, expected[name].grad, rtol=1e-3, atol=2e-3 * size)
 
 
-def test_equal_rewards_teach_nothing(make_nft_trainer):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_rewards_teach_nothing(make_nft_trainer, make_pipeline, dtype):
+    """Exactly: the old policy is scored as the policy is."""
     _, recorder = train(
-        make_nft_trainer, lambda prompts, images, **columns: [1.0] * len(images), beta=0.0, max_steps=1
+        make_nft_trainer,
+        lambda prompts, images, **columns: [1.0] * len(images),
+        pipeline=make_pipeline(dtype),
+        bf16=dtype == torch.bfloat16,
+        gradient_checkpointing=True,
+        beta=0.0,
+        max_steps=1,
     )
     assert all(gradient.abs().max() == 0 for gradient in recorder.gradients[0].values())
 

@@ -99,6 +99,7 @@ def test_what_is_counted(make_trainer):
     # a step of each scout; three steps of each image, of which two are trained by a forward and a backward pass
     assert log["num_policy_passes"] == 32 * 1 + 8 * 3 + 8 * 2 * 2
     assert log["num_reference_passes"] == 8 * 2
+    assert 0.7 < log["velocity_ratio"] < 1.3 and log["velocity_ratio"] != 1 and 0 < log["group_diversity"] < 1
     passes = log["num_policy_passes"] + log["num_reference_passes"]
     assert log["passes_per_update"] == passes / 2 and log["passes_per_trained_image"] == passes / 8
 

@@ -29,7 +29,8 @@ class OnlineConfig(DiffusionConfig):
             multiple of `gradient_accumulation_steps`. If `None`, it defaults to `gradient_accumulation_steps`: one
             update per rollout.
         rollout_batch_size (`int`, *optional*):
-            Number of images that a device samples at once. If `None`, `per_device_train_batch_size`. In evaluation
+            Number of images that a device samples at once. If `None`, `per_device_train_batch_size`: with batches alike, a
+            rollout gives the old policy of later updates, which GRPO would else score again. In evaluation
             `per_device_eval_batch_size` is the most at once, and fewer where they would have more pixels together.
         num_inference_steps (`int`, *optional*, defaults to `6`):
             Number of denoising steps in training.
@@ -38,7 +39,8 @@ class OnlineConfig(DiffusionConfig):
             without noise, ranked by the same rewards ([Sol-RL](https://huggingface.co/papers/2604.06916)). Only the seeds of the
             `top_k` best and the `top_k` worst are drawn with all their steps, and all of these images are trained on. An image
             depends on its seed alone, so it is the one that would have been drawn without scouts. `scout_rank_correlation` in
-            the logs says how far the scouts can be trusted. If `None`, there are no scouts.
+            the logs says how far the scouts can be trusted. Every scout is rewarded, too, so they pay where a reward is cheaper
+            than an image. If `None`, there are no scouts.
         scout_steps (`int`, *optional*):
             Number of denoising steps of a scout, at most `num_inference_steps`. It goes with `num_scouts`.
 

@@ -86,8 +86,12 @@ class OnlineTrainer(DiffusionTrainer):
         self._sigmas = self.policy.prepare_sigmas(self._options)  # (num_inference_steps + 1,), on the CPU
         self._buffer: RolloutBuffer | None = None
         self._rewards_monitor = RewardsMonitor()
+        self._set_up()
         for warning in self._setup_warnings():
             logger.warning(warning)
+
+    def _set_up(self) -> None:
+        """Makes what a subclass needs besides, at the end of `__init__`."""
 
     def _setup_warnings(self) -> list[str]:
         """Warnings about settings that are allowed but known to hurt."""
@@ -251,7 +255,8 @@ class OnlineTrainer(DiffusionTrainer):
             with fail_together(self.accelerator, "Sampling images", is_collective=self.is_fsdp_enabled):
                 with self._timer.phase("encode"):
                     self.prompt_cache.expect(self._next_prompts(rollout_index))
-                    embeds = self.prompt_cache.get(prompts)
+                    # a row for each image of the rollout: too much for the device, which gets them batch by batch
+                    embeds = self.prompt_cache.get(prompts, device=torch.device("cpu"))
                 with self._timer.phase("sample"), self._sampling_policy(), self.accelerator.autocast():
                     on_batch = None if overlapped is None else overlapped.add
                     if is_scout:  # from the first latents of the image, in few steps

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
-from datasets import Dataset, Image, IterableDataset
+from datasets import Dataset, IterableDataset
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 from transformers.data.data_collator import DataCollatorMixin
@@ -20,7 +19,16 @@ from transformers.data.data_collator import DataCollatorMixin
 from ..preferences.columns import IMAGE_COLUMNS, PROMPT_COLUMNS, pick_columns
 from ..preferences.faults import Finding, Place, shorten
 from ..preferences.images import load_image
-from ..preferences.rows import WAY_OUT, ImageFacts, find_faults, is_same_image, look_at_image, write_bad_rows
+from ..preferences.rows import (
+    WAY_OUT,
+    ImageFacts,
+    as_stored,
+    find_faults,
+    is_same_image,
+    look_at_image,
+    rows_of,
+    write_bad_rows,
+)
 from .processing import SpatialScoreProcessor
 
 
@@ -278,7 +286,7 @@ def prepare_pairs(
     """
     if isinstance(dataset, PreferencePairs):
         return dataset
-    dataset = _as_stored(dataset, dataset_name)
+    dataset = as_stored(dataset, dataset_name)
     first_row = next(iter(dataset), None)
     if first_row is None:
         raise ValueError(f"The {dataset_name} dataset is empty. Check its split and its filters.")
@@ -325,25 +333,11 @@ def reverse_pair(pair: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _as_stored(dataset: Dataset | IterableDataset, dataset_name: str) -> Dataset | IterableDataset:
-    """The dataset as it is stored: no formats, images not decoded."""
-    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
-        raise ValueError(
-            f"The {dataset_name} dataset has a transform (`set_transform`), which would not be applied. Apply it with "
-            "`dataset.map`, or remove it with `dataset.reset_format()`."
-        )
-    dataset = dataset.with_format(None)
-    for column in IMAGE_COLUMNS:
-        if dataset.features is not None and isinstance(dataset.features.get(column), Image):
-            dataset = dataset.cast_column(column, Image(decode=False))
-    return dataset
-
-
 def _find_bad_rows(
     dataset: Dataset, checker: RowChecker, dataset_name: str, num_threads: int, show_progress: bool
 ) -> Iterator[Finding]:
     def check(table: pa.Table, first: int) -> list[Finding]:
-        faults = (checker.find_fault(row, dataset_name, number) for number, row in enumerate(_rows_of(table), first))
+        faults = (checker.find_fault(row, dataset_name, number) for number, row in enumerate(rows_of(table), first))
         return [fault for fault in faults if fault is not None]
 
     tables = dataset.with_format("arrow").iter(batch_size=_ROWS_PER_TASK)
@@ -356,27 +350,6 @@ def _find_bad_rows(
             for (table, _), faults in zip(chunk, pool.map(check, *zip(*chunk, strict=True)), strict=True):
                 yield from faults
                 bar.update(table.num_rows)
-
-
-def _rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """Rows whose images are views of the table's memory, so that reading a header does not read the file."""
-    columns = [_views(column) for column in table.columns]
-    for values in zip(*columns, strict=True):
-        yield dict(zip(table.column_names, values, strict=True))
-
-
-def _views(column: pa.ChunkedArray) -> list[Any]:
-    if pa.types.is_struct(column.type):
-        names = [field.name for field in column.type]
-        fields = [_views(pc.struct_field(column, name)) for name in names]
-        mappings = (dict(zip(names, values, strict=True)) for values in zip(*fields, strict=True))
-        return [
-            mapping if is_valid else None
-            for mapping, is_valid in zip(mappings, column.is_valid().to_pylist(), strict=True)
-        ]
-    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
-        return [scalar.as_buffer() for scalar in column]
-    return column.to_pylist()
 
 
 def _without_bad_rows(

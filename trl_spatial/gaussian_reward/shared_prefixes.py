@@ -14,6 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .positions import image_text_positions
+
 
 SHARED_SDPA = "sdpa_with_shared_prefixes"
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # whose language models do nothing but attend across tokens
@@ -124,8 +126,8 @@ def _encode_shared(
     image_grid_thw: torch.Tensor,
     image_index: torch.Tensor,
 ) -> torch.Tensor:
-    position_ids, _ = backbone.get_rope_index(
-        input_ids, mm_token_type_ids, image_grid_thw=image_grid_thw[image_index], attention_mask=attention_mask
+    position_ids = image_text_positions(
+        attention_mask, mm_token_type_ids, image_grid_thw[image_index], backbone.visual.spatial_merge_size
     )  # (3, batch_size, sequence_length)
     rows = share_prefixes(input_ids, attention_mask, image_index.tolist(), backbone.config.image_token_id)
     batches, output_places = batch_segments(rows.segments)
@@ -283,7 +285,7 @@ def shared_sdpa(
     outputs = []
     for batch in batches:
         states = [
-            whole[0].index_select(1, places.flatten()).unflatten(1, places.shape).transpose(0, 1)
+            whole[0].transpose(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
             for whole, places in ((query, batch.queries), (key, batch.keys), (value, batch.keys))
         ]  # each (num_segments, num_heads, length or num_keys, head_dim)
         outputs.append(sdpa_attention_forward(module, *states, batch.mask, **kwargs)[0].flatten(0, 1))

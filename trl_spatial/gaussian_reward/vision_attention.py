@@ -61,15 +61,15 @@ class ImageLayout(NamedTuple):
     Args:
         position_ids (`torch.LongTensor` of shape `(num_patches, 2)`):
             Row and column of each.
-        window_index (`torch.LongTensor` of shape `(num_tokens,)`, *optional*):
-            Tokens, which are squares of patches, window by window. If `None`, there are no windows.
-        window_lengths (`torch.LongTensor` of shape `(num_windows,)`, *optional*):
+        window_index (`torch.LongTensor` of shape `(num_tokens,)`):
+            Tokens, which are squares of patches, window by window. Empty in a tower without windows.
+        window_lengths (`torch.LongTensor` of shape `(num_windows,)`):
             Number of patches in each window.
     """
 
     position_ids: torch.Tensor
-    window_index: torch.Tensor | None
-    window_lengths: torch.Tensor | None
+    window_index: torch.Tensor
+    window_lengths: torch.Tensor
 
 
 @lru_cache(maxsize=1024)
@@ -78,7 +78,8 @@ def _image_layout(grid: tuple[int, int, int], merge_size: int, window: tuple[int
     grid_thw = torch.tensor([grid])
     position_ids = get_vision_position_ids(grid_thw, merge_size)
     if window is None:
-        return ImageLayout(position_ids, None, None)
+        none = torch.empty(0, dtype=torch.long)
+        return ImageLayout(position_ids, none, none)
     window_size, patch_size = window
     window_index, boundaries = get_vision_window_index(grid_thw, merge_size, window_size, patch_size)
     return ImageLayout(position_ids, window_index, boundaries.diff().long())

@@ -9,6 +9,9 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Image, IterableDataset
 from PIL import Image as PILImage
 
 from .columns import IMAGE_COLUMNS, PROMPT_COLUMNS
@@ -31,6 +34,47 @@ class ImageFacts:
     height: int
     mode: str
     digest: bytes | None = None
+
+
+def as_stored(dataset: Dataset | IterableDataset, dataset_name: str) -> Dataset | IterableDataset:
+    """The dataset as it is stored: no formats, images not decoded."""
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        raise ValueError(
+            f"The {dataset_name} dataset has a transform (`set_transform`), which would not be applied. Apply it with "
+            "`dataset.map`, or remove it with `dataset.reset_format()`."
+        )
+    dataset = dataset.with_format(None)
+    for column in IMAGE_COLUMNS:
+        if dataset.features is not None and isinstance(dataset.features.get(column), Image):
+            dataset = dataset.cast_column(column, Image(decode=False))
+    return dataset
+
+
+def iterate_stored(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """Rows whose images are views of the dataset's memory, so that reading a header does not read the file."""
+    for table in dataset.with_format("arrow").iter(batch_size=100):
+        yield from rows_of(table)
+
+
+def rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """Rows whose images are views of the table's memory, so that reading a header does not read the file."""
+    columns = [_views(column) for column in table.columns]
+    for values in zip(*columns, strict=True):
+        yield dict(zip(table.column_names, values, strict=True))
+
+
+def _views(column: pa.ChunkedArray) -> list[Any]:
+    if pa.types.is_struct(column.type):
+        names = [field.name for field in column.type]
+        fields = [_views(pc.struct_field(column, name)) for name in names]
+        mappings = (dict(zip(names, values, strict=True)) for values in zip(*fields, strict=True))
+        return [
+            mapping if is_valid else None
+            for mapping, is_valid in zip(mappings, column.is_valid().to_pylist(), strict=True)
+        ]
+    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+        return [scalar.as_buffer() for scalar in column]
+    return column.to_pylist()
 
 
 def look_at_image(value: Any, *, decode: bool) -> ImageFacts | ValueError:

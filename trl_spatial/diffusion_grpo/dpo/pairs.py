@@ -5,14 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset
 from PIL import Image as PILImage
 
 from ...preferences.columns import IMAGE_COLUMNS, pick_columns
 from ...preferences.faults import Finding, Place, shorten
 from ...preferences.images import load_image
-from ...preferences.rows import ImageFacts, find_faults, look_at_image
-from ..policies import DiffusionPolicy, SamplingOptions
+from ...preferences.rows import ImageFacts, as_stored, find_faults, iterate_stored, look_at_image
+from ..policies import SamplingOptions
 
 
 # What data building writes beside an image: how it was drawn, as JSON
@@ -23,15 +23,15 @@ MAX_DISTORTION = 0.02
 
 class PreferencePairs(torch.utils.data.Dataset):
     """
-    A preference dataset as pairs. An entry has the number of its `row`, its `prompt`, the images `chosen` and `rejected` at the size
+    A preference dataset, whose prompts have been checked, as pairs. An entry has the number of its `row`, its `prompt`, the images `chosen` and `rejected` at the size
     of training, and `noise_seeds`: the seed from which each was drawn, `None` where that is not known.
 
     Args:
         rows ([`~datasets.Dataset`] or list of `dict`):
             Rows of a preference dataset, as [`~preferences.columns.COLUMNS`] describes it. The columns `chosen_recipe` and
             `rejected_recipe`, if there are any, say what drew the images, as JSON.
-        policy ([`DiffusionPolicy`]):
-            The model that is trained.
+        pipeline_class (`str`):
+            Name of the class of the pipeline that is trained.
         options ([`SamplingOptions`]):
             Size of the images in training.
 
@@ -39,44 +39,44 @@ class PreferencePairs(torch.utils.data.Dataset):
         `ValueError`: If a column is missing or a row cannot be used. The message names row, column, value and the way out.
     """
 
-    def __init__(self, rows: Dataset | Sequence[Mapping[str, Any]], policy: DiffusionPolicy, options: SamplingOptions):
-        rows = _as_stored(rows)
-        if len(rows) == 0:
-            raise ValueError("`train_dataset` is empty. It needs at least one pair.")
+    def __init__(self, rows: Dataset | Sequence[Mapping[str, Any]], pipeline_class: str, options: SamplingOptions):
+        if isinstance(rows, Dataset):
+            rows = as_stored(rows, "training")
         features = rows.features if isinstance(rows, Dataset) else dict.fromkeys(rows[0])
         columns = [
             name for name in pick_columns(features, False, "`train_dataset`") if name in ("prompt", *IMAGE_COLUMNS)
         ]
         self._recipes = [name for name in RECIPE_COLUMNS.values() if name in features]
-        self._rows = rows.select_columns([*columns, *self._recipes]) if isinstance(rows, Dataset) else rows
-        self._pipeline_class = policy.pipeline_class
+        self._rows = rows = rows.select_columns([*columns, *self._recipes]) if isinstance(rows, Dataset) else rows
+        self._pipeline_class = pipeline_class
         self._size = (options.width, options.height)
-        for number, row in enumerate(self._rows):
-            fault = self._find_fault({name: row.get(name) for name in columns}, number, policy)
+        for number, row in enumerate(iterate_stored(rows) if isinstance(rows, Dataset) else rows):
+            fault = self._find_fault({name: row[name] for name in columns}, number)
             if fault is not None:
                 raise ValueError(f"{fault} Repair or remove the row.")
 
-    def _find_fault(self, row: dict[str, Any], number: int, policy: DiffusionPolicy) -> Finding | None:
+    def _find_fault(self, row: dict[str, Any], number: int) -> Finding | None:
         place = Place("`train_dataset`", number)
         images = {column: look_at_image(row[column], decode=False) for column in IMAGE_COLUMNS}
         fault = next(iter(find_faults(row, images, place)), None)
         if fault is not None:
             return fault
-        try:
-            policy.check_prompts([row["prompt"]])
-        except ValueError as error:
-            reason = f"cannot be encoded. {str(error).replace('Prompt 0', 'It', 1)}"
-            return Finding("too_long", Place(place.split, number, "prompt"), shorten(row["prompt"]), reason)
-        width, height = self._size
         for column, image in images.items():
             assert isinstance(image, ImageFacts)
-            if abs(image.width * height / (image.height * width) - 1) > MAX_DISTORTION:
-                reason = (
-                    f"has {image.width}x{image.height} pixels, another shape than the {width}x{height} of training, to which it "
-                    "would be distorted. Crop or pad it, or set `height` and `width`."
-                )
-                return Finding("bad_image", Place(place.split, number, column), shorten(row[column]), reason)
+            sizes = (image.width, image.height), (image.height, image.width)  # as it may be stored, and upright
+            if all(reasons := [self._find_distortion(size) for size in sizes]):
+                return Finding("bad_image", Place(place.split, number, column), shorten(row[column]), str(reasons[0]))
         return None
+
+    def _find_distortion(self, size: tuple[int, int]) -> str | None:
+        """Why an image of a size cannot be scaled to that of training."""
+        width, height = self._size
+        if abs(size[0] * height / (size[1] * width) - 1) <= MAX_DISTORTION:
+            return None
+        return (
+            f"has {size[0]}x{size[1]} pixels, another shape than the {width}x{height} of training, to which it would be distorted. "
+            "Crop or pad it, or set `height` and `width`."
+        )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -85,11 +85,13 @@ class PreferencePairs(torch.utils.data.Dataset):
         row = self._rows[number]
         pair: dict[str, Any] = {"row": number, "prompt": row["prompt"]}
         for column in IMAGE_COLUMNS:
+            place = f"{Place('`train_dataset`', number, column)}: {shorten(row[column])}"
             try:
                 image = load_image(row[column])
             except ValueError as error:
-                place = Place("`train_dataset`", number, column)
-                raise ValueError(f"{place}: {shorten(row[column])} {error}. Repair or remove the row.") from error
+                raise ValueError(f"{place} {error}. Repair or remove the row.") from error
+            if reason := self._find_distortion(image.size):
+                raise ValueError(f"{place} {reason}")
             pair[column] = image if image.size == self._size else image.resize(self._size, PILImage.Resampling.LANCZOS)
         seeds = [self._noise_seed(row[name]) for name in self._recipes]
         # Both or none: the two images of a pair are seen either in their own noise or in the same one.
@@ -106,14 +108,3 @@ class PreferencePairs(torch.utils.data.Dataset):
 def collate_pairs(pairs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """A batch as the trainer takes it: the pairs, as they are."""
     return list(pairs)
-
-
-def _as_stored(rows: Any) -> Any:
-    """The rows with their images not decoded."""
-    if not isinstance(rows, Dataset):
-        return rows
-    rows = rows.with_format(None)
-    for column in IMAGE_COLUMNS:
-        if isinstance(rows.features.get(column), Image):
-            rows = rows.cast_column(column, Image(decode=False))
-    return rows

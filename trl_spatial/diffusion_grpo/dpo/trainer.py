@@ -84,8 +84,8 @@ class DiffusionDPOTrainer(DiffusionTrainer):
 
     _tag_names = ["diffusion-dpo", "dpo", *DiffusionTrainer._tag_names]
     _method = (
-        "They were trained on pairs of images by [Diffusion-DPO](https://huggingface.co/papers/2311.12908) for flow matching, "
-        "which draws the velocities towards the preferred image."
+        "Trained on preference pairs of images ([Diffusion-DPO](https://huggingface.co/papers/2311.12908) for flow matching): the "
+        "velocities move towards the preferred image and away from the other."
     )
     _citation = """\
 @article{wallace2023diffusion,
@@ -131,7 +131,8 @@ class DiffusionDPOTrainer(DiffusionTrainer):
             self._options = replace(self._options, guidance_scale=self.policy.unguided_scale, negative_prompt=None)
 
     def _check_train_dataset(self, dataset: Rows) -> None:
-        self._pairs = PreferencePairs(dataset, self.policy, self._options)
+        super()._check_train_dataset(dataset)
+        self._pairs = PreferencePairs(dataset, self.policy.pipeline_class, self._options)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         """Number of pairs of an update, over all processes."""

@@ -78,8 +78,7 @@ class DiffusionNFTTrainer(OnlineTrainer):
     _run_suffix = "NFT"
     _counted = (*OnlineTrainer._counted, "num_old_policy_passes")
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def _set_up(self) -> None:
         self.old_policy = OldPolicy(
             self.model,
             self.args.old_policy_decay,
