@@ -18,16 +18,19 @@ TEST_ENV  := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKEN
 # parity.py runs in an environment of its own
 BENCHES := $(filter-out recipes/bench/parity.py,$(wildcard recipes/bench/*.py))
 
-.PHONY: help demo test quality style bench $(BENCHES) test-min clean
+.PHONY: help demo test test-true-size quality style bench $(BENCHES) test-min clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED) ## the whole method in a small world: reward model, reinforcement learning, an exact judge, a report
 	$(BIN)/python -m trl_spatial demo $(DEMO_ARGS)
 
 test: $(INSTALLED) ## run the tests
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+test-true-size: $(INSTALLED) ## count what every recipe takes at true size, on fake tensors
+	$(TEST_ENV) $(BIN)/python -m pytest tests/true_size -m "true_size or not true_size" $(PYTEST_ARGS)
 
 quality: $(INSTALLED) ## check style (ruff) and types (mypy)
 	$(BIN)/ruff check .
@@ -59,5 +62,5 @@ clean: ## remove the environments and caches
 $(INSTALLED): pyproject.toml .ci/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install --constraint .ci/constraints.txt --editable '.[dev,data,demo,diffusion,judge,quant,ray,serve,space]'
+	$(BIN)/python -m pip install --constraint .ci/constraints.txt --editable '.[dev,data,demo,diffusion,evaluate,judge,quant,ray,serve,space]'
 	touch $@

@@ -141,7 +141,7 @@ def _line(name: str, row: dict[str, Any], prediction: Prediction | None, about: 
     peaks = [f"{phase} {size:.1f}" for phase, size in row.get("phases_gib", {}).items()]
     cells = [
         "" if rate is None else f"{rate:.3g} {unit}",
-        "" if prediction is None else f"{prediction.rate:.3g}",
+        "" if prediction is None or prediction.rate is None else f"{prediction.rate:.3g}",
         ", ".join(phases),
         ", ".join(peaks) or (f"{row['peak_gib']:.1f}" if "peak_gib" in row else ""),
         "" if share is None else f"{share:.0%}",

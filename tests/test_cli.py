@@ -9,6 +9,7 @@ import resource
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from trl_spatial import SpatialScore, __version__
 from trl_spatial.cli import COMMANDS, LAUNCHED_COMMANDS, main, run_command
 from trl_spatial.scripts.datasets import load_dataset_dict
 from trl_spatial.scripts.parser import SpatialParser, quick_imports
+from trl_spatial.scripts.training_parser import declared_options
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -83,6 +85,30 @@ def test_help_of_a_command_imports_nothing_slow(line):
         "torch transformers accelerate peft datasets diffusers pandas scipy matplotlib huggingface_hub gradio fastapi"
     )
     assert not set(slow.split()) & set(shown.stderr.split())
+
+
+@pytest.mark.parametrize("command", sorted(LAUNCHED_COMMANDS))
+def test_brief_help_has_the_options_that_the_package_declares(command, capsys):
+    """Read from the source, they are those of the imported configuration; the long help has what that inherits."""
+    script = importlib.import_module(f"trl_spatial.scripts.{command}")
+    *_, config = script.make_parser().dataclass_types
+    declared = {
+        name for parent in config.__mro__ if parent.__module__.startswith("trl_spatial.") for name in vars(parent)["__annotations__"]
+    }  # fmt: skip
+    expected = {
+        field.name: (field.default, field.metadata["help"]) for field in fields(config) if field.name in declared
+    }
+    module, _, name = f"{config.__module__.removeprefix('trl_spatial.')}:{config.__name__}".partition(":")
+    assert declared_options(module, name) == expected and len(expected) >= 15
+
+    lengths = []
+    for option in ("--help", "--help_all"):
+        assert main([command, option]) == 0
+        text = capsys.readouterr().out
+        assert all(f"--{name}" in text for name in expected) and "--dataset" in text and "examples:" in text
+        assert ("--adam_beta1" in text) == (option == "--help_all")
+        lengths.append(len(text))
+    assert lengths[0] < lengths[1] / 2
 
 
 def test_quick_imports_leave_nothing_to_collect_and_the_collector_on():

@@ -109,6 +109,16 @@ def test_every_import_is_a_declared_dependency():
     assert import_names(project["dependencies"]) - needed <= {"accelerate", "scipy"}
 
 
+def test_the_makefile_installs_every_extra():
+    """In the environment of the tests and in that of the lowest versions."""
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "optional-dependencies"
+    ]
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    assert re.search(r"--editable '\.\[(.*?)\]'", makefile)[1].split(",") == ["dev", *sorted(extras.keys() - {"dev"})]
+    assert re.findall(r"--extra (\w+)", makefile) == ["dev", *sorted(extras.keys() - {"dev"})]
+
+
 def test_every_dependency_has_bounds():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = [line for name, lines in project["optional-dependencies"].items() if name != "dev" for line in lines]

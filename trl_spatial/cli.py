@@ -133,6 +133,10 @@ def run_command(prog: str, function: Callable[[], int | None]) -> int:
 def launch(command: str, argv: list[str]) -> int:
     """Train in this process or, if it is needed, through `accelerate launch`, whose options may be among the arguments."""
     script = importlib.import_module(f"{__package__}.scripts.{command}")
+    if {"-h", "--help", "--help_all"} & set(argv):
+        script.make_parser(is_brief="--help_all" not in argv).print_help()
+        return 0
+
     import torch
     from accelerate.commands.config import default_config_file
     from accelerate.commands.launch import launch_command, launch_command_parser

@@ -140,9 +140,9 @@ def compare_gradients(sizes: dict[str, Any], num_images: int, image_size: int, n
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="which towers")
-    parser.add_argument("--num_images", type=int, nargs="+", default=[1, 8], help="images of a batch")
+    parser.add_argument("--num_images", type=int, nargs="+", default=[1, 4], help="images of a batch")
     parser.add_argument("--image_size", type=int, default=512, help="width and height, in pixels")
-    parser.add_argument("--num_rounds", type=int, default=5, help="how often each is measured, after a first round")
+    parser.add_argument("--num_rounds", type=int, default=3, help="how often each is measured, after a first round")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)

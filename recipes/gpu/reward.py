@@ -85,7 +85,7 @@ def _build(way: Way, args: argparse.Namespace, device: torch.device) -> Gaussian
 
 def _inputs(model: GaussianRewardModel, size: int, num_images: int, device: torch.device) -> dict[str, torch.Tensor]:
     """What the processor makes of images of `size`² pixels and their prompts, with random pixels."""
-    side = size // PATCH
+    side = round(size / PATCH)
     config = model.config.backbone_config
     vision = config.vision_config
     ids = torch.full((num_images, side * side + NUM_WORDS), 100, device=device)

@@ -3,7 +3,9 @@
 import argparse
 
 import pytest
+import torch
 
+from recipes.bench import flow_grpo as flow_grpo_bench
 from recipes.bench import grpo as bench
 from recipes.bench import levers as levers_bench
 from recipes.bench import rewards as rewards_bench
@@ -75,3 +77,23 @@ def test_rewards_in_the_shade_of_the_drawing_cost_what_the_formula_says():
     assert rewards_bench.predicted_ratio(4, 2.0) == pytest.approx((1 + 8) / 12)
     args = ["--model", "tiny", "--num_generations", "8", "--image_size", "16", "--num_rollouts", "1"]
     assert [result["share"] for result in rewards_bench.main(args)] == [0.5, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("name", ["equal work", "two updates, no KL"])
+def test_flow_grpos_loop_costs_what_the_formula_says(name):
+    args = argparse.Namespace(image_size=16, model="tiny")
+    row = flow_grpo_bench.ROWS[name]
+    loop = flow_grpo_bench.FlowGRPO(row, args)
+    counts = bench.count_evaluations(loop.transformer)
+    before = [weight.detach().clone() for weight in loop.weights]
+    loop.rollout_and_updates()
+    num_images, num_trained = flow_grpo_bench.NUM_IMAGES, flow_grpo_bench.NUM_STEPS - 1
+    per_image = flow_grpo_bench.NUM_STEPS + 3 * num_trained + (num_trained if row.beta > 0 else 0)
+    assert counts.total() == num_images * per_image
+    assert any(not torch.equal(weight, old) for weight, old in zip(loop.weights, before, strict=True))
+
+
+def test_both_loops_are_measured():
+    argv = ["--model", "tiny", "--image_size", "16", "--repeats", "1", "--only", "two"]
+    (result,) = flow_grpo_bench.main(argv).values()
+    assert result["ratio"] == result["ours"] / result["flow_grpo"] and result["lowest"] == result["highest"]

@@ -58,7 +58,6 @@ def test_a_velocity_copies_nothing_but_masks_of_padding(name):
 def test_masks_stay_where_they_are_read():
     policy = FAMILIES["qwen_image"].make_policy()
     cache = PromptCache(policy, "cpu", negative_prompt=" ")
-    cache.get(["a cat"])
-    cache.device = torch.device("meta")
-    devices = {name: tensor.device.type for name, tensor in cache.get(["a cat", "a cat"]).items()}
+    embeds = cache.get(["a cat", "a cat"], device=torch.device("meta"))
+    devices = {name: tensor.device.type for name, tensor in embeds.items()}
     assert devices == {name: "cpu" if name.endswith("mask") else "meta" for name in devices} and len(devices) == 4

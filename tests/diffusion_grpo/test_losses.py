@@ -1,6 +1,7 @@
 """Oracles: PPO's objective case by case, torch.distributions, the law of large numbers, closed forms."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -218,3 +219,21 @@ def test_the_velocity_ratio_is_how_much_longer_a_velocity_is():
     reference = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
     factors = torch.tensor([1.0, 0.5, 3.0])
     torch.testing.assert_close(velocity_ratio(-factors[:, None, None] * reference, reference), factors)
+
+
+def test_a_beta_of_flow_grpo_is_weaker_by_the_step_sizes():
+    """Its KL divergence has the variance of the diffusion alone, at the 6 steps of FLUX.1 at 512² pixels."""
+    sigmas = torch.tensor([1, 0.9037, 0.7897, 0.6525, 0.4842, 0.2730])
+    velocity, reference, latents = torch.randn(3, 1, 16, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    factors = []
+    for index, (t, t_next) in enumerate(pairwise(sigmas)):
+        first = sigmas[1] if index == 0 else None
+        ours, theirs = (
+            sde_step(v, latents, t, t_next, 0.9, sigma_max=first, generator=torch.Generator())
+            for v in (velocity, reference)
+        )
+        diffusion = 0.9 * (t / (1 - (t if index else sigmas[1]))).sqrt()
+        divergence = (ours.mean - theirs.mean).square().mean() / (2 * diffusion.square())
+        factors.append((gaussian_kl(ours.mean, theirs.mean, ours.std) / divergence).item())
+    assert factors == pytest.approx([10.4, 8.8, 7.3, 5.9, 4.7], abs=0.05)
+    assert sum(factors) / 5 == pytest.approx(7.4, abs=0.05)

@@ -20,6 +20,7 @@ from trl_spatial.diffusion_grpo.runtime.memory import (
     weight_bytes,
 )
 from trl_spatial.diffusion_grpo.runtime.model_setup import prepare_transformer
+from trl_spatial.diffusion_grpo.runtime.prompt_cache import PromptCache
 from trl_spatial.generation.seeds import image_generator
 
 
@@ -212,6 +213,16 @@ def test_options_save_memory(saved, tmp_path):
     assert kept.total == max(kept.phases.values())
 
 
+def test_a_process_keeps_text_encoders_and_prompts_on_the_host(saved, tmp_path):
+    family, pipeline, _ = saved
+    model = make_model(saved, tmp_path)
+    cache = PromptCache(family.make_policy(), "cpu")
+    encoders = [module for name, module in pipeline.components.items() if name.startswith("text_encoder")]
+    sizes = [tensor.nbytes for module in encoders for tensor in (*module.parameters(), *module.buffers())]
+    assert model.host_bytes() == pytest.approx(cache.max_bytes + sum(sizes), rel=1e-6)
+    assert model.host_bytes(offload_vae=True) - model.host_bytes() == model.estimate().parts["VAE"]
+
+
 def test_quantized_text_encoders_are_less_to_encode_with(saved, tmp_path):
     family, _, folder = saved
     kept, quantized = (
@@ -276,6 +287,7 @@ def test_the_table_tells_what_fits(tmp_path):
     table = describe_options(model).splitlines()
     assert len([line for line in table if line.startswith(("bfloat16", "int8", "nf4"))]) == 12
     assert sum(line.endswith("24, 40, 80") for line in table) == 12  # it is tiny
+    assert any(line.startswith("On the host each process keeps 8.0 GiB, eight on a node 64") for line in table)
     full = MemoryModel(load_architecture(str(tmp_path / "flux")), make_args(tmp_path, beta=0.0), None)
     assert "nf4" not in describe_options(full)  # what is trained cannot be quantized
 

@@ -1,12 +1,15 @@
 """Adapters of float32 beside frozen weights of bfloat16: the numbers of autocast on a CPU, and of the pipeline on CUDA."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers.training_utils import cast_training_params
+from torch.utils._pytree import tree_map_only
 
-from tests.diffusion_grpo.families import FAMILIES, GUIDED
-from trl_spatial import DiffusionGRPOConfig
+from tests.diffusion_grpo.families import FAMILIES, GUIDED, shared_policy
+from trl_spatial import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_spatial.diffusion_grpo import attention_lora_config
+from trl_spatial.diffusion_grpo.policies.base import to_sequence
 from trl_spatial.diffusion_grpo.runtime.adapters import AdapterLinear
 from trl_spatial.diffusion_grpo.runtime.model_setup import prepare_transformer
 from trl_spatial.diffusion_grpo.runtime.prompt_cache import PromptCache
@@ -71,3 +74,110 @@ def test_adapters_compute_in_the_dtype_of_their_inputs_as_under_autocast(tmp_pat
             module.register_forward_hook(lambda module, inputs, output: products.append(output.dtype))
     velocity_and_gradients(name, policy, torch.autocast("cpu", enabled=False))
     assert set(products) == {torch.bfloat16}
+
+
+# Autocast as it is on CUDA
+
+
+@pytest.fixture
+def casts(monkeypatch):
+    """
+    Autocast runs in float32 and returns float32 what CUDA's does, beside matrix products in bfloat16. The list of the
+    functions that did so.
+    """
+    called = []
+
+    def in_float32(function):
+        def call(*args, **kwargs):
+            if torch.is_autocast_enabled("cpu"):
+                called.append(function.__name__)
+                args, kwargs = tree_map_only(
+                    torch.Tensor,
+                    lambda tensor: tensor.float() if tensor.is_floating_point() else tensor,
+                    (args, kwargs),
+                )
+            return function(*args, **kwargs)
+
+        return call
+
+    for owner, names in (
+        (torch.nn.functional, ("layer_norm", "rms_norm", "group_norm", "softmax")),
+        (torch, ("norm", "softmax", "sum", "pow", "exp", "rsqrt")),
+        (torch.Tensor, ("norm", "softmax", "sum", "pow", "exp", "rsqrt")),
+    ):
+        for name in names:
+            monkeypatch.setattr(owner, name, in_float32(getattr(owner, name)))
+    return called
+
+
+def brightness(prompts, images, **columns):
+    return [float(np.asarray(image, dtype="float64").mean()) for image in images]
+
+
+def make_trainer(name, folder, pipeline, peft_config, **kwargs):
+    settings = dict(
+        bf16=True, use_cpu=True, num_generations=4, top_k=1, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        height=24, width=48, num_inference_steps=4, max_sequence_length=24, ema_decay=0.0, max_steps=2,
+        save_strategy="no", report_to="none", disable_tqdm=True, **FAMILIES[name].guidance,
+    )  # fmt: skip
+    return DiffusionGRPOTrainer(
+        pipeline,
+        brightness,
+        DiffusionGRPOConfig(str(folder), **(settings | kwargs)),
+        train_dataset=[{"prompt": prompt} for prompt in PROMPTS],
+        peft_config=peft_config,
+    )
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_velocities_under_cudas_autocast_are_bit_for_bit_the_pipelines(tmp_path, name, monkeypatch, casts):
+    family = FAMILIES[name]
+    pipeline, steps = family.build().to(torch.bfloat16), []
+    step = pipeline.scheduler.step
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            pipeline.scheduler, "step", lambda *args, **kwargs: (steps.append(args), step(*args, **kwargs))[1]
+        )
+        guidance = {key: value for key, value in family.pipeline_guidance.items() if key != "negative_prompt"}
+        if len(guidance) < len(family.pipeline_guidance):  # what a training has, which names none
+            guidance["negative_prompt"] = shared_policy(name).default_negative_prompt
+        pipeline(
+            [PROMPTS[1]], height=24, width=48, num_inference_steps=4, max_sequence_length=24,
+            generator=torch.Generator().manual_seed(0), output_type="latent", **guidance,
+        )  # fmt: skip
+    trainer = make_trainer(name, tmp_path, pipeline, attention_lora_config(rank=2), learning_rate=0.0)
+    trainer.train()  # which wraps the model
+    embeds, sigmas = trainer.prompt_cache.get([PROMPTS[1]]), trainer._sigmas
+    assert len(steps) == 4
+    with torch.no_grad():
+        for sigma, (expected, _, latents) in zip(sigmas[:-1], steps, strict=True):
+            with trainer.accelerator.autocast():
+                velocity = trainer.policy.predict_velocity(
+                    trainer.model, as_sequence(latents).float(), sigma, embeds, trainer._options
+                )
+            assert torch.equal(velocity, as_sequence(expected).float())
+    assert not casts
+
+
+def as_sequence(latents):
+    """Latents that a pipeline has as an image, `(n, num_channels, rows, columns)`, in our form."""
+    return latents if latents.ndim == 3 else to_sequence(latents)
+
+
+@pytest.mark.parametrize(("name", "is_full"), [*[(name, False) for name in GUIDED], ("flux", True)])
+def test_the_first_ratio_under_cudas_autocast_is_1(tmp_path, name, is_full, casts):
+    pipeline = FAMILIES[name].build().to(torch.bfloat16)
+    trainer = make_trainer(
+        name,
+        tmp_path,
+        pipeline,
+        None if is_full else attention_lora_config(rank=2),
+        gradient_checkpointing=True,
+        beta=0.0 if is_full else 0.01,
+        num_iterations=2,
+    )
+    trainer.train()
+    first, second = [log for log in trainer.state.log_history if "loss" in log]
+    assert (first["ratio/mean"], first["ratio/std"]) == (1.0, 0.0)
+    assert first["grad_norm"] > 0 and second["ratio/std"] > 0
+    assert bool(casts) == is_full  # all weights in float32: autocast is for them

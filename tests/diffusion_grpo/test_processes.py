@@ -19,6 +19,7 @@ from tests.diffusion_grpo.test_resume import assert_same_checkpoint
 from tests.diffusion_grpo.worker import run
 from tests.hub_stub import HubStub
 from tests.launching import REPOSITORY, Launched, run_processes
+from trl_spatial.diffusion_grpo.nft.trainer import OLD_POLICY_WEIGHTS
 from trl_spatial.diffusion_grpo.runtime.checkpointing import (
     TRAINED_WEIGHTS,
     check_sharding,
@@ -115,14 +116,19 @@ def rewards_of_evaluation(folder, rank=0):
 
 
 @pytest.mark.parametrize(
-    ("name", "step"), [("whole", 1), ("whole", 4), ("qwen", 1), ("qwen", 2), ("scouts", 1), ("scouts", 4)]
+    ("name", "step"),
+    [
+        *(("whole", 1), ("whole", 4), ("qwen", 1), ("qwen", 2)),
+        *(("scouts", 1), ("scouts", 4), ("nft", 1), ("nft", 4)),
+    ],
 )
 def test_trained_weights_are_those_of_one_process(one, two, name, step):
-    ours, theirs = (load_file(folder / name / f"checkpoint-{step}" / TRAINED_WEIGHTS) for folder in (two[0], one))
-    assert ours.keys() == theirs.keys() and ours
-    for key, weight in theirs.items():
-        tolerance = FIRST_TOLERANCE if step == 1 else WEIGHT_TOLERANCE
-        torch.testing.assert_close(ours[key], weight, rtol=0, atol=tolerance)
+    for file in (TRAINED_WEIGHTS, *([OLD_POLICY_WEIGHTS] if name == "nft" else [])):
+        ours, theirs = (load_file(folder / name / f"checkpoint-{step}" / file) for folder in (two[0], one))
+        assert ours.keys() == theirs.keys() and ours
+        for key, weight in theirs.items():
+            tolerance = FIRST_TOLERANCE if step == 1 else WEIGHT_TOLERANCE
+            torch.testing.assert_close(ours[key], weight, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["whole", "qwen", "scouts", "nft"])

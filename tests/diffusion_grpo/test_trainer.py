@@ -735,3 +735,72 @@ def test_an_unknown_pipeline_is_an_error(make_trainer, make_pipeline):
 def test_a_reward_function_that_fails_its_contract_is_an_error_that_names_it(make_trainer):
     with pytest.raises(ValueError, match=r"`too_few` returned 1 rewards for 8 images"):
         make_trainer(too_few).train()
+
+
+# What a rollout knows already
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probs_of_a_rollout_in_the_batches_of_training_are_not_computed_again(
+    make_trainer, make_pipeline, dtype, gradient_checkpointing
+):
+    # If the weights stand still, every ratio is 1: those of the second update are of the rollout itself.
+    trainer = make_trainer(
+        pipeline=make_pipeline(dtype),
+        bf16=dtype == torch.bfloat16,
+        gradient_checkpointing=gradient_checkpointing,
+        learning_rate=0.0,
+        rollout_batch_size=2,
+        steps_per_generation=6,
+        num_iterations=2,
+        max_steps=6,
+    )
+    trainer.train()
+    assert {(log["ratio/mean"], log["ratio/std"]) for log in training_logs(trainer)} == {(1.0, 0.0)}
+    assert training_logs(trainer)[-1]["num_old_log_prob_passes"] == 0
+
+
+def test_one_bit_of_difference_and_the_old_policy_is_scored(make_trainer, make_pipeline):
+    """The transformer rounds otherwise where it records a gradient."""
+    pipeline = make_pipeline()
+    pipeline.transformer.proj_out.register_forward_hook(
+        lambda module, inputs, output: output * (1 + 1e-6 * torch.is_grad_enabled())
+    )
+    options = dict(rollout_batch_size=2, steps_per_generation=4, num_iterations=1, max_steps=2)
+    trainer = make_trainer(pipeline=pipeline, **options)
+    trainer.train()
+    # 2 batches of 2 images are trained on first; the other 2 batches are scored at 2 steps
+    assert training_logs(trainer)[-1]["num_old_log_prob_passes"] == 2 * 2 * 2
+
+
+@pytest.mark.parametrize(("batch_size", "num_moves"), [(None, 2), (1, 4)])
+def test_text_encoders_move_twice_for_many_rollouts_and_twice_for_an_evaluation(
+    make_trainer, make_flux_pipeline, monkeypatch, batch_size, num_moves
+):
+    pipeline = make_flux_pipeline()
+    prompts = [f"a red cube {number}" for number in range(20)]
+    evaluation = {} if batch_size is None else {"eval_dataset": [{"prompt": f"the lamp {i}"} for i in range(5)]}
+    trainer = make_trainer(
+        pipeline=pipeline,
+        train_dataset=[{"prompt": prompt} for prompt in prompts],
+        per_device_eval_batch_size=batch_size or 8,
+        eval_strategy="steps" if evaluation else "no",
+        eval_steps=4,
+        max_steps=5,
+        **evaluation,
+    )
+    moves = []
+    monkeypatch.setattr(pipeline.text_encoder, "to", moves.append)
+    trainer.train()
+    assert len(moves) == num_moves
+    # no more than the run needs, of two prompts in a rollout
+    assert trainer.prompt_cache.num_encoded == 5 * 2 + len(evaluation.get("eval_dataset", ()))
+
+
+def test_no_more_than_32_rollouts_are_encoded_ahead(make_trainer):
+    trainer = make_trainer(train_dataset=[{"prompt": f"a cube {number}"} for number in range(200)], max_steps=1)
+    trainer.state.max_steps = 1000
+    prompts = list(trainer._next_prompts(0))
+    expected = [trainer._rollout_rows(index) for index in range(1, 32)]
+    assert prompts == [row["prompt"] for rows in expected for row in rows] and len(set(prompts)) == 31 * 2

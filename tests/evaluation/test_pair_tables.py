@@ -119,7 +119,7 @@ def test_groups_hold_their_own_pairs():
 
 
 def test_the_numbers_of_comparisons_are_about_their_changes():
-    pairs = make_pairs([0, 0, 1, 2, 3, 4], level=["1", "1", "2", "3", "2", None])
+    pairs = make_pairs([0, 0, 1, 2, 3, 4], level=["1", "1", "2", "3", "2", "hard"])
     row = the_scorer(make_results(make_plan("s"), pairs, {"s": outcomes([1, 0, 1, 1, 0, 1])}))
     found = {name: (number["estimate"], number["num_pairs"]) for name, number in row["numbers"].items()}
     assert found == {

@@ -135,6 +135,27 @@ def test_num_tokens_counts_without_decoding(processor, prompts):
     assert processor.num_tokens(prompts, sizes) == [len(row) for row in rows]
 
 
+def test_the_bound_of_the_number_of_tokens_is_one(processor, prompts):
+    """Also for texts that grow in normalization: U+0958 becomes two characters, U+1D160 three, twelve bytes of four."""
+    draw = np.random.default_rng(0)
+    letters = [chr(code) for code in draw.integers(0x21, 0x2FFFF, 400) if not 0xD800 <= code < 0xE000]
+    texts = [*prompts, "\u0958" * 50, "\U0001d160" * 50, *("".join(draw.choice(letters, 30)) for _ in range(50))]
+    for size in ((8, 8), (64, 32)):
+        lengths = processor.num_tokens(texts, [size] * len(texts))
+        bounds = [processor.max_num_tokens(text, size) for text in texts]
+        assert all(length <= bound for length, bound in zip(lengths, bounds, strict=True))
+        # not far from it where a token is a byte
+        assert bounds[-1] - lengths[-1] <= 2 * len(texts[-1].encode())
+
+
+def test_another_template_is_encoded_anew(prompts, images):
+    processor = build_processor(build_tokenizer(prompts, 1000), instruction="one")
+    before = processor.num_tokens(prompts[:1], [(32, 32)])[0]
+    processor.chat_template = build_chat_template("one and some more")
+    after = processor.num_tokens(prompts[:1], [(32, 32)])[0]
+    assert after > before and processor(prompts[:1], images[:1])["input_ids"].shape[1] > before
+
+
 def test_max_length_is_the_longest_row_that_passes(processor, prompts, images):
     lengths = [len(row) for row in rows_of(processor(prompts, images))]
     longest = lengths.index(max(lengths))

@@ -1,7 +1,10 @@
 """`trl_spatial score`: a bad row costs that row, and the same command continues."""
 
 import json
+import tracemalloc
+from contextlib import redirect_stdout
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -9,7 +12,7 @@ from transformers import Qwen2_5_VLModel
 from transformers.utils import is_flash_attn_2_available
 
 from trl_spatial.gaussian_reward.scoring import SpatialScore
-from trl_spatial.scripts.score import main, make_parser
+from trl_spatial.scripts.score import ScoreFile, main, make_parser, show_scores
 
 
 def test_bad_rows_are_listed_and_an_interrupted_run_continues(make_reward_model, processor, prompts, images, tmp_path):
@@ -80,3 +83,25 @@ def test_the_attention_function_is_the_one_that_is_asked_for(
     if not is_flash_attn_2_available():
         with pytest.raises(ImportError, match="package for FlashAttention2"):
             main(*make_parser().parse_args_and_config([*command, "--attn_implementation", "flash_attention_2"]))
+
+
+def test_scores_are_read_in_the_order_of_rows_with_few_of_them_in_memory(tmp_path, capsys):
+    args = make_parser().parse_args_and_config(["--model", "m", "--input", "i", "--output", "o", "--json"])[0]
+    order = np.random.default_rng(0).permutation(20_000)
+    records = [{"row": int(row), "prompt": "ö" * 50, "mean": float(row), "model": "m"} for row in order]
+    with (tmp_path / "scores").open("w+b") as file:
+        scores = ScoreFile(file, len(records))
+        for start in range(0, len(records), 64):
+            scores.append(records[start : start + 64])
+    size = (tmp_path / "scores").stat().st_size
+    with (tmp_path / "scores").open("r+b") as file, (tmp_path / "printed").open("w") as printed:
+        tracemalloc.start()
+        again = ScoreFile(file, len(records))
+        with redirect_stdout(printed):
+            show_scores(args, again)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    shown = [json.loads(line) for line in (tmp_path / "printed").read_text().splitlines()]
+    assert shown == sorted(records, key=lambda record: record["row"])
+    assert "20000 scores saved to o" in capsys.readouterr().err
+    assert peak < size / 8

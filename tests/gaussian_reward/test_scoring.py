@@ -1,8 +1,12 @@
 """The scorer: the same scores alone, in a batch, saved, loaded and merged; wrong folders and rows are named."""
 
+import itertools
 import json
 import math
 import shutil
+import threading
+import time
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
 from trl_spatial.gaussian_reward.modeling import GaussianRewardModel, spatial_score_lora_config
-from trl_spatial.gaussian_reward.scoring import SpatialScore
+from trl_spatial.gaussian_reward.scoring import SpatialScore, ahead
 
 
 @pytest.fixture
@@ -131,6 +135,86 @@ def test_progress_bar_shows_on_long_lists_only(make_scorer, capsys):
     ):
         scorer.score(["a"] * count, [image] * count, batch_size=100, show_progress=show_progress)
         assert ("Scoring" in capsys.readouterr().err) == expected
+
+
+def test_long_rows_share_fewer_passes_on_a_cpu(make_scorer, rows, monkeypatch):
+    scorer = make_scorer()
+    expected = scorer.score(*rows, batch_size=40)
+    batches = []
+    scorer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: batches.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    monkeypatch.setattr("trl_spatial.gaussian_reward.scoring.MAX_CPU_TOKENS", 100)
+    assert difference(scorer.score(*rows, batch_size=4), expected) < 1e-5
+    assert sum(num_rows for num_rows, _ in batches) == 40
+    assert len({num_rows for num_rows, _ in batches}) > 1
+    assert all(num_rows <= max(1, min(4, 100 // length)) for num_rows, length in batches)
+    batches.clear()
+    monkeypatch.setattr("trl_spatial.gaussian_reward.scoring.MAX_CPU_TOKENS", 1)  # shorter than every row
+    scorer.score(rows[0][:3], rows[1][:3])
+    assert [num_rows for num_rows, _ in batches] == [1, 1, 1]
+
+
+def test_rows_of_one_image_encode_it_once(make_scorer, prompts, images):
+    scorer = make_scorer()
+    apart = scorer.score(prompts, [images[0].copy() for _ in prompts])
+    num_images = []
+    scorer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: num_images.append(len(kwargs["image_grid_thw"])), with_kwargs=True
+    )
+    assert difference(scorer.score(prompts, images[:1] * len(prompts)), apart) < 1e-5
+    assert num_images == [1]
+
+
+# ---------------------------------------------------------------- one batch ahead
+
+
+def threads_ahead():
+    return [thread for thread in threading.enumerate() if thread.name == "ahead"]
+
+
+def test_the_next_item_and_no_other_is_made_while_one_is_in_use():
+    made = []
+
+    def items():
+        for item in range(5):
+            made.append(item)
+            yield item
+
+    for item in ahead(items()):
+        end = time.monotonic() + 10
+        while len(made) < min(item + 2, 5) and time.monotonic() < end:
+            time.sleep(0.001)
+        time.sleep(0.01)
+        assert made == list(range(min(item + 2, 5)))
+
+
+def test_an_error_comes_in_its_place_and_ends_the_thread():
+    def items():
+        yield 1
+        yield 2
+        raise OSError("disk")
+
+    seen = []
+    with pytest.raises(OSError, match="disk"):
+        seen.extend(ahead(items()))
+    assert list(itertools.islice(ahead(items()), 2)) == [1, 2]
+    with closing(ahead(items())) as stopped:
+        assert next(stopped) == 1
+    assert not threads_ahead()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_no_thread_outlives_a_score_that_ends_early(make_scorer, rows, error):
+    scorer = make_scorer()
+
+    def stop(module, args):
+        raise error("enough")
+
+    scorer.model.register_forward_pre_hook(stop)
+    with pytest.raises(error, match="enough"):
+        scorer.score(*rows, batch_size=4)
+    assert not threads_ahead()
 
 
 # ---------------------------------------------------------------- as a reward function

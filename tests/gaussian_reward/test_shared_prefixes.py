@@ -1,11 +1,13 @@
 """What rows begin with is computed once, and every row keeps its score and its gradients."""
 
 import itertools
+import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from trl_spatial.gaussian_reward.shared_prefixes import SHARED_SDPA, share_prefixes
+from trl_spatial.gaussian_reward.shared_prefixes import SHARED_SDPA, Segment, batch_segments, share_prefixes
 
 
 @pytest.fixture
@@ -22,13 +24,10 @@ def test_following_the_parents_of_a_row_gives_the_row(processor, rows, padding_s
     ids, mask = batch["input_ids"], batch["attention_mask"]
     shared = share_prefixes(ids, mask, batch["image_index"].tolist(), processor.image_token_id)
     parts = ids.flatten()[shared.source].split([segment.length for segment in shared.segments])
-    written = []
-    for number, segment in enumerate(shared.segments):
-        written.append(torch.cat([parts[i] for i in (*segment.parents, number)]).tolist())
-        if segment.mask is not None:  # the first token sees its parents and itself, the last one everything
-            assert segment.mask[0, 0].sum(1).tolist() == list(
-                range(len(written[-1]) - segment.length + 1, len(written[-1]) + 1)
-            )
+    written = [
+        torch.cat([parts[i] for i in (*segment.parents, number)]).tolist()
+        for number, segment in enumerate(shared.segments)
+    ]
     for row in range(len(order)):
         tokens = ids[row][mask[row] == 1]
         assert tokens.tolist() in written
@@ -38,6 +37,51 @@ def test_following_the_parents_of_a_row_gives_the_row(processor, rows, padding_s
     assert image_tokens.sum() == (batch["image_grid_thw"].prod(-1) // processor.image_processor.merge_size**2).sum()
     assert parts[0].tolist() == ids[0][mask[0] == 1].tolist()[: image_tokens.nonzero()[0]]
     assert all(segment.parents[0] == 0 for segment in shared.segments[1:])
+
+
+@pytest.mark.parametrize("num_segments", [1, 2, 9, 40])
+def test_every_token_attends_to_its_parents_and_to_itself_in_few_calls(num_segments):
+    draw = random.Random(num_segments)
+    segments = [Segment(5, ())]
+    while len(segments) < num_segments:
+        parent = draw.choice([(0,), (0,), *[(0, n) for n, segment in enumerate(segments) if segment.parents == (0,)]])
+        segments.append(Segment(draw.randint(20, 24), parent))
+    starts = list(itertools.accumulate([0] + [segment.length for segment in segments]))
+    batches, output_places = batch_segments(segments)
+    queries = torch.cat([batch.queries.flatten() for batch in batches])
+    assert torch.equal(queries[output_places], torch.arange(starts[-1]))
+    seen = [
+        keys[row].tolist()
+        for batch in batches
+        for keys, mask in zip(batch.keys, batch.mask[:, 0], strict=True)
+        for row in mask
+    ]
+    for number, segment in enumerate(segments):
+        before = [place for parent in segment.parents for place in range(starts[parent], starts[parent + 1])]
+        for token in range(starts[number], starts[number + 1]):
+            assert seen[output_places[token]] == [*before, *range(starts[number], token + 1)]
+    assert len(batches) <= 3  # the common beginning, and two depths
+    assert sum(batch.mask.numel() for batch in batches) <= 1.5 * sum(
+        segment.length * (segment.length + sum(segments[parent].length for parent in segment.parents))
+        for segment in segments
+    )
+
+
+def test_attention_over_rows_takes_few_calls(make_reward_model, processor, family, prompts, images, monkeypatch):
+    model = make_reward_model(family)
+    batch = processor([*prompts[:1]] * 12, [image.copy() for image in images[:1] * 12])
+    calls, attend = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda query, *args, **kwargs: calls.append(query) or attend(query, *args, **kwargs),
+    )
+    num_layers = len(model.backbone.language_model.layers)
+    with torch.no_grad():
+        model.backbone.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
+        num_vision = len(calls)
+        model(**batch)
+    assert len(calls) - 2 * num_vision == 2 * num_layers  # the instruction, and all rows
 
 
 def gradients_of(model, batch):

@@ -21,6 +21,7 @@ from trl import RewardConfig
 from tests.hub_stub import HubStub
 from tests.warm import run_python
 from trl_spatial.gaussian_reward.config import GaussianRewardConfig
+from trl_spatial.gaussian_reward.data import DataCollatorForSpatialPreference
 from trl_spatial.gaussian_reward.modeling import GaussianRewardModel, spatial_score_lora_config
 from trl_spatial.gaussian_reward.processing import load_processor
 from trl_spatial.gaussian_reward.scoring import SpatialScore
@@ -61,7 +62,14 @@ def make_trainer(backbone_folder, processor):
     """
 
     def make(output_dir, *, model=None, train_dataset=None, peft_config="lora", **config):
-        own = {"eval_dataset", "compute_metrics", "callbacks", "processing_class", "quantization_config"}
+        own = {
+            "eval_dataset",
+            "data_collator",
+            "compute_metrics",
+            "callbacks",
+            "processing_class",
+            "quantization_config",
+        }
         arguments = {"processing_class": processor} | {name: config.pop(name) for name in own & config.keys()}
         config = {
             "per_device_train_batch_size": 2,
@@ -341,6 +349,23 @@ def test_a_batch_of_reverse_pairs_encodes_every_image_once(make_trainer, tmp_pat
     )
     trainer.train()
     assert sizes == [(8, 4)] * 6
+
+
+@pytest.mark.parametrize("peft_config", ["lora", None])
+def test_pixels_of_bfloat16_train_bit_for_bit_as_those_of_float32(make_trainer, tmp_path, processor, peft_config):
+    states, dtypes = [], []
+    for collator in (None, DataCollatorForSpatialPreference(processor)):
+        trainer = make_trainer(
+            tmp_path, bf16=True, use_cpu=True, max_steps=2, eval_dataset=make_dataset(2), peft_config=peft_config,
+            data_collator=collator,
+        )  # fmt: skip
+        trainer.model.register_forward_pre_hook(
+            lambda module, args, kwargs: dtypes.append(kwargs["pixel_values"].dtype), with_kwargs=True
+        )
+        trainer.train()
+        states.append({"evaluated": torch.tensor(trainer.evaluate()["eval_loss"])} | trainable(trainer.model))
+    assert_equal_trees(*states)
+    assert set(dtypes[: len(dtypes) // 2]) == {torch.bfloat16} and set(dtypes[len(dtypes) // 2 :]) == {torch.float32}
 
 
 def test_head_learning_rate_is_that_of_head_and_reward_token(make_trainer, tmp_path):

@@ -37,12 +37,13 @@ class Slow:
 
     def __init__(self, scorer):
         self.scorer, self.sizes, self.gate, self.entered = scorer, [], threading.Event(), threading.Event()
+        self.prepare = scorer.prepare
 
-    def score(self, prompts, images, **kwargs):
-        self.sizes.append(len(prompts))
+    def score_batches(self, batches, num_rows, **kwargs):
+        self.sizes.append(num_rows)
         self.entered.set()
         assert self.gate.wait(120)
-        return self.scorer.score(prompts, images, **kwargs)
+        return self.scorer.score_batches(batches, num_rows, **kwargs)
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ def measure(scorer: PairScorer, dataset: Dataset, folder: Path) -> tuple[dict[st
     _, pairs, records = read_run(folder)
     mirrored, _ = values_of(latest(records[scorer.name]), [pair["pair"] for pair in pairs], "flip")
     groups = {
-        grouping: {group.pop("name"): _as_interval(group) for group in row["groups"][grouping]}
+        grouping: {group["name"]: _as_interval(group) for group in row["groups"][grouping]}
         for grouping in ("level", "relation", "operation")
     }
     results = {

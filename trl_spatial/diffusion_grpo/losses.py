@@ -153,7 +153,7 @@ def gaussian_kl(mean: torch.Tensor, mean_ref: torch.Tensor, std: torch.Tensor) -
     elements.
 
     It is exact; Flow-GRPO's code leaves the step size out of \\( s^2 \\), so that its \\( \beta \\) is weaker than
-    it looks by that factor.
+    ours by that factor: 7.4 on average at 6 steps and 512² pixels of FLUX.1.
 
     Args:
         mean, mean_ref (`torch.Tensor` of shape `(batch_size, image_seq_len, num_channels)`):

@@ -29,7 +29,8 @@ class OnlineConfig(DiffusionConfig):
             multiple of `gradient_accumulation_steps`. If `None`, it defaults to `gradient_accumulation_steps`: one
             update per rollout.
         rollout_batch_size (`int`, *optional*):
-            Number of images that a device samples at once. If `None`, `per_device_train_batch_size`. In evaluation
+            Number of images that a device samples at once. If `None`, `per_device_train_batch_size`: with batches alike, a
+            rollout gives the old policy of later updates, which GRPO would else score again. In evaluation
             `per_device_eval_batch_size` is the most at once, and fewer where they would have more pixels together.
         num_inference_steps (`int`, *optional*, defaults to `6`):
             Number of denoising steps in training.

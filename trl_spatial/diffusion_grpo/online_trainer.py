@@ -1,4 +1,4 @@
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -30,6 +30,8 @@ logger = get_logger(__name__)
 
 # A grid of a rollout's images is saved every so many rollouts
 ROLLOUTS_PER_GRID = 10
+# The prompts of so many rollouts are encoded together: moving the text encoders to the device and back takes seconds
+ROLLOUTS_PER_ENCODING = 32
 
 
 class OnlineTrainer(DiffusionTrainer):
@@ -213,10 +215,21 @@ class OnlineTrainer(DiffusionTrainer):
 
     def _rollout_rows(self, rollout_index: int) -> list[dict[str, Any]]:
         """Rows of this process's prompts."""
+        return [self.train_dataset[index] for index in self._row_indices(rollout_index)]
+
+    def _row_indices(self, rollout_index: int) -> list[int]:
+        """Which rows of the dataset are this process's prompts in a rollout."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         indices = rollout_prompts(len(self.train_dataset), self.args.num_prompts, rollout_index, seed=seed)
         start = self.args.process_index * self.args.num_prompts_per_device
-        return [self.train_dataset[index] for index in indices[start : start + self.args.num_prompts_per_device]]
+        return indices[start : start + self.args.num_prompts_per_device]
+
+    def _next_prompts(self, rollout_index: int) -> Iterator[str]:
+        """Prompts of the rollouts that are still to come after this one, no more than are encoded together."""
+        num_rollouts = -(-self.state.max_steps // self.args.num_updates_per_rollout)
+        for index in range(rollout_index + 1, min(rollout_index + ROLLOUTS_PER_ENCODING, num_rollouts)):
+            for row in self._row_indices(index):
+                yield self.train_dataset[row]["prompt"]
 
     def _draw(
         self, rows: list[dict[str, Any]], numbers: torch.Tensor, rollout_index: int, *, is_scout: bool = False
@@ -241,7 +254,9 @@ class OnlineTrainer(DiffusionTrainer):
         with nullcontext() if overlapped is None else overlapped:
             with fail_together(self.accelerator, "Sampling images", is_collective=self.is_fsdp_enabled):
                 with self._timer.phase("encode"):
-                    embeds = self.prompt_cache.get(prompts)
+                    self.prompt_cache.expect(self._next_prompts(rollout_index))
+                    # a row for each image of the rollout: too much for the device, which gets them batch by batch
+                    embeds = self.prompt_cache.get(prompts, device=torch.device("cpu"))
                 with self._timer.phase("sample"), self._sampling_policy(), self.accelerator.autocast():
                     on_batch = None if overlapped is None else overlapped.add
                     if is_scout:  # from the first latents of the image, in few steps

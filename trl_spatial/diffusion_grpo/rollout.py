@@ -9,6 +9,7 @@ from PIL import Image
 from torch import nn
 
 from .policies import DiffusionPolicy, SamplingOptions
+from .policies.base import move_embeds
 from .sde import sde_step
 
 
@@ -61,7 +62,7 @@ def sample_rollout(
         transformer (`torch.nn.Module`):
             Its transformer, or what wraps it in training.
         embeds (`dict[str, torch.Tensor]`):
-            Embeddings of the prompts, a row per image.
+            Embeddings of the prompts, a row per image, on any device: those of a batch are moved to the transformer's.
         generators (`list[torch.Generator]` of length `n`):
             One per image: it draws the first latents, then the noise of each trained step.
         options ([`~policies.SamplingOptions`]):
@@ -97,8 +98,8 @@ def sample_rollout(
     batches = []
     for start in range(0, num_images, batch_size):
         rows = slice(start, start + batch_size)
-        batch_embeds = {name: tensor[rows] for name, tensor in embeds.items()}
         latents = policy.prepare_latents(generators[rows], options)  # (n, image_seq_len, num_channels)
+        batch_embeds = move_embeds({name: tensor[rows] for name, tensor in embeds.items()}, latents.device)
         device_sigmas = sigmas.to(latents.device)  # moved once, where every step would move its own
         before = latents.new_empty(len(latents), len(trained_steps), *latents.shape[1:])
         after, log_probs = torch.empty_like(before), before.new_empty(before.shape[:2])

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -106,6 +107,10 @@ class DiffusionGRPOTrainer(OnlineTrainer):
             num_groups_per_update=self._num_groups_per_update,
         )
 
+    @cached_property
+    def _device_sigmas(self) -> torch.Tensor:
+        return self._sigmas.to(self.args.device)
+
     def _trained_steps(self, rollout_index: int) -> tuple[int, ...]:
         """The stochastic denoising steps of a rollout."""
         args = self.args
@@ -144,17 +149,43 @@ class DiffusionGRPOTrainer(OnlineTrainer):
         kept = kept.to(rollout.latents.device)
         latents = rollout.latents[kept]  # (num_kept, K, image_seq_len, num_channels)
         has_old_policy = args.num_updates_per_rollout > 1
-        buffer = StepsBuffer(
+        old_log_probs = rollout.log_probs[kept]  # (num_kept, K)
+        if not self._samples_as_it_trains:
+            old_log_probs.fill_(torch.nan)
+        self._num_unlike_rollout = torch.zeros((), dtype=torch.long, device=latents.device)
+        return StepsBuffer(
             trained_steps=self._trained_steps(rollout_index),
             latents=latents,
             next_latents=rollout.next_latents[kept],
-            old_log_probs=latents.new_full(latents.shape[:2], torch.nan) if has_old_policy else None,
+            old_log_probs=old_log_probs if has_old_policy else None,
             old_means=torch.full_like(latents, torch.nan) if has_old_policy and args.needs_old_means else None,
             **common,
         )
-        if has_old_policy:
+
+    @property
+    def _samples_as_it_trains(self) -> bool:
+        """
+        Whether the log-probs of a rollout may be those of training, bit for bit: every batch of either has as many images,
+        all of one prompt, and the same kernels.
+        """
+        args = self.args
+        return (
+            args.sampling_batch_size == args.per_device_train_batch_size
+            and args.num_generations % args.sampling_batch_size == 0
+            and args.num_kept % args.sampling_batch_size == 0
+            and not args.torch_compile
+            and not args.needs_old_means  # a rollout does not keep them
+        )
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        buffer = self._buffer
+        assert isinstance(buffer, StepsBuffer)
+        is_last_on_policy = buffer.position == buffer.num_batches_on_policy < buffer.num_batches
+        # If training has found every log-prob of the rollout again so far, the others hold too.
+        if is_last_on_policy and self.accelerator.gather(self._num_unlike_rollout).sum() > 0:
             self._score_old_policy(buffer)
-        return buffer
+        return loss
 
     def _score_old_policy(self, buffer: StepsBuffer) -> None:
         """Scores, in the batches of training, what will be trained on when the policy has changed."""
@@ -179,6 +210,8 @@ class DiffusionGRPOTrainer(OnlineTrainer):
         if inputs.is_on_policy:
             # The policy is the old policy: the ratio is exactly 1
             old_log_probs, old_mean = scored.log_probs.detach(), scored.mean.detach()
+            if inputs.old_log_probs is not None:
+                self._num_unlike_rollout += (inputs.old_log_probs != old_log_probs).sum()
             inputs.store_old_policy(old_log_probs, old_mean)
         output = policy_objective(
             scored,
@@ -207,7 +240,9 @@ class DiffusionGRPOTrainer(OnlineTrainer):
     def _score(self, model: torch.nn.Module, inputs: TrainingStep) -> ScoredStep:
         sigma, sigma_next = self._sigmas[inputs.step], self._sigmas[inputs.step + 1]
         with self.accelerator.autocast():
-            velocity = self.policy.predict_velocity(model, inputs.latents, sigma, inputs.embeds, self._options)
+            velocity = self.policy.predict_velocity(
+                model, inputs.latents, self._device_sigmas[inputs.step], inputs.embeds, self._options
+            )
         output = sde_step(
             velocity,
             inputs.latents,

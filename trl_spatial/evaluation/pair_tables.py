@@ -204,13 +204,12 @@ def _groups(grouping: str, pairs: Sequence[Record], values: np.ndarray, clusters
 
 def _numbers(pairs: Sequence[Record], values: np.ndarray, clusters: np.ndarray) -> dict[str, dict[str, Any]]:
     """The numbers that scorers are compared by; those without pairs are left out."""
-    level_of = np.array([int(pair["groups"].get("level", 0)) for pair in pairs])
+    level_of = np.array([pair["groups"].get("level", "") for pair in pairs])
     numbers = {}
     for name, levels in NUMBERS.items():
-        members = np.ones(len(pairs), dtype=bool) if levels is None else np.isin(level_of, list(levels))
+        members = np.ones(len(pairs), dtype=bool) if levels is None else np.isin(level_of, [str(n) for n in levels])
         if members.any():
-            share = _share(values[members], clusters[members])
-            numbers[name] = share | {"num_pairs": int(members.sum())}
+            numbers[name] = _share(values[members], clusters[members]) | {"num_pairs": int(members.sum())}
     return numbers
 
 

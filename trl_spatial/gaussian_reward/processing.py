@@ -6,6 +6,7 @@ through the template: it is tokenized apart, as plain text, so that it cannot wr
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -84,6 +85,7 @@ class SpatialScoreProcessor(ProcessorMixin):
         tokenizer.add_special_tokens({"additional_special_tokens": [REWARD_TOKEN]}, replace_extra_special_tokens=False)
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.reward_token_id = tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
+        self._encoded_template: tuple[str, tuple[list[int], list[int], list[int]]] | None = None
         if chat_template is None:
             chat_template = build_chat_template(DEFAULT_INSTRUCTION)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -168,12 +170,19 @@ class SpatialScoreProcessor(ProcessorMixin):
         Returns:
             `list[int]`: The lengths that the rows have when encoded, which `max_length` limits.
         """
-        merge_length = self.image_processor.merge_size**2
-        num_image_tokens = [
-            self.image_processor.get_number_of_image_patches(height, width) // merge_length
-            for width, height in image_sizes
-        ]
+        num_image_tokens = [self._num_image_tokens(*size) for size in image_sizes]
         return [len(ids) for ids in self._encode_prompts(prompts, num_image_tokens)]
+
+    def max_num_tokens(self, prompt: str, image_size: tuple[int, int]) -> int:
+        """
+        Bounds [`~SpatialScoreProcessor.num_tokens`] of a row from above, without tokenizing it: no token of Qwen's tokenizers is
+        shorter than a byte, and their normalization makes no text more than three times as long.
+        """
+        template = sum(map(len, self._encode_template()))
+        return template + self._num_image_tokens(*image_size) + 3 * len(prompt.encode())
+
+    def _num_image_tokens(self, width: int, height: int) -> int:
+        return self.image_processor.get_number_of_image_patches(height, width) // self.image_processor.merge_size**2
 
     def _encode_images(self, images: list) -> dict[str, torch.Tensor]:
         decoded: dict[int, Image.Image] = {}
@@ -196,10 +205,12 @@ class SpatialScoreProcessor(ProcessorMixin):
             except ValueError as error:
                 raise ValueError(f"The prompt of row {row} {error}.") from error
         before_image, after_image, suffix = self._encode_template()
-        plain = [encoding.ids for encoding in self._plain_tokenizer().encode_batch(cleaned, add_special_tokens=False)]
+        different = list(dict.fromkeys(cleaned))  # of a pair both rows have the same prompt
+        encodings = self._plain_tokenizer().encode_batch(different, add_special_tokens=False)
+        ids_of = {prompt: encoding.ids for prompt, encoding in zip(different, encodings, strict=True)}
         return [
-            before_image + [self.image_token_id] * num_tokens + after_image + prompt_ids + suffix
-            for prompt_ids, num_tokens in zip(plain, num_image_tokens, strict=True)
+            before_image + [self.image_token_id] * num_tokens + after_image + ids_of[prompt] + suffix
+            for prompt, num_tokens in zip(cleaned, num_image_tokens, strict=True)
         ]
 
     def _plain_tokenizer(self) -> Tokenizer:
@@ -211,6 +222,8 @@ class SpatialScoreProcessor(ProcessorMixin):
 
     def _encode_template(self) -> tuple[list[int], list[int], list[int]]:
         """Token ids before the image, between image and prompt, and from the prompt to the reward token."""
+        if self._encoded_template is not None and self._encoded_template[0] == self.chat_template:
+            return self._encoded_template[1]
         messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _PROMPT_SLOT}]}]
         try:
             text = self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, tokenize=False)
@@ -223,9 +236,10 @@ class SpatialScoreProcessor(ProcessorMixin):
             )
         before_prompt, suffix = text.split(_PROMPT_SLOT)
         before_image, after_image = before_prompt.split(IMAGE_TOKEN)
-        return tuple(
-            self.tokenizer.encode(part, add_special_tokens=False) for part in (before_image, after_image, suffix)
-        )
+        encode = partial(self.tokenizer.encode, add_special_tokens=False)
+        parts = encode(before_image), encode(after_image), encode(suffix)
+        self._encoded_template = self.chat_template, parts
+        return parts
 
 
 def load_processor(

@@ -1,13 +1,17 @@
 """Scores images with a trained reward model: loading, batching, saving, merging."""
 
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import BitsAndBytesConfig
+from transformers import BatchFeature, BitsAndBytesConfig
 
 from ..hub.cards import Card
 from ..preferences.images import load_image, open_image
@@ -18,6 +22,12 @@ from .processing import SpatialScoreProcessor, load_processor
 
 # A list of this length takes long enough for a progress bar to be welcome.
 PROGRESS_FROM = 200
+# Tokens of a forward pass on a CPU: tensors of more than some megabytes are memory that the system hands out anew, page by
+# page, for every operation.
+MAX_CPU_TOKENS = 4096
+
+T = TypeVar("T")
+Batch = tuple[list[int], BatchFeature]  # the numbers of rows, and what the model reads
 
 
 class SpatialScores(NamedTuple):
@@ -164,9 +174,10 @@ class SpatialScore:
                 One caption per row.
             images (`list`):
                 One image per row: PIL images, local paths, bytes, or rows of an undecoded [`~datasets.Image`] column.
-                They are decoded batch by batch.
+                They are decoded batch by batch, the next one in a thread while the model runs.
             batch_size (`int`, *optional*, defaults to `8`):
-                Rows per forward pass. Rows of similar length share a batch, so there is little padding.
+                The most rows per forward pass. On a CPU it has fewer if they are long, which is faster there. Rows of
+                similar length share a batch.
             show_progress (`bool`, *optional*):
                 Whether to show a progress bar. If `None`, for 200 rows or more.
 
@@ -176,6 +187,14 @@ class SpatialScore:
 
         Raises:
             `ValueError`: If the lists differ in length or a row cannot be read; the message names the row.
+        """
+        with closing(ahead(self.prepare(prompts, images, batch_size=batch_size))) as batches:
+            return self.score_batches(batches, len(prompts), show_progress=show_progress)
+
+    def prepare(self, prompts: list[str], images: list[Any], *, batch_size: int = 8) -> Iterator[Batch]:
+        """
+        Yields what the model reads, batch by batch, and the numbers of the rows in each: what of scoring needs no model.
+        Arguments and errors are those of [`~SpatialScore.score`].
         """
         if isinstance(prompts, str) or len(prompts) != len(images):
             raise ValueError(
@@ -189,22 +208,30 @@ class SpatialScore:
                 )
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-        num_rows = len(prompts)
-        mean, log_std = torch.zeros(num_rows), torch.zeros(num_rows)
-        if num_rows == 0:
-            return SpatialScores(mean.numpy(), log_std.numpy())
         num_tokens = self.processor.num_tokens(prompts, [_image_size(row, image) for row, image in enumerate(images)])
         # Longest first: if memory is too small, it shows at once.
-        order = sorted(range(num_rows), key=lambda row: -num_tokens[row])
-        with tqdm(
-            total=num_rows,
-            desc="Scoring",
-            unit="image",
-            disable=num_rows < PROGRESS_FROM if show_progress is None else not show_progress,
-        ) as progress:
-            for start in range(0, num_rows, batch_size):
-                rows = order[start : start + batch_size]
-                output = self._forward([prompts[row] for row in rows], [_decode(row, images[row]) for row in rows])
+        order = sorted(range(len(prompts)), key=lambda row: -num_tokens[row])
+        while order:
+            size = batch_size
+            if self.model.device.type == "cpu":
+                size = min(size, max(1, MAX_CPU_TOKENS // num_tokens[order[0]]))
+            rows, order = order[:size], order[size:]
+            decoded: dict[int, Any] = {}  # an image that several rows share is decoded, and encoded, once
+            for row in rows:
+                if id(images[row]) not in decoded:
+                    decoded[id(images[row])] = _decode(row, images[row])
+            yield rows, self.processor([prompts[row] for row in rows], [decoded[id(images[row])] for row in rows])
+
+    def score_batches(
+        self, batches: Iterable[Batch], num_rows: int, *, show_progress: bool | None = None
+    ) -> SpatialScores:
+        """The scores of the batches of [`~SpatialScore.prepare`], which have `num_rows` rows together."""
+        mean, log_std = torch.zeros(num_rows), torch.zeros(num_rows)
+        is_quiet = num_rows < PROGRESS_FROM if show_progress is None else not show_progress
+        with tqdm(total=num_rows, desc="Scoring", unit="image", disable=is_quiet) as progress:
+            for rows, batch in batches:
+                with torch.inference_mode():
+                    output = self.model(**batch.to(self.model.device))
                 mean[rows], log_std[rows] = output.mean.cpu(), output.log_std.cpu()
                 for row in rows:
                     if not (mean[row].isfinite() and log_std[row].isfinite()):
@@ -213,11 +240,6 @@ class SpatialScore:
                         )
                 progress.update(len(rows))
         return SpatialScores(mean.numpy(), log_std.exp().numpy())
-
-    @torch.inference_mode()
-    def _forward(self, prompts: list[str], images: list[Any]) -> Any:
-        batch = self.processor(prompts, images).to(self.model.device)
-        return self.model(**batch)
 
     def __call__(self, prompts: list[str], images: list[Any], **columns: Any) -> list[float]:
         """
@@ -267,6 +289,34 @@ class SpatialScore:
             )
         self.model = self.model.merge_and_unload().eval()
         self.save_pretrained(folder)
+
+
+def ahead(items: Iterator[T]) -> Generator[T, None, None]:
+    """
+    Yields the items, each of which is made in a thread while the one before is in use: never more than one is waiting. To end
+    early, close it: the item that is being made is the last one.
+    """
+    end: Any = object()
+    coming = _in_thread(lambda: next(items, end))
+    try:
+        while (item := coming.result()) is not end:
+            coming = _in_thread(lambda: next(items, end))
+            yield item
+    finally:
+        wait([coming])
+
+
+def _in_thread(make: Callable[[], T]) -> "Future[T]":
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(make())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="ahead", daemon=True).start()  # a daemon: it may wait for a request
+    return future
 
 
 def _image_size(row: int, image: Any) -> tuple[int, int]:

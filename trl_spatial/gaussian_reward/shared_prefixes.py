@@ -9,9 +9,12 @@ import copy
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from .positions import image_text_positions
 
 
 SHARED_SDPA = "sdpa_with_shared_prefixes"
@@ -27,17 +30,28 @@ class Segment(NamedTuple):
             Number of its tokens.
         parents (`tuple[int, ...]`):
             The segments that its rows begin with, in their order.
-        mask (`torch.BoolTensor` of shape `(1, 1, length, num_keys)`, *optional*):
-            Which tokens its tokens attend to, of those of its parents and its own. If `None`, it has no parents.
     """
 
     length: int
     parents: tuple[int, ...]
-    mask: torch.Tensor | None
 
-    def to(self, device: torch.device) -> "Segment":
-        """The segment for attention on a device."""
-        return self if self.mask is None else self._replace(mask=self.mask.to(device))
+
+class SegmentBatch(NamedTuple):
+    """
+    Segments whose attention is computed in one call. Shorter ones are padded.
+
+    Args:
+        queries (`torch.LongTensor` of shape `(num_segments, length)`):
+            Where their tokens are in the sequence; padding repeats the last one.
+        keys (`torch.LongTensor` of shape `(num_segments, num_keys)`):
+            Where the tokens of their parents and their own are; padding is 0.
+        mask (`torch.BoolTensor` of shape `(num_segments, 1, length, num_keys)`):
+            Which of these keys each query attends to.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    mask: torch.Tensor
 
 
 class SharedRows(NamedTuple):
@@ -112,10 +126,11 @@ def _encode_shared(
     image_grid_thw: torch.Tensor,
     image_index: torch.Tensor,
 ) -> torch.Tensor:
-    position_ids, _ = backbone.get_rope_index(
-        input_ids, mm_token_type_ids, image_grid_thw=image_grid_thw[image_index], attention_mask=attention_mask
+    position_ids = image_text_positions(
+        attention_mask, mm_token_type_ids, image_grid_thw[image_index], backbone.visual.spatial_merge_size
     )  # (3, batch_size, sequence_length)
     rows = share_prefixes(input_ids, attention_mask, image_index.tolist(), backbone.config.image_token_id)
+    batches, output_places = batch_segments(rows.segments)
     device = pixel_values.device
     hidden_states = backbone(
         input_ids=input_ids.flatten()[rows.source].unsqueeze(0).to(device),
@@ -124,7 +139,10 @@ def _encode_shared(
         pixel_values=pixel_values,
         image_grid_thw=image_grid_thw.to(device),
         use_cache=False,
-        segments=[segment.to(device) for segment in rows.segments],
+        segments=(
+            [SegmentBatch(*(places.to(device) for places in batch)) for batch in batches],
+            output_places.to(device),
+        ),
     ).last_hidden_state  # (1, num_tokens, hidden_size)
     return hidden_states[0, rows.place[is_wanted].to(hidden_states.device)]
 
@@ -178,9 +196,7 @@ def share_prefixes(
         for row in members:
             place[row, columns[row][start:end]] = torch.arange(first, first + end - start)
         sources.append(members[0] * input_ids.shape[1] + columns[members[0]][start:end])
-        num_keys = sum(segments[parent].length for parent in parents) + end - start
-        mask = torch.ones(1, 1, end - start, num_keys, dtype=torch.bool).tril(start) if parents else None
-        segments.append(Segment(end - start, parents, mask))
+        segments.append(Segment(end - start, parents))
         return *parents, len(segments) - 1
 
     everyone = list(range(len(rows)))
@@ -203,6 +219,44 @@ def _common_length(rows: list[list[int]]) -> int:
     return next((i for i, (one, other) in enumerate(zip(low, high, strict=False)) if one != other), len(low))
 
 
+def batch_segments(segments: list[Segment]) -> tuple[list[SegmentBatch], torch.Tensor]:
+    """
+    Batches segments of similar length, so that attention needs few calls, however many rows there are.
+
+    Returns:
+        The batches, and a `torch.LongTensor` of shape `(num_tokens,)`: where each token of the sequence is among the queries
+        of all batches, one after another.
+    """
+    lengths = [segment.length for segment in segments]
+    places = torch.arange(sum(lengths)).split(lengths)
+    keys = [torch.cat([places[i] for i in (*segment.parents, n)]) for n, segment in enumerate(segments)]
+    output_places = torch.empty(sum(lengths), dtype=torch.long)
+    batches: list[SegmentBatch] = []
+    num_queries = 0
+    numbers = sorted(range(len(segments)), key=lambda n: (len(segments[n].parents), lengths[n]), reverse=True)
+    while numbers:
+        longest = numbers[0]
+        members = [n for n in numbers if _are_similar(lengths[n], lengths[longest], len(keys[n]), len(keys[longest]))]
+        numbers = [n for n in numbers if n not in members]
+        token = torch.arange(lengths[longest]).expand(len(members), -1)
+        token = token.minimum(torch.tensor([[lengths[n] - 1] for n in members]))  # (num_segments, length)
+        last_key = token + torch.tensor([[len(keys[n]) - lengths[n]] for n in members])
+        num_keys = max(len(keys[n]) for n in members)
+        mask = torch.arange(num_keys) <= last_key[..., None]
+        padded_keys = pad_sequence([keys[n] for n in members], batch_first=True)
+        queries = torch.stack([places[n][of_segment] for n, of_segment in zip(members, token, strict=True)])
+        batches.append(SegmentBatch(queries, padded_keys, mask[:, None]))
+        for n in members:
+            output_places[places[n]] = torch.arange(num_queries, num_queries + lengths[n])
+            num_queries += lengths[longest]
+    return batches, output_places
+
+
+def _are_similar(length: int, longest: int, num_keys: int, most_keys: int) -> bool:
+    """Whether a segment may be padded to another: at most a third of what is computed for it is in vain."""
+    return 0.8 * longest <= length <= longest and 0.8 * most_keys <= num_keys <= 1.25 * most_keys
+
+
 def shared_sdpa(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -210,31 +264,32 @@ def shared_sdpa(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    segments: list[Segment] | None = None,
+    segments: tuple[list[SegmentBatch], torch.Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """
-    Attention in transformers' interface, with one call for each segment.
+    Attention in transformers' interface, with one call for each batch of segments.
 
     Args:
         query, key, value (`torch.Tensor` of shape `(1, num_heads, sequence_length, head_dim)`):
             The whole sequence.
-        segments (`list[Segment]`, *optional*):
-            Its parts. If `None`, this is transformers' sdpa.
+        segments (`tuple[list[SegmentBatch], torch.Tensor]`, *optional*):
+            Its parts, from [`batch_segments`]. If `None`, this is transformers' sdpa.
 
     Returns:
         `torch.Tensor` of shape `(1, sequence_length, num_heads, head_dim)`, and no attention weights.
     """
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    lengths = [segment.length for segment in segments]
-    queries, keys, values = (states.split(lengths, dim=2) for states in (query, key, value))
+    batches, output_places = segments
     outputs = []
-    for number, (_, parents, mask) in enumerate(segments):
-        seen = (*parents, number)
-        states = [torch.cat([parts[i] for i in seen], dim=2) for parts in (keys, values)]
-        outputs.append(sdpa_attention_forward(module, queries[number], *states, mask, **kwargs)[0])
-    return torch.cat(outputs, dim=1), None
+    for batch in batches:
+        states = [
+            whole[0].transpose(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
+            for whole, places in ((query, batch.queries), (key, batch.keys), (value, batch.keys))
+        ]  # each (num_segments, num_heads, length or num_keys, head_dim)
+        outputs.append(sdpa_attention_forward(module, *states, batch.mask, **kwargs)[0].flatten(0, 1))
+    return torch.cat(outputs).index_select(0, output_places).unsqueeze(0), None
 
 
 AttentionInterface.register(SHARED_SDPA, shared_sdpa)

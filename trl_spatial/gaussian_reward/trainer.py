@@ -166,7 +166,8 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
         super().__init__(
             model=model,
             args=_copy_for_parent(args),
-            data_collator=data_collator or DataCollatorForSpatialPreference(processing_class),
+            data_collator=data_collator
+            or DataCollatorForSpatialPreference(processing_class, torch.bfloat16 if args.bf16 else torch.float32),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class.tokenizer,  # the parent asks it for its pad token

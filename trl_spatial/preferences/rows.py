@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Image, IterableDataset
 from PIL import Image as PILImage
 
@@ -49,19 +50,25 @@ def as_stored(dataset: Dataset | IterableDataset, dataset_name: str) -> Dataset 
     return dataset
 
 
-def iterate_stored(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    """Rows whose images are views of the dataset's memory, so that reading a header does not read the file."""
-    for table in dataset.with_format("arrow").iter(batch_size=100):
-        for index in range(table.num_rows):
-            yield {column: _view(table.column(column)[index]) for column in table.column_names}
+def rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """Rows whose images are views of the table's memory, so that reading a header does not read the file."""
+    columns = [_views(column) for column in table.columns]
+    for values in zip(*columns, strict=True):
+        yield dict(zip(table.column_names, values, strict=True))
 
 
-def _view(scalar: pa.Scalar) -> Any:
-    if isinstance(scalar, pa.StructScalar) and scalar.is_valid:
-        return {key: _view(scalar[key]) for key in scalar}
-    if pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type):
-        return scalar.as_buffer()
-    return scalar.as_py()
+def _views(column: pa.ChunkedArray) -> list[Any]:
+    if pa.types.is_struct(column.type):
+        names = [field.name for field in column.type]
+        fields = [_views(pc.struct_field(column, name)) for name in names]
+        mappings = (dict(zip(names, values, strict=True)) for values in zip(*fields, strict=True))
+        return [
+            mapping if is_valid else None
+            for mapping, is_valid in zip(mappings, column.is_valid().to_pylist(), strict=True)
+        ]
+    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+        return [scalar.as_buffer() for scalar in column]
+    return column.to_pylist()
 
 
 def look_at_image(value: Any, *, decode: bool) -> ImageFacts | ValueError:

@@ -4,10 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from transformers.hf_argparser import HfArg
-
 from .datasets import load_prompts
-from .parser import ATTENTION_FUNCTIONS, ATTENTION_HELP, quick_imports
+from .parser import ATTENTION_FUNCTIONS, ATTENTION_HELP, argument, quick_imports
 
 
 if TYPE_CHECKING:
@@ -23,25 +21,25 @@ if TYPE_CHECKING:
 class EvaluationArguments:
     """Options that say what is evaluated, by what, and where datasets are; the `help` of each describes it."""
 
-    eval_rewards: list[str] | None = HfArg(
+    eval_rewards: list[str] | None = argument(
         default=None, help="Further reward functions that score the images of evaluation and are not trained on."
     )
-    reward_device: str | None = HfArg(
+    reward_device: str | None = argument(
         default=None,
         help="Where SpatialScore checkpoints run, e.g. cuda:1 or cpu. By default the device of the training. In a process "
         "of its own, a reward is a server: `trl_spatial serve`.",
     )
-    reward_attn_implementation: str | None = HfArg(
+    reward_attn_implementation: str | None = argument(
         default=None,
         help=f"For SpatialScore checkpoints. {ATTENTION_HELP}",
         metadata={"choices": ATTENTION_FUNCTIONS},
     )
-    eval_dataset: str | None = HfArg(
+    eval_dataset: str | None = argument(
         default=None, help="Prompts to evaluate on, in the same forms. By default the test split of --dataset."
     )
-    dataset_config: str | None = HfArg(default=None, help="Configuration of a dataset on the Hub.")
-    dataset_train_split: str = HfArg(default="train", help="Split to train on.")
-    dataset_test_split: str = HfArg(default="test", help="Split to evaluate on, if `eval_strategy` asks for it.")
+    dataset_config: str | None = argument(default=None, help="Configuration of a dataset on the Hub.")
+    dataset_train_split: str = argument(default="train", help="Split to train on.")
+    dataset_test_split: str = argument(default="test", help="Split to evaluate on, if `eval_strategy` asks for it.")
 
     def load_rewards(self, names: list[str], training_args: "DiffusionConfig") -> "list[RewardFunction]":
         """The reward functions of these names, where and how the options say."""
@@ -58,42 +56,42 @@ class EvaluationArguments:
 class DiffusionModelArguments:
     """Options that say which model is trained and how, named as in [`~trl.ModelConfig`]; the `help` of each describes it."""
 
-    model_name_or_path: str = HfArg(
+    model_name_or_path: str = argument(
         default="black-forest-labs/FLUX.1-dev",
         help="Text-to-image pipeline, FLUX.1, Qwen-Image, Stable Diffusion 3 or 3.5, or Z-Image: a folder, ORG/NAME or "
         "ORG/NAME@REVISION on the Hub, or hub/NAME.",
     )
-    model_revision: str = HfArg(default="main", help="Branch, tag or commit of the pipeline on the Hub.")
-    dtype: str | None = HfArg(
+    model_revision: str = argument(default="main", help="Branch, tag or commit of the pipeline on the Hub.")
+    dtype: str | None = argument(
         default=None,
         help="Type of the frozen weights. By default bfloat16 if `bf16` is on, else float32. What is trained is float32.",
         metadata={"choices": ["bfloat16", "float32"]},
     )
-    lora_r: int = HfArg(default=32, help="LoRA rank.")
-    lora_alpha: int = HfArg(default=64, help="LoRA alpha.")
-    load_in_4bit: bool = HfArg(
+    lora_r: int = argument(default=32, help="LoRA rank.")
+    lora_alpha: int = argument(default=64, help="LoRA alpha.")
+    load_in_4bit: bool = argument(
         default=False,
         help="Whether to quantize the frozen transformer to NF4 (QLoRA); needs LoRA, a GPU and the `quant` extra.",
     )
-    load_in_8bit: bool = HfArg(
+    load_in_8bit: bool = argument(
         default=False, help="Whether to quantize the frozen transformer to 8 bits; needs what `load_in_4bit` needs."
     )
-    load_text_encoders_in_4bit: bool = HfArg(
+    load_text_encoders_in_4bit: bool = argument(
         default=False,
         help="Whether to quantize the text encoders but CLIP's to NF4, where encoding prompts is what needs most memory. "
         "Prompts are then read a little differently: evaluate and use the trained model so, too. Needs the `quant` extra.",
     )
-    attention_backend: str | None = HfArg(
+    attention_backend: str | None = argument(
         default=None,
         help="Attention kernel of the transformer, one of diffusers' `AttentionBackendName` such as _native_cudnn or flash. "
         "By default PyTorch chooses.",
     )
-    offload_vae: bool = HfArg(
+    offload_vae: bool = argument(
         default=False,
         help="Whether the VAE is on the accelerator only while it decodes, as the text encoders are while they encode.",
     )
-    vae_slicing: bool = HfArg(default=False, help="Whether the VAE decodes one image at a time.")
-    vae_tiling: bool = HfArg(
+    vae_slicing: bool = argument(default=False, help="Whether the VAE decodes one image at a time.")
+    vae_tiling: bool = argument(
         default=False, help="Whether the VAE decodes an image in tiles. Where they meet, pixels differ a little."
     )
 

@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from transformers.hf_argparser import HfArg
-
 from ..cli import run_command
 from .datasets import hub_dataset_name, load_dataset_dict, pick_split
 from .diffusion import DiffusionModelArguments, EvaluationArguments, load_eval_prompts, train
-from .parser import SpatialParser, quick_imports
+from .parser import SpatialParser, argument, quick_imports
+from .training_parser import training_parser
 
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ EXAMPLES = """\
 class DPOScriptArguments(EvaluationArguments):
     """Options that say what is trained on and evaluated; the `help` of each describes it."""
 
-    dataset: str = HfArg(
+    dataset: str = argument(
         help="Preference pairs with the columns prompt, chosen, rejected: a folder written by `datasets` or by "
         "`trl_spatial data make`; a Parquet, JSON Lines or CSV file or a folder of them; ORG/NAME or ORG/NAME@REVISION on the "
         "Hub, or hub/NAME for your own. If it has the columns chosen_recipe and rejected_recipe, as `trl_spatial data build` "
@@ -46,12 +45,11 @@ class DPOScriptArguments(EvaluationArguments):
     )
 
 
-def make_parser(prog: str = "trl_spatial dpo") -> SpatialParser:
-    with quick_imports():
-        from ..diffusion_grpo.dpo.config import DiffusionDPOConfig
-
-    return SpatialParser(
-        (DPOScriptArguments, DiffusionModelArguments, DiffusionDPOConfig),
+def make_parser(prog: str = "trl_spatial dpo", *, is_brief: bool = False) -> SpatialParser:
+    return training_parser(
+        (DPOScriptArguments, DiffusionModelArguments),
+        "diffusion_grpo.dpo.config:DiffusionDPOConfig",
+        is_brief=is_brief,
         prog=prog,
         usage=f"{prog} --dataset PAIRS [--config FILE] [OPTIONS] [OPTIONS OF accelerate launch]",
         description="Fine-tune a text-to-image model, FLUX.1, Qwen-Image, Stable Diffusion 3 or Z-Image, on preference pairs by "

@@ -56,9 +56,9 @@ def add_pairs(commands: argparse._SubParsersAction) -> None:
         nargs="+",
         required=True,
         metavar="NAME[:MODEL]",
-        help="Scorers: rules, pixels, spatialscore:MODEL, clipscore, pickscore, image-reward, hpsv2:FOLDER, hpsv3:MODEL, geneval:MODEL, "
-        "vqascore:MODEL, unified-reward:MODEL, judge-pairwise:MODEL, judge-pointwise:MODEL, or a function module:function. Of the "
-        "last four, MODEL may be http://HOST:PORT/v1#MODEL.",
+        help="Scorers: rules, pixels, spatialscore:MODEL, clipscore, pickscore, image-reward, hpsv2:FOLDER, hpsv3:MODEL, "
+        "hpsv3++:FOLDER, geneval:MODEL, vqascore:MODEL, unified-reward:MODEL, judge-pairwise:MODEL, judge-pointwise:MODEL, or a "
+        "function module:function. Of vqascore, unified-reward and the judges, MODEL may be http://HOST:PORT/v1#MODEL.",
     )
     parser.add_argument("--output_dir", required=True, help="Folder of the run: a new one, or one to continue.")
     parser.add_argument("--limit", type=int, help="Number of pairs, the first ones; by default all.")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from ..cli import run_command
 from .online import OnlineModelArguments, OnlineScriptArguments, build_online_trainer, estimate_or_train
 from .parser import SpatialParser, quick_imports
+from .training_parser import training_parser
 
 
 if TYPE_CHECKING:
@@ -47,12 +48,11 @@ EXAMPLES = """\
 """
 
 
-def make_parser(prog: str = "trl_spatial grpo") -> SpatialParser:
-    with quick_imports():
-        from ..diffusion_grpo.config import DiffusionGRPOConfig
-
-    return SpatialParser(
-        (OnlineScriptArguments, OnlineModelArguments, DiffusionGRPOConfig),
+def make_parser(prog: str = "trl_spatial grpo", *, is_brief: bool = False) -> SpatialParser:
+    return training_parser(
+        (OnlineScriptArguments, OnlineModelArguments),
+        "diffusion_grpo.config:DiffusionGRPOConfig",
+        is_brief=is_brief,
         prog=prog,
         usage=f"{prog} --dataset PROMPTS --rewards REWARD [REWARD ...] [--config FILE] [OPTIONS] "
         "[OPTIONS OF accelerate launch]",

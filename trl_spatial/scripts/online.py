@@ -4,11 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from transformers.hf_argparser import HfArg
-
 from .datasets import hub_dataset_name, load_prompts
 from .diffusion import DiffusionModelArguments, EvaluationArguments, load_eval_prompts, train
-from .parser import quick_imports
+from .parser import argument, quick_imports
 
 
 if TYPE_CHECKING:
@@ -20,19 +18,19 @@ if TYPE_CHECKING:
 class OnlineScriptArguments(EvaluationArguments):
     """Options that say what is trained on and evaluated; the `help` of each describes it."""
 
-    dataset: str = HfArg(
+    dataset: str = argument(
         help="Prompts: a .txt file with one per line; scenes:N, captions of N scenes of the small world, with the column "
         "scene for the reward `rules`; or a dataset with the column prompt, whose other columns the rewards get: a folder "
         "written by `datasets`, a Parquet, JSON Lines or CSV file or a folder of them, ORG/NAME or ORG/NAME@REVISION on the "
         "Hub, or hub/NAME for your own."
     )
-    rewards: list[str] = HfArg(
+    rewards: list[str] = argument(
         help="Reward functions: SpatialScore checkpoints (folders or Hub ids), `rules`, `geneval:DETECTOR` or "
         "`geneval:DETECTOR,CLASSIFIER` (GenEval's rules over an object detector, and a CLIP for colors; "
         "`geneval-strict:` for its verdict instead of shares), `module:function`, or http://HOST:PORT of `trl_spatial serve`, "
         "a reward in a process of its own. --reward_weights are their weights."
     )
-    estimate: bool = HfArg(
+    estimate: bool = argument(
         default=False,
         help="Print how much memory of a GPU the run would need, in bf16, int8 and NF4, with and without "
         "checkpointing and offloading, and end. No weights are loaded.",
@@ -43,7 +41,7 @@ class OnlineScriptArguments(EvaluationArguments):
 class OnlineModelArguments(DiffusionModelArguments):
     """[`DiffusionModelArguments`], and whether LoRA is trained or all weights."""
 
-    use_peft: bool = HfArg(
+    use_peft: bool = argument(
         default=True, help="Whether to train LoRA on the attention (--no_use_peft: all weights; needs --beta 0)."
     )
 

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, field
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
@@ -36,6 +37,14 @@ def quick_imports() -> Iterator[None]:
             gc.freeze()
         if was_enabled:
             gc.enable()
+
+
+def argument(*, help: str, default: Any = MISSING, metadata: dict[str, Any] | None = None) -> Any:
+    """
+    A field of a dataclass of options, as transformers' `HfArg` makes it. To import that one takes longer than to print a help
+    text.
+    """
+    return field(default=default, metadata={"help": help, **(metadata or {})})
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from transformers.hf_argparser import HfArg
-
 from ..cli import run_command
 from .datasets import hub_dataset_name, load_dataset_dict, pick_split
-from .parser import SpatialParser, quick_imports
+from .parser import SpatialParser, argument, quick_imports
+from .training_parser import training_parser
 
 
 if TYPE_CHECKING:
@@ -38,15 +37,15 @@ EXAMPLES = """\
 class RewardScriptArguments:
     """Options that say what is trained on; the `help` of each describes it."""
 
-    dataset: str = HfArg(
+    dataset: str = argument(
         help="Preference pairs with the columns prompt, chosen, rejected: a folder written by `datasets` or by "
         "`trl_spatial data make`; a Parquet, JSON Lines or CSV file or a folder of them; ORG/NAME or ORG/NAME@REVISION on the "
         "Hub, or hub/NAME for your own."
     )
-    dataset_config: str | None = HfArg(default=None, help="Configuration of a dataset on the Hub.")
-    dataset_train_split: str = HfArg(default="train", help="Split to train on.")
-    dataset_test_split: str = HfArg(default="test", help="Split to evaluate on, if `eval_strategy` asks for it.")
-    dataset_streaming: bool = HfArg(
+    dataset_config: str | None = argument(default=None, help="Configuration of a dataset on the Hub.")
+    dataset_train_split: str = argument(default="train", help="Split to train on.")
+    dataset_test_split: str = argument(default="test", help="Split to evaluate on, if `eval_strategy` asks for it.")
+    dataset_streaming: bool = argument(
         default=False, help="Whether to read the dataset while training instead of downloading it first."
     )
 
@@ -55,29 +54,29 @@ class RewardScriptArguments:
 class RewardModelArguments:
     """Options that say which model is trained and how, named as in [`~trl.ModelConfig`]; the `help` of each describes it."""
 
-    model_name_or_path: str = HfArg(
+    model_name_or_path: str = argument(
         default="Qwen/Qwen2.5-VL-7B-Instruct",
         help="Image-text backbone: a folder, ORG/NAME or ORG/NAME@REVISION on the Hub, or hub/NAME.",
     )
-    model_revision: str = HfArg(default="main", help="Branch, tag or commit of the backbone on the Hub.")
-    dtype: str | None = HfArg(
+    model_revision: str = argument(default="main", help="Branch, tag or commit of the backbone on the Hub.")
+    dtype: str | None = argument(
         default=None,
         help="Type of the backbone's weights. By default the checkpoint's with LoRA, and float32 in full training, whose "
         "small steps are lost in bfloat16 weights.",
         metadata={"choices": ["auto", "bfloat16", "float16", "float32"]},
     )
-    attn_implementation: str | None = HfArg(
+    attn_implementation: str | None = argument(
         default=None, help="Attention function of the backbone, e.g. flash_attention_2."
     )
-    use_peft: bool = HfArg(
+    use_peft: bool = argument(
         default=True,
         help="Whether to train LoRA (--no_use_peft: full training of the language model). The head and the reward token are "
         "trained in either case.",
     )
-    lora_r: int = HfArg(default=64, help="LoRA rank.")
-    lora_alpha: int = HfArg(default=128, help="LoRA alpha.")
-    lora_dropout: float = HfArg(default=0.05, help="LoRA dropout.")
-    load_in_4bit: bool = HfArg(
+    lora_r: int = argument(default=64, help="LoRA rank.")
+    lora_alpha: int = argument(default=128, help="LoRA alpha.")
+    lora_dropout: float = argument(default=0.05, help="LoRA dropout.")
+    load_in_4bit: bool = argument(
         default=False, help="Whether to quantize the language model to NF4 (QLoRA). Needs the `quant` extra."
     )
 
@@ -89,12 +88,11 @@ class RewardModelArguments:
             )
 
 
-def make_parser(prog: str = "trl_spatial reward") -> SpatialParser:
-    with quick_imports():
-        from ..gaussian_reward.config import GaussianRewardConfig
-
-    return SpatialParser(
-        (RewardScriptArguments, RewardModelArguments, GaussianRewardConfig),
+def make_parser(prog: str = "trl_spatial reward", *, is_brief: bool = False) -> SpatialParser:
+    return training_parser(
+        (RewardScriptArguments, RewardModelArguments),
+        "gaussian_reward.config:GaussianRewardConfig",
+        is_brief=is_brief,
         prog=prog,
         usage=f"{prog} --dataset DATASET [--config FILE] [OPTIONS] [OPTIONS OF accelerate launch]",
         description="Train a spatial reward model on preference pairs (prompt, chosen image, rejected image).",

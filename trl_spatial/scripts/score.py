@@ -1,15 +1,18 @@
 """`trl_spatial score`: score images for prompts."""
 
 import argparse
+import itertools
 import json
 import math
+import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from ..cli import run_command
-from ..store import write_atomically
 from .datasets import load_dataset_dict, pick_split
 from .parser import SpatialParser, quick_imports
 
@@ -101,62 +104,127 @@ def main(args: argparse.Namespace) -> None:
         attn_implementation=args.attn_implementation,
     )
     model = f"{args.model}@{scorer.fingerprint}"
-    records: list[dict[str, Any]] = []
-    is_continued = args.input is not None and args.output is not None
-    if is_continued:
-        records = read_scored(args, rows, model)
-    done = {record["row"] for record in records}
-    numbers = [number for number in range(len(rows)) if number not in done]
-    chunk_size = max(64, args.batch_size)
-    for start in range(0, len(numbers), chunk_size):
-        chunk = [rows[number] for number in numbers[start : start + chunk_size]]
-        new = [record | {"model": model} for record in score_records(scorer, chunk, batch_size=args.batch_size)]
-        if is_continued:
-            with open(args.output, "a", encoding="utf-8") as file:
-                file.write("".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in new))
-        records += new
-    bad = [record for record in records if "error" in record]
     if args.prompt is not None:
-        records.sort(key=lambda record: -record.get("mean", -math.inf))
-        records = [{"rank": rank, **record} for rank, record in enumerate(records, start=1)]
-        if args.output is not None:
-            lines = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
-            Path(args.output).write_text(lines, encoding="utf-8")
+        rank_images(args, scorer, rows, model)
     else:
-        records.sort(key=lambda record: record["row"])
+        score_input(args, scorer, rows, model)
+
+
+def rank_images(args: argparse.Namespace, scorer: "SpatialScore", rows: Sequence[Row], model: str) -> None:
+    """Scores the images of --prompt and shows the best first."""
+    records: list[dict[str, Any]] = []
+    for start in range(0, len(rows), max(64, args.batch_size)):
+        chunk = rows[start : start + max(64, args.batch_size)]
+        records += score_records(scorer, chunk, model, batch_size=args.batch_size)
+    records.sort(key=lambda record: -record.get("mean", -math.inf))
+    records = [{"rank": rank, **record} for rank, record in enumerate(records, start=1)]
     if args.output is not None:
-        print(f"{len(records) - len(bad)} scores saved to {args.output}", file=sys.stderr)
+        Path(args.output).write_text("".join(map(to_line, records)), encoding="utf-8")
+    show_scores(args, records)
+
+
+def score_input(args: argparse.Namespace, scorer: "SpatialScore", rows: Sequence[Row], model: str) -> None:
+    """Scores the rows of --input, those that --output lacks, and shows all of them. Only one part of them is in memory."""
+    if args.output is not None:
+        keep_scored(args, rows, model)
+    with tempfile.TemporaryFile() if args.output is None else open(args.output, "r+b") as file:
+        scores = ScoreFile(file, len(rows))
+        missing = (number for number, place in enumerate(scores.places) if place < 0)
+        while chunk := [rows[number] for number in itertools.islice(missing, max(64, args.batch_size))]:
+            scores.append(score_records(scorer, chunk, model, batch_size=args.batch_size))
+        show_scores(args, scores)
+
+
+def show_scores(args: argparse.Namespace, records: Iterable[dict[str, Any]]) -> None:
+    """Prints records, which are read several times."""
+    num_rows, num_bad = 0, 0
+    shown: list[str] = []
+    for record in records:
+        num_rows += 1
+        if "error" in record:
+            num_bad += 1
+            if len(shown) < 5:
+                shown.append(f"row {record['row']}: {record['error']}")
+    if args.output is not None:
+        print(f"{num_rows - num_bad} scores saved to {args.output}", file=sys.stderr)
     if args.json:
-        print("\n".join(json.dumps(record, ensure_ascii=False) for record in records))
+        for record in records:
+            print(to_line(record), end="")
     else:
-        print_table([record for record in records if "error" not in record])
-    if bad:
-        shown = "; ".join(f"row {record['row']}: {record['error']}" for record in bad[:5])
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise ValueError(f"{len(bad)} of {len(records)} rows have no score: {shown}{more}")
+        print_table(records)
+    if num_bad:
+        more = f" and {num_bad - 5} more" if num_bad > 5 else ""
+        raise ValueError(f"{num_bad} of {num_rows} rows have no score: {'; '.join(shown)}{more}")
 
 
-def read_scored(args: argparse.Namespace, rows: Sequence[Row], model: str) -> list[dict[str, Any]]:
-    """Scores that an interrupted run has left in --output, without its bad rows and a line that was cut off."""
-    output, records = Path(args.output), []
-    for line in output.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n"):
-            break
-        try:
-            record = json.loads(line)
-            number, prompt, _, name = rows[record["row"]]
-            is_same = (record["row"], record["prompt"], record["image"]) == (number, prompt, name)
-            earlier = record["model"]
-        except (ValueError, KeyError, TypeError, IndexError):
-            is_same = False
-        if not is_same:
-            raise ValueError(f"{output} holds other rows than {args.input}. Delete it, or name another file.")
-        if earlier != model:
-            raise ValueError(f"{output} holds scores of {earlier}, not of {model}. Delete it, or name another file.")
-        if "error" not in record:
-            records.append(record)
-    write_atomically(output, "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records))
-    return records
+class ScoreFile:
+    """
+    JSON lines of rows' scores, in a file that is open for reading and writing. They are read in the order of the rows, and written
+    in any; in memory are only the places of the lines.
+    """
+
+    def __init__(self, file: IO[bytes], num_rows: int):
+        self.file = file
+        self.places = array("q", [-1]) * num_rows
+        place = 0
+        for line in file:
+            self.places[json.loads(line)["row"]] = place
+            place += len(line)
+
+    def append(self, records: list[dict[str, Any]]) -> None:
+        place = self.file.seek(0, os.SEEK_END)
+        lines = [to_line(record).encode() for record in records]
+        for record, line in zip(records, lines, strict=True):
+            self.places[record["row"]] = place
+            place += len(line)
+        self.file.write(b"".join(lines))
+        self.file.flush()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for place in self.places:
+            self.file.seek(place)
+            yield json.loads(self.file.readline())
+
+
+def to_line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def keep_scored(args: argparse.Namespace, rows: Sequence[Row], model: str) -> None:
+    """Leaves in --output what an interrupted run has scored: no bad rows, no line that was cut off."""
+    output = Path(args.output)
+    partial = output.with_name(
+        f".{output.name}.{os.getpid()}.partial"
+    )  # the old file stays until the new one is whole
+    try:
+        with (
+            output.open(encoding="utf-8", newline="\n") as old,
+            partial.open("w", encoding="utf-8", newline="\n") as new,
+        ):
+            for line in old:
+                if not line.endswith("\n"):
+                    break
+                if "error" not in check_line(line, args, rows, model):
+                    new.write(line)
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_line(line: str, args: argparse.Namespace, rows: Sequence[Row], model: str) -> dict[str, Any]:
+    """The record in a line of --output, which must be of the same input and model."""
+    try:
+        record = json.loads(line)
+        number, prompt, _, name = rows[record["row"]]
+        is_same = (record["row"], record["prompt"], record["image"]) == (number, prompt, name)
+        earlier = record["model"]
+    except (ValueError, KeyError, TypeError, IndexError):
+        is_same = False
+    if not is_same:
+        raise ValueError(f"{args.output} holds other rows than {args.input}. Delete it, or name another file.")
+    if earlier != model:
+        raise ValueError(f"{args.output} holds scores of {earlier}, not of {model}. Delete it, or name another file.")
+    return record
 
 
 class InputRows(Sequence):
@@ -197,7 +265,7 @@ class InputRows(Sequence):
         return number, prompt, image if "://" in image else str(self.folder / image), image
 
 
-def score_records(scorer: "SpatialScore", rows: Sequence[Row], *, batch_size: int) -> list[dict[str, Any]]:
+def score_records(scorer: "SpatialScore", rows: Sequence[Row], model: str, *, batch_size: int) -> list[dict[str, Any]]:
     """A record of each row: mean and std of the score, or the error of a bad row."""
     numbers, prompts, images, names = (list(column) for column in zip(*rows, strict=True))
     known = [
@@ -208,40 +276,46 @@ def score_records(scorer: "SpatialScore", rows: Sequence[Row], *, batch_size: in
         scores = scorer.score(prompts, images, batch_size=batch_size)
     except ValueError as error:
         if len(rows) == 1:
-            return [{**known[0], "error": str(error).replace("images[0]", str(names[0]), 1)}]
+            return [{**known[0], "error": str(error).replace("images[0]", str(names[0]), 1), "model": model}]
         half = len(rows) // 2
         return [
             record
             for part in (rows[:half], rows[half:])
-            for record in score_records(scorer, part, batch_size=batch_size)
+            for record in score_records(scorer, part, model, batch_size=batch_size)
         ]
     return [
-        {**record, "mean": float(mean), "std": float(std)}
+        {**record, "mean": float(mean), "std": float(std), "model": model}
         for record, mean, std in zip(known, scores.mean, scores.std, strict=True)
     ]
 
 
-def print_table(records: list[dict[str, Any]]) -> None:
-    # one prompt for all rows is in the command line already
-    columns = (
-        [
-            name
-            for name in records[0]
-            if name not in ("row", "model") and (name != "prompt" or "rank" not in records[0])
-        ]
-        if records
-        else []
-    )
-    cells = [[f"{record[name]:.3f}" if isinstance(record[name], float) else str(record[name]) for name in columns]
-             for record in records]  # fmt: skip
-    cells = [[cell if len(cell) <= 60 else f"{cell[:57]}..." for cell in row] for row in cells]
-    widths = [max(len(row[i]) for row in [columns, *cells]) for i in range(len(columns))]
-    for row in [columns, *cells]:
+def print_table(records: Iterable[dict[str, Any]]) -> None:
+    """Prints the records that have a score: once they are read for the widths of the columns, once to be printed."""
+    columns: list[str] = []
+    widths: list[int] = []
+    for record in records:
+        if "error" in record:
+            continue
+        if not columns:  # one prompt for all rows is in the command line already
+            hidden = {"row", "model"} | ({"prompt"} if "rank" in record else set())
+            columns = [name for name in record if name not in hidden]
+            widths = [len(name) for name in columns]
+        widths = [max(width, len(cell)) for width, cell in zip(widths, cells_of(record, columns), strict=True)]
+    if not columns:
+        print()
+        return
+    scored = (cells_of(record, columns) for record in records if "error" not in record)
+    for row in itertools.chain([columns], scored):
         padded = [
             cell.rjust(width) if name in ("rank", "mean", "std") else cell.ljust(width)
             for name, cell, width in zip(columns, row, widths, strict=True)
         ]
         print("  ".join(padded).rstrip())
+
+
+def cells_of(record: dict[str, Any], columns: list[str]) -> list[str]:
+    cells = [f"{record[name]:.3f}" if isinstance(record[name], float) else str(record[name]) for name in columns]
+    return [cell if len(cell) <= 60 else f"{cell[:57]}..." for cell in cells]
 
 
 if __name__ == "__main__":

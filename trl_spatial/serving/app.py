@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from .. import __version__
-from ..gaussian_reward.scoring import SpatialScore
+from ..gaussian_reward.scoring import Batch, SpatialScore
 from .batching import Batcher, QueueFullError
 from .intake import Intake, Refusal
 from .limits import Limits
@@ -165,7 +165,7 @@ def create_app(
 
     Args:
         scorer ([`SpatialScore`]):
-            Scores the images, in one thread.
+            Scores the images, in one thread; another prepares the next batch.
         model_name (`str`):
             What the model is called, for everybody to read: no local path.
         token (`str`, *optional*):
@@ -185,11 +185,15 @@ def create_app(
             "`max_queue` or lower `max_images`."
         )
 
-    def score(prompts: list[str], images: list[Any]) -> Sequence[tuple[float, float]]:
-        scores = scorer.score(prompts, images, batch_size=max_batch_size, show_progress=False)
+    def prepare(prompts: list[str], images: list[Any]) -> list[Batch]:
+        return list(scorer.prepare(prompts, images, batch_size=max_batch_size))
+
+    def score(batches: list[Batch]) -> Sequence[tuple[float, float]]:
+        num_rows = sum(len(rows) for rows, _ in batches)
+        scores = scorer.score_batches(batches, num_rows, show_progress=False)
         return list(zip(scores.mean.tolist(), scores.std.tolist(), strict=True))
 
-    batcher = Batcher(score, max_batch_size=max_batch_size, max_queue=max_queue)
+    batcher = Batcher(prepare, score, max_batch_size=max_batch_size, max_queue=max_queue)
     endpoint = Endpoint(batcher, model_name=model_name, token=token, limits=limits)
 
     @asynccontextmanager

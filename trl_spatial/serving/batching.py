@@ -3,10 +3,16 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
+
+from ..gaussian_reward.scoring import ahead
+
+
+Scores = Sequence[tuple[float, float]]
+Row = tuple[str, Any, "Future[tuple[float, float]]"]  # prompt, image and their score
 
 
 class QueueFullError(RuntimeError):
@@ -16,8 +22,8 @@ class QueueFullError(RuntimeError):
 @dataclass
 class Counts:
     """
-    What a [`Batcher`] has done since it was made: `images` with a score, `failures`, calls of the function that scores, and the
-    `seconds` in it.
+    What a [`Batcher`] has done since it was made: `images` with a score, `failures`, batches that were scored, and the `seconds`
+    that took.
     """
 
     images: int = 0
@@ -36,15 +42,16 @@ class Batcher:
     """
     A queue of images and one thread that scores them, so that a model that is not thread-safe serves many requests. The thread
     takes what is waiting, at most `max_batch_size` images, and never waits for more: a single request is answered at once, and
-    those that arrive meanwhile share the next batch.
+    those that arrive meanwhile share the next batch. If that is full while the one before is being scored, it is prepared meanwhile.
 
-    `score` takes prompts and images and returns mean and standard deviation of each; it is called from that thread only. At most
-    `max_queue` images wait.
+    `prepare` takes prompts and images and returns what `score` takes, which returns mean and standard deviation of each. Both are
+    called for one batch at a time. At most `max_queue` images wait.
     """
 
     def __init__(
         self,
-        score: Callable[[list[str], list[Any]], Sequence[tuple[float, float]]],
+        prepare: Callable[[list[str], list[Any]], Any],
+        score: Callable[[Any], Scores],
         *,
         max_batch_size: int = 16,
         max_queue: int = 256,
@@ -52,11 +59,13 @@ class Batcher:
         for name, value in (("max_batch_size", max_batch_size), ("max_queue", max_queue)):
             if value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        self._score = score
+        self._prepare, self._score = prepare, score
         self.max_batch_size = max_batch_size
         self.max_queue = max_queue
         self.counts = Counts()
-        self._waiting: deque[tuple[str, Any, Future[tuple[float, float]]]] = deque()
+        self._waiting: deque[Row] = deque()
+        self._num_batches = 0  # that are being prepared or scored
+        self._num_prepared = 0  # images in those that are not being scored yet
         self._changed = threading.Condition()
         self.is_closed = False  # whether it takes no more images
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
@@ -65,7 +74,7 @@ class Batcher:
     @property
     def num_waiting(self) -> int:
         """Images that wait."""
-        return len(self._waiting)
+        return len(self._waiting) + self._num_prepared
 
     def submit(self, prompts: list[str], images: list[Any]) -> list[Future[tuple[float, float]]]:
         """
@@ -80,8 +89,8 @@ class Batcher:
         with self._changed:
             if self.is_closed:
                 raise RuntimeError("The batcher is closed.")
-            if len(self._waiting) + len(prompts) > self.max_queue:
-                raise QueueFullError(f"{len(self._waiting)} images are waiting, of at most {self.max_queue}.")
+            if self.num_waiting + len(prompts) > self.max_queue:
+                raise QueueFullError(f"{self.num_waiting} images are waiting, of at most {self.max_queue}.")
             self._waiting.extend(zip(prompts, images, futures, strict=True))
             self._changed.notify()
         return futures
@@ -101,20 +110,45 @@ class Batcher:
         self._thread.join(timeout)
 
     def _work(self) -> None:
+        for rows, prepared in ahead(self._batches()):
+            with self._changed:
+                self._num_prepared -= len(rows)
+            wanted = [row for row in rows if row[2].set_running_or_notify_cancel()]
+            if wanted:
+                self._score_rows(wanted, prepared if len(wanted) == len(rows) else self._try_to_prepare(wanted))
+            with self._changed:
+                self._num_batches -= 1
+                self._changed.notify()
+
+    def _batches(self) -> Iterator[tuple[list[Row], Any]]:
+        """Batches of what waits, prepared, or the errors that preparing them raised."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self.is_closed)
+                self._changed.wait_for(self._is_time)
                 if not self._waiting:
                     return
                 rows = [self._waiting.popleft() for _ in range(min(self.max_batch_size, len(self._waiting)))]
-            self._score_rows([row for row in rows if row[2].set_running_or_notify_cancel()])
+                self._num_batches += 1
+                self._num_prepared += len(rows)
+            yield rows, self._try_to_prepare(rows)
 
-    def _score_rows(self, rows: list[tuple[str, Any, Future[tuple[float, float]]]]) -> None:
-        if not rows:
-            return
+    def _is_time(self) -> bool:
+        """Whether to take a batch: a full one ahead, what there is when nothing else is to be done."""
+        is_idle = self._num_batches == 0
+        return len(self._waiting) >= self.max_batch_size or (is_idle and (bool(self._waiting) or self.is_closed))
+
+    def _try_to_prepare(self, rows: list[Row]) -> Any:
+        try:
+            return self._prepare([row[0] for row in rows], [row[1] for row in rows])
+        except Exception as error:
+            return error
+
+    def _score_rows(self, rows: list[Row], prepared: Any) -> None:
         start = time.perf_counter()
         try:
-            scores = self._score([row[0] for row in rows], [row[1] for row in rows])
+            if isinstance(prepared, Exception):
+                raise prepared
+            scores = self._score(prepared)
         except Exception as error:
             self._count(start)
             if len(rows) == 1:
@@ -123,7 +157,7 @@ class Batcher:
                 return
             # one image must not cost the others their scores: each by itself
             for row in rows:
-                self._score_rows([row])
+                self._score_rows([row], self._try_to_prepare([row]))
             return
         self._count(start)
         self.counts.images += len(rows)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from recipes.bench.parity import save_qwen2_vl
 from tests.evaluation.scorers.published import Published
 from trl_spatial.evaluation.scorers import make_scorer
-from trl_spatial.evaluation.scorers.hpsv3 import convert_hpsv3
+from trl_spatial.evaluation.scorers.hpsv3 import HPSv3, rename_weights
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,9 @@ def test_a_prompt_that_names_the_reward_token_is_scored_at_the_end(published, sc
 
 
 def test_unknown_weights_are_named(published):
-    with pytest.raises(ValueError, match=r"cond_encoder.weight is no weight of HPSv3"):
-        convert_hpsv3(published.weights() | {"cond_encoder.weight": published.weights()["rm_head.0.bias"]})
+    weights = published.weights() | {"cond_encoder.weight": published.weights()["rm_head.0.bias"]}
+    with pytest.raises(ValueError, match=r"cond_encoder\.weight is no weight of such a model"):
+        rename_weights(weights, HPSv3.start_names)
 
 
 @pytest.mark.parametrize("name", ["rm_head.5.weight", "visual.merger.mlp.0.bias", "model.norm.weight"])
@@ -79,5 +80,5 @@ def test_other_models_are_refused(folder, tmp_path):
     copied = tmp_path / "copy"
     shutil.copytree(folder, copied)
     (copied / "config.json").write_text(json.dumps({"model_type": "clip"}))
-    with pytest.raises(ValueError, match="is a clip model, not HPSv3's Qwen2-VL"):
+    with pytest.raises(ValueError, match=r"is a clip model, not a Qwen2-VL-7B-Instruct"):
         make_scorer(f"hpsv3:{copied}", device="cpu")

@@ -410,6 +410,11 @@ def no_warnings_about_clip(pipeline: Any) -> Iterator[None]:
             logger.removeFilter(is_about_something_else)
 
 
+def move_embeds(embeds: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Moves embeddings of prompts to a device; masks stay where they are read without waiting for it, on the CPU."""
+    return {name: tensor if name.endswith("mask") else tensor.to(device) for name, tensor in embeds.items()}
+
+
 def negative_embeds(embeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Picks the embeddings of the negative prompt, under the names of a prompt's own."""
     negative = {

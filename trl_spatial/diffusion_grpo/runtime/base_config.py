@@ -48,7 +48,8 @@ class DiffusionConfig(TrainingArguments):
         > Parameters that control the loss
 
         beta (`float`, *optional*, defaults to `0.01`):
-            KL coefficient. The reference policy is the transformer without its adapters. If `0.0`, it is not scored.
+            KL coefficient. The reference policy is the transformer without its adapters. If `0.0`, it is not scored. A
+            divergence is a mean over latent elements; in which units, each trainer says (for GRPO, see `kl_estimator`).
 
         > Parameters that control the weights that are evaluated and exported
 
@@ -79,12 +80,14 @@ class DiffusionConfig(TrainingArguments):
     > - `remove_unused_columns`: Defaults to `False` instead of `True`, as reward functions get the columns.
     > - `metric_for_best_model`: Defaults to `"reward"`. The best checkpoint is saved and kept even if `save_steps` and
     >   `save_total_limit` would not.
-    > - `gradient_checkpointing`: Defaults to `True` instead of `False`. It costs a forward pass for every trained step
-    >   (3 passes instead of 2), but FLUX.1 does not fit in 80 GB with several images otherwise.
+    > - `gradient_checkpointing`: Defaults to `True` instead of `False`. It costs most of a forward pass for every
+    >   trained step (two thirds of one for FLUX.1, nearly 3 passes instead of 2), but FLUX.1 does not fit in 80 GB with several
+    >   images otherwise.
     > - `bf16`: Defaults to `True` if the GPU supports it, else to `False`, so that training also starts on a CPU.
     > - `ddp_find_unused_parameters`: Defaults to `False`.
     >
-    > `torch_compile`, with its backend and mode, compiles the transformer's repeated blocks, each kind once.
+    > `torch_compile`, with its backend and mode, compiles the transformer's repeated blocks, each kind once for each size and
+    > mode of training. What cannot be compiled is an error. Evaluation runs the blocks as they are.
     >
     > How the pipeline's models run is set on the pipeline that the trainer gets: `pipeline.vae.enable_slicing()`,
     > `pipeline.vae.enable_tiling()`, `pipeline.transformer.set_attention_backend(...)`; `trl_spatial grpo` has options for

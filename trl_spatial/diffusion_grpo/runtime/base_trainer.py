@@ -38,6 +38,7 @@ from .model_card import build_card
 from .model_setup import (
     freeze_idle_modules,
     load_pipeline,
+    loading_device,
     prepare_transformer,
     sampling_options,
     shard_transformer,
@@ -110,7 +111,9 @@ class DiffusionTrainer(BaseTrainer):
             )
         check_launch()
         if isinstance(pipeline, str):
-            pipeline = load_pipeline(pipeline, torch.bfloat16 if args.bf16 else torch.float32)
+            pipeline = load_pipeline(
+                pipeline, torch.bfloat16 if args.bf16 else torch.float32, device=loading_device(args)
+            )
         self.policy = make_policy(pipeline, max_sequence_length=args.max_sequence_length)
         self.eval_reward_functions, self._num_trained_rewards = eval_reward_functions, num_trained_rewards
         self._options, self._eval_options = sampling_options(args)
@@ -245,6 +248,8 @@ class DiffusionTrainer(BaseTrainer):
             generator = PolicyGenerator(
                 self.policy, self.model, self.prompt_cache, self._eval_options, self.accelerator.autocast
             )
+            own_rows = range(args.process_index, len(dataset), args.world_size)
+            self.prompt_cache.expect(dataset[index]["prompt"] for index in own_rows)
             batches = draw_rows(
                 generator,
                 dataset,

@@ -23,6 +23,7 @@ from ..online_config import OnlineConfig
 from ..policies.base import NEGATIVE_PREFIX, SamplingOptions
 from .architectures import Architecture, build_component, build_policy, load_architecture
 from .model_setup import is_large_text_encoder, prepare_transformer, sampling_options
+from .prompt_cache import DEFAULT_MAX_BYTES
 
 
 # Bits that a weight of a linear layer takes. NF4 of bitsandbytes: 4, a scale of 8 for every 64 weights, and one of 32 for every
@@ -151,9 +152,9 @@ class MemoryModel:
     Predicts the memory of a run on each device. A denoising step of sampling and of training, and the VAE, are run on
     the meta device, where tensors have sizes but no contents; what they allocate is counted.
 
-    `policy.vae.enable_slicing()` and `enable_tiling()` are taken into account. What it does not know: autocast, which
-    keeps some activations in float32 and casts the adapters' inputs to bfloat16 (here they are float32), the kernels'
-    workspaces, and the activations of reward models.
+    `policy.vae.enable_slicing()` and `enable_tiling()` are taken into account. What it does not know: the kernels'
+    workspaces, the activations of reward models, and autocast, under which only weights of float32 are trained, as all of
+    a transformer is; activations count as float32 there.
 
     `architecture` is from [`load_architecture`]; `peft_config` is `None` if all weights are trained; `dtype` is the
     type of what is frozen and not quantized, `reward_bytes` the size of the reward models on the device, and
@@ -231,6 +232,11 @@ class MemoryModel:
             "evaluate: decode": aside + (vae if offload_vae else 0) + parts["decoding in evaluation"],
         }
         return MemoryEstimate(parts, phases)
+
+    def host_bytes(self, *, offload_vae: bool = False) -> int:
+        """What each process keeps in the memory of its machine: text encoders, prompt embeddings, and a VAE that is offloaded."""
+        vae = weight_bytes(self.policy.vae, dtype=self.dtype) if offload_vae else 0
+        return self._encoder_bytes() + DEFAULT_MAX_BYTES + vae
 
     def _peak(self, name: str, measure: Callable[[], int]) -> int:
         if name not in self._peaks:
@@ -335,8 +341,11 @@ def describe_options(model: MemoryModel, *, offload_vae: bool = False) -> str:
                     f"{name:<10}{'yes' if checkpointing else 'no':>14}{'yes' if offload else 'no':>15}"
                     f"{estimate.total / GIB:10.2f}{phase:>18}  {', '.join(map(str, estimate.fits)) or 'none'}"
                 )
+    host = model.host_bytes(offload_vae=offload_vae) / GIB
     lines += [
         "",
+        f"On the host each process keeps {host:.1f} GiB, eight on a node {8 * host:.0f}: text encoders, and prompt embeddings up to "
+        f"{DEFAULT_MAX_BYTES / GIB:.0f} GiB.",
         f"Reward models: {model.reward_bytes / GIB:.2f} GiB, counted as SpatialScore on Qwen2.5-VL-7B in bfloat16. The size of "
         "functions from modules is unknown.",
         "The cards' sizes are what is left after 2 GB for CUDA and gaps between allocations.",

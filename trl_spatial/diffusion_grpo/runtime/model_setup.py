@@ -116,7 +116,7 @@ def load_pipeline(
     name: str,
     dtype: torch.dtype,
     *,
-    device: str | torch.device = "cpu",
+    device: torch.device,
     revision: str | None = None,
     quantization_config: PipelineQuantizationConfig | None = None,
     attention_backend: str | None = None,

@@ -8,7 +8,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..policies import DiffusionPolicy
-from ..policies.base import NEGATIVE_PREFIX
+from ..policies.base import NEGATIVE_PREFIX, move_embeds
+
+
+# Of embeddings on the CPU, in each process
+DEFAULT_MAX_BYTES = 8 * 2**30
 
 
 class PromptCache:
@@ -32,7 +36,7 @@ class PromptCache:
         device: str | torch.device,
         *,
         negative_prompt: str | None = None,
-        max_bytes: int = 8 * 2**30,
+        max_bytes: int = DEFAULT_MAX_BYTES,
     ):
         self.policy = policy
         self.device = torch.device(device)
@@ -52,10 +56,10 @@ class PromptCache:
         """
         self._expected = iter(prompts)
 
-    def get(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+    def get(self, prompts: list[str], *, device: torch.device | None = None) -> dict[str, torch.Tensor]:
         """
-        Embeddings of prompts, which may repeat: tensors of shape `(len(prompts), ...)` on the device, rows in the
-        order of `prompts`, masks excepted, which are read on the CPU. Rows of different lengths are padded with zeros on
+        Embeddings of prompts, which may repeat: tensors of shape `(len(prompts), ...)` on `device`, by default the one
+        on which they are encoded, rows in the order of `prompts`; masks stay on the CPU, where they are read. Rows of different lengths are padded with zeros on
         the right. Embeddings of the negative prompt, if there is one, have the same names, with `negative_` before them;
         their rows are one and the same memory.
         """
@@ -65,13 +69,14 @@ class PromptCache:
             self._encode(needed)
         for prompt in needed:
             self._rows.move_to_end(prompt)
-        embeds = self._gather(prompts)
-        for name, row in self._gather(negative).items():
+        device = self.device if device is None else device
+        embeds = self._gather(prompts, device)
+        for name, row in self._gather(negative, device).items():
             embeds[f"{NEGATIVE_PREFIX}{name}"] = row.expand(len(prompts), *row.shape[1:])
         self._evict()
         return embeds
 
-    def _gather(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+    def _gather(self, prompts: list[str], device: torch.device) -> dict[str, torch.Tensor]:
         """Embeddings of encoded prompts, a row for each; of no prompts there are none."""
         positions = {prompt: position for position, prompt in enumerate(dict.fromkeys(prompts))}  # of distinct prompts
         rows = [self._rows[prompt] for prompt in positions]
@@ -79,10 +84,7 @@ class PromptCache:
         embeds = {
             name: pad_sequence([row[name] for row in rows], batch_first=True) for row in rows[:1] for name in row
         }
-        return {
-            name: tensor[index] if name.endswith("mask") else tensor.to(self.device)[index.to(self.device)]
-            for name, tensor in embeds.items()
-        }
+        return {name: tensor[index.to(tensor.device)] for name, tensor in move_embeds(embeds, device).items()}
 
     def _encode(self, needed: list[str]) -> None:
         """Encodes the prompts that are needed now, and those that are expected as far as they fit beside them."""

@@ -19,6 +19,7 @@ SCORERS = {
     "geneval": "rules:GenEvalRule",
     "hpsv2": "hpsv2:HPSv2",
     "hpsv3": "hpsv3:HPSv3",
+    "hpsv3++": "hpsv3_plus:HPSv3Plus",
     "image-reward": "image_reward:ImageReward",
     "judge-pairwise": "vision_judges:PairwiseJudge",
     "judge-pointwise": "vision_judges:PointwiseJudge",

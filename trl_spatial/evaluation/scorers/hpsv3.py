@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import init_empty_weights
@@ -24,10 +24,16 @@ from .weights import fill, find_file, pick_device, read_weights
 # words would be another scorer.
 _INSTRUCTION = (Path(__file__).parent / "hpsv3_instruction.txt").read_text(encoding="utf-8")
 _REWARD_TOKEN = "<|Reward|>"
-_BACKBONE = "Qwen/Qwen2-VL-7B-Instruct"
-_WEIGHTS = "HPSv3.safetensors"
+_START_NAMES = {"visual.": "backbone.visual.", "model.": "backbone.language_model.", "rm_head.": "head."}
 _NUM_PIXELS = 256 * 28 * 28
 _BATCH_SIZE = 4
+
+
+def make_head(hidden_size: int) -> nn.Sequential:
+    """From the state at the reward token to the mean and the logarithm of the deviation."""
+    return nn.Sequential(
+        nn.Linear(hidden_size, 1024), nn.ReLU(), nn.Identity(), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
+    )
 
 
 class HPSv3Model(nn.Module):
@@ -39,13 +45,12 @@ class HPSv3Model(nn.Module):
             Sizes of the backbone.
     """
 
+    precise = ("head",)  # parts in float32
+
     def __init__(self, config: Qwen2VLConfig):
         super().__init__()
         self.backbone = Qwen2VLModel(config)
-        hidden_size = config.get_text_config().hidden_size
-        self.head = nn.Sequential(
-            nn.Linear(hidden_size, 1024), nn.ReLU(), nn.Identity(), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
-        )
+        self.head = make_head(config.get_text_config().hidden_size)
         self.image_token_id = config.image_token_id
 
     def forward(
@@ -78,8 +83,7 @@ class HPSv3(PairScorer):
     """
     HPSv3 ([papers/2508.03789](https://huggingface.co/papers/2508.03789)): the mean of the preference, and its deviation.
 
-    Weights are kept in the type in which they are saved; the published ones are of a Qwen2-VL-7B. HPSv3++, which is another
-    model, with another backbone, published as a pickle, is not loaded.
+    Weights are kept in the type in which they are saved; the published ones are of a Qwen2-VL-7B.
 
     Args:
         reference (`str`):
@@ -96,31 +100,38 @@ class HPSv3(PairScorer):
     trained_on = (
         "HPDv3: choices between images of many generators and photographs; it is also a common reward of image models"
     )
-    default = "MizzenAI/HPSv3"
+    default: ClassVar[str | None] = "MizzenAI/HPSv3"
+    backbone: ClassVar[str] = "Qwen/Qwen2-VL-7B-Instruct"
+    file: ClassVar[str] = "HPSv3.safetensors"
+    config_class: ClassVar[type] = Qwen2VLConfig
+    network: ClassVar[type] = HPSv3Model
+    start_names: ClassVar[Mapping[str, str]] = _START_NAMES
+    inputs: ClassVar[Sequence[str]] = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
 
     def __init__(self, reference: str, *, device: Any = None):
         place = find_reference(reference, kind="model")
         check_repository(place, kind="model")
         beside = place.is_local and (Path(place.name) / "config.json").is_file()
-        base = place if beside else find_reference(_BACKBONE, kind="model")
+        base = place if beside else find_reference(self.backbone, kind="model")
         self.processor, config = self._load_parts(base)
-        weights = convert_hpsv3(read_weights(find_file(place, _WEIGHTS)))
+        weights = rename_weights(read_weights(find_file(place, self.file)), self.start_names)
         # the published weights have a row for each token of the tokenizer, and no spare ones
         config.get_text_config().vocab_size = len(self.processor.tokenizer)
         with init_empty_weights(include_buffers=False):
-            model = HPSv3Model(config)
+            model = self.network(config)
         fill(model, weights, place)
-        model.head.float()
+        for name in model.precise:
+            getattr(model, name).float()
         self.device = pick_device(device)
         self.model = model.eval().to(self.device)
 
-    def _load_parts(self, place: Reference) -> tuple[Any, Qwen2VLConfig]:
+    def _load_parts(self, place: Reference) -> tuple[Any, Any]:
         """Processor, which knows the reward token, and configuration."""
         check_repository(place, kind="model")
         with explain_errors(f"Loading {place}"):
             config = AutoConfig.from_pretrained(place.name, revision=place.revision, trust_remote_code=False)
-            if not isinstance(config, Qwen2VLConfig):
-                raise ValueError(f"{place} is a {config.model_type} model, not HPSv3's Qwen2-VL.")
+            if not isinstance(config, self.config_class):
+                raise ValueError(f"{place} is a {config.model_type} model, not a {self.backbone.partition('/')[2]}.")
         processor = load_processor(place, config)
         processor.tokenizer.padding_side = "right"
         processor.tokenizer.add_special_tokens(
@@ -154,8 +165,7 @@ class HPSv3(PairScorer):
         inputs = self.processor(
             text=texts, images=[_resize(image) for image in images], padding=True, return_tensors="pt"
         )
-        names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
-        return {name: inputs[name] for name in names}
+        return {name: inputs[name] for name in self.inputs}
 
 
 def _resize(image: Image.Image) -> Image.Image:
@@ -164,20 +174,19 @@ def _resize(image: Image.Image) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def convert_hpsv3(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def rename_weights(state_dict: Mapping[str, torch.Tensor], start_names: Mapping[str, str]) -> dict[str, torch.Tensor]:
     """
-    Renames HPSv3's published weights for [`HPSv3Model`]. The head over words is left out: nothing reads it.
+    Renames published weights by how their names start. The head over words is left out: nothing reads it.
 
     Raises:
         `ValueError`: If a name is unknown.
     """
-    renamed = {"visual.": "backbone.visual.", "model.": "backbone.language_model.", "rm_head.": "head."}
     converted = {}
     for name, weight in state_dict.items():
         if name == "lm_head.weight":
             continue
-        start = next((start for start in renamed if name.startswith(start)), None)
+        start = next((start for start in start_names if name.startswith(start)), None)
         if start is None:
-            raise ValueError(f"{name} is no weight of HPSv3.")
-        converted[renamed[start] + name.removeprefix(start)] = weight
+            raise ValueError(f"{name} is no weight of such a model.")
+        converted[start_names[start] + name.removeprefix(start)] = weight
     return converted
