@@ -50,12 +50,6 @@ def as_stored(dataset: Dataset | IterableDataset, dataset_name: str) -> Dataset 
     return dataset
 
 
-def iterate_stored(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    """Rows whose images are views of the dataset's memory, so that reading a header does not read the file."""
-    for table in dataset.with_format("arrow").iter(batch_size=100):
-        yield from rows_of(table)
-
-
 def rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:
     """Rows whose images are views of the table's memory, so that reading a header does not read the file."""
     columns = [_views(column) for column in table.columns]

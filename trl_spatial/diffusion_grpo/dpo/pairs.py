@@ -1,7 +1,7 @@
 """Pairs of images to train on, from a preference dataset: checked before training, decoded where batches are made."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 from ...preferences.columns import IMAGE_COLUMNS, pick_columns
 from ...preferences.faults import Finding, Place, shorten
 from ...preferences.images import load_image
-from ...preferences.rows import ImageFacts, as_stored, find_faults, iterate_stored, look_at_image
+from ...preferences.rows import ImageFacts, as_stored, find_faults, look_at_image, rows_of
 from ..policies import SamplingOptions
 
 
@@ -50,7 +50,7 @@ class PreferencePairs(torch.utils.data.Dataset):
         self._rows = rows = rows.select_columns([*columns, *self._recipes]) if isinstance(rows, Dataset) else rows
         self._pipeline_class = pipeline_class
         self._size = (options.width, options.height)
-        for number, row in enumerate(iterate_stored(rows) if isinstance(rows, Dataset) else rows):
+        for number, row in enumerate(_iterate(rows)):
             fault = self._find_fault({name: row[name] for name in columns}, number)
             if fault is not None:
                 raise ValueError(f"{fault} Repair or remove the row.")
@@ -108,3 +108,12 @@ class PreferencePairs(torch.utils.data.Dataset):
 def collate_pairs(pairs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """A batch as the trainer takes it: the pairs, as they are."""
     return list(pairs)
+
+
+def _iterate(rows: Dataset | Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The rows, those of a dataset without reading the files of their images."""
+    if not isinstance(rows, Dataset):
+        yield from rows
+        return
+    for table in rows.with_format("arrow").iter(batch_size=100):
+        yield from rows_of(table)
