@@ -64,6 +64,8 @@ from trl_spatial.statistics import bootstrap_interval
 
 # Preference pairs of the policy's own images: best and worst of so many of a prompt, drawn as in a rollout but without noise
 NUM_PAIR_IMAGES, NUM_PAIR_STEPS = 8, 6
+# With its default the loss has had enough before these few latents have moved; at 20 the images fall apart.
+DPO = {"beta": 200.0, "learning_rate": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ def train_on_preferences(
     # a forward and a backward pass of the policy, and one of the reference, for both images of a pair
     max_steps = math.ceil((num_passes - drawn["passes"]) / (num_pairs * 2 * 3))
     config = DiffusionDPOConfig(
-        str(folder / "dpo"), max_steps=max_steps, seed=seed, beta=args.dpo_beta, learning_rate=args.dpo_learning_rate,
+        str(folder / "dpo"), max_steps=max_steps, seed=seed, **DPO,
         per_device_train_batch_size=num_pairs, dataloader_drop_last=True, gradient_accumulation_steps=1, per_device_eval_batch_size=192, ema_decay=0.0,
         gradient_checkpointing=False, height=SAMPLING["height"], width=SAMPLING["width"],
         max_sequence_length=SAMPLING["max_sequence_length"], eval_num_inference_steps=SAMPLING["num_inference_steps"],
@@ -362,8 +364,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num_points", type=int, default=8, help="evaluations on the way")
     parser.add_argument("--num_prompts", type=int, default=256, help="of the measurement, with 4 images each")
     parser.add_argument("--num_validation_prompts", type=int, default=NUM_MONITORED_PROMPTS)
-    parser.add_argument("--dpo_beta", type=float, default=2000.0)
-    parser.add_argument("--dpo_learning_rate", type=float, default=1e-3)
     args = parser.parse_args(argv)
     check_same_runs(args, [name for name in vars(args) if name not in ("output_dir", "methods", "seeds")])
     measure_base(args)
