@@ -212,7 +212,7 @@ def test_a_graph_beyond_the_limit_is_an_error(tmp_path, monkeypatch):
 
 def test_an_unknown_kernel_is_refused_with_those_there_are(tmp_path):
     with pytest.raises(ValueError, match=r"`attention_backend` is 'flesh'.*'native'.*'flash'|'flash'.*'native'"):
-        load_pipeline(str(tmp_path / "nowhere"), torch.float32, attention_backend="flesh")
+        load_pipeline(str(tmp_path / "nowhere"), torch.float32, device=torch.device("cpu"), attention_backend="flesh")
 
 
 # Where a pipeline is loaded to
@@ -297,7 +297,7 @@ def test_large_text_encoders_are_quantized_as_predicted_and_read_prompts_much_th
     plain.save_pretrained(tmp_path)
     assert large_text_encoders(str(tmp_path)) == [large]
     config = quantization_config(None, torch.bfloat16, text_encoders=[large])
-    pipeline = load_pipeline(str(tmp_path), torch.bfloat16, quantization_config=config)
+    pipeline = load_pipeline(str(tmp_path), torch.bfloat16, device=torch.device("cpu"), quantization_config=config)
     encoder = getattr(pipeline, large)
     assert is_quantized(encoder) and not is_quantized(pipeline.transformer) and not is_quantized(pipeline.vae)
     assert small is None or not is_quantized(getattr(pipeline, small))

@@ -583,7 +583,8 @@ def test_training_with_the_reward(tmp_path, monkeypatch, flux_folder, detector_f
         "--max_steps 2 --logging_steps 1 --use_cpu --disable_tqdm true --report_to none --output_dir out"
     )
     trainer = script.build_trainer(*script.make_parser().parse_args_and_config(shlex.split(line)))
-    script.train(trainer)
+    trainer.train()
+    trainer.save_model()
     logs = [log for log in trainer.state.log_history if "reward" in log]
     assert len(logs) == 2
     for log in logs:

@@ -65,7 +65,7 @@ class Batcher:
         self.counts = Counts()
         self._waiting: deque[Row] = deque()
         self._num_batches = 0  # that are being prepared or scored
-        self._num_prepared = 0  # images in those that are not being scored yet
+        self._ahead: list[Row] = []  # those in batches that are prepared, or about to be, and not being scored yet
         self._changed = threading.Condition()
         self.is_closed = False  # whether it takes no more images
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
@@ -74,7 +74,7 @@ class Batcher:
     @property
     def num_waiting(self) -> int:
         """Images that wait."""
-        return len(self._waiting) + self._num_prepared
+        return len(self._waiting) + sum(not row[2].cancelled() for row in self._ahead)
 
     def submit(self, prompts: list[str], images: list[Any]) -> list[Future[tuple[float, float]]]:
         """
@@ -112,7 +112,7 @@ class Batcher:
     def _work(self) -> None:
         for rows, prepared in ahead(self._batches()):
             with self._changed:
-                self._num_prepared -= len(rows)
+                del self._ahead[: len(rows)]
             wanted = [row for row in rows if row[2].set_running_or_notify_cancel()]
             if wanted:
                 self._score_rows(wanted, prepared if len(wanted) == len(rows) else self._try_to_prepare(wanted))
@@ -129,7 +129,7 @@ class Batcher:
                     return
                 rows = [self._waiting.popleft() for _ in range(min(self.max_batch_size, len(self._waiting)))]
                 self._num_batches += 1
-                self._num_prepared += len(rows)
+                self._ahead += rows
             yield rows, self._try_to_prepare(rows)
 
     def _is_time(self) -> bool:
