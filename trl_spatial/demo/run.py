@@ -143,7 +143,13 @@ def make_reward(folder: Path) -> RewardFunction:
 
 
 def _train_generator(settings: DemoSettings, output_dir: Path) -> dict[str, Any]:
-    args = generator.grpo_config(output_dir / "grpo", max_steps=settings.grpo_steps, seed=settings.seed)
+    args = generator.grpo_config(
+        output_dir / "grpo",
+        max_steps=settings.grpo_steps,
+        seed=settings.seed,
+        # at equal cost better than all steps with every seed: recipes/ablations/README.md
+        sde_window_size=None if settings.all_steps else 2,
+    )
     # at most as many images as in the final evaluation
     num_prompts = min(generator.NUM_MONITORED_PROMPTS, settings.num_prompts * generator.IMAGES_PER_PROMPT)
     reward = make_reward(output_dir / "reward")
