@@ -9,7 +9,7 @@ _SIZES = {
     "num_train_pairs": (8000, 1600),
     "num_test_pairs": (3000, 300),
     "reward_steps": (250, 50),
-    "grpo_steps": (200, 60),
+    "grpo_steps": (100, 60),
     "num_prompts": (256, 48),
 }
 
@@ -25,14 +25,14 @@ class DemoSettings:
     output_dir: str = _option(
         "runs/demo", "Folder of the models, the results and the report. An interrupted run in it is continued."
     )
-    quick: bool = _option(False, "Use smaller defaults: three minutes, with less reliable results.")
+    quick: bool = _option(False, "Use smaller defaults: two minutes, with less reliable results.")
     seed: int = _option(0, "Seed of the pairs, the prompts, and both trainings.")
     num_train_pairs: int = _option(
         None, "Number of pairs to train the reward model on, each in both directions. If `None`, 8000, quick 1600."
     )
     num_test_pairs: int = _option(None, "Number of held-out pairs to measure it on. If `None`, 3000, quick 300.")
     reward_steps: int = _option(None, "Number of updates of the reward model. If `None`, 250, quick 50.")
-    grpo_steps: int = _option(None, "Number of updates of the generator. If `None`, 200, quick 60.")
+    grpo_steps: int = _option(None, "Number of updates of the generator. If `None`, 100, quick 60.")
     all_steps: bool = _option(
         False, "Train on all denoising steps but the last, as the paper does, instead of a window of two in the first half."
     )
