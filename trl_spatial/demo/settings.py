@@ -34,7 +34,8 @@ class DemoSettings:
     reward_steps: int = _option(None, "Number of updates of the reward model. If `None`, 250, quick 50.")
     grpo_steps: int = _option(None, "Number of updates of the generator. If `None`, 100, quick 60.")
     all_steps: bool = _option(
-        False, "Train on all denoising steps but the last, as the paper does, instead of a window of two in the first half."
+        False,
+        "Train on all denoising steps but the last, as the paper does, instead of a window of two in the first half.",
     )
     num_prompts: int = _option(
         None, "Number of held-out prompts, with 4 images each, to measure the generator on. If `None`, 256, quick 48."
