@@ -127,11 +127,11 @@ def test_the_rules_judge_the_images_and_the_reward_model_scores_them(folder, res
 
 
 def test_the_cost_is_what_the_formula_says(results):
-    # 8 prompts × 24 images, 2 updates; 6 steps, 5 of them trained on, forward and backward, on half of the images
+    # 8 prompts × 24 images, 2 updates; 6 steps, 2 of them trained on, forward and backward, on half of the images
     cost = results["training"]["cost"]
     assert cost["num_images"] == 2 * 8 * 24
-    assert cost["evaluations_per_image"] == 6 + 2 * 5 * 12 / 24
-    assert cost["evaluations_per_image_unfiltered"] == 6 + 2 * 5
+    assert cost["evaluations_per_image"] == 6 + 2 * 2 * 12 / 24
+    assert cost["evaluations_per_image_unfiltered"] == 6 + 2 * 2
 
 
 def test_plain_diffusers_loads_what_it_learned(folder):
