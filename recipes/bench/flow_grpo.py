@@ -25,7 +25,7 @@ import torch
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tiny")]
 
 from flux import FLUX_20M, build_flux_pipeline
-from levers import NUM_IMAGES, NUM_STEPS, TOP_K, brightness, measure
+from levers import NUM_IMAGES, NUM_STEPS, TOP_K, brightness, choose_rows, measure
 
 from trl_spatial.diffusion_grpo import attention_lora_config
 from trl_spatial.diffusion_grpo.policies import SamplingOptions, make_policy
@@ -151,16 +151,7 @@ def measure_ours(row: Row, args: argparse.Namespace) -> float:
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="only rows whose name has this in it")
-    parser.add_argument("--num_rollouts", type=int, default=1, help="rollouts that are measured, after a first one")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--image_size", type=int, default=32, help="width and height, in pixels")
-    parser.add_argument("--model", choices=["20m", "tiny"], default="20m", help="size of the transformer")
-    args = parser.parse_args(argv)
-    chosen = {name: row for name, row in ROWS.items() if args.only in name}
-    if not chosen:
-        parser.error(f"--only: no row has {args.only!r} in its name; there are: {'; '.join(ROWS)}")
+    args, chosen = choose_rows(argv, ROWS, __doc__, num_rollouts=1)
     torch.set_num_threads(1)
     results = {}
     for name, row in chosen.items():

@@ -5,8 +5,8 @@
 Trains a FLUX of 21 million random parameters on one CPU core, a Qwen-Image where guidance is the lever: rollouts of 12 images, 6
 denoising steps, LoRA. Each lever is measured against the same training without it, in turns, by the processor's clock: what a
 rollout and its updates cost. It is predicted from evaluations of the transformer for one image, of which a forward pass is one
-and a backward pass another: cfg · [T + 3 · K · kept] and K · kept of the reference, for T steps, K trained ones and the share `kept` of the images;
-2 in place of 3 without checkpointing. Prints the table of README.md.
+and a backward pass another: cfg · [T + 3 · K · kept] and K · kept of the reference, for T steps, K trained ones and the share
+`kept` of the images; 2 in place of 3 without checkpointing. Prints the table of README.md.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ from qwen_image import build_qwen_image_pipeline
 from trl_spatial import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_spatial.diffusion_grpo import attention_lora_config
 
+
+Row = TypeVar("Row")
 
 NUM_IMAGES, TOP_K, NUM_STEPS = 12, 3, 6
 QWEN_20M: dict[str, Any] = {"num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 64}
@@ -174,17 +176,27 @@ def to_markdown(results: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="only levers whose name has this in it")
-    parser.add_argument("--num_rollouts", type=int, default=2, help="rollouts that are measured, after a first one")
+def choose_rows(
+    argv: list[str] | None, rows: dict[str, Row], description: str | None, *, num_rollouts: int
+) -> tuple[argparse.Namespace, dict[str, Row]]:
+    """Reads the options of a program that measures rollouts, and returns them with the rows that they ask for."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="only rows whose name has this in it")
+    parser.add_argument(
+        "--num_rollouts", type=int, default=num_rollouts, help="rollouts that are measured, after a first one"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--image_size", type=int, default=32, help="width and height, in pixels")
     parser.add_argument("--model", choices=["20m", "tiny"], default="20m", help="size of the transformer")
     args = parser.parse_args(argv)
-    chosen = {name: lever for name, lever in LEVERS.items() if args.only in name}
+    chosen = {name: row for name, row in rows.items() if args.only in name}
     if not chosen:
-        parser.error(f"--only: no lever has {args.only!r} in its name; there are: {'; '.join(LEVERS)}")
+        parser.error(f"--only: no row has {args.only!r} in its name; there are: {'; '.join(rows)}")
+    return args, chosen
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
+    args, chosen = choose_rows(argv, LEVERS, __doc__, num_rollouts=2)
     torch.set_num_threads(1)
     results = {}
     for name, lever in chosen.items():

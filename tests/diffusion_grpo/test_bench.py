@@ -66,7 +66,7 @@ def test_a_lever_is_measured(capsys):
 def test_a_lever_that_is_not_there_is_named(capsys):
     with pytest.raises(SystemExit):
         levers_bench.main(["--only", "nothing"])
-    assert "no lever has 'nothing' in its name; there are: filter" in capsys.readouterr().err
+    assert "no row has 'nothing' in its name; there are: filter" in capsys.readouterr().err
 
 
 def test_rewards_in_the_shade_of_the_drawing_cost_what_the_formula_says():

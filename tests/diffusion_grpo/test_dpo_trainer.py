@@ -176,6 +176,15 @@ def test_the_noise_is_what_the_image_was_drawn_from_if_that_is_known(make_traine
         torch.testing.assert_close(noise, own.expand(2, -1, -1))
 
 
+@pytest.mark.parametrize("facts", ["drawn by hand", "[1]", recipe("11"), 5])
+def test_a_recipe_that_says_nothing_of_the_noise_is_named(options, facts):
+    rows = make_rows(2)
+    rows[0] |= {"chosen_recipe": recipe(1), "rejected_recipe": None}
+    rows[1] |= {"chosen_recipe": recipe(1), "rejected_recipe": facts}
+    with pytest.raises(ValueError, match=r"`train_dataset`, row 1, `rejected_recipe`: .* is not what drew the image"):
+        PreferencePairs(rows, "FluxPipeline", options)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -1,6 +1,7 @@
 """Memory is predicted from the configuration alone: compared with what the tiny models really have and save."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -34,16 +35,9 @@ OFFICIAL = (
 
 # Fields of what is shared by the configurations
 SHARED = (
-    *(
-        "output_dir",
-        "num_generations",
-        "top_k",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "height",
-    ),
-    *("width", "num_inference_steps", "max_sequence_length", "guidance_scale"),
-)
+    "output_dir", "num_generations", "top_k", "per_device_train_batch_size", "gradient_accumulation_steps", "height", "width",
+    "num_inference_steps", "max_sequence_length", "guidance_scale",
+)  # fmt: skip
 
 
 def make_args(folder, **kwargs):
@@ -133,6 +127,23 @@ def test_embeddings_have_the_shapes_that_the_policy_gives(saved):
         assert shapes[name][1] >= tensor.shape[1]  # as long as they may be
 
 
+def embeds_bytes(family):
+    """Of a prompt as long as may be, in float32; its mask counts tokens in 64 bits."""
+    return sum(
+        (8 if name.endswith("mask") else 4) * math.prod(shape)
+        for name, shape in family.make_policy().embed_shapes(1).items()
+    )
+
+
+def test_embeddings_of_a_batch_are_on_the_device_and_those_of_a_rollout_on_the_host(saved, tmp_path):
+    few, many = (make_model(saved, tmp_path, num_generations=size, per_device_eval_batch_size=1) for size in (4, 8))
+    assert few.args.per_device_train_batch_size == few.args.sampling_batch_size == 2
+    one = embeds_bytes(saved[0])
+    assert few.estimate().parts["prompt embeddings"] == many.estimate().parts["prompt embeddings"] == 2 * one
+    num_more = many.args.num_prompts_per_device * 8 - few.args.num_prompts_per_device * 4
+    assert many.host_bytes() - few.host_bytes() == num_more * one > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_activations_are_those_of_a_real_step(saved, tmp_path, dtype):
     """Oracle: autograd's own hooks, in a step of a real tiny model on the CPU. Within a factor of 1.5."""
@@ -219,7 +230,9 @@ def test_a_process_keeps_text_encoders_and_prompts_on_the_host(saved, tmp_path):
     cache = PromptCache(family.make_policy(), "cpu")
     encoders = [module for name, module in pipeline.components.items() if name.startswith("text_encoder")]
     sizes = [tensor.nbytes for module in encoders for tensor in (*module.parameters(), *module.buffers())]
-    assert model.host_bytes() == pytest.approx(cache.max_bytes + sum(sizes), rel=1e-6)
+    num_images = model.args.num_prompts_per_device * model.args.num_generations
+    expected = cache.max_bytes + sum(sizes) + num_images * embeds_bytes(family)
+    assert model.host_bytes() == pytest.approx(expected, rel=1e-6)
     assert model.host_bytes(offload_vae=True) - model.host_bytes() == model.estimate().parts["VAE"]
 
 

@@ -23,8 +23,9 @@ MAX_DISTORTION = 0.02
 
 class PreferencePairs(torch.utils.data.Dataset):
     """
-    A preference dataset, whose prompts have been checked, as pairs. An entry has the number of its `row`, its `prompt`, the images `chosen` and `rejected` at the size
-    of training, and `noise_seeds`: the seed from which each was drawn, `None` where that is not known.
+    A preference dataset, whose prompts have been checked, as pairs. An entry has the number of its `row`, its `prompt`, the images
+    `chosen` and `rejected` at the size of training, and `noise_seeds`: the seed from which each was drawn, `None` where that is
+    not known.
 
     Args:
         rows ([`~datasets.Dataset`] or list of `dict`):
@@ -54,6 +55,7 @@ class PreferencePairs(torch.utils.data.Dataset):
             fault = self._find_fault({name: row[name] for name in columns}, number)
             if fault is not None:
                 raise ValueError(f"{fault} Repair or remove the row.")
+            self._noise_seeds(row, number)
 
     def _find_fault(self, row: dict[str, Any], number: int) -> Finding | None:
         place = Place("`train_dataset`", number)
@@ -93,16 +95,33 @@ class PreferencePairs(torch.utils.data.Dataset):
             if reason := self._find_distortion(image.size):
                 raise ValueError(f"{place} {reason}")
             pair[column] = image if image.size == self._size else image.resize(self._size, PILImage.Resampling.LANCZOS)
-        seeds = [self._noise_seed(row[name]) for name in self._recipes]
-        # Both or none: the two images of a pair are seen either in their own noise or in the same one.
-        return pair | {"noise_seeds": seeds if len(seeds) == 2 and None not in seeds else (None, None)}
+        return pair | {"noise_seeds": self._noise_seeds(row, number)}
 
-    def _noise_seed(self, recipe: str | None) -> int | None:
-        """The seed of the noise that became the image, if it was drawn by a pipeline of this class at this size."""
-        facts = {} if recipe is None else json.loads(recipe)
-        size = (facts.get("width"), facts.get("height"))
-        is_own = facts.get("pipeline") == self._pipeline_class and size == self._size
-        return facts["torch_seed"] if is_own and facts.get("generator_device") == "cpu" else None
+    def _noise_seeds(self, row: Mapping[str, Any], number: int) -> tuple[int | None, int | None]:
+        """
+        The seeds of the noise that became the two images, if a pipeline of this class drew both at this size: they are seen
+        either in their own noise or in the same one.
+        """
+        seeds = []
+        for column in self._recipes:
+            facts = {} if row[column] is None else _read_recipe(row[column], Place("`train_dataset`", number, column))
+            size = (facts.get("width"), facts.get("height"))
+            is_own = facts.get("pipeline") == self._pipeline_class and size == self._size
+            seeds.append(facts.get("torch_seed") if is_own and facts.get("generator_device") == "cpu" else None)
+        return (seeds[0], seeds[1]) if len(seeds) == 2 and None not in seeds else (None, None)
+
+
+def _read_recipe(recipe: Any, place: Place) -> dict[str, Any]:
+    try:
+        facts = json.loads(recipe)
+    except (TypeError, ValueError):
+        facts = None
+    if not isinstance(facts, dict) or not isinstance(facts.get("torch_seed"), int | None):
+        raise ValueError(
+            f"{place}: {shorten(recipe)} is not what drew the image, a JSON object as `trl_spatial data build` writes it, with a "
+            "whole number as its `torch_seed`. Repair the row, or leave out the column."
+        )
+    return facts
 
 
 def collate_pairs(pairs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -40,9 +40,7 @@ class MemoryEstimate:
     """Predicted memory of one run on one device, in bytes."""
 
     parts: dict[str, int]  # some are never there at the same time
-    phases: dict[
-        str, int
-    ]  # all that is there while prompts are encoded, images sampled and decoded, weights trained, …
+    phases: dict[str, int]  # all that is there in a phase, such as "encode", "sample" or "evaluate: decode"
 
     @property
     def total(self) -> int:
@@ -196,6 +194,7 @@ class MemoryModel:
         vae = weight_bytes(self.policy.vae, dtype=self.dtype)
         # With an old policy, which draws the images, the trained weights are kept aside in a rollout too
         old_policy = trained if isinstance(self.args, DiffusionNFTConfig) else 0
+        num_trained = self.args.per_device_train_batch_size
         num_sampled, num_evaluated = self.args.sampling_batch_size, self.args.eval_sampling_batch_size
         state = {
             "frozen weights": weight_bytes(self.transformer, quantization, self.dtype),
@@ -204,7 +203,7 @@ class MemoryModel:
             "average of the weights": trained if self.args.ema_decay > 0 else 0,
             **({"old policy": old_policy} if old_policy else {}),
             "latents of a rollout": self._rollout_bytes(),
-            "prompt embeddings": self._embeds_bytes(),
+            "prompt embeddings": max(num_trained, num_sampled, num_evaluated) * self._embeds_row_bytes(),
             "reward models": self.reward_bytes,
         }
         parts = state | {
@@ -234,9 +233,13 @@ class MemoryModel:
         return MemoryEstimate(parts, phases)
 
     def host_bytes(self, *, offload_vae: bool = False) -> int:
-        """What each process keeps in the memory of its machine: text encoders, prompt embeddings, and a VAE that is offloaded."""
+        """
+        What each process keeps in the memory of its machine, in bytes: text encoders, the cache of prompt embeddings, a row of
+        them for each image or scout of a rollout, and a VAE that is offloaded.
+        """
         vae = weight_bytes(self.policy.vae, dtype=self.dtype) if offload_vae else 0
-        return self._encoder_bytes() + DEFAULT_MAX_BYTES + vae
+        num_images = self.args.num_prompts_per_device * max(self.args.num_drawn, self.args.num_scouts or 0)
+        return self._encoder_bytes() + DEFAULT_MAX_BYTES + num_images * self._embeds_row_bytes() + vae
 
     def _peak(self, name: str, measure: Callable[[], int]) -> int:
         if name not in self._peaks:
@@ -299,11 +302,10 @@ class MemoryModel:
             num_latents += 2 * (args.sde_window_size or args.num_inference_steps - 1)
         return args.num_prompts_per_device * args.num_drawn * num_latents * self._latents(1, self._options).nbytes
 
-    def _embeds_bytes(self) -> int:
-        # a row for each image or scout of the rollout; rows of the negative prompt are one and the same memory
+    def _embeds_row_bytes(self) -> int:
+        # of a prompt as long as may be; rows of the negative prompt are one and the same memory
         rows = self._embeds(1).items()
-        num_images = self.args.num_prompts_per_device * max(self.args.num_drawn, self.args.num_scouts or 0)
-        return num_images * sum(row.nbytes for name, row in rows if not name.startswith(NEGATIVE_PREFIX))
+        return sum(row.nbytes for name, row in rows if not name.startswith(NEGATIVE_PREFIX))
 
 
 def describe_options(model: MemoryModel, *, offload_vae: bool = False) -> str:

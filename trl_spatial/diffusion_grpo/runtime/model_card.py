@@ -23,8 +23,8 @@ def build_card(
 ) -> Card:
     """
     Makes the card of trained weights from what was set and measured; the first and the last evaluation of
-    `log_history` go into it. `method` is a sentence on how they were trained, `citation` its paper in BibTeX, and `settings` what a reader wants to know about
-    it, under the names of the card. `is_lora` says whether adapters were trained or all weights. `guidance` is in the names of the
+    `log_history` go into it. `method` is a sentence on how they were trained, `citation` its paper in BibTeX, and
+    `settings` what a reader wants to know about it, under the names of the card. `is_lora` says whether adapters were trained or all weights. `guidance` is in the names of the
     pipeline's own call, from [`~policies.DiffusionPolicy.pipeline_guidance`]. `trained_rewards` are weights by name,
     and `eval_datasets` leads from the prefix of the logged metrics, such as `"eval"`, to number of prompts, Hub id and
     split. `base_model` is a Hub id or a folder.

@@ -59,8 +59,8 @@ class PromptCache:
     def get(self, prompts: list[str], *, device: torch.device | None = None) -> dict[str, torch.Tensor]:
         """
         Embeddings of prompts, which may repeat: tensors of shape `(len(prompts), ...)` on `device`, by default the one
-        on which they are encoded, rows in the order of `prompts`; masks stay on the CPU, where they are read. Rows of different lengths are padded with zeros on
-        the right. Embeddings of the negative prompt, if there is one, have the same names, with `negative_` before them;
+        on which they are encoded, rows in the order of `prompts`; masks stay on the CPU, where they are read. Rows of
+        different lengths are padded with zeros on the right. Embeddings of the negative prompt, if there is one, have the same names, with `negative_` before them;
         their rows are one and the same memory.
         """
         negative = [] if self.negative_prompt is None else [self.negative_prompt]
