@@ -25,7 +25,7 @@ class DemoSettings:
     output_dir: str = _option(
         "runs/demo", "Folder of the models, the results and the report. An interrupted run in it is continued."
     )
-    quick: bool = _option(False, "Use smaller defaults: three minutes, with less reliable results.")
+    quick: bool = _option(False, "Use smaller defaults: two minutes, with less reliable results.")
     seed: int = _option(0, "Seed of the pairs, the prompts, and both trainings.")
     num_train_pairs: int = _option(
         None, "Number of pairs to train the reward model on, each in both directions. If `None`, 8000, quick 1600."

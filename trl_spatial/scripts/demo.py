@@ -8,10 +8,10 @@ from .parser import SpatialParser, quick_imports
 
 
 EXAMPLES = """\
-  # the full demo, about eight minutes on two cores
+  # the full demo, about five minutes on two cores
   trl_spatial demo
 
-  # a smaller one in three minutes, into another folder
+  # a smaller one in two minutes, into another folder
   trl_spatial demo --quick --output_dir runs/glance
 
   # other pairs and prompts, and more updates of the generator
