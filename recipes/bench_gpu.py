@@ -1,16 +1,16 @@
-"""How fast are the recipes at true size on one GPU, which lever helps, and does memory stay below `--estimate`?
+"""How fast are the recipes at true size on one GPU, which levers help, and does memory stay below `--estimate`?
 
     python recipes/bench_gpu.py --output bench_gpu
 
-FLUX.1-dev, Qwen-Image and SpatialScore on Qwen2.5-VL-7B in their true architectures with random weights: no file of a model is
-needed. The rows of the generators are updates of [`DiffusionGRPOTrainer`] by the recipes' own settings, KL and its reference
-pass included, on one group of `--num_images` images, half of which are trained on unless the row says all. Text encoders and
-rewards are left out where the row does not say "real": they run once per prompt and beside the generator. The mark is 1 image per
-second for FLUX.1-dev, 0.5 for Qwen-Image with guidance, and 45 % of the matmul ceiling for training SpatialScore.
+Runs FLUX.1-dev, Qwen-Image and SpatialScore on Qwen2.5-VL-7B in their true architectures with random weights, so no model files
+are needed. The generators' rows are updates of [`DiffusionGRPOTrainer`] with the recipes' own settings, including KL and its
+reference pass, on one group of `--num_images` images; rows with "filter" train on half of them. Text encoders and rewards are left
+out unless the row says "real": they run once per prompt and alongside the generator. The targets are 1 image per second for
+FLUX.1-dev, 0.5 for Qwen-Image with guidance, and 45 % of the matmul ceiling for training SpatialScore.
 
-Rows come by priority. Each is written when it is measured, and the same command continues after the last one; with `--minutes` it
-ends before a row that would not fit. A row that fails is noted with what it had measured until then. To measure it again, take
-it out of the JSON file. `--tiny` runs the same code on tiny models, on the CPU too.
+Rows run in order of priority. Each is written as soon as it is measured, and the same command resumes after the last one; with
+`--minutes`, it stops before a row that would not fit. A row that fails is recorded with what it had measured so far. To measure it
+again, remove it from the JSON file. `--tiny` runs the same code on tiny models, also on the CPU.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import gc
 import json
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from trl_spatial.store import write_atomically
 
 
 UNFINISHED = "did not end"
-# images per second, or share of the matmul ceiling, of one H100 that the project set out for
+# the targets for one H100: images per second, or share of the matmul ceiling
 MARKS = {
     "FLUX.1-dev: filter, window 2, compile": ("images_per_second", 1.0),
     "Qwen-Image, guided: filter, window 2, compile": ("images_per_second", 0.5),
@@ -42,23 +43,29 @@ MARKS = {
 
 class Results:
     """
-    What has been measured, on disk after every row.
+    The measurements so far, which are saved after every row.
 
     Args:
         output (`str`):
-            Path of the JSON file and of the table, without their endings.
+            Path of the JSON file and of the table, without their extensions.
+
+    Exits the program if the JSON file is damaged.
     """
 
     def __init__(self, output: str):
-        self.path = Path(output).with_suffix(".json")
+        path = Path(output)
+        self.path, self.table = (path.with_name(f"{path.name}.{ending}") for ending in ("json", "md"))
         self.rows: dict[str, dict[str, Any]] = {}
         self.about: dict[str, Any] = {}
         if self.path.is_file():
-            stored = json.loads(self.path.read_text(encoding="utf-8"))
-            self.rows, self.about = stored["rows"], stored["about"]
+            try:
+                stored = json.loads(self.path.read_text(encoding="utf-8"))
+                self.rows, self.about = dict(stored["rows"]), dict(stored["about"])
+            except (ValueError, KeyError, TypeError) as error:
+                sys.exit(f"{self.path} is damaged ({error!r}). Repair or remove it, or choose another --output.")
 
     def begin(self, device: torch.device, settings: dict[str, Any], command: str) -> None:
-        """Notes where and how is measured; refuses to mix that with rows of another device or of other settings."""
+        """Records the device, versions and settings; exits if existing rows were measured with others."""
         now = {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
             "versions": {module.__name__: module.__version__ for module in (torch, diffusers, transformers)},
@@ -73,34 +80,41 @@ class Results:
         self.about["command"] = command
 
     def add(self, name: str, values: dict[str, Any]) -> None:
-        """Adds what was measured of a row."""
+        """Adds measurements to a row and saves both files."""
         row = self.rows.setdefault(name, {})
         for key, value in values.items():
             row[key] = {**row.get(key, {}), **value} if isinstance(value, dict) else value
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, json.dumps({"about": self.about, "rows": self.rows}, indent=2) + "\n")
-        write_atomically(self.path.with_suffix(".md"), to_markdown(self.about, self.rows))
+        write_atomically(self.table, to_markdown(self.about, self.rows))
 
 
 def run_row(name: str, row: Row, args: argparse.Namespace, device: torch.device, results: Results) -> None:
-    """Measures a row: what it reports stays, whatever happens afterwards."""
+    """Measures a row. What it has reported is kept even if it then fails."""
     results.add(name, {"note": UNFINISHED})
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
     def report(values: dict[str, Any]) -> None:
-        if device.type == "cuda":  # some rows begin anew with every phase
+        if device.type == "cuda":  # some rows reset the peak in every phase
             peaks = torch.cuda.max_memory_allocated(device) / 2**30, values.get("peak_gib", 0.0)
             values["peak_gib"] = max(*peaks, results.rows[name].get("peak_gib", 0.0))
         results.add(name, values)
 
-    start, note = time.monotonic(), ""
+    start, note, is_device_lost = time.monotonic(), "", False
     try:
         row.measure(args, device, report)
     except torch.OutOfMemoryError as error:
         note = f"out of memory: {str(error).splitlines()[0]}"
-    except Exception as error:  # a kernel that this machine has not, a library that is missing: the next row may run
+    except Exception as error:  # a kernel or a library that this machine lacks: the next row may run
+        traceback.print_exc()
         note = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        is_device_lost = isinstance(error, torch.AcceleratorError)
     results.add(name, {"note": note, "minutes": (time.monotonic() - start) / 60})
+    if is_device_lost:
+        sys.exit(
+            f"{name}: {note}. This process can use the device no more: the same command continues with the next row."
+        )
     gc.collect()
     torch._dynamo.reset()
     if device.type == "cuda":
@@ -108,7 +122,7 @@ def run_row(name: str, row: Row, args: argparse.Namespace, device: torch.device,
 
 
 def to_markdown(about: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
-    """The table: what was measured beside what was predicted."""
+    """Formats the table of measurements next to predictions."""
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [
         f"{about['device']}, {versions}. Ceiling of a matrix product: {about['ceiling'] / 1e12:.1f} TFLOP/s; of a copy: "
@@ -151,7 +165,7 @@ def _line(name: str, row: dict[str, Any], prediction: Prediction | None, about: 
 
 
 def predicted_table() -> str:
-    """What is predicted of every row, without measuring any."""
+    """Formats the predictions of all rows, without measuring any."""
     lines = ["| row | predicted per s | TFLOP each | minutes it may take |", "|---|---|---|---|"]
     predictions = predict()
     for name, row in all_rows().items():
@@ -185,8 +199,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.tiny:
         args.size, args.num_images, args.batch_size, args.repeats = 64, 4, 2, 1
     rows = {name: row for name, row in all_rows().items() if not args.only or any(text in name for text in args.only)}
-    if not rows:
-        parser.error(f"--only: no row has {' or '.join(map(repr, args.only))} in its name")
+    if unknown := [text for text in args.only or () if not any(text in name for name in rows)]:
+        parser.error(f"--only: no row has {' or '.join(map(repr, unknown))} in its name")
     start = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = Results(args.output)

@@ -1,13 +1,13 @@
 """
-Fine-tune FLUX.1-dev with SpatialScore as in the paper, and measure what it changed: rewards of the evaluation prompts before
-and after, from the same noise, with 95 % intervals of the change. Name a reward with `--eval_rewards` that is not trained
-on: the trained one alone cannot tell progress from exploitation.
+Fine-tune FLUX.1-dev with SpatialScore as in the paper, and measure the effect: rewards on the evaluation prompts before and
+after, from the same noise, with 95 % intervals of the change. Pass a reward that is not trained on as `--eval_rewards`: the
+trained one alone cannot distinguish progress from exploitation.
 
     accelerate launch --config_file recipes/accelerate/multi_gpu.yaml recipes/grpo_flux.py \
         --config recipes/grpo_flux.yaml --dataset ORG/SpatialReward
 
-Other models need their YAML file only: `--config recipes/grpo_qwen_image.yaml`, `grpo_sd3.yaml` or `grpo_z_image.yaml`. The
-training itself is `trl_spatial grpo` with the same file; this script adds the measurement, which it prints and writes to
+Other models only need their YAML file: `--config recipes/grpo_qwen_image.yaml`, `grpo_sd3.yaml` or `grpo_z_image.yaml`.
+Training is the same as `trl_spatial grpo` with that file; this script adds the measurement, which it prints and writes to
 `before_after.json` in the output folder.
 """
 

@@ -1,12 +1,12 @@
 """
-Train SpatialScore as in the paper, keep the best checkpoint on held-out pairs, and measure it on them: accuracy by the
+Train SpatialScore as in the paper, keep the best checkpoint on held-out pairs, and evaluate it on them: accuracy by the
 number of changed relations (column `level`) with 95 % intervals, and calibration.
 
     accelerate launch --config_file recipes/accelerate/multi_gpu.yaml recipes/reward_spatialscore.py \
         --config recipes/reward_spatialscore.yaml --dataset ORG/SpatialReward
 
-The training itself is `trl_spatial reward` with the same YAML file; this script adds the measurement, which it prints and
-writes to `held_out.json` in the output folder.
+Training is the same as `trl_spatial reward` with that YAML file; this script adds the evaluation, which it prints and writes
+to `held_out.json` in the output folder.
 """
 
 import json
@@ -29,7 +29,7 @@ def main(script_args, model_args, training_args) -> None:
     trainer.save_model()
 
     splits = load_dataset_dict(script_args.dataset, config_name=script_args.dataset_config)
-    held_out = pick_split(splits, script_args.dataset_test_split, script_args.dataset)
+    held_out = pick_split(splits, script_args.dataset_test_split, script_args.dataset, option="--dataset_test_split")
     results = measure(trainer, held_out)
     if trainer.is_world_process_zero():
         for name, result in results["accuracy"].items():
@@ -43,7 +43,7 @@ def main(script_args, model_args, training_args) -> None:
 
 def measure(trainer: GaussianRewardTrainer, held_out) -> dict:
     """Accuracy, by level if the dataset has that column, and calibration on pairs the trainer has not seen."""
-    trainer.args.use_reverse_pairs, trainer.args.skip_bad_rows = False, False  # one prediction for each row
+    trainer.args.use_reverse_pairs, trainer.args.skip_bad_rows = False, False  # one prediction per row
     outputs = trainer.predict(held_out).predictions
     chosen_mean, _, rejected_mean, _ = outputs  # each (num_pairs,)
     correct = (np.sign(chosen_mean - rejected_mean) + 1) / 2  # (num_pairs,)

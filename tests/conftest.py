@@ -5,10 +5,14 @@ import json
 import os
 
 
+# What a test or a command would set for a program is here where it may be: the variables are then the same for more programs,
+# which share the process of tests/warm.py.
 os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_HUB_DISABLE_XET="1",
+    HF_UPDATE_DOWNLOAD_COUNTS="0",
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",
 )
@@ -38,7 +42,19 @@ OFFICIAL_NAMES = {
 LONGEST = (
     "tests/test_readme.py", "tests/hub/test_publishing.py", "tests/demo/test_demo.py", "tests/hub/test_failures.py",
     "tests/hub/test_round_trip.py", "tests/diffusion_grpo/test_processes.py", "tests/gaussian_reward/test_trainer.py",
+    "tests/test_ablations.py", "tests/test_bench_gpu.py", "tests/true_size/test_generators.py", "tests/test_cli.py",
+    "tests/test_recipes.py", "tests/training/test_base.py", "tests/training/test_machines.py",
 )  # fmt: skip
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """The collector, which would find nothing, takes a third of the time in which the libraries are imported."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items):
@@ -48,13 +64,18 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def quiet_libraries():
-    """One thread, no progress bars, and a collector that is quick."""
+    """One thread, no progress bars, and no waiting for the disk."""
     import torch
     from transformers.utils import logging
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    # every training collects garbage: what was imported, a million objects, is not looked through each time
+    os.fsync = lambda file: None  # no power is cut in a test
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collector(quiet_libraries):
+    """Every training collects garbage. What was there before a file, a million objects, is not looked through each time."""
     gc.collect()
     gc.freeze()
 

@@ -198,10 +198,12 @@ class HubStub:
         self.faults: list[Fault] = []
         self.parts: dict[tuple[str, str], dict[int, bytes]] = defaultdict(dict)
         self.lock = threading.RLock()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self.server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.environment = dict(HF_ENDPOINT=self.url, HF_TOKEN="hf_stub", HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")
         self.environment |= dict(HF_HUB_DISABLE_TELEMETRY="1", NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
+        # the clients ask again after 10 seconds, in which a busy machine may not get to answer
+        self.environment |= dict(HF_HUB_ETAG_TIMEOUT="600", HF_HUB_DOWNLOAD_TIMEOUT="600")
 
     def __enter__(self) -> "HubStub":
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
@@ -493,6 +495,10 @@ class HubStub:
         if start >= end:
             return 416, b"", headers | {"Content-Range": f"bytes */{len(data)}"}
         return 206, data[start:end], headers | {"Content-Range": f"bytes {start}-{end - 1}/{len(data)}"}
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128  # of more than wait here a client hears nothing, and comes back after a second
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -18,7 +18,7 @@ PATHS = (REPOSITORY, REPOSITORY / "recipes" / "tiny")
 ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(map(str, PATHS)), "OMP_NUM_THREADS": "1"}
 
 
-def run_processes(words, *, num_processes=2, num_machines=1, **environment):
+def run_processes(words, *, num_processes=2, num_machines=1, code=0, **environment):
     """
     Runs a script in processes that find each other as those of `accelerate launch` do, where the launch is not what is tested.
 
@@ -29,8 +29,13 @@ def run_processes(words, *, num_processes=2, num_machines=1, **environment):
             Number of processes.
         num_machines (`int`, *optional*, defaults to `1`):
             Number of machines that they believe to be on.
+        code (`int`, *optional*, defaults to `0`):
+            The exit code of all of them.
         **environment (`str`):
             Further variables.
+
+    Returns:
+        `list[subprocess.CompletedProcess]`: What each has printed.
     """
     per_machine = num_processes // num_machines
     shared = {
@@ -45,9 +50,10 @@ def run_processes(words, *, num_processes=2, num_machines=1, **environment):
             }
             env = {**os.environ, **ENVIRONMENT, **variables, **environment}
             programs.append(stack.enter_context(Program(words, env=env)))
-        for program in programs:
-            ended = program.wait()
-            assert ended.returncode == 0, ended.stdout + ended.stderr
+        all_ended = [program.wait() for program in programs]
+    for ended in all_ended:
+        assert ended.returncode == code, ended.stdout + ended.stderr
+    return all_ended
 
 
 class Launched:
@@ -95,9 +101,10 @@ class Launched:
         """The processes of the script by their ranks."""
         ranks = {}
         for child in psutil.Process(self.process.pid).children(recursive=True):
-            rank = child.environ().get("RANK")
-            if rank is not None:
-                ranks[int(rank)] = child
+            with suppress(psutil.NoSuchProcess):  # a child of a moment
+                rank = child.environ().get("RANK")
+                if rank is not None:
+                    ranks[int(rank)] = child
         return ranks
 
     def __enter__(self):
@@ -109,6 +116,6 @@ class Launched:
         # Each worker leads a group of its own, so that killing the launcher's would leave them.
         launcher = psutil.Process(self.process.pid)
         for process in [*launcher.children(recursive=True), launcher]:
-            if process.is_running():
+            with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
         self.process.wait()

@@ -418,8 +418,7 @@ class OpenAIStub:
         self.next: deque[Behaviour] = deque()
         self.files: dict[str, bytes] = {}
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), _Handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", port), _Handler)
         self._server.stub = self
         self.host = f"http://127.0.0.1:{self._server.server_port}"
         self.url = f"{self.host}/v1"
@@ -480,6 +479,10 @@ class OpenAIStub:
         else:
             row = {"b64_json": base64.b64encode(picture).decode()}
         return Response({"created": 0, "model": body["model"], "data": [row]})
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128  # of more than wait here a client hears nothing, and comes back after a second
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -56,16 +56,17 @@ def test_random_filter_keeps_as_many_of_each_group_whatever_their_rewards():
 
 def test_runs_go_on_and_the_table_says_what_has_not_run(tmp_path, reward_folder, capsys):
     options = ["--output_dir", str(tmp_path), "--reward_model", str(reward_folder)]
-    options += ["--max_steps", "1", "--num_prompts", "2", "--seeds", "0", "--studies", "filter", "reward"]
+    options += ["--max_steps", "1", "--num_prompts", "2", "--seeds", "0", "--studies", "filter", "reward", "clip"]
     main([*options, "--variants", "k = 4"])
     (file,) = tmp_path.glob("k_4-0/result.json")
     written = file.stat().st_mtime_ns
-    main([*options, "--variants", "k = 4", "brightness as reward"])
+    main([*options, "--variants", "k = 4", "brightness as reward", "two updates, clip"])
     assert file.stat().st_mtime_ns == written
     results = collect(tmp_path)
-    assert set(results) == {"base", "k = 4", "brightness as reward"}
+    assert set(results) == {"base", "k = 4", "brightness as reward", "two updates, clip"}
     assert results["k = 4"][0]["evaluations_per_image"] == pytest.approx(6 + 2 * 5 * 8 / 24)
     assert results["k = 4"][0]["num_policy_passes"] == 8 * 24 * 6 + 2 * 5 * 8 * 8
+    assert results["two updates, clip"][0]["num_policy_passes"] == 8 * 24 * 6 + 2 * 2 * 5 * 8 * 12
     assert "| filter | no filter | not run |" in capsys.readouterr().out
     assert (tmp_path / "table.md").read_text() == format_table(results)
     with pytest.raises(SystemExit, match=r"'max_steps': '1'.*'max_steps': '2'"):

@@ -1,6 +1,5 @@
 """The command line: help, mistakes, YAML files, launch arguments, and every command run at tiny size."""
 
-import gc
 import importlib
 import json
 import math
@@ -22,7 +21,7 @@ from PIL import Image
 from trl_spatial import SpatialScore, __version__
 from trl_spatial.cli import COMMANDS, LAUNCHED_COMMANDS, main, run_command
 from trl_spatial.scripts.datasets import load_dataset_dict
-from trl_spatial.scripts.parser import SpatialParser, quick_imports
+from trl_spatial.scripts.parser import SpatialParser
 from trl_spatial.scripts.training_parser import declared_options
 
 
@@ -61,13 +60,15 @@ def write_yaml(folder, text):
 
 
 def test_help_is_quick_and_lists_every_command():
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    text = subprocess.run(
-        [sys.executable, "-m", "trl_spatial", "--help"], cwd=REPOSITORY, check=True, capture_output=True, text=True
-    ).stdout
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # processor time, so that a busy machine does not fail the test
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+    seconds = []  # of processor time, the least of three: a busy machine takes more of that, too
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        text = subprocess.run(
+            [sys.executable, "-m", "trl_spatial", "--help"], cwd=REPOSITORY, check=True, capture_output=True, text=True
+        ).stdout
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.5
     for command, help_text in COMMANDS.items():
         assert command in text and help_text in text
 
@@ -113,14 +114,11 @@ def test_brief_help_has_the_options_that_the_package_declares(command, capsys):
 
 def test_quick_imports_leave_nothing_to_collect_and_the_collector_on():
     program = "import gc; from trl_spatial.scripts.parser import quick_imports\n"
+    program += "try:\n  with quick_imports(): import no_such_module\nexcept ModuleNotFoundError: print(gc.isenabled(), gc.get_freeze_count())\n"
     program += "with quick_imports(): import torch; from transformers import Trainer\n"
     program += "print(gc.isenabled(), len(gc.get_objects()) < 1000 < gc.get_freeze_count())"
     shown = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True, capture_output=True, text=True)
-    assert shown.stdout == "True True\n"
-    num_frozen = gc.get_freeze_count()
-    with pytest.raises(ModuleNotFoundError), quick_imports():
-        import no_such_module  # noqa: F401
-    assert gc.isenabled() and gc.get_freeze_count() == num_frozen
+    assert shown.stdout == "True 0\nTrue True\n"
 
 
 def test_without_arguments_prints_help(capsys):
@@ -136,8 +134,9 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_a_command_has_examples_that_parse(command, monkeypatch):
-    monkeypatch.chdir(REPOSITORY)  # examples name files of the repository
+def test_help_of_a_command_has_examples_that_parse(command, monkeypatch, tmp_path):
+    (tmp_path / "token.txt").touch()
+    monkeypatch.chdir(tmp_path if command == "serve" else REPOSITORY)  # examples name files of the repository
     parser = importlib.import_module(f"trl_spatial.scripts.{command}").make_parser()
     text = parser.format_help()
     examples = text.split("examples:\n")[1].replace("\\\n", " ").splitlines()
@@ -173,6 +172,8 @@ def test_help_of_a_command_has_examples_that_parse(command, monkeypatch):
         (["reward", "--dataset", "x", "--accelerate_config", "nix"], "nix"),
         (["reward", "--dataset", "x", "--config"], "argument --config: expected one argument"),
         (["reward", "--config", "a.yaml", "--config", "b.yaml"], "--config takes one YAML file"),
+        (["grpo", "--dataset", "x", "--rewards", "a", "--rewards", "b"], "--rewards is given twice"),
+        (["grpo", "--dataset", "x", "--reward_weights=1", "--reward-weights", "2"], "--reward-weights is given twice"),
         (["data", "mkae", "--output", "x"], "unknown action 'mkae'; did you mean make?"),
         (["reward", "--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
@@ -253,6 +254,10 @@ def test_yaml_takes_mappings_lists_none_and_environment_variables(reward_parser,
         ("bf16: perhaps", "bf16"),
         ("- a\n- b", "expected a mapping"),
         ("a: [", "cannot be read"),
+        ("seed: 1\nlora_r: 2\nseed: 3", "'seed' appears on line 1 and again on line 3"),
+        ("lr_scheduler_kwargs:\n  {min_lr: 1, min_lr: 2}", "'min_lr' appears on line 2 and again on line 2"),
+        ("seed: 1\nlora_r: 2\nseed: 3", "'seed' appears on line 1 and again on line 3"),
+        ("lr_scheduler_kwargs:\n  min_lr: 1\n  min_lr: 2", "'min_lr' appears on line 2 and again on line 3"),
         ("env: 3", "`env` must be a mapping"),
     ],
 )
@@ -270,6 +275,14 @@ def test_yaml_mistakes_are_named(text, message, reward_parser, tmp_path, fails):
 def test_values_that_a_config_refuses_are_one_message(reward_parser, fails):
     error = fails(reward_parser().parse_args_and_config, ["--dataset", "x", "--load_in_4bit", "--no_use_peft"])
     assert "4-bit weights cannot be trained" in error
+
+
+def test_yaml_knows_the_home_folder_as_a_shell_does(reward_parser, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    path = write_yaml(tmp_path, "dataset: ~/pairs\nmodel_name_or_path: a~/b\noutput_dir: ~/out\nuse_cpu: true\n")
+    script_args, model_args, training_args = reward_parser().parse_args_and_config(["--config", path])
+    assert (script_args.dataset, training_args.output_dir) == ("/home/me/pairs", "/home/me/out")
+    assert model_args.model_name_or_path == "a~/b"
 
 
 def test_yaml_of_a_plain_command(tmp_path, fails):
@@ -337,7 +350,7 @@ def test_datasets_are_loaded_from_wherever_they_are(tmp_path, capsys):
     assert "4 rows in the train split, 2 rows in the test split" in capsys.readouterr().out
     again = ["data", "make", "--num_pairs", "4", "--num_test_pairs", "2", "--image_size", "32", "--output"]
     assert main([*again, str(tmp_path / "disk")]) == 0
-    assert "holds these pairs already" in capsys.readouterr().out
+    assert "already holds these pairs" in capsys.readouterr().out
     assert main([*again, str(tmp_path / "disk"), "--seed", "1"]) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk"]  # nothing half-written
     (tmp_path / "parquet").mkdir()
@@ -359,6 +372,11 @@ def test_datasets_are_loaded_from_wherever_they_are(tmp_path, capsys):
 def test_a_missing_dataset_is_not_looked_for_on_the_hub(name):
     with pytest.raises(FileNotFoundError, match=name):
         load_dataset_dict(name)
+
+
+def test_data_make_of_no_pairs_is_an_error(tmp_path, capsys):
+    assert main(["data", "make", "--num_pairs", "0", "--output", str(tmp_path / "none")]) == 1
+    assert "`--num_pairs` and `--num_test_pairs` are 0" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
 def test_data_make_overwrites_nothing(tmp_path, capsys):
@@ -536,10 +554,13 @@ def test_interruption_and_faults_of_our_own_are_one_line(capsys, monkeypatch):
         code = run_command("trl_spatial demo", fail)
         return code, capsys.readouterr().err.strip().splitlines()
 
-    assert run(KeyboardInterrupt()) == (130, ["trl_spatial demo: interrupted; the same command continues"])
+    assert run(KeyboardInterrupt()) == (130, ["trl_spatial demo: interrupted; run the same command again to continue"])
     assert run(KeyboardInterrupt("saved")) == (130, ["trl_spatial demo: saved"])
     assert run(KeyError("x"))[1][0] == "trl_spatial demo: error: KeyError: 'x'"
     assert run(ValueError("no x"))[1][0] == "trl_spatial demo: error: no x"
+    noted = KeyError("x")
+    noted.add_note("The reward function `f` raised this error.")
+    assert run(noted)[1][:2] == ["trl_spatial demo: error: KeyError: 'x'", *noted.__notes__]
     assert run_command("p", lambda: 3) == 3 and run_command("p", lambda: None) == 0
     monkeypatch.setenv("TRL_SPATIAL_TRACEBACK", "1")
     with pytest.raises(KeyError):

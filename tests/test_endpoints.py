@@ -240,37 +240,84 @@ def test_a_schema_that_would_not_be_checked_is_refused(stub):
     "fault",
     [
         stubs.failing(408), stubs.failing(409), stubs.failing(500), stubs.failing(503), stubs.dying, stubs.malformed, stubs.html,
-        stubs.slow(1.0), stubs.failing(429),
+        stubs.failing(429),
         lambda request, usual: Response({"error": {"code": 502, "message": "upstream"}}),
         lambda request, usual: Response({"choices": []}),
     ],
 )  # fmt: skip
 def test_what_passes_is_tried_again(stub, fault):
     stub.next.append(fault)
-    assert connect(stub, timeout_s=0.4).chat(MESSAGES).text == SECRET_ANSWER
+    assert connect(stub).chat(MESSAGES).text == SECRET_ANSWER
     assert stub.num_calls == 2
     first, second = stub.requests
     assert first.body == second.body
 
 
+def test_an_answer_that_does_not_come_in_time_is_asked_for_again(stub, monkeypatch):
+    is_tried_again = threading.Event()
+    stub.next.append(lambda request, usual: is_tried_again.wait(120) and usual(request))
+    endpoint = connect(stub, timeout_s=0.4)
+
+    def wait(seconds):
+        if seconds > 0:  # the pause after the first try: the second one has as long as it takes
+            endpoint._client.timeout = 120
+            is_tried_again.set()
+
+    monkeypatch.setattr(endpoint._stopping, "wait", wait)
+    assert endpoint.chat(MESSAGES).text == SECRET_ANSWER
+    assert is_tried_again.is_set()
+    wait_until(lambda: stub.num_calls == 2)
+    first, second = stub.requests
+    assert first.body == second.body
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("is_date", [False, True])
-def test_retries_wait_as_asked(stub, is_date):
+def test_retries_wait_as_asked(stub, monkeypatch, is_date):
     seconds = 2.0 if is_date else 1.2  # a date has whole seconds
     stub.next.append(stubs.rate_limited(seconds, as_date=is_date))
-    connect(stub).chat(MESSAGES)
-    waited = stub.requests[1].time - stub.requests[0].time
-    assert (1.0 if is_date else 1.2) <= waited < 2.5
+    endpoint, pauses = connect(stub), []
+    wait = endpoint._stopping.wait
+    monkeypatch.setattr(endpoint._stopping, "wait", lambda seconds: pauses.append(seconds) or wait(seconds))
+    endpoint.chat(MESSAGES)
+    assert stub.requests[1].time - stub.requests[0].time >= (1.0 if is_date else 1.2)
+    assert max(pauses) <= 0.1 + 1.1 * seconds
 
 
 def test_what_a_server_asks_of_one_thread_holds_for_all(stub):
-    stub.next.append(stubs.rate_limited(1.0))
-    stub.behaviour = stubs.slow(0.1)
     endpoint = connect(stub, concurrency=2)
+
+    def hold(request, usual):  # the only call that can be on its way when another one is told to wait
+        wait_until(lambda: endpoint._resume_at > 0)
+        return usual(request)
+
+    stub.next += [stubs.rate_limited(1.0), hold]
     results = list(endpoint.map(lambda item: endpoint.chat(MESSAGES), range(12)))
-    assert len(results) == 12
-    limited = stub.requests[0].time
-    # others may have been on their way
-    assert not [request for request in stub.requests if limited + 0.3 < request.time < limited + 1.0]
+    assert len(results) == 12 and endpoint._resume_at - stub.requests[0].time >= 1.0
+    assert all(request.time >= endpoint._resume_at for request in stub.requests[2:])
+
+
+def test_a_call_that_waits_is_asked_to_wait_longer(stub, monkeypatch):
+    endpoint, pauses = connect(stub), []
+
+    def wait(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 1:  # meanwhile another thread is told to wait
+            endpoint._resume_at = time.monotonic() + 60
+        elif seconds > 0:
+            endpoint._resume_at = 0.0
+
+    monkeypatch.setattr(endpoint._stopping, "wait", wait)
+    endpoint._resume_at = time.monotonic() + 30
+    endpoint.chat(MESSAGES)
+    first, second, third = pauses
+    assert 0 < first <= 30 < second <= 60 and third == 0
 
 
 def test_pauses_grow(stub, monkeypatch):
@@ -303,8 +350,8 @@ def test_it_gives_up_with_a_reason_and_a_way_out(stub):
     with pytest.raises(ServerError) as caught:
         connect(stub, max_attempts=2).chat(MESSAGES)
     assert str(caught.value) == (
-        f"test-model at {stub.url} answers 503, 2 times: No room. Try later. Try again later; the same command continues "
-        "from there."
+        f"test-model at {stub.url} answers 503, 2 times: No room. Try later. Run the same command again later to "
+        "continue."
     )
     assert caught.value.status == 503 and stub.num_calls == 2
 
@@ -333,7 +380,8 @@ def test_a_long_wait_is_left_to_the_user(stub):
 
 def test_a_server_that_is_not_there_is_named():
     with pytest.raises(
-        ServerError, match=r"http://127.0.0.1:9/v1 gives no answer, 2 times: .+ Check that the server runs"
+        ServerError,
+        match=r"http://127.0.0.1:9/v1 gives no answer, 2 times in [\d.]+ s \(`timeout_s` is 120\): .+ Check that the server is running",
     ):
         Endpoint("m", base_url="http://127.0.0.1:9/v1", max_attempts=2).chat(MESSAGES)
 
@@ -523,8 +571,7 @@ def test_after_kill_9_no_question_that_was_answered_is_asked_again(stub, tmp_pat
     process.send_signal(signal.SIGKILL)
     answered += [int(line) for line in process.stdout.read().split()]
     process.wait()
-    while set(threading.enumerate()) - threads:  # the stub is busy with what was under way
-        time.sleep(0.01)
+    wait_until(lambda: not set(threading.enumerate()) - threads)  # the stub is busy with what was under way
     num_calls = stub.num_calls
     endpoint = connect(stub, cache=cache)
     assert num_calls < 10_000
@@ -729,10 +776,18 @@ def test_a_refused_key_ends_a_map(stub):
     assert stub.num_calls <= 4
 
 
-def test_ctrl_c_ends_a_map_and_loses_nothing(stub, request):
+@pytest.fixture
+def ctrl_c():
+    """A function that presses it. A shell that starts the tests in the background has them ignore it."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: os.kill(os.getpid(), signal.SIGINT)
+    assert signal.signal(signal.SIGINT, usual) is signal.default_int_handler
+
+
+def test_ctrl_c_ends_a_map_and_loses_nothing(stub, ctrl_c):
     # half of the calls hang in a long pause, which Ctrl-C ends
     stub.behaviour = lambda asked, usual: (
-        stubs.rate_limited(60)(asked, usual) if "pause" in asked.text else stubs.slow(0.3)(asked, usual)
+        stubs.rate_limited(500)(asked, usual) if "pause" in asked.text else stubs.slow(0.3)(asked, usual)
     )
     endpoint, pausing = connect(stub, concurrency=4), connect(stub)
     pausing._stopping = endpoint._stopping  # its pauses are not those of the others
@@ -741,24 +796,44 @@ def test_ctrl_c_ends_a_map_and_loses_nothing(stub, request):
         text = "pause" if i == 1 else "go"
         return (pausing if i == 1 else endpoint).chat([{"role": "user", "content": text}]).text
 
-    # a shell that starts the tests in the background has them ignore it
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, usual))
-
     def interrupt():
-        while stub.num_calls < 12:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+        wait_until(lambda: stub.num_calls >= 12)
+        ctrl_c()
 
     threading.Thread(target=interrupt).start()
     start, results = time.monotonic(), {}
     with pytest.raises(KeyboardInterrupt):
         for index, result in endpoint.map(ask, range(1000)):
             results[index] = result
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 500
     num_answered = sum("pause" not in asked.text for asked in stub.requests)
     assert len(results) == num_answered >= 6 and set(results.values()) == {SECRET_ANSWER}
     assert endpoint.chat(MESSAGES).text == SECRET_ANSWER  # and the endpoint works as before
+
+
+def test_nor_does_it_while_a_result_is_kept(stub, ctrl_c):
+    endpoint, results = connect(stub, concurrency=4), {}
+    with pytest.raises(KeyboardInterrupt):
+        for index, result in endpoint.map(lambda i: endpoint.chat(MESSAGES).text, range(1000)):
+            if len(results) == 5:
+                ctrl_c()
+            results[index] = result
+    assert 6 <= len(results) == stub.num_calls < 20
+    results = endpoint.map(lambda i: endpoint.chat(MESSAGES).text, range(3))
+    next(results)
+    ctrl_c()
+    with pytest.raises(KeyboardInterrupt):  # the second one, wherever it comes
+        ctrl_c()
+    results.close()
+
+
+def test_a_map_that_ends_stops_no_other(stub):
+    endpoint = connect(stub)
+    stub.next.append(stubs.rate_limited(1.0))
+    first = endpoint.map(lambda i: endpoint.chat(MESSAGES).text, range(2))
+    assert next(first)[1] == SECRET_ANSWER
+    assert dict(endpoint.map(str, range(3))) == {0: "0", 1: "1", 2: "2"}
+    assert next(first)[1] == SECRET_ANSWER
 
 
 # The stub
@@ -772,7 +847,7 @@ def test_the_stub_serves_as_a_process():
         text=True,
     )
     try:
-        endpoint = Endpoint("m", base_url=process.stdout.readline().strip(), timeout_s=5)
+        endpoint = Endpoint("m", base_url=process.stdout.readline().strip())
         assert [endpoint.draw(PROMPT, seed=seed).image_bytes for seed in range(8)] == [
             stubs.draw_picture(PROMPT, seed) for seed in range(8)
         ]

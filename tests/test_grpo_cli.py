@@ -83,7 +83,9 @@ def build(here, flux_folder):
 def test_prompts_of_a_text_file(here):
     prompts = load_prompts("prompts.txt", "train")
     assert prompts["prompt"][:] == ["a red circle", "a blue square", "the cat"]
-    with pytest.raises(ValueError, match=r"prompts.txt has no split 'test'; it has 'train'"):
+    with pytest.raises(
+        ValueError, match=r"prompts.txt has no split 'test'; it has 'train'. Name one with --dataset_train_split"
+    ):
         load_prompts("prompts.txt", "test")
     assert len(load_prompts("prompts.txt", "test", use_only_split=True)) == 3
 
@@ -169,6 +171,15 @@ def test_the_paper_is_the_default():
         ("--dataset x --rewards rules --dtype float16", "invalid choice: 'float16'"),
         ("--dataset x --rewards rules --dynamics sde", "invalid choice: 'sde'"),
         ("--dataset x --rewards rules --top_k 13", "`top_k` is 13"),
+        (
+            "--dataset x --rewards rules --gradient_checkpointing_kwargs {",
+            "gradient-checkpointing-kwargs: { is not JSON",
+        ),
+        ("--dataset x --rewards rules --lr_scheduler_kwargs 1", "lr-scheduler-kwargs: 1 is not a JSON object"),
+        (
+            '--dataset x --rewards rules --gradient_checkpointing_kwargs {"reuse":true}',
+            "it can only be {'reuse_activations': True}",
+        ),
         ("--dataset x --rewards rules --eval_reward y", "unknown option --eval_reward; did you mean --eval_rewards"),
     ],
 )
@@ -177,6 +188,16 @@ def test_mistakes_are_named(arguments, message, capsys):
         make_parser().parse_args_and_config([*arguments.split(), "--use_cpu", "--output_dir", "out"])
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_activations_are_reused_by_an_option_and_by_a_key_of_the_file(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("gradient_checkpointing_kwargs:\n  reuse_activations: true\n")
+    given = ("--gradient_checkpointing_kwargs", '{"reuse_activations": true}'), ("--config", str(file)), ()
+    for words in given:
+        required = ["--dataset", "x", "--rewards", "rules", "--output_dir", str(tmp_path / "out"), "--use_cpu"]
+        _, _, args = make_parser().parse_args_and_config([*required, *words])
+        assert args.reuses_activations == bool(words)
 
 
 def test_what_is_misspelt_is_told_before_the_model_is_loaded(here):

@@ -37,6 +37,64 @@ YAMLS = {
     "set": "seed: !!set {a, b}", "alias": "a: &a [*a]", "huge": "# " + "x" * 2**21, "two": "a: 1\n---\nb: 2", "list_key": "? [a]\n: b",
     "surrogate": 'seed: "\\ud800"', "float": "seed: 1e400", "long": f"seed: {'9' * 6000}", "namespace": "namespace: [a]",
 }  # fmt: skip
+# Option that takes a place → a command line with @ for it, and what that place should be
+IMAGES = f"evaluate {REQUIRED['evaluate']}"
+TRAINED = "--model_name_or_path nowhere --use_cpu true --report_to none"
+PLACES = {
+    "demo --output_dir": ("demo --output_dir @", "new folder"),
+    "score --output": ("score --model nowhere --input rows.jsonl --output @", "new file"),
+    "score --input": ("score --model nowhere --input @", "something"),
+    "score --model": ("score --model @ --prompt a x.png", "something"),
+    "score --backbone": ("score --model nowhere --backbone @ --prompt a x.png", "something"),
+    "merge --output": ("merge --model nowhere --output @", "new folder"),
+    "data make --output": ("data make --num_pairs 1 --output @", "new folder"),
+    "data validate ref": ("data validate @", "something"),
+    "data validate --output": ("data validate rows.jsonl --output @", "new folder"),
+    "data build store": ("data build @", "something"),
+    "data export --output": ("data export nowhere --output @", "new folder"),
+    "data review --to_label_studio": ("data review nowhere --to_label_studio @", "new file"),
+    "data review --from_label_studio": ("data review nowhere --from_label_studio @", "file"),
+    "evaluate pairs --dataset": ("evaluate pairs --dataset @ --scorers pixels --output_dir out", "something"),
+    "evaluate pairs --output_dir": (
+        "evaluate pairs --dataset rows.jsonl --scorers pixels --output_dir @",
+        "new folder",
+    ),
+    "evaluate images --output_dir": (f"{IMAGES} --output_dir @", "new folder"),
+    "evaluate images --images": (f"{IMAGES} --images @", "folder"),
+    "evaluate images --data": (f"{IMAGES} --data @", "folder"),
+    "evaluate images --detector": (f"{IMAGES} --detector @", "something"),
+    "evaluate images --lora": (f"{IMAGES} --lora @", "folder"),
+    "evaluate compare run": ("evaluate compare @ @", "something"),
+    "evaluate compare --output_dir": ("evaluate compare nowhere nowhere --output_dir @", "new folder"),
+    "evaluate replay run": ("evaluate replay @", "something"),
+    "push run": ("push @ --to org/name --dry-run", "something"),
+    "serve --model": ("serve --model @", "something"),
+    "serve --token-file": ("serve --model nowhere --token-file @", "file"),
+    "space build dir": ("space build @ --model org/name", "new folder"),
+    "space serve --dir": ("space serve --dir @", "folder"),
+    **{
+        f"{command} --{option}": (f"{command} {REQUIRED[command]} {TRAINED} --{option} @", kind)
+        for command in ("reward", "grpo", "nft", "dpo")
+        for option, kind in {
+            "output_dir": "new folder", "dataset": "something", "model_name_or_path": "something",
+            "resume_from_checkpoint": "something", "accelerator_config": "settings", "fsdp_config": "settings",
+            "deepspeed": "settings",
+        }.items()
+    },
+}  # fmt: skip
+# What nothing can be read from or written to
+NOWHERE = {"empty": "", "blanks": " ", "loop": "loop", "long": "x" * 300}
+NO_PARENT = {"below a file": "rows.jsonl/x", "no file system for it": "/proc/nowhere/x"}
+WRONG = {
+    "something": NOWHERE,
+    "file": {**NOWHERE, "missing": "missing", "folder": "folder", "dangling": "dangling", "pipe": "pipe"},
+    "settings": {**NOWHERE, "missing": "missing", "folder": "folder", "pipe": "pipe", "no JSON": "rows.txt"},
+    "folder": {**NOWHERE, "file": "rows.jsonl", "pipe": "pipe", "device": "/dev/null"},
+    "new file": {**NOWHERE, **NO_PARENT, "folder": "folder", "dangling": "dangling", "pipe": "pipe"},
+    "new folder": {
+        **NOWHERE, **NO_PARENT, "file": "rows.jsonl", "dangling": "dangling", "pipe": "pipe", "device": "/dev/null",
+    },
+}  # fmt: skip
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x]\n" + "\n".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 8)}]" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
 )
@@ -78,6 +136,26 @@ def test_hostile_command_lines_and_files_are_refused(command, refused, place):
     assert not (place / "hacked").exists()
     # nothing was started
     assert not {"out", "merged", "pairs", "folder", "runs"} & {path.name for path in place.iterdir()}
+
+
+@pytest.mark.parametrize("option", PLACES)
+def test_places_that_cannot_be_used_are_named_with_their_option(option, place, capsys):
+    """Before anything is loaded, and without reading from what never ends."""
+    (place / "folder").mkdir()
+    (place / "rows.txt").write_text("hello")
+    (place / "rows.jsonl").write_text('{"prompt": "a", "image": "x.png"}\n')
+    os.symlink("loop", place / "loop")
+    os.symlink("nowhere/at/all", place / "dangling")
+    before = sorted(place.rglob("*"))
+    line, kind = PLACES[option]
+    for name, wrong in WRONG[kind].items():
+        with pytest.raises(SystemExit) as end:
+            main([wrong if word == "@" else word for word in shlex.split(line)])
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and len(error.splitlines()) == 2, (name, error)
+        assert option.split()[-1] in error.lower() and "Errno" not in error, (name, error)
+        assert wrong[:60] in error, (name, error)
+    assert sorted(place.rglob("*")) == before
 
 
 @pytest.mark.parametrize("command", ["reward", "grpo", "nft", "dpo"])

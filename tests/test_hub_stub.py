@@ -32,7 +32,7 @@ def run(hub, tmp_path):
     def run(script, **environment):
         script = "from huggingface_hub import *\nfrom huggingface_hub.errors import *\napi = HfApi()\n" + script
         environment = os.environ | hub.environment | {"HF_HOME": str(tmp_path / "cache")} | environment
-        output = run_python(["-c", script], cwd=tmp_path, env=environment, timeout=120)
+        output = run_python(["-c", script], cwd=tmp_path, env=environment)
         text = output.stdout + output.stderr
         assert output.returncode == 0, text
         return text

@@ -16,7 +16,7 @@ PACKAGE = REPOSITORY / "trl_spatial"
 
 # The house, floor by floor: a room imports rooms of lower floors only. CONTRIBUTING.md says what each holds.
 FLOORS = [
-    {"preferences", "statistics", "figures", "store", "scenes", "hub", "cli"},
+    {"preferences", "statistics", "figures", "store", "scenes", "hub", "cli", "yaml_text", "waiting"},
     {"endpoints"},
     {"generation", "training"},
     {"gaussian_reward", "diffusion_grpo", "judges"},

@@ -243,7 +243,10 @@ class Reader:
         elif words[1] in LAUNCHED_COMMANDS:
             if words[-2:] == ["--num_processes", "8"]:  # the launcher's
                 words = words[:-2]
-            self.run_program(runpy.run_module, f"trl_spatial.scripts.{words[1]}", words[2:], TINY[words[1]])
+            tiny = TINY[words[1]]
+            if "--estimate" in words:  # the model of that name is known without its files, at its true size
+                tiny += f" --model_name_or_path {self.folder}/black-forest-labs/FLUX.1-dev"
+            self.run_program(runpy.run_module, f"trl_spatial.scripts.{words[1]}", words[2:], tiny)
         else:
             assert words[0] == "trl_spatial"
             if "evaluate" in words:  # the bundled model knows words of the flat world alone

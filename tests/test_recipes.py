@@ -182,7 +182,7 @@ def test_accelerate_configs_are_understood(path):
 def test_commands_for_several_machines_are_understood():
     """Those of the README and of its SLURM script: options of the launcher are the launcher's, all others the command's."""
     text = (RECIPES / "README.md").read_text(encoding="utf-8")
-    text = text.split("## Several machines")[1].split("\n## ")[0]
+    text = text.split("## Multiple machines")[1].split("\n## ")[0]
     blocks = re.findall(r"^```text\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if " grpo " in line]
     seen = []

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -57,6 +58,19 @@ class TestFiles:
                 assert json.loads(file.read_text())["result"] == [int(file.stem)] * 1000
         assert any((tmp_path / "store").glob("[!.]*"))
 
+    def test_two_may_write_a_file_at_one_time(self, tmp_path, monkeypatch):
+        """Also processes of the same number, in two containers: the second one writes before the first one's file has its name."""
+        replace = Path.replace
+
+        def be_overtaken(self, target):
+            monkeypatch.undo()
+            write_atomically(target, "second")
+            replace(self, target)
+
+        monkeypatch.setattr(Path, "replace", be_overtaken)
+        write_atomically(tmp_path / "file", "first")
+        assert (tmp_path / "file").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
+
     def test_a_full_disk_leaves_the_old_file(self, tmp_path):
         disk = tmp_path / "disk"
         disk.mkdir()
@@ -106,7 +120,7 @@ class TestStages:
             assert result == {"depth": [1, 2]}  # as JSON gives it back, the first time too
         assert calls == [1]
         shown = capsys.readouterr().out
-        assert "1/2  Digging a hole\n" in shown and "1/2  Digging a hole: done before" in shown
+        assert "1/2  Digging a hole\n" in shown and "1/2  Digging a hole: already done" in shown
 
     def test_a_stage_that_returned_nothing_is_finished_too(self, tmp_path):
         calls = []
@@ -158,10 +172,12 @@ class TestStages:
 
     def test_a_second_process_is_refused_until_the_first_ends(self, tmp_path):
         program = (
-            "import sys, time, pathlib; from trl_spatial.store import Stages\n"
-            f"stages = Stages(pathlib.Path(sys.argv[1]), {TITLES}, {ARGUMENTS}); print('has it', flush=True); time.sleep(60)"
+            "import sys, pathlib; from trl_spatial.store import Stages\n"
+            f"stages = Stages(pathlib.Path(sys.argv[1]), {TITLES}, {ARGUMENTS}); print('has it', flush=True); sys.stdin.read()"
         )
-        process = subprocess.Popen([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         assert process.stdout.readline() == "has it\n"
         with pytest.raises(ValueError, match=r"Another process .* is running in"):
             make_stages(tmp_path)

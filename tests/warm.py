@@ -35,7 +35,6 @@ WARM = {
 # What stands for the values of a program until there is one; neither works, should one be left.
 STAND_INS = {"HF_ENDPOINT": "http://warm.invalid", "HF_HOME": "/dev/null/home-of-hugging-face"}
 DEFAULTS = {"HF_ENDPOINT": "https://huggingface.co", "HF_HOME": os.path.expanduser("~/.cache/huggingface")}
-READ_LATER = ("HF_TOKEN",)
 PREFIXES = ("HF_", "TRANSFORMERS_", "DIFFUSERS_", "TRL_", "OMP_", "TOKENIZERS_")
 
 
@@ -86,12 +85,16 @@ def run_python(words, **options):
 
 
 def _is_read_early(name):
-    return name.startswith(PREFIXES) and name not in STAND_INS and name not in READ_LATER
+    return name.startswith(PREFIXES) and not (name in STAND_INS or _is_read_later(name))
+
+
+def _is_read_later(name):
+    return name == "HF_TOKEN" or name.startswith("TRL_SPATIAL_")  # the package is imported by the programs
 
 
 @lru_cache
 def _server(variables):
-    others = {name: value for name, value in os.environ.items() if not _is_read_early(name) and name not in READ_LATER}
+    others = {name: value for name, value in os.environ.items() if not (_is_read_early(name) or _is_read_later(name))}
     server = subprocess.Popen(
         [sys.executable, "-c", "import tests.warm as warm; warm.run(warm.serve())"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -103,6 +106,7 @@ def _server(variables):
 
 def serve():
     """Forks for each job; in the new process, it returns the code that is to run there."""
+    gc.disable()  # it would take a third of the time of the imports, and find nothing
     for name, parts in WARM.items():
         module = import_module(name)
         for part in parts:
@@ -111,6 +115,7 @@ def serve():
     places = list(_find_stand_ins())
     gc.collect()
     gc.freeze()  # what is shared is not looked through again
+    gc.enable()
     for line in sys.stdin:
         job = json.loads(line)
         if "pid" in job:

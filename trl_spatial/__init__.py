@@ -1,6 +1,6 @@
 """Spatial reward models and spatial reinforcement learning for text-to-image models, on top of TRL.
 
-Importing this package imports neither torch nor transformers: a public name is loaded when it is first used.
+Importing this package imports neither torch nor transformers: public names are loaded on first use.
 """
 
 import importlib

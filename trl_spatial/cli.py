@@ -25,25 +25,25 @@ from . import __version__
 COMMANDS = {
     "demo": "the whole method in a small world: reward model, reinforcement learning, an exact judge, a report",
     "reward": "train a spatial reward model on preference pairs",
-    "grpo": "fine-tune FLUX.1, Qwen-Image, Stable Diffusion 3 or Z-Image by rewards for their images",
-    "nft": "the same with the loss of DiffusionNFT, on images drawn without noise",
-    "dpo": "fine-tune the same models on preference pairs of images",
+    "grpo": "fine-tune FLUX.1, Qwen-Image, Stable Diffusion 3 or Z-Image with rewards for their images",
+    "nft": "the same with DiffusionNFT's loss, on images drawn without noise",
+    "dpo": "fine-tune the same models on preference pairs",
     "score": "score images for prompts with a trained reward model",
     "merge": "fold a checkpoint's LoRA adapter into its backbone",
     "data": "build, make and validate datasets of preference pairs",
-    "evaluate": "measure scorers of images on preference pairs",
+    "evaluate": "measure image scorers on preference pairs, and generators on benchmarks",
     "push": "upload a model, a dataset or a Space to the Hub, with its card",
-    "serve": "score images over HTTP: a reward in a process of its own",
+    "serve": "score images over HTTP: a reward in its own process",
     "space": "build or run a page that scores images",
 }
 # Training commands also take the arguments of `accelerate launch`, as in TRL's CLI.
 LAUNCHED_COMMANDS = {"reward", "grpo", "nft", "dpo"}
-# Started again after an interruption, they continue from what is on disk.
+# Run again after an interruption, these continue from what is on disk.
 RESUMED_COMMANDS = {"data", "demo", "evaluate", "push"}
-# Number of the launching process, for the processes that it launches.
+# Process id of the launcher, set for the processes that it launches.
 LAUNCHER_VARIABLE = "TRL_SPATIAL_LAUNCHER"
 TRACEBACK_VARIABLE = "TRL_SPATIAL_TRACEBACK"
-# How long training processes may take to save and end after SIGTERM or SIGINT: as long as torch.distributed gives them.
+# Time for training processes to save and end after SIGTERM or SIGINT, the same as torch.distributed allows.
 GRACE_SECONDS = 30.0
 
 EXAMPLES = """\
@@ -57,19 +57,20 @@ examples:
   trl_spatial COMMAND --help
 
 No command sends usage statistics: HF_HUB_DISABLE_TELEMETRY=1 and HF_UPDATE_DOWNLOAD_COUNTS=0 are set unless the environment
-says otherwise. TRL_SPATIAL_TRACEBACK=1 shows where an error comes from. Exit codes: 1 error, 2 usage, 130 interrupted.
+already sets them. TRL_SPATIAL_TRACEBACK=1 shows where an error comes from. Exit codes: 1 error, 2 usage, 130 interrupted.
 """
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:
     """Text that suggests the candidates most like `word`; empty if none is close."""
-    # --batch-size and --batch_size are one option: name it as it is documented
+    # --batch-size and --batch_size are the same option: suggest the documented spelling
     by_name = {candidate.lstrip("-").replace("-", "_"): candidate for candidate in sorted(candidates)}
     matches = difflib.get_close_matches(word.lstrip("-").replace("-", "_"), by_name, n=3, cutoff=0.7)
     return f"; did you mean {' or '.join(by_name[match] for match in matches)}?" if matches else ""
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The parser of `trl_spatial` itself, which lists the commands; each command has its own."""
     commands = "\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="trl_spatial",
@@ -85,9 +86,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def prepare_environment() -> None:
     """
-    Set what the libraries read when they are imported, unless the user has set it.
+    Set environment variables that libraries read when they are imported, unless the user has set them.
 
-    Nothing is reported home: TRL's and the Hub's telemetry, and a call of `datasets` for every local file. Idle OpenMP threads
+    Telemetry is off: TRL's and the Hub's, and a call of `datasets` for every local file. Idle OpenMP threads
     spin for a short time only: libgomp's default starves training on a machine that has other work, and sleeping at once
     (`OMP_WAIT_POLICY=passive`) slows it down on one that has none.
     """
@@ -95,6 +96,23 @@ def prepare_environment() -> None:
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+
+def write_line(text: str) -> None:
+    """Print to stderr on a line of its own, not behind a progress bar. tqdm is only asked where something has imported it."""
+    bars = sys.modules.get("tqdm.std")
+    write = print if bars is None else bars.tqdm.write
+    write(text, file=sys.stderr)
+
+
+class LineHandler(logging.Handler):
+    """Writes log records with [`write_line`]."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            write_line(self.format(record))
+        except OSError:  # nobody reads stderr any more
+            self.handleError(record)
 
 
 def run_command(prog: str, function: Callable[[], int | None]) -> int:
@@ -106,14 +124,17 @@ def run_command(prog: str, function: Callable[[], int | None]) -> int:
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that knows only ASCII costs nobody a result
+            stream.reconfigure(errors="backslashreplace")  # an ASCII-only terminal must not lose a result
+    logging.lastResort = LineHandler(logging.WARNING)  # for loggers that nobody has configured
+    # it says which file of the cache another process has locked, and for how long
+    logging.getLogger("huggingface_hub.utils._fixes").setLevel(logging.INFO)
     try:
         return function() or 0
     except KeyboardInterrupt as error:
-        continues = "; the same command continues" if prog.split()[-1] in RESUMED_COMMANDS else ""
+        continues = "; run the same command again to continue" if prog.split()[-1] in RESUMED_COMMANDS else ""
         print(f"\n{prog}: {str(error) or f'interrupted{continues}'}", file=sys.stderr)
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader of the output, such as `head`, has read enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -122,11 +143,8 @@ def run_command(prog: str, function: Callable[[], int | None]) -> int:
         text = str(error).strip()
         if not text or not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
             text = ": ".join(part for part in (type(error).__name__, text, str(error.__cause__ or "")) if part)
-        text = f"{prog}: error: {text}\n({TRACEBACK_VARIABLE}=1 in the environment shows where)"
-        # on a line of its own, not behind a progress bar; tqdm is only asked where something has imported it
-        bars = sys.modules.get("tqdm.std")
-        write = print if bars is None else bars.tqdm.write
-        write(text, file=sys.stderr)
+        text = "\n".join([text, *getattr(error, "__notes__", ())])
+        write_line(f"{prog}: error: {text}\n(set {TRACEBACK_VARIABLE}=1 to see where)")
         return 1
 
 
@@ -148,7 +166,7 @@ def launch(command: str, argv: list[str]) -> int:
     launch_args, script_args = parser.split_launch_args(argv, launcher)
     if not (
         launch_args
-        or variables != dict(os.environ)  # those of the YAML file have to be there before torch is imported
+        or variables != dict(os.environ)  # variables set by the YAML file must be there before torch is imported
         or os.path.isfile(default_config_file)
         or torch.accelerator.device_count() > 1
     ):
@@ -156,7 +174,7 @@ def launch(command: str, argv: list[str]) -> int:
 
     args = launcher.parse_args([*launch_args, "--module", str(__package__), command, *script_args])
     if TRACEBACK_VARIABLE not in os.environ:
-        importlib.import_module("torch.distributed.run")  # makes the loggers
+        importlib.import_module("torch.distributed.run")  # creates the loggers
         for name in list(logging.root.manager.loggerDict):
             if name.startswith("torch.distributed.elastic"):
                 logging.getLogger(name).setLevel(logging.CRITICAL)  # the script prints the reason
@@ -181,9 +199,9 @@ def launch(command: str, argv: list[str]) -> int:
 @contextmanager
 def signals_passed_on() -> Iterator[list[int]]:
     """
-    A context in which SIGINT and SIGTERM go to the processes that this one has started, which have `GRACE_SECONDS` to save and
-    end, or else are killed; gives a list of the signals that came. (With several training processes, torch.distributed replaces
-    these handlers by its own, which do the same.)
+    A context in which SIGINT and SIGTERM are passed on to the processes that this one has started; those that have not
+    ended after `GRACE_SECONDS` are killed. Yields a list of the received signals. (With several training processes,
+    torch.distributed replaces these handlers by its own, which do the same.)
     """
     import psutil
 
@@ -225,7 +243,7 @@ def follow_launcher(launcher: int) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     if "LOCAL_RANK" not in os.environ:
-        os.setpgid(0, 0)  # as torch.distributed does: Ctrl-C reaches the launcher only, which passes it on once
+        os.setpgid(0, 0)  # as torch.distributed does: Ctrl-C then reaches only the launcher, which passes it on once
 
 
 def start(command: str, argv: list[str]) -> int | None:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 
-_BLOCK = 2**20  # numbers that are drawn at once
+_BLOCK = 2**20  # random numbers drawn at once
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def accuracy_interval(correct: ArrayLike, confidence: float = 0.95) -> Interval:
     half_width = (
         (accuracy * (1 - accuracy) / num_pairs + (z / (2 * num_pairs)) ** 2) ** 0.5 * z / (1 + z**2 / num_pairs)
     )
-    # an accuracy of 0 or 1 is an end of its interval, which rounding would miss by 1e-17
+    # an accuracy of 0 or 1 is itself an end of the interval, which rounding would miss by 1e-17
     return Interval(float(accuracy), float(max(0, center - half_width)), float(min(1, center + half_width)))
 
 
@@ -134,7 +134,7 @@ def bootstrap_interval(
 def _resampled_means(
     values: np.ndarray, cluster_of: np.ndarray, rng: np.random.Generator, num_resamples: int
 ) -> np.ndarray:
-    """Means of the resamples, from the sums of the clusters: a table of many intervals takes a second, not ten."""
+    """Computes the resamples' means from cluster sums: a table of many intervals takes a second rather than ten."""
     sums, sizes = np.bincount(cluster_of, values), np.bincount(cluster_of)
     block = max(_BLOCK // len(sums), 1)
     means = []
@@ -217,10 +217,10 @@ def paired_permutation_test(
 
     _, cluster_of = np.unique(keys, return_inverse=True)
     sums = np.bincount(cluster_of, difference)
-    sums = sums[np.abs(sums) > 1e-12]  # the sign of no difference changes nothing
+    sums = sums[np.abs(sums) > 1e-12]  # flipping the sign of 0 changes nothing
     if len(sums) == 0:
         return 1.0
-    observed = abs(sums.sum()) - 1e-9 * np.abs(sums).sum()  # rounding depends on the order of the sum
+    observed = abs(sums.sum()) - 1e-9 * np.abs(sums).sum()  # tolerance: rounding depends on the order of summation
     if len(sums) <= 12:
         signs = 1 - 2 * (np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums)) & 1)
         return float((np.abs(signs @ sums) >= observed).mean())
@@ -228,7 +228,7 @@ def paired_permutation_test(
     for start in range(0, num_resamples, block):
         signs = rng.integers(2, size=(min(block, num_resamples - start), len(sums)), dtype=np.int8) * 2 - 1
         num_extreme += int((np.abs(signs @ sums) >= observed).sum())
-    return (num_extreme + 1) / (num_resamples + 1)  # what was observed is one of the possible signs
+    return (num_extreme + 1) / (num_resamples + 1)  # the observed signs are one of the possible draws
 
 
 def holm(p_values: ArrayLike) -> np.ndarray:
@@ -288,8 +288,8 @@ def compare_rewards(
             Prompts of the images.
 
     Returns:
-        `dict[str, dict]`: For each function with an opinion on any image, the `"before"` and `"after"` means, the
-        `"change"`, its `"interval"`, `None` for a single prompt, and the number of images, `"n"`. JSON holds it.
+        `dict[str, dict]`: For each function that rewarded any image, the `"before"` and `"after"` means, the
+        `"change"`, its `"interval"`, `None` for a single prompt, and the number of images, `"n"`; ready for JSON.
 
     Example:
 
@@ -349,7 +349,7 @@ def reliability_bins(
 
     confidence = np.maximum(probabilities, 1 - probabilities)
     correct = np.where(probabilities > 0.5, outcomes, 1 - outcomes)
-    correct[probabilities == 0.5] = 0.5  # no order is preferred: right by half, whichever image comes first
+    correct[probabilities == 0.5] = 0.5  # a tie counts half, whichever image comes first
     edges = np.linspace(0.5, 1, num_bins + 1)
     bins = np.searchsorted(edges[1:-1], confidence)
     counts = np.bincount(bins, minlength=num_bins)
@@ -378,8 +378,8 @@ def expected_calibration_error(
 
 def area_under_roc_curve(scores: ArrayLike, labels: ArrayLike) -> float:
     """
-    Probability that a random positive scores higher than a random negative, a tie counting half: 0.5 for scores that know
-    nothing. `scores` and `labels` (1 for a positive, 0 for a negative) have the shape `(num_samples,)`.
+    Probability that a random positive scores higher than a random negative, a tie counting half: 0.5 for uninformative
+    scores. `scores` and `labels` (1 for a positive, 0 for a negative) have the shape `(num_samples,)`.
 
     Raises:
         `ValueError`: If the lengths differ, a score is NaN, a label is neither 0 nor 1, or one class is missing.
@@ -420,7 +420,7 @@ def rank_correlation(first: ArrayLike, second: ArrayLike) -> float:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1; equal values share their mean rank."""
+    """Returns ranks from 1; equal values share their mean rank."""
     _, value_of, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[value_of]
 

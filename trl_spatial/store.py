@@ -1,11 +1,13 @@
-"""Files that survive an interruption: atomic writes, records, files named by their content, and the stages of a job."""
+"""Storage that survives interruptions: atomic writes, records, content-addressed files, and the stages of a job."""
 
 import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,12 +15,12 @@ from pathlib import Path
 from typing import IO, Any
 
 
-# Number of this process among those that accelerate has launched.
+# Rank of this process among those that accelerate launched.
 PROCESS = int(os.environ.get("RANK", "0"))
 
 
 def cache_folder() -> Path:
-    """Folder, made if missing, of what can be had again: in `XDG_CACHE_HOME`, by default `~/.cache`."""
+    """Returns the folder for files that can be recreated, in `XDG_CACHE_HOME` or `~/.cache`; creates it if missing."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl_spatial"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -30,8 +32,9 @@ def write_atomically(path: str | Path, data: str | bytes) -> None:
     is full or the process ends. The folder must exist.
     """
     path = Path(path)
-    # in the same folder, since a file is replaced atomically only within a file system
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # in the same folder, because replacing a file is atomic only within a file system; processes of two containers may have the
+    # same number
+    partial = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         with partial.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -40,6 +43,12 @@ def write_atomically(path: str | Path, data: str | bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Removes what writes that were killed have left in a folder. To be called while no process writes there."""
+    for path in folder.glob(".[0-9]*-*.partial"):
+        path.unlink()
 
 
 def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
@@ -56,7 +65,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
         record = json.loads(Path(path).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply
+    except (ValueError, RecursionError):  # invalid JSON or UTF-8, or nested too deeply
         record = None
     if not isinstance(record, dict):
         print(f"{path} is not a whole JSON object. It is treated as missing.", file=sys.stderr, flush=True)
@@ -93,8 +102,7 @@ class ContentStore:
 
 class RecordLog:
     """
-    A file of JSON records, one a line, to which records are added and from which none is removed. What an interruption has
-    left of a last line is dropped.
+    An append-only file of JSON records, one per line. A last line that an interruption cut off is dropped.
 
     Args:
         path (`Path`):
@@ -106,8 +114,8 @@ class RecordLog:
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
         """
-        Adds records; they have reached the disk when the call returns. Of a full disk, none of them stays. To be called by
-        one process at a time.
+        Adds records; they are on disk when the call returns. If the disk is full, none of them is kept. To be called
+        by one process at a time.
         """
         if not records:
             return
@@ -125,7 +133,7 @@ class RecordLog:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """
-        The records, in the order in which they were added.
+        Yields the records in the order in which they were added.
 
         Raises:
             `ValueError`: If a line is damaged; the message names it.
@@ -140,8 +148,8 @@ class RecordLog:
                     yield json.loads(line)
                 except ValueError as error:
                     raise ValueError(
-                        f"{self.path}, line {number} is damaged ({error}). Restore the file, or remove that line: what it "
-                        "records is then done again."
+                        f"{self.path}, line {number} is damaged ({error}). Restore the file, or remove that line: its "
+                        "work is then redone."
                     ) from None
 
 
@@ -153,7 +161,7 @@ class SharedLog:
         folder (`Path`):
             Folder of the files.
         name (`str`):
-            How their names begin.
+            Prefix of their names.
     """
 
     def __init__(self, folder: Path, name: str):
@@ -170,13 +178,13 @@ class SharedLog:
         self._own.append(records)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The records of all processes."""
+        """Yields the records of all processes."""
         for path in sorted(self.folder.glob(f"{self.name}*.jsonl")):
             yield from RecordLog(path)
 
 
 def _whole_lines(file: IO[bytes]) -> int:
-    """Size of a file without a last line that was cut off."""
+    """Returns the size of a file up to the end of its last complete line."""
     end = file.seek(0, os.SEEK_END)
     start = end
     while start > 0:
@@ -199,7 +207,7 @@ class Stages:
         titles (`Mapping[str, str]`):
             Name of each stage and a description, in the order in which they run.
         arguments (`Mapping[str, Any]`):
-            What decides the result, as JSON.
+            Everything that determines the result, as JSON.
 
     Raises:
         `ValueError`: If the folder holds a job with other arguments or something else, or if another process is running
@@ -232,10 +240,10 @@ class Stages:
         record = read_record(self._file(name))
         missing = [path for path in outputs if not path.exists()]
         if "result" in record and not missing:
-            print(f"{title}: done before, in {record.get('seconds', 0):.0f} s", flush=True)
+            print(f"{title}: already done, in {record.get('seconds', 0):.0f} s", flush=True)
             return record["result"]
-        print(f"{title}: again, since {missing[0]} is missing" if "result" in record else title, flush=True)
-        for later in names[names.index(name) :]:  # a later stage has used what this one now makes anew
+        print(f"{title}: repeated, because {missing[0]} is missing" if "result" in record else title, flush=True)
+        for later in names[names.index(name) :]:  # later stages used the result that this stage now replaces
             if "result" in (known := read_record(self._file(later))):
                 write_record(self._file(later), {"seconds": known.get("seconds", 0.0)})
         started = time.perf_counter()
@@ -259,6 +267,24 @@ class Stages:
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.json"
+
+
+def check_writable(folder: str | Path) -> None:
+    """
+    Checks that files can be written to a folder or, if it does not exist yet, that it can be created. Leaves nothing behind.
+
+    Raises:
+        `ValueError`: If not; the message names the existing folder or file that prevents it.
+    """
+    path = Path(folder).absolute()
+    existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    if not existing.is_dir():
+        raise ValueError(f"{existing} is not a folder")
+    try:
+        with tempfile.TemporaryFile(dir=existing):  # `os.access` does not know what a file system refuses
+            pass
+    except OSError as error:
+        raise ValueError(f"{existing} cannot be written to ({error.strerror})") from error
 
 
 def new_folder(path: str) -> Path:
@@ -298,7 +324,7 @@ def mark_complete(folder: str | Path, files: Sequence[str] | None = None) -> Non
     if files is not None:
         sizes = {name: sizes[name] for name in files}
     parents = {folder / parent for name in sizes for parent in Path(name).parents}
-    if os.name == "posix":  # elsewhere folders and files open for reading cannot be flushed
+    if os.name == "posix":  # other systems cannot flush folders, or files opened for reading
         for path in [*(folder / name for name in sizes), *parents]:
             descriptor = os.open(path, os.O_RDONLY)
             try:
@@ -309,7 +335,9 @@ def mark_complete(folder: str | Path, files: Sequence[str] | None = None) -> Non
 
 
 def is_complete(folder: str | Path) -> bool:
-    """Whether a folder was written to its end: its marker is there, and every file that it lists, with its size."""
+    """
+    Whether a folder was written completely: its marker exists, and every file that it lists, with the listed size.
+    """
     expected, sizes = marked_files(folder), _file_sizes(Path(folder))
     return expected is not None and all(sizes.get(name) == size for name, size in expected.items())
 
@@ -332,7 +360,7 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
         return
     import fcntl
 
-    # Not `flock`: the workers of a data loader would inherit it, and outlive a killed process for some seconds.
+    # Not `flock`: the workers of a data loader would inherit the lock, and outlive a killed process by some seconds.
     with (folder / LOCK_FILE).open("a+", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

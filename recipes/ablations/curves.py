@@ -1,4 +1,4 @@
-"""The picture of `methods.py`: truth against passes through the transformer."""
+"""The plot of `methods.py`: spatial accuracy against passes through the transformer."""
 
 from pathlib import Path
 
@@ -17,19 +17,19 @@ def draw_curves(
     num_images: int,
 ) -> None:
     """
-    Draws the spatial accuracy on validation prompts against the passes, a panel for each question.
+    Plots the spatial accuracy on validation prompts against the passes, one panel per question.
 
     Args:
         path (`Path`):
-            Where the picture goes, as PNG.
+            Path of the PNG file.
         curves (`dict[str, list[list[dict[str, float]]]]`):
-            Method → for each seed its points, with `passes` and `spatial_accuracy`.
+            Method → for each seed, its points, with `passes` and `spatial_accuracy`.
         panels (`dict[str, list[str]]`):
             Question → the methods that answer it.
         baseline (`str`):
-            The method that is black in every panel.
+            The method drawn in black.
         num_images (`int`):
-            Number of images of a point and seed, for the 95 % intervals of all seeds together.
+            Number of images per point and seed, for 95 % intervals that pool the seeds.
     """
     figure = Figure(figsize=(11, 8), layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,12 +1,12 @@
-"""Which method is best at equal cost? The truth answers: the rules of the scenes judge the images.
+"""Which method is best at equal cost? The rules of the scenes judge the images.
 
-    trl_spatial demo                                        # gives the reward model
+    trl_spatial demo                                        # trains the reward model
     python recipes/ablations/methods.py --output_dir runs/methods --reward_model runs/demo/reward
 
-Trains the tiny FLUX of the demo by every method with the same number of passes through its transformer: of drawing, of training and of
-the reference, whatever they are spent on. A training ends with the update that reaches the budget, and looks at validation prompts
-on the way. Started again, the program goes on where it was; several can work on one folder, with other `--methods` or `--seeds`
-each. The results so far are in `table.md`, and the curves of the truth against the passes in `curves.png`.
+Trains the demo's tiny FLUX with every method, on the same budget of passes through its transformer: drawing, training and reference
+passes all count. A run ends with the update that reaches the budget, and is evaluated on validation prompts along the way. If
+restarted, the program resumes; several processes can share a folder, each with its own `--methods` or `--seeds`. The results so far
+are in `table.md`, and accuracy against passes is plotted in `curves.png`.
 """
 
 import argparse
@@ -62,17 +62,17 @@ from trl_spatial.judges.scenes import check_images, has_objects, pairwise_distan
 from trl_spatial.statistics import bootstrap_interval
 
 
-# Preference pairs of the policy's own images: best and worst of so many of a prompt, drawn as in a rollout but without noise
+# Preference pairs are the best and worst of this many images per prompt, which the policy draws in this many steps, without noise
 NUM_PAIR_IMAGES, NUM_PAIR_STEPS = 8, 6
-# With its default the loss has had enough before these few latents have moved; at 20 the images fall apart.
+# With the default beta, the loss saturates before these few latents have moved; at 20, the images fall apart.
 DPO = {"beta": 200.0, "learning_rate": 1e-3}
 
 
 @dataclass(frozen=True)
 class Method:
     """
-    A way of training: how its configuration differs from the demo's, the trainer and its configuration, the reward if it is not the
-    reward model, and how much of the budget preference training takes before it.
+    A training method: settings that differ from the demo's, the trainer and its configuration, the reward unless it is the reward
+    model, and the share of the budget that preference training takes first.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -84,7 +84,7 @@ class Method:
 
 GRPO = {"noise_level": 0.7}  # the demo's
 NFT: dict[str, Any] = {"beta": 1e-2}
-SCOUTS = {"num_scouts": 48, "scout_steps": 2}
+SCOUTS = {"num_scouts": 96, "scout_steps": 2}
 METHODS: dict[str, Method] = {
     "k = 6": Method(GRPO),  # the demo's, and the paper's: Flow-SDE, all steps, advantages over the kept images
     "no filter": Method(GRPO | {"top_k": None, "per_device_train_batch_size": NUM_PROMPTS_PER_UPDATE * 24}),
@@ -102,7 +102,7 @@ METHODS: dict[str, Method] = {
     "brightness as reward": Method(GRPO, reward=brightness),
 }
 BASELINE = "k = 6"
-# A picture for each: the methods that it compares with the baseline
+# Panel of the plot: the methods it compares with the baseline
 PANELS: dict[str, list[str]] = {
     "filter": ["no filter", "k = 6", "k = 4", "12 at random"],
     "cost": ["k = 6", "window of 2", "scouts", "NFT", "NFT, scouts", "DPO → GRPO"],
@@ -112,14 +112,14 @@ PANELS: dict[str, list[str]] = {
 
 
 class Budget(TrainerCallback):
-    """Ends a training with the update that reaches so many passes, and evaluates whenever another share of them is used up."""
+    """Ends training with the update that reaches `num_passes`, and evaluates then and about every `every` passes."""
 
     def __init__(self, trainer: DiffusionTrainer, num_passes: int, every: int, num_before: int = 0):
         self.trainer, self.num_passes, self.every, self.num_before = trainer, num_passes, every, num_before
         self.at_start_of_update = 0
 
     def count(self) -> int:
-        """Passes so far, those of an earlier stage among them."""
+        """Passes so far, including those of an earlier stage."""
         totals = self.trainer._metrics.totals
         return self.num_before + sum(number for name, number in totals.items() if name.endswith("_passes"))
 
@@ -135,7 +135,7 @@ class Budget(TrainerCallback):
 
 
 def run(name: str, seed: int, args: argparse.Namespace) -> None:
-    """Train by one method and measure it, unless that has been done."""
+    """Train with one method and measure it, unless its result exists."""
     file = result_file(args.output_dir, name, seed)
     if file.exists():
         return
@@ -145,7 +145,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> None:
     peft_config = attention_lora_config(rank=LORA_RANK, alpha=2 * LORA_RANK)
     if method.dpo_share:
         curve = train_on_preferences(pipeline, scorer, folder, seed, round(method.dpo_share * args.budget), args)
-        peft_config = None  # the adapters are there, and trained further
+        peft_config = None  # the pipeline already has adapters, which are trained further
     trainer = method.trainer(
         pipeline=pipeline,
         reward_funcs=method.reward or scorer,
@@ -154,22 +154,22 @@ def run(name: str, seed: int, args: argparse.Namespace) -> None:
         peft_config=peft_config,
         **validation(seed, args),
     )
-    curve = curve[:-1] + train(trainer, args.budget, args, curve)  # begins where the other ends
+    curve = curve[:-1] + train(trainer, args.budget, args, curve)  # the second stage begins where the first ends
     trainer.save_model()
     result = measure(folder, scorer, args) | {"curve": curve} | {key: curve[-1][key] for key in ("passes", "seconds")}
     file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def make_config(method: Method, folder: Path, seed: int, args: argparse.Namespace) -> OnlineConfig:
-    """The demo's configuration, changed as the method wants it, for as many updates as the budget may need."""
-    # No update takes fewer passes than one per image of a prompt.
+    """The demo's configuration with the method's settings, for as many updates as the budget could allow."""
+    # Every update takes at least one pass per prompt.
     max_steps = math.ceil(args.budget / NUM_PROMPTS_PER_UPDATE)
     own = {"eval_strategy": "no", "save_steps": 10}
     return training_config(method.config, folder, max_steps=max_steps, seed=seed, **(own | method.settings))
 
 
 def validation(seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """What a training looks at on the way: one image each for prompts that are in no training and in no measurement."""
+    """Trainer arguments for evaluation along the way, on prompts used neither in training nor in the measurement."""
     return {
         "eval_dataset": make_prompts(args.num_validation_prompts, split="validation", seed=seed),
         "eval_reward_funcs": [spatial_accuracy, objects_present],
@@ -179,7 +179,7 @@ def validation(seed: int, args: argparse.Namespace) -> dict[str, Any]:
 def train(
     trainer: DiffusionTrainer, num_passes: int, args: argparse.Namespace, before: list[dict[str, float]]
 ) -> list[dict[str, float]]:
-    """Train until the passes are used up, those of the curve `before` among them, and return the curve of this stage."""
+    """Train until `num_passes` are used up, including those of the curve `before`, and return this stage's curve."""
     start = before[-1] if before else {"passes": 0, "seconds": 0.0}
     every = math.ceil(args.budget / args.num_points)
     trainer.add_callback(Budget(trainer, num_passes, every, int(start["passes"])))
@@ -191,7 +191,7 @@ def train(
             passes = int(start["passes"]) + sum(log[key] for key in log if key.endswith("_passes"))
         elif "eval_rewards/spatial_accuracy/mean" in log:
             shares = {key: log[f"eval_rewards/{key}/mean"] for key in ("spatial_accuracy", "objects_present")}
-            # a resumed run evaluates once more where it continues
+            # a resumed run evaluates again where it resumes
             points[passes] = {"passes": passes, "seconds": seconds, **shares}
     return list(points.values())
 
@@ -200,8 +200,8 @@ def train_on_preferences(
     pipeline: Any, scorer: RewardFunction, folder: Path, seed: int, num_passes: int, args: argparse.Namespace
 ) -> list[dict[str, float]]:
     """
-    Preference training of the pipeline on its own images, with the noise that each was drawn from; half of the passes draw them. The
-    adapters stay in the pipeline.
+    Train the pipeline on preferences between its own images, with the noise that each was drawn from, and return the curve. Half of
+    the passes draw the images. The adapters stay in the pipeline.
     """
     num_prompts = max(1, num_passes // 2 // (NUM_PAIR_IMAGES * NUM_PAIR_STEPS))
     pairs, seconds = make_pairs(pipeline, scorer, num_prompts, seed)
@@ -229,7 +229,7 @@ def train_on_preferences(
 def make_pairs(
     pipeline: Any, scorer: RewardFunction, num_prompts: int, seed: int
 ) -> tuple[list[dict[str, Any]], float]:
-    """Draws images of prompts and makes pairs of the best and the worst of each, as a preference dataset; and the seconds."""
+    """Draw images, pair the best and the worst of each prompt, and return the preference rows and the seconds taken."""
     start = time.perf_counter()
     prompts = make_prompts(num_prompts, split="train", seed=seed)
     generator = PipelineGenerator(pipeline, **(SAMPLING | {"num_inference_steps": NUM_PAIR_STEPS}))
@@ -247,13 +247,13 @@ def make_pairs(
         for side, index in (("chosen", int(rewards[row].argmax())), ("rejected", int(rewards[row].argmin()))):
             noise = {"torch_seed": image_generator(seed, row, index).initial_seed(), "generator_device": "cpu"}
             pair |= {side: images[row * NUM_PAIR_IMAGES + index], f"{side}_recipe": json.dumps(size | noise)}
-        if rewards[row].max() > rewards[row].min():  # equal images have nothing to prefer
+        if rewards[row].max() > rewards[row].min():  # equal rewards give no preference
             rows.append(pair)
     return rows, time.perf_counter() - start
 
 
 def measure(adapter: Path | None, scorer: RewardFunction, args: argparse.Namespace) -> dict[str, Any]:
-    """Truth and reward on held-out prompts, the same prompts and noise for every method and seed; shares by prompt."""
+    """Judge images of held-out prompts, with the same prompts and noise for every method and seed; shares also by prompt."""
     drawn = draw_images(load_generator(adapter), make_prompts(args.num_prompts, split="test", seed=0), scorer)
     images = list(drawn["image"])
     checks = check_images(images, read_graphs(drawn["scene"]))
@@ -270,7 +270,7 @@ def measure(adapter: Path | None, scorer: RewardFunction, args: argparse.Namespa
 
 
 def measure_base(args: argparse.Namespace) -> None:
-    """Measure the generator as it is shipped, once."""
+    """Measure the shipped generator, once."""
     file = result_file(args.output_dir, "base", 0)
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -278,7 +278,7 @@ def measure_base(args: argparse.Namespace) -> None:
 
 
 def collect(output_dir: Path) -> dict[str, list[dict[str, Any]]]:
-    """What has been measured so far: method → a result per seed."""
+    """Read the results so far: method → one result per seed."""
     results = {}
     for name in ("base", *METHODS):
         files = sorted(output_dir.glob(str(result_file(Path(), name, 0)).replace("-0/", "-*/")))
@@ -289,9 +289,9 @@ def collect(output_dir: Path) -> dict[str, list[dict[str, Any]]]:
 
 def format_table(results: dict[str, list[dict[str, Any]]]) -> str:
     """
-    The results so far as Markdown. Intervals are of the prompts, which succeed and fail together in all seeds: 95 %, with the mean
-    over the seeds of each prompt. The difference is from the baseline, prompt by prompt. The truth at equal time is that of the
-    validation prompts after as many seconds as the quickest training took.
+    The results so far as Markdown. The 95 % intervals resample prompts, each averaged over the seeds, because a prompt tends to
+    succeed or fail with all of them. Differences from the baseline are paired by prompt. The column "at ... s" is the accuracy on
+    validation prompts after as many seconds as the fastest run took.
     """
     trained = [run for name, runs in results.items() if name != "base" for run in runs]
     horizon = min((run["seconds"] for run in trained), default=math.nan)
@@ -339,14 +339,14 @@ def _difference(runs: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> s
 
 
 def _at(curve: list[dict[str, float]], seconds: float) -> float:
-    """The truth after so many seconds, on the straight line between two points of a curve."""
+    """The spatial accuracy after `seconds`, interpolated linearly between the points of a curve."""
     return float(
         np.interp(seconds, [point["seconds"] for point in curve], [point["spatial_accuracy"] for point in curve])
     )
 
 
 def report(args: argparse.Namespace) -> None:
-    """Write the table and the picture of the results so far."""
+    """Write the table and the plot of the results so far."""
     results = collect(args.output_dir)
     (args.output_dir / "table.md").write_text(format_table(results))
     curves = {name: [run["curve"] for run in runs] for name, runs in results.items() if name != "base"}

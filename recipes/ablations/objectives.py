@@ -1,12 +1,11 @@
-"""Which objective of the reward model is better: the expected or the marginal negative log-likelihood?
+"""Which objective is better for the reward model: the expected or the marginal negative log-likelihood?
 
     python recipes/ablations/objectives.py --output_dir runs/objectives
 
-Both are trained from the tiny backbone, with the same pairs, steps and seeds, once on clean labels and once where the
-labels of a third of the pairs are noise: those with a long prompt, of which two in five are turned round. On held-out
-pairs it prints the accuracy for the true order, the calibration and the likelihood of the labels (noisy ones where the
-training's are), and how well the std of a pair tells noisy from clean ones (area under the ROC curve, .5 is chance).
-Finished runs are kept: started again, it goes on.
+Trains both from the tiny backbone, with the same pairs, steps and seeds, once on clean labels and once with noisy labels for a
+third of the pairs: two in five of those with a long prompt are flipped. On held-out pairs, it prints the accuracy for the true
+order, the calibration and likelihood of the labels (noisy ones if the training's are), and how well a pair's std separates the
+noisy third from the rest (area under the ROC curve; .5 is chance). Finished runs are kept, so it resumes if restarted.
 """
 
 import argparse
@@ -28,7 +27,7 @@ LONG_SHARE = 1 / 3
 
 
 def make_pairs(num_pairs: int, split: str, seed: int) -> Dataset:
-    """Pairs of which a third have long prompts, in random order, without reverse pairs."""
+    """Make pairs in random order, a third of them with long prompts, without reverse pairs."""
     from datasets import concatenate_datasets
 
     num_long = round(num_pairs * LONG_SHARE)
@@ -41,13 +40,13 @@ def make_pairs(num_pairs: int, split: str, seed: int) -> Dataset:
 
 
 def draw_flips(dataset: Dataset, seed: int) -> np.ndarray:
-    """Which labels are turned round: `(num_pairs,)`, bool."""
+    """Draw which labels are flipped: `(num_pairs,)`, bool."""
     rng = np.random.default_rng(seed)
     return np.array(dataset["is_long"]) & (rng.random(len(dataset)) < FLIP_PROBABILITY)
 
 
 def flip_labels(dataset: Dataset, flips: np.ndarray) -> Dataset:
-    """The dataset with the two images exchanged where the label is turned round."""
+    """Swap the two images of the pairs whose label is flipped."""
     dataset = dataset.add_column("flip", flips.tolist())
 
     def exchange(row):
@@ -64,7 +63,7 @@ def run(objective: str, is_noisy: bool, seed: int, args: argparse.Namespace) -> 
         return json.loads(result_file.read_text())
     train, test = make_pairs(args.num_train_pairs, "train", seed), make_pairs(args.num_test_pairs, "test", seed)
     columns = ["prompt", "chosen", "rejected"]
-    # reverse pairs would carry the label twice: each pair is seen in one direction here
+    # without the columns for reverse pairs, which would repeat the label
     labels = draw_flips(train, seed) if is_noisy else np.zeros(len(train), bool)
     folder = args.output_dir / name
     train_reward_model(

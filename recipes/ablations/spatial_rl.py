@@ -1,11 +1,11 @@
-"""Which parts of Spatial-RL matter? Each question is answered by the truth: the rules of the scenes judge the images.
+"""Which parts of Spatial-RL matter? The rules of the scenes judge the images.
 
-    trl_spatial demo                                        # gives the reward model
+    trl_spatial demo                                        # trains the reward model
     python recipes/ablations/spatial_rl.py --output_dir runs/ablations --reward_model runs/demo/reward
 
-Trains the tiny FLUX of the demo once per variant and seed, and draws held-out prompts with each. The questions are taken in
-the order of `STUDIES`, so that the first ones are answered if time runs out. Started again, it goes on where it was; several
-can work on one folder, with other `--variants` or `--seeds` each. The results so far are in `table.md`.
+Trains the demo's tiny FLUX once per variant and seed, and draws held-out prompts with each. Questions are answered in the order of
+`STUDIES`, in case time runs out. If restarted, the program resumes; several processes can share a folder, each with its own
+`--variants` or `--seeds`. The results so far are in `table.md`.
 """
 
 import argparse
@@ -39,22 +39,22 @@ NUM_PROMPTS_PER_UPDATE = 8
 
 
 class RandomFilterTrainer(DiffusionGRPOTrainer):
-    """Trains on as many images of a group as the filter keeps, whichever they are."""
+    """Trains on as many images of each group as the filter keeps, chosen at random."""
 
     def _select_kept(self, rewards: torch.Tensor, rollout_index: int) -> torch.Tensor:
         size, num_kept = self.args.num_generations, self.args.num_kept
-        # beside the generators of the images, whose last number is below `size`
+        # distinct from the images' generators, whose last number is below `size`
         generator = image_generator(self.args.seed, rollout_index, 0, size)
         order = torch.rand(len(rewards) // size, size, generator=generator).argsort(dim=1)[:, :num_kept]
         return (order.sort(dim=1).values + size * torch.arange(len(order))[:, None]).flatten()
 
 
 def brightness(prompts: list[str], images: list[Image.Image], **columns: Any) -> list[float]:
-    """A wrong reward: the mean of the pixels, which says nothing about where things are."""
+    """A deliberately wrong reward: the mean of the pixels, which says nothing about where things are."""
     return [float(np.asarray(image).mean() / 255) for image in images]
 
 
-# Variant: how its configuration differs from the demo's. Those of `_TRAINERS` and `_REWARDS` differ by more.
+# Variant: settings that differ from the demo's. `_TRAINERS` and `_REWARDS` hold further differences.
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no filter": {"top_k": None, "per_device_train_batch_size": NUM_PROMPTS_PER_UPDATE * 24},
@@ -67,8 +67,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "window of 2": {"sde_window_size": 2},
     "beta 0.01": {"beta": 0.01},
     "beta 0.0014": {"beta": 0.0014},  # as strong as 0.01 in Flow-GRPO's units
-    "beta 0": {"beta": 1e-12},  # no pull, but the divergence is measured
-    # Where every rollout is trained on once the ratio is 1 and nothing is ever clipped: these take two updates of each.
+    "beta 0": {"beta": 1e-12},  # no pull, but the divergence is still measured
+    # With one update per rollout, the ratio is 1 and nothing is ever clipped; these take two.
     "two updates, clip": {"num_iterations": 2},
     "two updates, ratio normalised": {"num_iterations": 2, "ratio_norm": True},
     "two updates, KL mask": {"num_iterations": 2, "kl_mask": 1e-5},
@@ -89,7 +89,7 @@ STUDIES: dict[str, list[str]] = {
 
 
 def run(variant: str, seed: int, args: argparse.Namespace) -> None:
-    """Train one variant and measure it, unless that has been done."""
+    """Train one variant and measure it, unless its result exists."""
     file = result_file(args.output_dir, variant, seed)
     folder = file.parent
     if file.exists():
@@ -99,7 +99,7 @@ def run(variant: str, seed: int, args: argparse.Namespace) -> None:
     changes = VARIANTS[variant]
     config = grpo_config(
         folder,
-        max_steps=args.max_steps * changes.get("num_iterations", 1),  # as many rollouts, whatever is done with each
+        max_steps=args.max_steps * changes.get("num_iterations", 1),  # the same number of rollouts for every variant
         seed=seed,
         eval_strategy="no",
         eval_on_start=False,
@@ -119,7 +119,7 @@ def run(variant: str, seed: int, args: argparse.Namespace) -> None:
 
 
 def check_same_runs(args: argparse.Namespace, names: Sequence[str]) -> None:
-    """Results of other settings, of the arguments with these names, must not stand in one table."""
+    """Exit if the folder's results have other values of these arguments: one table must not mix them."""
     file = args.output_dir / "arguments.json"
     settings = {name: str(getattr(args, name)) for name in names}
     if file.exists() and (found := json.loads(file.read_text())) != settings:
@@ -129,7 +129,7 @@ def check_same_runs(args: argparse.Namespace, names: Sequence[str]) -> None:
 
 
 def measure_base(args: argparse.Namespace) -> None:
-    """Measure the generator as it is shipped, once."""
+    """Measure the shipped generator, once."""
     file = result_file(args.output_dir, "base", 0)
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -137,12 +137,12 @@ def measure_base(args: argparse.Namespace) -> None:
 
 
 def result_file(output_dir: Path, variant: str, seed: int) -> Path:
-    """Where the result of a run is."""
+    """The file with the result of a run."""
     return output_dir / f"{re.sub('[^a-zA-Z0-9]+', '_', variant)}-{seed}" / "result.json"
 
 
 def collect(output_dir: Path) -> dict[str, list[dict[str, float]]]:
-    """What has been measured so far: variant → a result per seed."""
+    """Read the results so far: variant → one result per seed."""
     files = {variant: sorted(output_dir.glob(_pattern(variant))) for variant in ("base", *VARIANTS)}
     return {variant: [json.loads(file.read_text()) for file in found] for variant, found in files.items() if found}
 
@@ -152,7 +152,7 @@ def _pattern(variant: str) -> str:
 
 
 def measure(adapter: Path | None, scorer: RewardFunction, args: argparse.Namespace) -> dict[str, float]:
-    """Truth and reward on held-out prompts, the same prompts and noise for every variant and seed."""
+    """Judge images of held-out prompts, with the same prompts and noise for every variant and seed."""
     prompts = make_prompts(args.num_prompts, split="test", seed=0)
     judged = judge(draw_images(load_generator(adapter), prompts, scorer))
     return {

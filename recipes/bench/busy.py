@@ -1,11 +1,11 @@
-"""How much does training slow down beside other work, and what does a short spin of idle threads cost without any?
+"""How much does other work slow down training, and what does letting idle threads spin briefly cost on an idle machine?
 
     python recipes/bench/busy.py
 
-A fixed number of updates of a small transformer on the CPU, in a process of its own for each row, with the wait policies of
-OpenMP in turns: on an idle machine, and beside `--num_busy` processes that keep a core each. Beside four such processes on two
-cores, a fair share is a third of the machine: at most 6 times as long is good, as one thread alone takes 5. Run it while nothing
-else runs. A row that takes longer than `--timeout` is stopped and shown as such.
+Runs a fixed number of updates of a small transformer on the CPU, in a new process each time, alternating between OpenMP's wait
+policies: first on an idle machine, then next to `--num_busy` processes that each keep a core busy. Next to four of them on two
+cores, a fair share is a third of the machine. Taking up to 6 times as long is good, since a single thread takes 5 times as long.
+Run it while nothing else runs. A run that exceeds `--timeout` is killed and counts as infinite.
 """
 
 import argparse
@@ -25,11 +25,11 @@ POLICIES: dict[str, dict[str, str]] = {
     "passive": {"OMP_WAIT_POLICY": "passive"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
-OURS = "GOMP_SPINCOUNT=3000"  # what the commands set
+OURS = "GOMP_SPINCOUNT=3000"  # set by the commands
 
 
 def work(num_updates: int) -> None:
-    """Print the seconds of the updates."""
+    """Time the updates, without two that warm up, and print the seconds."""
     import torch
     from torch import nn
 
@@ -39,7 +39,7 @@ def work(num_updates: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     inputs = torch.randn(16, 96, 128)
     for update in range(num_updates + 2):
-        if update == 2:  # after what is set up once
+        if update == 2:  # after the warm-up
             start = time.perf_counter()
         model(inputs).square().mean().backward()
         optimizer.step()
@@ -48,7 +48,7 @@ def work(num_updates: int) -> None:
 
 
 def measure(variables: dict[str, str], args: argparse.Namespace) -> float:
-    """Seconds of a process with these variables; infinite if it did not end in time."""
+    """Return the seconds that the updates take in a process with these variables; infinite after a timeout."""
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
     environment = {name: value for name, value in os.environ.items() if name not in names} | variables
     command = [sys.executable, __file__, "--work", "--num_updates", str(args.num_updates)]

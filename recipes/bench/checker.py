@@ -1,10 +1,10 @@
-"""How often does the checker, which sees nothing but pixels, agree with the graph that an image was rendered from?
+"""How often does the checker, which sees only pixels, agree with the graph that an image was rendered from?
 
     python recipes/bench/checker.py --num_scenes 10000
 
-Every scene is rendered, and so is the same scene with one changed relation. On the first image every relation of the
-graph has to be satisfied and every object found, on the second the relation that was changed has to be violated. Prints a
-table by relation and a line of JSON; `--degrade` shows what the checker tolerates.
+Renders every scene twice, the second time with one relation changed. On the first image, the checker must find every object and
+every relation of the graph satisfied; on the second, it must find the changed relation violated. Prints a table by relation and a
+line of JSON. `--degrade` shows how well the checker tolerates degraded images.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from trl_spatial.scenes.checking import check_scene
 from trl_spatial.statistics import accuracy_interval
 
 
-MIN_AGREEMENT = 0.999  # on images as they are, else the script fails
+MIN_AGREEMENT = 0.999  # on undegraded images; below it, the script fails
 
 
 def blur(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -55,14 +55,14 @@ def compress(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 DEGRADATIONS: dict[str, Callable[[Image.Image, np.random.Generator], Image.Image]] = {
     "none": lambda image, rng: image,
-    "blur": blur,  # Gaussian, a standard deviation of 1 pixel
+    "blur": blur,  # Gaussian, standard deviation 1 pixel
     "noise": add_noise,  # standard deviation 10 of 255
     "jpeg": compress,  # quality 75
 }
 
 
 def sample_layouts(rng: np.random.Generator) -> tuple[SceneGraph, list[Operation], list[list[PlacedObject]]]:
-    """A graph of 2 to 6 objects and 1 to 4 relations, one change of it, and a layout of it and of the changed one."""
+    """Samples a graph of 2 to 6 objects and 1 to 4 relations, a change of one relation, and layouts of both graphs."""
     while True:
         num_objects = int(rng.integers(2, 7))
         num_relations = int(rng.integers(1, 2 if num_objects == 2 else min(num_objects, 4) + 1))
@@ -75,7 +75,10 @@ def sample_layouts(rng: np.random.Generator) -> tuple[SceneGraph, list[Operation
 
 
 def measure(num_scenes: int, image_size: int, seed: int, degrade: str = "none") -> dict:
-    """Counts by relation `{name: (agreed, total)}` on true and on changed scenes, of objects, and seconds per check."""
+    """
+    Returns counts `{name: (agreed, total)}`, by relation on original and on changed scenes and for all objects, and the processor
+    milliseconds per check.
+    """
     counts: dict[str, Counter] = {"satisfied": Counter(), "violated": Counter(), "objects": Counter()}
     totals: dict[str, Counter] = {key: Counter() for key in counts}
     seconds = 0.0

@@ -1,6 +1,6 @@
 """
-Evaluates 4,000 images of 1,000 prompts with 10 questions each, asked of a stub of a judge on loopback: throughput, memory, hits in
-the cache, and the same tables after kills at random moments.
+Evaluates 4,000 images of 1,000 prompts, with 10 questions each, against a stub judge on loopback. Prints throughput, memory and
+the cache hit rate, and checks that kills at random moments do not change the tables.
 
     python recipes/bench/evaluation.py --num_kills 30
 """
@@ -34,17 +34,17 @@ COLUMNS = (
 
 class Server(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
-        pass  # whoever asked has been killed
+        pass  # the client was killed
 
 
 class Judge(BaseHTTPRequestHandler):
-    """Says yes to two of three questions, always to the same."""
+    """Answers yes to two of three requests, chosen by a hash, so the same request always gets the same answer."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     num_requests = 0
 
-    def do_POST(self) -> None:  # the name is that of http.server
+    def do_POST(self) -> None:  # named by http.server
         body = self.rfile.read(int(self.headers["Content-Length"]))
         Judge.num_requests += 1
         answer = "no" if hashlib.blake2b(body).digest()[0] % 3 == 0 else "yes"
@@ -65,7 +65,7 @@ class Judge(BaseHTTPRequestHandler):
 
 
 def make_inputs(folder: Path, num_prompts: int, num_questions: int) -> None:
-    """Questions in DPG-Bench's format, and a grid of four images for each prompt."""
+    """Writes questions in DPG-Bench's format, and a grid of four images for each prompt."""
     (folder / "data").mkdir()
     (folder / "images").mkdir()
     rng = np.random.default_rng(0)
@@ -108,7 +108,7 @@ def run(folder: Path, output: str, port: int, cache: str) -> float:
 
 
 def tables(folder: Path, output: str) -> dict[str, object]:
-    """What the run found, without what it took."""
+    """Returns a run's results without its costs."""
     results = json.loads((folder / output / "results.json").read_text())
     return {name: results[name] for name in ("protocols", "failures", "examples", "num_images")} | {
         "answers": results["usage"]["answers"]
@@ -143,14 +143,14 @@ def main(argv: list[str] | None = None) -> None:
     if tables(folder, "again") != expected:
         raise SystemExit("The cache gives other tables.")
 
-    # the whole work, in an own cache, killed at random moments
+    # the same again with a separate cache, killed at random moments
     generator, kills = random.Random(args.seed), 0
     undisturbed = seconds
     while kills < args.num_kills:
         process = start(folder, "killed", port, "killed_cache")
         try:
             process.wait(timeout=generator.uniform(0, 1.2 * undisturbed))
-            shutil.rmtree(folder / "killed")  # it came to its end: once more, from what the cache holds
+            shutil.rmtree(folder / "killed")  # it finished: start over, with a filled cache
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()

@@ -1,6 +1,6 @@
 """
-Kills commands at random moments and runs them again, until they end, and compares the result with that of an undisturbed
-run, tensor by tensor:
+Kills commands at random moments, reruns them until they finish, and compares the results with those of an undisturbed run,
+tensor by tensor:
 
     python recipes/bench/faults.py --num_kills 100 --commands reward grpo data score
 """
@@ -27,7 +27,7 @@ import trl_spatial
 
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT))  # for the Hub on loopback that the tests use
+sys.path.append(str(ROOT))  # for the Hub stub of the tests
 from tests.hub_stub import USER, HubStub  # noqa: E402
 
 
@@ -53,7 +53,7 @@ COMMANDS = {
 
 
 def start(command: str, folder: Path, hub: HubStub) -> subprocess.Popen:
-    """Starts a command in a process group of its own."""
+    """Starts a command in its own process group."""
     environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment |= hub.environment if command.startswith("push") else {"HF_HUB_OFFLINE": "1"}
     path = os.pathsep.join([str(Path(trl_spatial.__file__).parents[1]), str(folder)])
@@ -65,20 +65,20 @@ def start(command: str, folder: Path, hub: HubStub) -> subprocess.Popen:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL to the launcher and what it has started."""
-    with contextlib.suppress(ProcessLookupError):  # it has just ended
+    """Sends SIGKILL to the launcher and everything it started."""
+    with contextlib.suppress(ProcessLookupError):  # it just exited
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def prepare(folder: Path, inputs: Path) -> Path:
-    """A new folder with the inputs."""
+    """Copies the inputs to a new folder."""
     shutil.copytree(inputs, folder)
     return folder
 
 
 def make_inputs(folder: Path, names: list[str]) -> Path:
-    """What the commands read."""
+    """Writes the files that the commands read."""
     folder.mkdir()
     (folder / "prompts.txt").write_text("a red circle\na blue square\na green triangle\n")
     (folder / "recipe.yaml").write_text(
@@ -104,7 +104,7 @@ def make_inputs(folder: Path, names: list[str]) -> Path:
 
 
 def contents(folder: Path, hub: HubStub) -> dict[str, Any]:
-    """What a command has made: tensors of weights, the content of other results, and the files on the Hub."""
+    """Returns a command's results: weights by tensor, other output files by content, and the files on the Hub."""
     found: dict[str, Any] = dict(hub.files.get(f"datasets/{USER}/pairs", {}))
     for path in sorted(folder.glob("out*/**/*") if (folder / "out").is_dir() else folder.glob("out*")):
         name = path.relative_to(folder).as_posix()
@@ -116,7 +116,7 @@ def contents(folder: Path, hub: HubStub) -> dict[str, Any]:
 
 
 def is_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
-    """Whether two results are equal, tensor by tensor."""
+    """Returns whether two results are equal, tensor by tensor."""
     return ours.keys() == theirs.keys() and all(
         torch.equal(value, theirs[name]) if isinstance(value, torch.Tensor) else value == theirs[name]
         for name, value in ours.items()
@@ -124,7 +124,7 @@ def is_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
 
 
 def bench(name: str, num_kills: int, folder: Path, inputs: Path, generator: random.Random) -> Counter[str]:
-    """Counts of the kills of a command and of what came of them."""
+    """Kills a command at least `num_kills` times; counts kills, runs, and runs that ended equal, different or failed."""
     undisturbed = prepare(folder / f"{name}_undisturbed", inputs)
     begin = time.monotonic()
     with HubStub() as hub:

@@ -1,12 +1,12 @@
-"""What does a rollout with its updates cost beside Flow-GRPO's own loop?
+"""How much does a rollout with its updates cost, compared with Flow-GRPO's own loop?
 
     python recipes/bench/flow_grpo.py
 
-States the loop of Flow-GRPO (https://huggingface.co/papers/2505.05470) again, on the same FLUX of 21 million random parameters and
-the same batches: it encodes every batch of prompts, keeps the sampler's log-probs as those of the old policy, trains on all images
-at all steps but the last, scores the reference in a pass of its own, and uses diffusers' checkpointing. Both are measured in turns,
-in one process, by the processor's clock. "equal work" is one update per rollout with KL divergence, as our trainer does without
-its levers; in "two updates, no KL" the second update needs an old policy.
+Reimplements the loop of Flow-GRPO (https://huggingface.co/papers/2505.05470) for the same FLUX with 21 million random parameters
+and the same batches: it encodes every batch of prompts, keeps the sampler's log-probs as those of the old policy, trains on all
+images at all steps but the last, scores the reference in a separate pass, and uses diffusers' checkpointing. Runs of the two
+alternate in one process and are compared by processor time. "equal work" is one update per rollout with KL divergence, which is
+what our trainer does without filter and window; in "two updates, no KL", the second update needs an old policy.
 """
 
 import argparse
@@ -33,25 +33,29 @@ from trl_spatial.diffusion_grpo.sde import sde_step
 from trl_spatial.generation.seeds import image_generator
 
 
-BATCH_SIZE = 3  # images of a forward pass, in the rollout and in training
+BATCH_SIZE = 3  # images per forward pass, in rollouts and in training
 NOISE_LEVEL, EPSILON, LEARNING_RATE = 0.9, 1e-4, 3e-4
 
 
 @dataclass(frozen=True)
 class Row:
-    """How both loops train: updates per rollout and the KL coefficient. And what only ours does, in `levers`."""
+    """Updates per rollout and the KL coefficient, for both loops; `levers` are settings of ours alone."""
 
     num_updates: int
     beta: float
     levers: dict[str, Any]
 
 
+REUSED = {"gradient_checkpointing_kwargs": {"reuse_activations": True}}
 ROWS = {
     "equal work": Row(1, 0.01, {"top_k": None}),
     "two updates, no KL": Row(2, 0.0, {"top_k": None}),
     "filter": Row(1, 0.01, {"top_k": TOP_K}),
     "window of 2": Row(1, 0.01, {"top_k": None, "sde_window_size": 2}),
     "filter and window": Row(1, 0.01, {"top_k": TOP_K, "sde_window_size": 2}),
+    "equal work, activations reused": Row(1, 0.01, {"top_k": None, **REUSED}),
+    "two updates, no KL, activations reused": Row(2, 0.0, {"top_k": None, **REUSED}),
+    "filter, window, activations reused": Row(1, 0.01, {"top_k": TOP_K, "sde_window_size": 2, **REUSED}),
 }
 
 
@@ -94,7 +98,7 @@ class FlowGRPO:
 
     @torch.no_grad()
     def sample(self, generators: list[torch.Generator]) -> tuple[tuple[Any, ...], list[Any]]:
-        """Embeddings, the latents before every step and at the end, and log-probs of the steps; and the images."""
+        """Returns (prompt embeddings, latents before every step and at the end, log-probs of every step), and the images."""
         embeds = self.policy.encode_prompt(["a red circle"] * len(generators))
         latents, log_probs = [self.policy.prepare_latents(generators, self.options)], []
         for step in range(NUM_STEPS):
@@ -127,7 +131,7 @@ class FlowGRPO:
 
 
 def measure_flow_grpo(row: Row, args: argparse.Namespace) -> float:
-    """Processor seconds of a rollout with its updates; a first one sets everything up."""
+    """Returns the processor seconds of a rollout with its updates, after a first one that warms up."""
     loop = FlowGRPO(row, args)
     loop.rollout_and_updates()
     start = time.process_time()
@@ -145,7 +149,7 @@ def measure_ours(row: Row, args: argparse.Namespace) -> float:
         "steps_per_generation": num_batches,
         "gradient_accumulation_steps": num_batches // row.num_updates,
         "beta": row.beta,
-        "ema_decay": 0.0,  # Flow-GRPO's is left out, too
+        "ema_decay": 0.0,  # Flow-GRPO's EMA is left out, too
     }
     return measure("flux", settings | row.levers, args)
 

@@ -1,11 +1,11 @@
-"""What does an update of GRPO cost, and where does the time go?
+"""What does a GRPO update cost, and where does the time go?
 
     python recipes/bench/grpo.py
 
-Trains a FLUX of 21 million random parameters on the CPU, LoRA as in the paper: 24 images of a prompt, 6 denoising steps, with
-gradient checkpointing and KL to the reference; with and without the filter (the 6 best and the 6 worst images are trained on,
-or all) and the window (2 steps are trained, or all but the last). Each variant runs in a process of its own. Evaluations of the
-transformer are counted by hooks in it, backward passes included, and compared with the formula of the sampler's cost.
+Trains a FLUX with 21 million random parameters on the CPU, with LoRA as in the paper, gradient checkpointing and KL to the
+reference: 24 images per prompt, 6 denoising steps. It does so with and without the filter (train on the 6 best and 6 worst images,
+or on all) and the window (train 2 steps, or all but the last), each variant in its own process. Hooks count the evaluations of the
+transformer, backward passes included, to check the formula of the sampler's cost.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from trl_spatial.scenes import COLORS, SHAPES
 
 NUM_GENERATIONS, TOP_K, NUM_STEPS, WINDOW = 24, 6, 6, 2
 BATCH_SIZE = 4
-# name: images of a group that are trained on, steps that are trained
+# name: (`top_k`, `sde_window_size`); None trains on all images, or on all steps but the last
 VARIANTS = {
     "all images, all steps": (None, None),
     "filter": (TOP_K, None),
@@ -46,8 +46,8 @@ VARIANTS = {
     "filter and window": (TOP_K, WINDOW),
 }
 PHASES = ("encode", "sample", "reward", "train", "rest")
-MAX_REST = 0.10  # of the seconds of a step, else the script fails
-MAX_FILTERED = 0.70  # of the seconds of an unfiltered step, else the script fails
+MAX_REST = 0.10  # share of a step's seconds; above it, the script fails
+MAX_FILTERED = 0.70  # processor time of a filtered step over that of an unfiltered one; above it, the script fails
 
 
 def brightness(prompts, images, **columns) -> list[float]:
@@ -55,7 +55,7 @@ def brightness(prompts, images, **columns) -> list[float]:
 
 
 class ProcessorClock(TrainerCallback):
-    """Reads the processor's clock after every update: it counts what other processes do not take."""
+    """Records the processor time after every update, which does not include that of other processes."""
 
     def __init__(self):
         self.times: list[float] = []
@@ -65,7 +65,7 @@ class ProcessorClock(TrainerCallback):
 
 
 def count_evaluations(transformer: Any) -> Counter:
-    """Counts evaluations for one image: forward passes, with those that checkpointing repeats, and backward passes."""
+    """Returns a counter of images in forward passes, including those that checkpointing repeats, and in backward passes."""
     counts: Counter = Counter()
 
     def count_forward(module, args, kwargs):
@@ -75,20 +75,20 @@ def count_evaluations(transformer: Any) -> Counter:
         if output.requires_grad:
             output.register_hook(lambda grad: counts.update(backward=len(grad)))
 
-    # The first block is entered by every pass; the projection at the end is outside of what checkpointing repeats.
+    # Every pass enters the first block; the final projection is outside of what checkpointing repeats.
     transformer.transformer_blocks[0].register_forward_pre_hook(count_forward, with_kwargs=True)
     transformer.proj_out.register_forward_hook(count_backward)
     return counts
 
 
 def expected_evaluations(top_k: int | None, window: int | None, num_generations: int) -> dict[str, float]:
-    """Evaluations per image by the formula: T + 3 · K · kept of the policy, K · kept of the reference."""
+    """Evaluations per image by the formula: T + 3 · K · kept for the policy, K · kept for the reference."""
     trained = (window or NUM_STEPS - 1) * (1.0 if top_k is None else 2 * top_k / num_generations)
     return {"policy": NUM_STEPS + 3 * trained, "reference": trained}
 
 
 def measure(top_k: int | None, window: int | None, args: argparse.Namespace) -> dict:
-    """Median seconds per step, evaluations per image and peak memory of one variant."""
+    """Measures one variant: median seconds per step, evaluations per image and peak memory."""
     torch.set_num_threads(args.num_threads)
     sizes: dict[str, Any] = FLUX_20M if args.model == "20m" else {}
     pipeline = build_flux_pipeline(**sizes)
@@ -124,7 +124,7 @@ def measure(top_k: int | None, window: int | None, args: argparse.Namespace) -> 
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     logs = [entry for entry in trainer.state.log_history if "time/step" in entry]
-    times = logs[1:]  # the first step sets everything up
+    times = logs[1:]  # the first step warms up
     num_images = logs[-1]["num_images"]
     return {
         "seconds": {
@@ -142,7 +142,7 @@ def measure(top_k: int | None, window: int | None, args: argparse.Namespace) -> 
 
 
 def shortcomings(results: dict[str, dict]) -> list[str]:
-    """What misses its target, in words."""
+    """Describes every missed target."""
     found = []
     for name, result in results.items():
         seconds, evaluations = result["seconds"], result["evaluations_per_image"]
@@ -153,7 +153,7 @@ def shortcomings(results: dict[str, dict]) -> list[str]:
             evaluations["formula"].values()
         ):
             found.append(f"{name}: the evaluations per image are not the formula's: {evaluations}")
-    # by the processor's clock, as another process on the machine would fail or pass it
+    # by processor time: with wall time, other processes on the machine would decide
     ratio = cost_ratio(results, "filter")
     if ratio > MAX_FILTERED:
         found.append(f"a filtered step takes {ratio:.2f} of an unfiltered one, more than {MAX_FILTERED}")
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     args = parser.parse_args(argv)
     results = {}
     for name, (top_k, window) in VARIANTS.items():
-        # a process of its own: its peak memory is the variant's
+        # in its own process, so that the peak memory is the variant's
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             results[name] = pool.apply(partial(measure, top_k, window, args))
     print(

@@ -1,10 +1,10 @@
 """
-What the commands answer to input that is damaged, malicious or absurd: `python recipes/bench/hostile.py`.
+Runs the commands on damaged, malicious and absurd input: `python recipes/bench/hostile.py`.
 
-Each input goes through the command line in a process of its own, forked where torch is imported already. Right is exit code 1
-or 2 and one line `trl_spatial COMMAND: error: ...`, or, for odd input that is fine, exit code 0. Counted as wrong are
-tracebacks, anything accepted that should not be or refused that should be accepted, code that ran, connections, more than
-`--seconds` of processor time, and more than 1 GB of memory on top of what importing takes.
+Each input goes through the command line in its own process, forked after torch is imported. The right answer is exit code 1 or 2
+and one line `trl_spatial COMMAND: error: ...`, or, for input that is odd but fine, exit code 0. Faults are tracebacks, accepting
+what should be refused or refusing what is fine, running code from the input, network connections, more than `--seconds` of
+processor time, and more than 1 GB of memory on top of what the imports take.
 """
 
 import argparse
@@ -58,7 +58,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case: `faults` is empty if everything was right."""
+    """The outcome of a case; `faults` is empty if the command answered correctly."""
 
     name: str
     faults: tuple[str, ...]
@@ -84,7 +84,7 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def png_header(width: int, height: int, *, bits: int = 1, color: int = 0) -> bytes:
-    """A PNG that claims a size and holds one compressed row."""
+    """A PNG whose header claims a size, but which holds at most 64 rows."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -204,7 +204,7 @@ def prompt_cases(folder: Path, model: Path) -> Iterator[Case]:
     for prompt in fine + bad:
         is_fine = prompt in fine
         name = f"{prompt[:16]!r} ({len(prompt)})"
-        if "\x00" not in prompt and len(prompt) < 100_000:  # what a command line can hold
+        if "\x00" not in prompt and len(prompt) < 100_000:  # the limits of a command line
             words = ("score", "--model", str(model), f"--prompt={prompt}", image)
             yield Case(f"score, prompt: {name}", words, is_fine)
         rows = folder / f"prompt_{abs(hash(prompt))}.jsonl"
@@ -470,7 +470,7 @@ def run(case: Case, canary: Path, max_seconds: int) -> Outcome:
 
 
 def _become(case: Case, output: int, report: int, max_seconds: int) -> None:
-    """Runs the command line in this process, which ends with it."""
+    """Runs the command line in this process, then exits."""
     try:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
@@ -478,7 +478,7 @@ def _become(case: Case, output: int, report: int, max_seconds: int) -> None:
         sys.stdout = open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
         resource.setrlimit(resource.RLIMIT_CPU, (max_seconds, max_seconds + 1))
-        signal.alarm(12 * max_seconds)  # something that waits without working
+        signal.alarm(12 * max_seconds)  # for hangs that use no processor time
         connect = socket.socket.connect
 
         def guarded(self: socket.socket, address: Any) -> None:
@@ -489,7 +489,7 @@ def _become(case: Case, output: int, report: int, max_seconds: int) -> None:
         socket.socket.connect = guarded  # type: ignore[method-assign, assignment]
         code = 0
         try:
-            if case.words[0] in cli.LAUNCHED_COMMANDS:  # what the launcher starts
+            if case.words[0] in cli.LAUNCHED_COMMANDS:  # run what the launcher would start
                 sys.argv = [case.words[0], *case.words[1:]]
                 runpy.run_module(f"trl_spatial.scripts.{case.words[0]}", run_name="__main__", alter_sys=True)
             else:
@@ -508,7 +508,7 @@ def _become(case: Case, output: int, report: int, max_seconds: int) -> None:
 
 
 def make_checkpoint(folder: Path) -> Path:
-    """An untrained reward model with an adapter."""
+    """Saves an untrained reward model with an adapter."""
     from peft import get_peft_model
 
     processor = load_processor(BACKBONE)

@@ -1,11 +1,11 @@
-"""Does anything but the agreement of text and image tell which image of a pair wins?
+"""Can the winner of a pair be guessed without comparing text and image?
 
     python recipes/bench/leakage.py
 
-Trains rewards that see only half of the data, on pairs and with the loss of a reward model: from the image alone (a linear
-one and a small convolutional network) and from the text alone (words and pairs of words; the prompt has to win over the
-perturbed prompt). On held-out pairs each has to stay at chance. That they could find a leak is shown on the same pairs with
-one put in: winners a little brighter, winners enlarged by 6 %, losers' texts always worded alike.
+Trains rewards that see only half of the data, on pairs with a reward model's loss: the image alone (a linear model and a small
+convolutional network) or the text alone (words and pairs of words; the prompt has to win over the perturbed prompt). Each must stay
+at chance on held-out pairs. To show that they would find a leak, they are also trained on the same pairs with one planted: winners
+a little brighter, winners enlarged by 6 %, losing texts always worded the same way.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from trl_spatial.scenes import describe_scene, make_preference_dataset, parse_de
 from trl_spatial.statistics import accuracy_interval
 
 
-MAX_DEVIATION = 0.02  # of the accuracy from chance, else the script fails
+MAX_DEVIATION = 0.02  # of the accuracy from chance; above it, the script fails
 SIDE = 32  # width and height of the images that the classifiers see
 
 
@@ -49,7 +49,7 @@ def reword(text: str) -> str:
 
 
 def read_images(dataset: Dataset, change: Callable[[Image.Image], Image.Image] | None) -> torch.Tensor:
-    """Pixels `(num_pairs, 2, 3, SIDE, SIDE)`, winner first, about -1 to 1; the leak is put into the winners."""
+    """Returns pixels `(num_pairs, 2, 3, SIDE, SIDE)` from -1 to 1, winner first; `change` plants a leak in the winners."""
     pairs = []
     for row in tqdm(dataset, desc="Reading images", unit="pair"):
         chosen = change(row["chosen"]) if change else row["chosen"]
@@ -60,8 +60,10 @@ def read_images(dataset: Dataset, change: Callable[[Image.Image], Image.Image] |
 
 
 def read_texts(datasets: list[Dataset], change: Callable[[str], str] | None) -> list[torch.Tensor]:
-    """Counts of words and pairs of words `(num_pairs, 2, num_terms)`, the prompt first, for each data set; the leak is put
-    into the perturbed prompts. Only terms of the first data set count."""
+    """
+    Returns counts of words and pairs of words `(num_pairs, 2, num_terms)` for each dataset, prompt first; `change` plants a leak in
+    the perturbed prompts. The terms are those in at least 5 texts of the first dataset.
+    """
 
     def terms(text: str) -> Counter:
         words = re.findall(r"[a-z]+", text.lower())
@@ -98,7 +100,7 @@ class ImageNetwork(nn.Sequential):
 
 
 def train(model: nn.Module, pairs: torch.Tensor, num_epochs: int, learning_rate: float, seed: int) -> nn.Module:
-    """Bradley-Terry training on pairs `(num_pairs, 2, ...)`, winner first."""
+    """Trains with the Bradley-Terry loss on pairs `(num_pairs, 2, ...)`, winner first."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-2)
     generator = torch.Generator().manual_seed(seed)
     for _ in tqdm(range(num_epochs), desc=f"Training {type(model).__name__}", unit="epoch"):
@@ -113,7 +115,7 @@ def train(model: nn.Module, pairs: torch.Tensor, num_epochs: int, learning_rate:
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, pairs: torch.Tensor) -> dict[str, float]:
-    """Share of pairs whose winner gets the higher reward, a tie counting half, with its 95 % interval."""
+    """Share of pairs whose winner gets the higher reward, counting a tie as half, with its 95 % interval."""
     margins = torch.cat(
         [model(part.flatten(0, 1)).view(-1, 2) @ torch.tensor([1.0, -1.0]) for part in pairs.split(500)]
     )
@@ -122,7 +124,7 @@ def accuracy(model: nn.Module, pairs: torch.Tensor) -> dict[str, float]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Accuracy of every classifier on held-out pairs, as they are and with every leak."""
+    """Accuracy of every classifier on held-out pairs, without a leak and with each."""
     sets = [
         make_preference_dataset(
             number, split=split, seed=args.seed, image_size=args.image_size, num_proc=args.num_proc

@@ -1,12 +1,12 @@
-"""What does each lever of speed save, and does it save what the count of evaluations says?
+"""How much time does each lever save, and is it what the count of evaluations predicts?
 
     python recipes/bench/levers.py
 
-Trains a FLUX of 21 million random parameters on one CPU core, a Qwen-Image where guidance is the lever: rollouts of 12 images, 6
-denoising steps, LoRA. Each lever is measured against the same training without it, in turns, by the processor's clock: what a
-rollout and its updates cost. It is predicted from evaluations of the transformer for one image, of which a forward pass is one
-and a backward pass another: cfg · [T + 3 · K · kept] and K · kept of the reference, for T steps, K trained ones and the share
-`kept` of the images; 2 in place of 3 without checkpointing. Prints the table of README.md.
+Trains a FLUX with 21 million random parameters on one CPU core (for guidance, a Qwen-Image of that size): rollouts of 12 images,
+6 denoising steps, LoRA. For each lever, runs with and without it alternate, and the processor time of a rollout with its updates is
+compared. The prediction counts transformer evaluations per image, one for a forward pass and one for a backward pass:
+cfg · (T + 3 · K · kept) for the policy and cfg · K · kept for the reference, with T steps, K trained ones, the share `kept` of the
+images, and cfg = 2 with guidance, else 1; without checkpointing, 2 replaces 3. Prints a table like that of README.md.
 """
 
 import argparse
@@ -42,8 +42,8 @@ QWEN_20M: dict[str, Any] = {"num_layers": 6, "num_attention_heads": 6, "attentio
 @dataclass(frozen=True)
 class Lever:
     """
-    Settings of [`DiffusionGRPOConfig`] with a lever and without it, beside those of the paper; evaluations per image with and
-    without; and what became of it.
+    Settings of [`DiffusionGRPOConfig`] with a lever and without it, on top of the benchmark's own and of `common`; evaluations per
+    image with and without it; and whether it was kept.
     """
 
     given: dict[str, Any]
@@ -55,11 +55,11 @@ class Lever:
 
 
 def evaluations(trained: float, *, per_trained: float = 3.0, reference: bool = True, cfg: int = 1) -> float:
-    """Of one image, of which `trained` steps are trained: K · kept."""
+    """Evaluations per image, with `trained` = K · kept trained steps per image."""
     return cfg * (NUM_STEPS + per_trained * trained + reference * trained)
 
 
-ALL, PAPER = NUM_STEPS - 1, (NUM_STEPS - 1) * 2 * TOP_K / NUM_IMAGES  # steps per image that are trained
+ALL, PAPER = NUM_STEPS - 1, (NUM_STEPS - 1) * 2 * TOP_K / NUM_IMAGES  # trained steps per image
 LEVERS = {
     "filter, 3 best and 3 worst of 12": Lever(
         {}, {"top_k": None, "gradient_accumulation_steps": 6}, (evaluations(PAPER), evaluations(ALL)), "default: the paper's"
@@ -71,6 +71,10 @@ LEVERS = {
     "no checkpointing": Lever(
         {"gradient_checkpointing": False}, {}, (evaluations(PAPER, per_trained=2), evaluations(PAPER)),
         "option: where memory allows",
+    ),
+    "activations of the rollout reused": Lever(
+        {"gradient_checkpointing_kwargs": {"reuse_activations": True}}, {}, (evaluations(PAPER, per_trained=2), evaluations(PAPER)),
+        "option: if memory allows",
     ),
     "no KL": Lever(
         {"beta": 0.0}, {}, (evaluations(PAPER, reference=False), evaluations(PAPER)), "option: the paper has one"
@@ -94,7 +98,7 @@ LEVERS = {
 
 
 class Clock(TrainerCallback):
-    """Reads the processor's clock after every update: it counts what other processes do not take."""
+    """Records the processor time after every update, which does not include that of other processes."""
 
     def __init__(self):
         self.times: list[float] = []
@@ -108,7 +112,7 @@ def brightness(prompts, images, **columns) -> list[float]:
 
 
 def measure(family: str, settings: dict[str, Any], args: argparse.Namespace) -> float:
-    """Processor seconds of a rollout with its updates; a first one sets everything up."""
+    """Returns the processor seconds of a rollout with its updates, after a first one that warms up."""
     is_large = args.model == "20m"
     if family == "flux":
         sizes: dict[str, Any] = FLUX_20M if is_large else {}
@@ -158,7 +162,7 @@ def measure(family: str, settings: dict[str, Any], args: argparse.Namespace) -> 
 
 
 def measure_lever(lever: Lever, args: argparse.Namespace) -> dict[str, float]:
-    """Median seconds with a lever and without it, measured in turns, and their ratio."""
+    """Alternates runs with and without a lever; returns the median seconds of each, their ratio and the prediction."""
     pairs = [
         [measure(lever.family, lever.common | part, args) for part in (lever.given, lever.without)]
         for _ in range(args.repeats)
@@ -179,7 +183,7 @@ def to_markdown(results: dict[str, dict[str, float]]) -> str:
 def choose_rows(
     argv: list[str] | None, rows: dict[str, Row], description: str | None, *, num_rollouts: int
 ) -> tuple[argparse.Namespace, dict[str, Row]]:
-    """Reads the options of a program that measures rollouts, and returns them with the rows that they ask for."""
+    """Parses the options of a program that measures rollouts, and returns them with the rows they select."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="only rows whose name has this in it")
     parser.add_argument(

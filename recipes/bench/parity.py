@@ -1,16 +1,16 @@
 """
-What the published programs of other scorers say of tiny models of random weights, as JSON that the tests compare ours with.
+Records what the published programs of other scorers compute for tiny random models, as JSON for the tests to compare ours with.
 
     python recipes/bench/parity.py --output tests/evaluation/scorers/parity
 
-Run it in an environment of its own, without this package, whose dependencies are too new for the others:
+Run it in a separate environment without this package, whose dependencies are too new for the others:
 
     pip install "transformers==4.45.2" "trl==0.8.6" "peft==0.13.2" "accelerate==1.1.1" "datasets==3.1.0" "numpy<2" qwen-vl-utils
     pip install --no-deps hpsv2==1.2.0 hpsv3==1.0.0 image-reward==1.5 t2v-metrics==3.0 clip-anytorch
     pip install timm fairscale ftfy clint omegaconf matplotlib tensorboard pandas tyro torchvision
 
-Their code runs unchanged. Weights, images and tokenizers are made by the functions of this file, on both sides, so that no
-weights have to be kept. Where a size is fixed in the code of a package, a smaller class is put in its place.
+Their code runs unchanged. Both sides make weights, images and tokenizers with the functions in this file, so no weights need to be
+stored. Where a package hard-codes a size, a smaller class is substituted.
 """
 
 import argparse
@@ -48,11 +48,11 @@ CHAT_TEMPLATE = (
 )
 
 
-# What both sides make
+# Made on both sides
 
 
 def make_image(seed: int, size: Sequence[int]) -> np.ndarray:
-    """Pixels of noise on a slope, `(height, width, 3)`, uint8."""
+    """Noise on a horizontal gradient: pixels `(height, width, 3)`, uint8."""
     width, height = size
     noise = np.random.default_rng(seed).integers(0, 128, (height, width, 3))
     slope = np.linspace(0, 127, width)[None, :, None]
@@ -61,14 +61,14 @@ def make_image(seed: int, size: Sequence[int]) -> np.ndarray:
 
 def make_weights(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, np.ndarray]:
     """
-    Random weights in float32, each from a seed of its own: matrices that keep the size of what they multiply, factors about 1,
-    and small offsets.
+    Makes random float32 weights, each from its own seed: matrices scaled to keep the magnitude of their inputs, standard normal
+    embeddings, factors about 1 and offsets about 0.
 
     Args:
         shapes (`Mapping[str, Sequence[int]]`):
             Name → shape.
         seed (`int`):
-            Seed of all.
+            Combined with each name into that weight's seed.
     """
     weights = {}
     for name, shape in shapes.items():
@@ -82,7 +82,7 @@ def make_weights(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, np
 
 
 def save_qwen2_vl(folder: Path, *, hidden_size: int = 32, num_layers: int = 2) -> None:
-    """Writes configuration, tokenizer and image processor of a tiny Qwen2-VL, in the form of the released ones."""
+    """Writes the configuration, tokenizer and image processor of a tiny Qwen2-VL, in the format of the released ones."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {character: number for number, character in enumerate(byte_characters())}
     merges = ["Y e", "Ye s", "N o"]
@@ -128,14 +128,14 @@ def save_qwen2_vl(folder: Path, *, hidden_size: int = 32, num_layers: int = 2) -
 
 
 def byte_characters() -> list[str]:
-    """The characters that byte-level tokenizers write for the bytes, those that can be printed first."""
+    """The characters that byte-level tokenizers use for the 256 bytes, printable ones first."""
     printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printed]
     return [chr(byte) for byte in printed] + [chr(256 + number) for number in range(len(others))]
 
 
 def save_words(file: Path) -> None:
-    """Writes a vocabulary of BERT's kind, of the words of the prompts and of letters."""
+    """Writes a BERT vocabulary of words from the prompts and of letters."""
     words = sorted(set(re.findall(r"\w+|[^\w\s]", " ".join(PROMPTS).lower())))
     letters = [chr(number) for number in range(ord("a"), ord("z") + 1)]
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(words[3:] + letters)]
@@ -146,7 +146,7 @@ def _write(file: Path, data: Any) -> None:
     file.write_text(json.dumps(data), encoding="utf-8")
 
 
-# What the published programs say
+# Results of the published programs
 
 
 def pictures(sizes: Iterable[Sequence[int]]) -> list[Any]:
@@ -156,7 +156,7 @@ def pictures(sizes: Iterable[Sequence[int]]) -> list[Any]:
 
 
 def set_weights(model: Any, without: Sequence[str] = ()) -> dict[str, list[int]]:
-    """Gives a model its weights. Returns their shapes, without those whose names start with one of `without`."""
+    """Sets a model's weights, except those whose names start with one of `without`. Returns the shapes of those it set."""
     import torch
 
     shapes = {
@@ -170,12 +170,12 @@ def set_weights(model: Any, without: Sequence[str] = ()) -> dict[str, list[int]]
 
 
 def run_hpsv2(folder: Path) -> dict[str, Any]:
-    """`hpsv2.score` with a small CLIP in place of ViT-H-14."""
+    """Runs `hpsv2.score` with a small CLIP in place of ViT-H-14."""
     import clip
     import hpsv2 as package
     import torch
 
-    # the file of the tokenizer is missing in the package; it is CLIP's
+    # the package lacks its tokenizer file, which is CLIP's
     merges_file = Path(clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
     place = Path(package.__file__).parent / "src" / "open_clip" / merges_file.name
     if not place.exists():
@@ -209,7 +209,7 @@ def run_hpsv2(folder: Path) -> dict[str, Any]:
 
 
 def run_image_reward(folder: Path) -> dict[str, Any]:
-    """`ImageReward.score` with a small vision transformer and a small text encoder."""
+    """Runs `ImageReward.score` with a small vision transformer and a small text encoder."""
     import contextlib
 
     module: Any = import_module("ImageReward.ImageReward")
@@ -230,7 +230,7 @@ def run_image_reward(folder: Path) -> dict[str, Any]:
 
     blip_pretrain.create_vit = small_vision_transformer
     module.MLP = lambda size, MLP=module.MLP: MLP(text["hidden_size"])
-    with contextlib.chdir(folder):  # where the tokenizer is found by its name
+    with contextlib.chdir(folder):  # where the tokenizer is found by name
         model = module.ImageReward(str(folder / "med_config.json"))
     shapes = set_weights(model)
     model.eval()
@@ -239,7 +239,7 @@ def run_image_reward(folder: Path) -> dict[str, Any]:
 
 
 def run_hpsv3(folder: Path) -> dict[str, Any]:
-    """`HPSv3RewardInferencer.reward` with a small Qwen2-VL."""
+    """Runs `HPSv3RewardInferencer.reward` with a small Qwen2-VL."""
     import hpsv3
     import safetensors.torch
     import torch
@@ -261,7 +261,7 @@ def run_hpsv3(folder: Path) -> dict[str, Any]:
     set_weights(backbone)
     backbone.save_pretrained(folder / "qwen")
     model = Qwen2VLRewardModelBT.from_pretrained(folder / "qwen", output_dim=2, rm_head_type="ranknet")
-    model.resize_token_embeddings(267)  # 256 bytes, 3 merges, 7 special tokens, and the reward's
+    model.resize_token_embeddings(267)  # 256 bytes, 3 merges, 7 special tokens, and the reward token
     shapes = set_weights(model)
     safetensors.torch.save_file(model.state_dict(), folder / "HPSv3.safetensors")
     scorer = HPSv3RewardInferencer(str(folder / "small.yaml"), str(folder / "HPSv3.safetensors"), device="cpu")
@@ -277,16 +277,16 @@ def run_hpsv3(folder: Path) -> dict[str, Any]:
 
 
 def run_vqascore(folder: Path) -> dict[str, Any]:
-    """`Qwen2VLModel.forward` of t2v_metrics with a small Qwen2-VL."""
+    """Runs `Qwen2VLModel.forward` of t2v_metrics with a small Qwen2-VL."""
     import torch
     import transformers
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-    # imported beside Qwen2-VL, and too new for the version of transformers that hpsv3 needs
+    # imported along with Qwen2-VL, but too new for the transformers version that hpsv3 needs
     transformers.Qwen2_5_VLForConditionalGeneration = None
     videos: Any = ModuleType("decord")
     videos.VideoReader = videos.cpu = None
-    videos.__spec__ = ModuleSpec("decord", None)  # which others look for
+    videos.__spec__ = ModuleSpec("decord", None)  # other packages look for it
     sys.modules.setdefault("decord", videos)
     published = import_module("t2v_metrics.models.vqascore_models.qwen2vl_model")
     save_qwen2_vl(folder / "qwen")
@@ -307,7 +307,7 @@ def run_vqascore(folder: Path) -> dict[str, Any]:
 
 
 def stand_in_for_what_is_not_needed() -> None:
-    """Operators of torchvision, whose wheels may not fit torch's, and what imports every other model."""
+    """Stands in for torchvision's operators, whose wheels may not match torch's, and for packages that import every model."""
     import sysconfig
 
     import torch
@@ -317,7 +317,7 @@ def stand_in_for_what_is_not_needed() -> None:
     library = torch.library.Library("torchvision", "DEF")
     for name in sorted(names):
         library.define(f"{name}(Tensor x) -> Tensor")
-    stand_in_for_what_is_not_needed.library = library  # type: ignore[attr-defined]  # it must not be collected
+    stand_in_for_what_is_not_needed.library = library  # type: ignore[attr-defined]  # keeps it alive
     place = Path(sysconfig.get_paths()["purelib"])
     for name in ("t2v_metrics", "t2v_metrics.models", "t2v_metrics.models.vqascore_models"):
         package: Any = ModuleType(name)

@@ -1,12 +1,12 @@
-"""How many pairs a second does a reward model train on, how many images does it score, and what do shared prefixes save?
+"""How many pairs per second does a reward model train on, how many images does it score, and what do shared prefixes save?
 
     python recipes/bench/reward.py
 
-Random Qwen2.5-VL reward models of two sizes on one CPU core: `tiny`, of the demo's kind, with images of 64 × 64 pixels, and `mid`
-with images of 512 × 512. Training takes micro-batches of four pairs, two rows and their reverses: LoRA on the language model, with
-checkpointing. Scoring takes 32 images with as many prompts, at several batch sizes. Both are compared with the plain way, in turns:
-every row with its own image and all of its tokens, padded to the longest, as many rows in a forward pass as the batch has. Ratios are
-those of medians of processor time.
+Runs random Qwen2.5-VL reward models of two sizes on one CPU core: `tiny`, like the demo's, with images of 64 × 64 pixels, and
+`mid` with images of 512 × 512. Training uses micro-batches of four pairs, two rows and their reverses: LoRA on the language model,
+with checkpointing. Scoring takes 32 images, each with a prompt, at several batch sizes. Both alternate with the plain way: every
+row with its own image and all of its tokens, padded to the longest, and the whole batch in one forward pass. Ratios compare median
+processor times.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def draw_images(size: str, number: int) -> list[Image.Image]:
 
 
 def measure(plain: Callable[[], Any], ours: Callable[[], Any], num_rounds: int) -> tuple[float, float]:
-    """Median seconds of processor time of both, in turns, after a first round that sets everything up."""
+    """Returns the median processor seconds of both, which alternate, after a warm-up round."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(num_rounds + 1):
         for run, taken in zip((plain, ours), seconds, strict=True):
@@ -80,7 +80,7 @@ def measure(plain: Callable[[], Any], ours: Callable[[], Any], num_rounds: int) 
 
 
 def compare(name: str, num: int, plain: Callable[[], Any], ours: Callable[[], Any], num_rounds: int) -> dict[str, Any]:
-    """Rates of both ways, and the largest difference of what they compute."""
+    """Returns the rates of both ways and the largest difference between their results."""
     difference = float((plain() - ours()).abs().max())
     seconds, seconds_of_ours = measure(plain, ours, num_rounds)
     result = {"name": name, "plain": num / seconds, "ours": num / seconds_of_ours, "difference": difference}
@@ -89,19 +89,19 @@ def compare(name: str, num: int, plain: Callable[[], Any], ours: Callable[[], An
 
 
 def attends_with(scorer: SpatialScore) -> Any:
-    """The configuration that says how the language model attends."""
+    """The configuration that holds the language model's attention implementation."""
     return scorer.model.backbone.get_decoder().config
 
 
 def compare_training(size: str, num_rounds: int) -> dict[str, Any]:
     scorer = build_scorer(size)
     config, own = attends_with(scorer), attends_with(scorer)._attn_implementation
-    scorer.model.train().activation_checkpointing_enable({"use_reentrant": False})
+    scorer.model.train().gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(0)
     model = get_peft_model(scorer.model, spatial_score_lora_config(rank=16, dropout=0.0))
     images = draw_images(size, 2 * NUM_ROWS)
     prompts = [prompt for _ in range(NUM_ROWS) for prompt in PROMPTS] * 2
-    chosen_first = images + [images[place ^ 1] for place in range(2 * NUM_ROWS)]  # a row and its reverse, in turns
+    chosen_first = images + [images[place ^ 1] for place in range(2 * NUM_ROWS)]  # rows alternate with their reverses
 
     def train(attention: str, rows: list[Image.Image]) -> torch.Tensor:
         config._attn_implementation = attention

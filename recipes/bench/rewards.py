@@ -1,11 +1,11 @@
-"""How much faster is a rollout whose rewards are computed while it is being drawn?
+"""How much faster is a rollout if its rewards are computed while it is being drawn?
 
     python recipes/bench/rewards.py
 
-Draws rollouts of a FLUX of 21 million random parameters on the CPU, in batches of 4 images. The reward waits, as for a server or
-another device, for half the time, the time and twice the time that drawing an image takes. A batch is rewarded while the next one
-is drawn, so that B batches of s seconds, whose rewards take r seconds each, should take s + (B - 1) · max(s, r) + r in place of
-B · (s + r) seconds.
+Draws rollouts from a FLUX with 21 million random parameters on the CPU, in batches of 4 images. The reward only waits, as for a
+server or another device: half, one and two times as long as drawing an image takes. Each batch is rewarded while the next one is
+drawn, so B batches that take s seconds to draw and r seconds to reward should take s + (B - 1) · max(s, r) + r seconds instead of
+B · (s + r).
 """
 
 import argparse
@@ -29,11 +29,11 @@ from trl_spatial.diffusion_grpo import attention_lora_config
 
 
 BATCH_SIZE = 4
-SHARES = (0.5, 1.0, 2.0)  # time of a reward, in times of drawing its image
+SHARES = (0.5, 1.0, 2.0)  # time to reward an image over the time to draw it
 
 
 class WaitingReward:
-    """Rewards by the number of an image, after a while."""
+    """Waits `seconds` per image, then rewards each image by its first pixel."""
 
     __name__ = "waiting"
 
@@ -46,7 +46,7 @@ class WaitingReward:
 
 
 def measure(seconds: float, overlap_rewards: bool, args: argparse.Namespace) -> tuple[float, float]:
-    """Least seconds of a rollout, which other programs disturb least, and of waiting for its rewards."""
+    """Returns the seconds of a rollout and of waiting for its rewards: minima, which other programs disturb least."""
     sizes: dict[str, Any] = FLUX_20M if args.model == "20m" else {}
     with tempfile.TemporaryDirectory() as folder:
         trainer = DiffusionGRPOTrainer(
@@ -55,7 +55,7 @@ def measure(seconds: float, overlap_rewards: bool, args: argparse.Namespace) -> 
             args=DiffusionGRPOConfig(
                 output_dir=folder,
                 num_generations=args.num_generations,
-                top_k=1,  # little training: it is the rollout that is measured
+                top_k=1,  # little training, since only the rollout is measured
                 per_device_train_batch_size=2,
                 gradient_accumulation_steps=1,
                 rollout_batch_size=BATCH_SIZE,
@@ -74,7 +74,7 @@ def measure(seconds: float, overlap_rewards: bool, args: argparse.Namespace) -> 
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "time/step" in entry][1:]  # the first sets everything up
+    logs = [entry for entry in trainer.state.log_history if "time/step" in entry][1:]  # the first step warms up
     return (
         min(entry["time/sample"] + entry["time/reward"] for entry in logs),
         min(entry["time/reward"] for entry in logs),
@@ -82,7 +82,7 @@ def measure(seconds: float, overlap_rewards: bool, args: argparse.Namespace) -> 
 
 
 def predicted_ratio(num_batches: int, share: float) -> float:
-    """Time of an overlapping rollout over that of one after the other, from r / s."""
+    """Predicted time of a rollout with overlapping rewards over that without, where `share` is r / s."""
     return (1 + (num_batches - 1) * max(1.0, share) + share) / (num_batches * (1 + share))
 
 

@@ -1,11 +1,11 @@
-"""Does a good client of `trl_spatial serve` notice bad ones, does memory grow under load, and does SIGTERM end it in time?
+"""Do bad clients of `trl_spatial serve` slow down a good one, does memory grow under load, and does SIGTERM end it in time?
 
     python recipes/bench/server.py
 
-Starts the command with a tiny model in a process of its own. One good client asks for an image at a time, over a new connection
-each: on an idle server, and while `--num_half_open` connections send half a head and `--num_slow` send a body a byte a second,
-all of them opened anew when the server ends them. Then `--num_clients` clients ask for `--seconds` seconds. At last bad and good
-clients are there at once, and the server gets SIGTERM. Exits with 1 and names what was not as it should be. Linux only.
+Starts the command with a tiny model in its own process. One good client sends an image at a time, each over a new connection: to
+an idle server, and while `--num_half_open` connections send half a head and `--num_slow` send one byte of a body per second, all
+of them reopened when the server closes them. Then `--num_clients` clients send images for `--seconds` seconds. Finally, the server
+gets SIGTERM while bad and good clients are connected. Exits with 1 and names every failed check. Linux only.
 """
 
 import argparse
@@ -33,12 +33,12 @@ from PIL import Image
 BACKBONE = Path(__file__).parents[2] / "trl_spatial" / "tiny_models" / "qwen2_5_vl"
 MOST_DELAY = 0.5  # seconds that bad clients may add to the 95th percentile
 MOST_GROWTH = 64.0  # megabytes under load
-LONGEST_END = 10.0  # seconds from SIGTERM, as the command promises
+LONGEST_END = 10.0  # seconds from SIGTERM to exit, as the command promises
 HEAD = b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 def make_checkpoint(folder: Path) -> None:
-    """Save a reward model of the tiny backbone, not trained."""
+    """Saves an untrained reward model on the tiny backbone."""
     from trl_spatial import SpatialScore
     from trl_spatial.gaussian_reward.modeling import GaussianRewardModel
     from trl_spatial.gaussian_reward.processing import load_processor
@@ -50,7 +50,7 @@ def make_checkpoint(folder: Path) -> None:
 
 @contextmanager
 def running_server(checkpoint: Path, log: Path):
-    """The command and its port."""
+    """Runs the command in the context; yields its process and port."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "trl_spatial", "serve", "--model", str(checkpoint), "--port", str(port)]
@@ -71,7 +71,7 @@ def running_server(checkpoint: Path, log: Path):
 
 
 class BadClients:
-    """Connections that never finish a request, opened again when the server has ended them."""
+    """Connections that never finish a request, reopened when the server closes them."""
 
     def __init__(self, port: int, num_half_open: int, num_slow: int):
         self.port = port
@@ -96,7 +96,7 @@ class BadClients:
             for index, opening in enumerate(self.openings):
                 try:
                     sockets[index] = self._keep(sockets[index], opening, index >= len(self.openings) - self.num_slow)
-                except OSError:  # ended by the server: a new one in the next round
+                except OSError:  # closed by the server: reopened in the next round
                     sockets[index] = None
             self._all_open.set()
             self._stop.wait(1.0)
@@ -121,7 +121,7 @@ class BadClients:
 
 
 def ask(port: int) -> float:
-    """Seconds until a good client has its score; infinite if it gets none."""
+    """Returns the seconds until a good client gets its score; infinite if it gets none."""
     file = io.BytesIO()
     Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(file, "PNG")
     body = {
@@ -154,7 +154,7 @@ def measure_load(process: subprocess.Popen, port: int, args: argparse.Namespace)
         return seconds
 
     with ThreadPoolExecutor(args.num_clients) as executor:
-        for _ in executor.map(lambda _: ask(port), range(4 * args.num_clients)):  # what is set up once
+        for _ in executor.map(lambda _: ask(port), range(4 * args.num_clients)):  # warm-up
             pass
         before = megabytes(process.pid)
         ends = [time.perf_counter() + args.seconds] * args.num_clients
@@ -169,7 +169,7 @@ def measure_load(process: subprocess.Popen, port: int, args: argparse.Namespace)
 
 
 def measure_end(process: subprocess.Popen, port: int, args: argparse.Namespace) -> float:
-    """Seconds from SIGTERM to the end of the process, with bad and good clients."""
+    """Returns the seconds from SIGTERM to the exit of the process, with bad and good clients connected."""
     with BadClients(port, args.num_half_open, args.num_slow), ThreadPoolExecutor(args.num_clients) as executor:
         for _ in range(args.num_clients):
             executor.submit(ask, port)
@@ -181,7 +181,7 @@ def measure_end(process: subprocess.Popen, port: int, args: argparse.Namespace) 
 
 
 def shortcomings(results: dict) -> list[str]:
-    """What is not as it should be, in words."""
+    """Describes every failed check."""
     idle, attacked, load = results["idle"], results["attacked"], results["load"]
     found = []
     if attacked["failed"] or attacked["p95_s"] > idle["p95_s"] + MOST_DELAY:

@@ -1,10 +1,10 @@
 """
-What a reward model says about images and prompts unlike those it was trained on:
+Scores images and prompts unlike those that a reward model was trained on:
 
     python recipes/bench/unlike.py --model runs/demo/reward
 
-On held-out pairs of the demo's world it scores the right image, the wrong one, and images that have nothing to do with the
-prompt, and prints the mean and the standard deviation of the scores with the 5 % and 95 % quantiles over the prompts.
+On held-out pairs of the demo's scenes, it scores the right image, the wrong one, and images that have nothing to do with the
+prompt. It prints the average mean and standard deviation of the scores, with 5 % and 95 % quantiles over the prompts.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""What does it save that the vision tower attends to windows of one size in one call, and that gradients stop before a frozen one?
+"""What is saved by attending to vision windows of one size in one call, and by stopping gradients before a frozen vision tower?
 
     python recipes/bench/vision.py
 
-Random Qwen2.5-VL towers of two sizes, with the released models' windows of 112 pixels, on one CPU core: forward, and forward and
-backward, as transformers computes them and as the reward model does; then training steps of a reward model with LoRA on the
-language model and checkpointing, with gradients through the frozen tower, as transformers sends them, and without. Both variants
-take turns; a ratio is one of medians of processor time. Calls are those of the attention in one forward pass: on a GPU each is
-several launches, so that there the calls matter more than here.
+Runs random Qwen2.5-VL towers of two sizes, with the released models' windows of 112 pixels, on one CPU core. Compares transformers
+with the reward model in a forward pass, and in a forward and a backward pass. Then compares training steps of a reward model, with
+LoRA on the language model and checkpointing, with and without gradients through the frozen tower; transformers sends them. The two
+variants alternate, and ratios compare median processor times. "calls" counts attention calls in one forward pass. On a GPU, each is
+several kernel launches, so they matter more there.
 """
 
 import argparse
@@ -44,7 +44,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def measure(variants: tuple[Callable[[], Any], Callable[[], Any]], num_rounds: int) -> tuple[float, float]:
-    """Median seconds of processor time of the two variants, in turns, after a first round that sets everything up."""
+    """Returns the median processor seconds of the two variants, which alternate, after a warm-up round."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(num_rounds + 1):
         for variant, taken in zip(variants, seconds, strict=True):
@@ -55,7 +55,7 @@ def measure(variants: tuple[Callable[[], Any], Callable[[], Any]], num_rounds: i
 
 
 def count_calls(forward: Callable[[], Any]) -> int:
-    """Calls of PyTorch's attention."""
+    """Counts the calls of PyTorch's attention."""
     attend, num_calls = F.scaled_dot_product_attention, 0
 
     def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -72,7 +72,7 @@ def count_calls(forward: Callable[[], Any]) -> int:
 
 
 def compare_windows(sizes: dict[str, Any], num_images: int, image_size: int, num_rounds: int) -> dict[str, Any]:
-    """Attention one window at a time against windows of one size together."""
+    """Compares attending to one window at a time with attending to all windows of one size together."""
     plain = build_qwen2_5_vl(
         build_tokenizer(["a"], 1000), patch_size=PATCH_SIZE, vision_window_size=112, initializer_range=0.1, **sizes
     ).model
@@ -98,7 +98,7 @@ def compare_windows(sizes: dict[str, Any], num_images: int, image_size: int, num
 
 
 def compare_gradients(sizes: dict[str, Any], num_images: int, image_size: int, num_rounds: int) -> tuple[float, float]:
-    """Training steps with gradients through the frozen tower against steps without."""
+    """Compares training steps with and without gradients through the frozen tower."""
     tokenizer = build_tokenizer(["a"], 1000)
     backbone = build_qwen2_5_vl(
         tokenizer, patch_size=PATCH_SIZE, vision_window_size=112, initializer_range=0.1, **sizes
@@ -123,7 +123,7 @@ def compare_gradients(sizes: dict[str, Any], num_images: int, image_size: int, n
     def make_step(enable: Callable[[GaussianRewardModel], None]) -> Callable[[], None]:
         reward_model = GaussianRewardModel(config, backbone=copy.deepcopy(backbone.model))
         model = get_peft_model(reward_model, spatial_score_lora_config()).train()
-        reward_model.activation_checkpointing_enable({"use_reentrant": False})
+        reward_model.gradient_checkpointing_enable({"use_reentrant": False})
         reward_model.disable_input_require_grads()
         enable(reward_model)
 

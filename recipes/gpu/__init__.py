@@ -1,1 +1,1 @@
-"""The rows of recipes/bench_gpu.py: what is built and measured at true size, a file for each kind."""
+"""The rows of recipes/bench_gpu.py: true-size models and how they are measured."""

@@ -1,4 +1,4 @@
-"""Time on a device."""
+"""Timing on a device."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 
 
 def clock(function: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Seconds of a call, after one that sets everything up."""
+    """Returns the mean seconds of a call, after one that warms up."""
     function()
     _synchronize(device)
     start = time.perf_counter()
@@ -19,14 +19,14 @@ def clock(function: Callable[[], Any], device: torch.device, repeats: int) -> fl
 
 
 def matmul_ceiling(device: torch.device) -> float:
-    """Floating-point operations per second of a product of two square matrices in bfloat16."""
+    """Measures the floating-point operations per second of a product of two square bfloat16 matrices."""
     size = 8192 if device.type == "cuda" else 256
     matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     return 2 * size**3 / clock(lambda: matrix @ matrix, device, repeats=10)
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a copy on the device reads and writes."""
+    """Measures the bytes per second that a copy on the device reads and writes."""
     values = torch.empty(2**30 if device.type == "cuda" else 2**20, dtype=torch.uint8, device=device)
     return 2 * len(values) / clock(values.clone, device, repeats=10)
 

@@ -1,4 +1,4 @@
-"""Rows of the generator: updates of the recipes on a text-to-image model, with one lever at a time."""
+"""Rows of the generators: the recipes' updates of a text-to-image model, with one lever at a time."""
 
 import argparse
 import tempfile
@@ -13,12 +13,11 @@ from transformers import PrinterCallback
 
 from trl_spatial import DiffusionGRPOConfig
 from trl_spatial.diffusion_grpo import attention_lora_config
-from trl_spatial.diffusion_grpo.runtime.architectures import load_architecture
 from trl_spatial.diffusion_grpo.runtime.memory import GIB, MemoryModel
 from trl_spatial.diffusion_grpo.runtime.prompt_cache import PromptCache
 
 from .clock import clock
-from .models import build_pipeline, quantize
+from .models import architecture_of, build_pipeline, quantize
 from .phases import PhaseTrainer
 
 
@@ -28,7 +27,7 @@ Report = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Generator:
-    """A model of architectures.json to train by a recipe, on prompts of `num_tokens` tokens; `settings` differ from the recipe's."""
+    """A model of architectures.json, trained by a recipe on prompts of `num_tokens` tokens; `settings` override the recipe's."""
 
     model: str
     recipe: str
@@ -36,7 +35,7 @@ class Generator:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def config(self, folder: str, args: argparse.Namespace, **changes: Any) -> DiffusionGRPOConfig:
-        """The recipe's configuration for one group of `args.num_images` images on one device, not evaluated or saved."""
+        """Returns the recipe's configuration for one group of `args.num_images` images, without evaluating or saving."""
         recipe = yaml.safe_load((RECIPES / self.recipe).read_text(encoding="utf-8"))
         settings = {key: value for key, value in recipe.items() if key not in ("model_name_or_path", "rewards")}
         settings |= {
@@ -49,13 +48,13 @@ class Generator:
         num_kept = args.num_images if settings["top_k"] is None else 2 * settings["top_k"]
         settings["gradient_accumulation_steps"] = num_kept // args.batch_size
         if args.tiny and settings.get("torch_compile"):
-            settings["torch_compile_backend"] = "aot_eager"  # the same graphs without the minutes of a compiler
+            settings["torch_compile_backend"] = "aot_eager"  # the same graphs without minutes of compilation
         return DiffusionGRPOConfig(**settings)
 
 
 @dataclass(frozen=True)
 class Lever:
-    """What differs from the recipe: settings, and how the models run."""
+    """Differences from the recipe: settings, and how the models run."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     quantization: str | None = None
@@ -66,7 +65,7 @@ class Lever:
 def measure_training(
     generator: Generator, lever: Lever, args: argparse.Namespace, device: torch.device, report: Report
 ) -> None:
-    """Updates with random embeddings in place of the text encoders, which run once per prompt."""
+    """Measures updates, with random embeddings in place of the text encoders, which run once per prompt."""
     with tempfile.TemporaryDirectory() as folder:
         config = generator.config(folder, args, max_steps=1 + args.repeats, **lever.settings)
         pipeline = build_pipeline(generator.model, device, has_encoders=False, is_tiny=args.tiny)
@@ -84,8 +83,8 @@ def measure_training(
 
 def measure_update(generator: Generator, args: argparse.Namespace, device: torch.device, report: Report) -> None:
     """
-    A real training: text encoders, rollout, reward, reference, update, evaluation at the recipe's size and a checkpoint, from
-    which another trainer goes on. The peak of each phase stands beside what `--estimate` says.
+    Measures a real run: text encoders, rollout, reward, reference, update, evaluation at the recipe's size, and a checkpoint that a
+    second trainer resumes from. Reports the peak memory of each phase next to the prediction of `--estimate`.
     """
     with tempfile.TemporaryDirectory() as folder:
         settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
@@ -104,15 +103,15 @@ def measure_update(generator: Generator, args: argparse.Namespace, device: torch
         rewards = [entry["eval_reward"] for entry in trainer.state.log_history if "eval_reward" in entry]
         report({**trainer.report(num_warm_up=1), "num_evaluations": len(rewards)})
         del trainer
+        # Report the estimate before the second run, during which the time may run out.
+        model = MemoryModel(architecture_of(generator.model, is_tiny=args.tiny), config, attention_lora_config())
+        report({"estimated_gib": {name: size / GIB for name, size in model.estimate().phases.items()}})
         resumed = train(generator.config(folder, args, max_steps=3, **settings), resume=True)
         report({"num_updates_resumed": resumed.state.global_step - 2})
-    if not args.tiny:
-        model = MemoryModel(load_architecture(generator.model), config, attention_lora_config())
-        report({"estimated_gib": {name: size / GIB for name, size in model.estimate().phases.items()}})
 
 
 def measure_parts(generator: Generator, args: argparse.Namespace, device: torch.device, report: Report) -> None:
-    """What is not in the other rows: text encoders that come to the device and leave it, and decoding larger images."""
+    """Measures what the other rows leave out: encoding, with text encoders moved to the device and back, and decoding."""
     from trl_spatial.diffusion_grpo.policies import SamplingOptions, make_policy
 
     pipeline = build_pipeline(generator.model, device, has_encoders=True, is_tiny=args.tiny)
@@ -145,17 +144,17 @@ def build_trainer(pipeline: Any, config: DiffusionGRPOConfig, num_tokens: int) -
 
 
 def spread(prompts: list[str], images: list[Any], **columns: Any) -> list[float]:
-    """Rewards that differ within a group, whatever is in the images."""
+    """Returns rewards that differ within a group, whatever the images show."""
     return [float(number * 7 % 5) + number / 100 for number in range(len(images))]
 
 
 def _prompt(policy: Any, num_tokens: int) -> str:
-    """A prompt of so many tokens: a word of the tokenizers is one."""
+    """Returns a prompt of `num_tokens` tokens; "red" is one token."""
     return " ".join(["red"] * (1 + num_tokens - policy.count_tokens("red")))
 
 
 def _random_embeds(policy: Any, prompts: list[str]) -> dict[str, torch.Tensor]:
-    """Embeddings of the shapes that the text encoders give; a family with a mask does not pad a single prompt."""
+    """Returns random embeddings of the text encoders' shapes; a family with a mask does not pad a single prompt."""
     (prompt,) = prompts
     shapes = policy.embed_shapes(1)
     is_padded = not any(name.endswith("mask") for name in shapes)

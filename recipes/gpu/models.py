@@ -1,4 +1,4 @@
-"""Models in their true architectures with random weights, built where they will be, and the tokenizers of recipes/tiny."""
+"""Models in their true architectures with random weights, built on their device, with the tokenizers of recipes/tiny."""
 
 import sys
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from trl_spatial.diffusion_grpo.runtime.architectures import load_architecture
+from trl_spatial.diffusion_grpo.runtime.architectures import Architecture, load_architecture
 from trl_spatial.gaussian_reward.modeling import GaussianRewardModel, GaussianRewardModelConfig
 
 
@@ -21,14 +21,14 @@ from qwen_image import build_qwen_tokenizer
 
 
 FLUX, QWEN = "black-forest-labs/FLUX.1-dev", "Qwen/Qwen-Image"
-# No file of a released tokenizer is needed: these have the same classes and fewer words.
+# The classes of the released tokenizers with fewer words, so none of their files are needed
 TOKENIZERS: dict[str, Callable[[list[str]], Any]] = {
     "CLIPTokenizer": build_clip_tokenizer,
     "T5TokenizerFast": build_t5_tokenizer,
     "Qwen2Tokenizer": build_qwen_tokenizer,
 }
-REWARD_TOKEN_ID = 151665  # beyond the words of Qwen2.5-VL's tokenizer
-# What makes a model tiny; everything else, and all of the code, is as it is at true size
+REWARD_TOKEN_ID = 151665  # past the vocabulary of Qwen2.5-VL's tokenizer
+# Settings of a tiny model; everything else, including all code, is as at true size
 TINY: dict[str, dict[str, Any]] = {
     "transformer": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2},
     "vae": {"block_out_channels": [32] * 4, "layers_per_block": 1, "base_dim": 8, "num_res_blocks": 1},
@@ -42,9 +42,17 @@ TINY: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def architecture_of(name: str, *, is_tiny: bool) -> Architecture:
+    """Returns the architecture of a model of architectures.json, or a tiny one with the same classes."""
+    return {
+        component: part if component == "_class_name" else (*part[:2], _shrink(component, part[2], is_tiny))
+        for component, part in load_architecture(name).items()
+    }
+
+
 def build_pipeline(name: str, device: torch.device, *, has_encoders: bool, is_tiny: bool) -> Any:
-    """The pipeline of a model of architectures.json in bfloat16, without text encoders unless it `has_encoders`."""
-    architecture = load_architecture(name)
+    """Builds the pipeline of a model of architectures.json in bfloat16, with text encoders if `has_encoders`."""
+    architecture = architecture_of(name, is_tiny=is_tiny)
     diffusers, corpus = import_module("diffusers"), build_corpus()
     components: dict[str, Any] = {}
     for component, (library, class_name, config) in (
@@ -58,14 +66,14 @@ def build_pipeline(name: str, device: torch.device, *, has_encoders: bool, is_ti
         elif component.startswith("text_encoder") and not has_encoders:
             components[component] = None
         else:
-            components[component] = _build_model(component_class, _shrink(component, config, is_tiny), device)
+            components[component] = _build_model(component_class, config, device)
     pipeline = getattr(diffusers, architecture["_class_name"])(**components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def build_reward_model(device: torch.device, *, is_tiny: bool) -> GaussianRewardModel:
-    """SpatialScore on the architecture of Qwen2.5-VL-7B, in bfloat16 but for its head and its reward token."""
+    """Builds SpatialScore on the architecture of Qwen2.5-VL-7B, in bfloat16 except for its head and reward token."""
     _, _, config = load_architecture(QWEN)["text_encoder"]  # the same model
     backbone_config = transformers.Qwen2_5_VLConfig.from_dict(_shrink("text_encoder", config, is_tiny))
 
@@ -83,7 +91,7 @@ def build_reward_model(device: torch.device, *, is_tiny: bool) -> GaussianReward
 
 
 def on_device(build: Callable[[], Any], device: torch.device) -> Any:
-    """Builds a model in bfloat16 where it will be: in float32 or on the CPU first, it would not fit."""
+    """Builds a model on its device in bfloat16: in float32, or on the CPU first, it would not fit."""
     torch.set_default_dtype(torch.bfloat16)
     try:
         with device:
@@ -93,14 +101,14 @@ def on_device(build: Callable[[], Any], device: torch.device) -> Any:
 
 
 def quantize(model: Any, method: str, device: torch.device) -> None:
-    """Replaces the linear layers by bitsandbytes' in `"nf4"` or `"int8"`, those of a vision tower and of a head excepted."""
+    """Replaces linear layers with bitsandbytes' in `"nf4"` or `"int8"`, except in a vision tower or a head."""
     import bitsandbytes
 
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, nn.Linear) or "visual" in name or name.startswith("head"):
             continue
         sizes = (layer.in_features, layer.out_features, layer.bias is not None)
-        weight = layer.weight.data.cpu()  # is packed on its way to the device
+        weight = layer.weight.data.cpu()  # packed on its way to the device
         packed: Any
         if method == "nf4":
             packed = bitsandbytes.nn.Linear4bit(*sizes, torch.bfloat16, quant_type="nf4")
@@ -111,7 +119,7 @@ def quantize(model: Any, method: str, device: torch.device) -> None:
         packed.bias = layer.bias
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, packed.to(device))
-    setattr(model, "is_loaded_in_4bit" if method == "nf4" else "is_loaded_in_8bit", True)  # PEFT asks for it
+    setattr(model, "is_loaded_in_4bit" if method == "nf4" else "is_loaded_in_8bit", True)  # PEFT reads it
 
 
 def _build_model(component_class: Any, config: dict[str, Any], device: torch.device) -> nn.Module:
@@ -123,7 +131,7 @@ def _build_model(component_class: Any, config: dict[str, Any], device: torch.dev
 def _shrink(component: str, config: dict[str, Any], is_tiny: bool) -> dict[str, Any]:
     if not is_tiny:
         return config
-    small = {key: value for key, value in TINY[component].items() if key in config}
+    small = {key: value for key, value in TINY.get(component, {}).items() if key in config}
     nested = {
         key: {**config.get(key, {}), **TINY[key]}
         for key in ("text_config", "vision_config")

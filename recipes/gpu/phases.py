@@ -1,4 +1,4 @@
-"""A trainer that times each phase of an update and notes the most memory that each had."""
+"""A trainer that records the time and peak memory of each phase of an update."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -15,9 +15,9 @@ GIB = 2**30
 
 class PhaseTrainer(DiffusionGRPOTrainer):
     """
-    A [`DiffusionGRPOTrainer`] that counts decoding, the reference pass and the optimizer's step as phases of their own.
+    A [`DiffusionGRPOTrainer`] that treats decoding, the reference pass and the optimizer step as separate phases.
 
-    `peaks` are the most bytes of the accelerator of each phase so far, and are empty on the CPU.
+    `peaks` holds each phase's peak bytes on the accelerator so far; on the CPU it is empty.
 
     Args:
         *args, **kwargs:
@@ -51,7 +51,7 @@ class PhaseTrainer(DiffusionGRPOTrainer):
             return super()._score_reference(inputs)
 
     def report(self, num_warm_up: int) -> dict[str, Any]:
-        """Images per second, and the seconds and the peak of each phase, without the first `num_warm_up` updates."""
+        """Returns images per second and seconds per phase, without the first `num_warm_up` updates, and peaks in GiB."""
         logs = [entry for entry in self.state.log_history if "time/step" in entry][num_warm_up:]
         names = sorted({name for entry in logs for name in entry if name.startswith("time/")})
         seconds = {

@@ -1,4 +1,4 @@
-"""What the rows should give on an H100, from counts of true-size shapes; nothing here has been measured."""
+"""Predictions for the rows on an H100, from counts on true-size shapes; nothing here was measured."""
 
 import json
 from dataclasses import dataclass
@@ -8,26 +8,29 @@ from typing import Any
 from .rows import LEVERS, all_rows
 
 
-# Floating-point operations of a pass, counted on fake tensors
+# Floating-point operations per pass, counted on fake tensors
 COUNTS = Path(__file__).parents[1] / "bench" / "true_size.json"
-# What an H100 may reach in matrix products, and in kernels that only read and write
+# What an H100 can be expected to reach in matrix products, and in memory-bound kernels
 FLOPS_PER_SECOND, BYTES_PER_SECOND = 650e12, 2.8e12
 
-# GB that kernels other than matrix products and attention read and write for an image, counted on the same tensors. They and the
-# operations of the reward model grow linearly with the number of layers, so that those of Qwen-Image and of the reward model were
-# counted with two small numbers of layers.
+# GB per image that kernels other than matrix products and attention read and write, counted on the same tensors. They and the
+# operations of the reward model are linear in the number of layers, so for Qwen-Image and the reward model they were extrapolated
+# from counts with two small numbers of layers.
 MOVED_GB = {
     "grpo_flux": {"sample": 76.7, "reference": 67.6, "train": 255.2, "decode": 6.0},
     "grpo_qwen_image": {"sample": 127.6, "reference": 104.7, "train": 448.3, "decode": 18.9},
 }
-# 1e12 operations of a pair in training or of an image in scoring, and GB as above
+# Share of a forward pass that checkpointing recomputes; for compiled and quantized models, nearly all of it
+RECOMPUTED = {"grpo_flux": 0.633, "grpo_qwen_image": 0.683}
+# 1e12 operations per pair in training or per image in scoring, and GB as above
 REWARDS = {
     "training, 512²": (41.9, 242.9),
     "scoring, 512²": (7.9, 20.9),
     "training, 1024²": (145.9, 810.0),
     "scoring, 1024²": (28.3, 79.4),
 }
-# rows, recipe, denoising steps, and shares of a pass's operations and bytes: prompts of 100 tokens, not 512, and no guidance
+# rows, recipe, denoising steps, and the shares of the counted operations and bytes that a pass with 100 tokens instead of 512, or
+# without guidance, takes
 GENERATORS = (
     ("FLUX.1-dev", "grpo_flux", 6, (1.0, 1.0)),
     ("Qwen-Image, guided", "grpo_qwen_image", 10, (0.714, 0.733)),
@@ -39,13 +42,14 @@ GENERATORS = (
 @dataclass(frozen=True)
 class Prediction:
     """
-    What a row should give.
+    The predicted result of a row.
 
     Args:
         flops (`float`):
-            Floating-point operations of an image, or of a pair.
+            Floating-point operations per image or pair.
         rate (`float`, *optional*):
-            Images or pairs per second; none for compiled, quantized and other kernels, whose share of reading and writing is unknown.
+            Images or pairs per second; `None` if compiled, quantized, offloaded or with another attention kernel, where the memory
+            traffic is unknown.
     """
 
     flops: float
@@ -53,12 +57,12 @@ class Prediction:
 
 
 def predict() -> dict[str, Prediction]:
-    """Predictions by the names of rows."""
+    """Returns the predictions by row name."""
     counts: dict[str, Any] = json.loads(COUNTS.read_text(encoding="utf-8"))
     found: dict[str, Prediction] = {}
     for prefix, recipe, num_steps, shares in GENERATORS:
         for lever in LEVERS:
-            found[f"{prefix}: {lever}"] = _predict_training(counts[recipe], MOVED_GB[recipe], lever, num_steps, shares)
+            found[f"{prefix}: {lever}"] = _predict_training(counts[recipe], recipe, lever, num_steps, shares)
     for row, (teraflops, gigabytes) in REWARDS.items():
         flops = teraflops * 1e12
         found[f"SpatialScore-7B: {row}"] = Prediction(flops, 1 / _seconds(flops, gigabytes * 1e9))
@@ -66,18 +70,28 @@ def predict() -> dict[str, Prediction]:
 
 
 def _predict_training(
-    counts: dict[str, Any], moved_gb: dict[str, float], lever: str, num_steps: int, shares: tuple[float, float]
+    counts: dict[str, Any], recipe: str, lever: str, num_steps: int, shares: tuple[float, float]
 ) -> Prediction:
-    """Of an image that is sampled and, with a filter, trained on every other time."""
+    """Predicts a generator's row, per sampled image; with a filter, half of the images are trained on."""
     num_trained = (2 if "window 2" in lever else num_steps - 1) * (0.5 if "filter" in lever else 1.0)
     passes = {"sample": float(num_steps), "reference": num_trained, "train": num_trained, "decode": 1.0}
-    if "no checkpointing" in lever:
-        passes["sample"] -= num_trained  # blocks are not computed again
     flops = moved = 0.0
     for phase, number in passes.items():
         flops_share, moved_share = (1.0, 1.0) if phase == "decode" else shares
         flops += flops_share * number * counts[phase]["flops"] / counts[phase]["images"]
-        moved += moved_share * number * moved_gb[phase] * 1e9
+        moved += moved_share * number * MOVED_GB[recipe][phase] * 1e9
+    again = RECOMPUTED[recipe]
+    if any(word in lever for word in ("compile", "NF4", "8 bits")):
+        again = 1.0
+    elif "no checkpointing" in lever:
+        again = 0.0
+    flops += (
+        shares[0] * num_trained * (again - RECOMPUTED[recipe]) * counts["sample"]["flops"] / counts["sample"]["images"]
+    )
+    if "reused" in lever:  # without the forward pass of training; its last layer, of 57, still runs
+        flops -= shares[0] * num_trained * counts["sample"]["flops"] / counts["sample"]["images"]
+    if again == 0.0 or "reused" in lever:
+        moved -= shares[1] * num_trained * MOVED_GB[recipe]["sample"] * 1e9
     is_eager = not any(word in lever for word in ("compile", "NF4", "8 bits", "offloaded", "attention"))
     return Prediction(flops, 1 / _seconds(flops, moved) if is_eager else None)
 

@@ -17,14 +17,14 @@ from .models import REWARD_TOKEN_ID, build_reward_model, quantize
 
 
 NUM_WORDS = 160  # tokens of the instruction and the prompt
-PATCH = 28  # pixels of the side of an image token
+PATCH = 28  # side of an image token, in pixels
 
 
 @dataclass(frozen=True)
 class Way:
     """
-    How SpatialScore runs: on images of `size`² pixels; with its windows one by one, as transformers leaves them, or those of one
-    size in one call; with gradients through the frozen vision tower, as transformers' checkpointing has them, or without.
+    How SpatialScore runs: on images of `size`² pixels; attending to vision windows one by one, as in transformers, or to all
+    windows of one size in one call; with gradients through the frozen vision tower, as in transformers' checkpointing, or without.
     """
 
     size: int
@@ -36,7 +36,8 @@ class Way:
 def measure_training(
     way: Way, args: argparse.Namespace, device: torch.device, report: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Pairs per second: both images of a pair, forward and backward, LoRA as in the recipe."""
+    """Measures pairs per second: both images of a pair, forward and backward, with LoRA as in the recipe."""
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as the trainer does
     model = _build(way, args, device)
     model.gradient_checkpointing_enable()
     trained = get_peft_model(model, spatial_score_lora_config()).train()
@@ -61,7 +62,7 @@ def measure_training(
 def measure_scoring(
     way: Way, args: argparse.Namespace, device: torch.device, report: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Images per second, without their preprocessing, which runs on the CPU meanwhile."""
+    """Measures images per second, without preprocessing, which runs on the CPU meanwhile."""
     model = _build(way, args, device).eval()
     num_images = 2 * args.batch_size
     inputs = _inputs(model, way.size // (8 if args.tiny else 1), num_images, device)
@@ -77,14 +78,14 @@ def measure_scoring(
 def _build(way: Way, args: argparse.Namespace, device: torch.device) -> GaussianRewardModel:
     model = build_reward_model(device, is_tiny=args.tiny)
     if way.is_windowed_one_by_one:
-        model.backbone.visual.config._attn_implementation = "sdpa"  # instead of what `use_packed_sdpa` has set
+        model.backbone.visual.config._attn_implementation = "sdpa"  # undoes `use_packed_sdpa`
     if way.quantization is not None:
         quantize(model, way.quantization, device)
     return model
 
 
 def _inputs(model: GaussianRewardModel, size: int, num_images: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """What the processor makes of images of `size`² pixels and their prompts, with random pixels."""
+    """Makes the processor's outputs for images of `size`² random pixels with prompts."""
     side = round(size / PATCH)
     config = model.config.backbone_config
     vision = config.vision_config

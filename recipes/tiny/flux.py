@@ -1,9 +1,9 @@
 """
-Tiny FLUX pipelines of the real diffusers and transformers classes, with their tokenizers, built without a network.
+Builds tiny FLUX pipelines, with tokenizers, from the real diffusers and transformers classes, without a network.
 
     python recipes/tiny/flux.py tiny-flux
 
-saves one with random weights into the folder `tiny-flux`; the sides of its images are multiples of 8 pixels.
+saves one with random weights to the folder `tiny-flux`. The sides of its images are multiples of 8 pixels.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 from trl_spatial.scenes import COLORS, REGIONS, RELATIONS, SHAPES
 
 
-# Arguments of `build_flux_pipeline` for a transformer of 20 million parameters, the size the benchmarks run on.
+# Arguments of `build_flux_pipeline` for a transformer with 20 million parameters, the size used in the benchmarks.
 FLUX_20M = {"num_layers": 2, "num_single_layers": 4, "num_attention_heads": 6, "attention_head_dim": 64}
 
 
 def build_corpus() -> list[str]:
-    """Words of the captions of scenes, and of objects that captions of photographs begin with."""
+    """Words of scene captions and their openings, and some nouns of other captions."""
     phrases = [phrase for kind in RELATIONS.values() for phrase in kind.phrases]
     words = {word for text in [*phrases, *REGIONS] for word in text.split() if "{" not in word}
     words |= {*COLORS, *SHAPES, "a", "an", "the", "and", "is", "of", "in", "small", "large", "left", "right"}
@@ -54,11 +54,11 @@ def build_corpus() -> list[str]:
 
 
 def build_clip_tokenizer(corpus: Iterable[str]) -> CLIPTokenizer:
-    """Trains a tokenizer of CLIP's kind in which every word of the corpus is one token. Its limit is 77, as CLIP's."""
+    """Trains a CLIP tokenizer in which every word of the corpus is one token. Its limit is 77 tokens, like CLIP's."""
     tokenizer = CLIPTokenizer().backend_tokenizer
     alphabet = sorted(ByteLevel.alphabet())
-    # Every byte also at the end of a word: the trainer would add those it sees, in an order of its own that changes from
-    # run to run, and an unseen one would be read as the end of the text.
+    # Add every byte at the end of a word: the trainer would add only those it sees, in an order that changes from run to
+    # run, and an unseen one would be read as the end of the text.
     trainer = trainers.BpeTrainer(
         vocab_size=10**6,
         min_frequency=0,
@@ -74,7 +74,7 @@ def build_clip_tokenizer(corpus: Iterable[str]) -> CLIPTokenizer:
 
 
 def build_t5_tokenizer(corpus: Iterable[str]) -> T5TokenizerFast:
-    """Builds a tokenizer of T5's kind in which every word of the corpus is one token; others fall into characters."""
+    """Builds a T5 tokenizer in which every word of the corpus is one token; others are split into characters."""
     words = sorted({f"▁{word}" for text in corpus for word in text.split()})
     characters = sorted({*string.ascii_letters, *string.digits, *string.punctuation, "▁"} - set(words))
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
@@ -83,7 +83,7 @@ def build_t5_tokenizer(corpus: Iterable[str]) -> T5TokenizerFast:
 
 
 def share_head(attention_head_dim: int) -> tuple[int, int, int]:
-    """Shares a head out to frames, rows and columns, 16 : 56 : 56 as in the released models, rounded to pairs."""
+    """Splits a head into frames, rows and columns, 16 : 56 : 56 as in the released models, rounded to even sizes."""
     side = attention_head_dim * 7 // 32 * 2
     return attention_head_dim - 2 * side, side, side
 
@@ -156,12 +156,11 @@ def build_flux_pipeline(
 
     Args:
         corpus (`Iterable[str]`, *optional*):
-            Texts whose words become one token each; other words fall into pieces. If `None`, [`build_corpus`].
+            Texts whose words become one token each; other words are split. If `None`, [`build_corpus`].
         num_layers, num_single_layers, num_attention_heads, attention_head_dim (`int`):
             Sizes of the transformer. `attention_head_dim` must be a multiple of 8.
         guidance_embeds (`bool`, *optional*, defaults to `True`):
-            Whether the transformer takes the guidance scale as an input, as FLUX.1-dev does and FLUX.1-schnell does
-            not.
+            Whether the transformer takes the guidance scale as an input, like FLUX.1-dev but not FLUX.1-schnell.
         latent_channels (`int`, *optional*, defaults to `4`):
             Channels of the VAE's latents; a token of the transformer has four times as many.
         vae_channels (`tuple[int, ...]`, *optional*, defaults to `(8, 8, 8)`):
@@ -169,12 +168,12 @@ def build_flux_pipeline(
         text_hidden_size (`int`, *optional*, defaults to `32`):
             Size of the embeddings of both text encoders.
         num_text_layers (`int`, *optional*, defaults to `1`), num_text_heads (`int`, *optional*, defaults to `2`):
-            Sizes of T5. The transformer sees no order of the words but what T5 tells it.
+            Sizes of T5, from which alone the transformer learns the order of the words.
         gain (`float`, *optional*, defaults to `1.0`):
-            Standard deviation of a random layer's output for inputs of standard deviation 1. With the initialisation
-            of the classes, images of so small models hardly depend on the prompt.
+            Standard deviation of a random layer's output for inputs of standard deviation 1. With the classes' own
+            initialization, the images of such small models hardly depend on the prompt.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the random weights. The global generator is left as it was.
+            Seed of the random weights. The global generator is not changed.
     """
     corpus = build_corpus() if corpus is None else list(corpus)
     clip_tokenizer, t5_tokenizer = build_clip_tokenizer(corpus), build_t5_tokenizer(corpus)

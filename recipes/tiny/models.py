@@ -46,23 +46,23 @@ TEMPORAL_PATCH_SIZE = 2
 
 def build_tokenizer(corpus: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     """
-    Trains a tokenizer of Qwen's kind in which every word of the corpus is one token.
+    Trains a Qwen tokenizer in which every word of the corpus is one token.
 
     Args:
         corpus (`Iterable[str]`):
             Texts that hold every word in each of its spellings: "red" at the start of a text and " red" after a space
             are two words.
         vocab_size (`int`):
-            The most tokens it may have: 256 bytes, 14 special tokens, the words, and the pieces words are merged from.
+            Maximum number of tokens: 256 bytes, 14 special tokens, the words, and the pieces they are merged from.
 
     Returns:
-        [`~transformers.Qwen2Tokenizer`]: It encodes any text; a word that is not in the corpus falls into pieces.
+        [`~transformers.Qwen2Tokenizer`]: It encodes any text; a word that is not in the corpus is split into pieces.
 
     Raises:
         `ValueError`: If `vocab_size` is too small for every word to become one token.
     """
     bpe = Qwen2Tokenizer(unk_token=None, eos_token="<|im_end|>").backend_tokenizer
-    # Without a limit on the size, merging goes on until every word is whole.
+    # Without a size limit, merging continues until every word is whole.
     trainer = trainers.BpeTrainer(
         vocab_size=10**6, min_frequency=0, initial_alphabet=ByteLevel.alphabet(), show_progress=False
     )
@@ -167,12 +167,12 @@ def build_qwen2_5_vl(
         tie_word_embeddings (`bool`, *optional*, defaults to `True`):
             Whether the language-model head is the embedding.
         initializer_range (`float`, *optional*, defaults to `0.02`):
-            Standard deviation of the random weights. For an untrained model take 0.1: with 0.02 two layers are nearly
-            deaf to their input.
+            Standard deviation of the random weights. For an untrained model, use 0.1: with 0.02, two layers hardly
+            respond to their input.
         attn_implementation (`str`, *optional*, defaults to `"sdpa"`):
             Attention function of both towers.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the random weights. The global generator is left as it was.
+            Seed of the random weights. The global generator is not changed.
     """
     text_config = _text_config(
         tokenizer, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads

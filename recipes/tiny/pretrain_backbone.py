@@ -1,14 +1,13 @@
-"""Pretrain the tiny Qwen2.5-VL that ships with the package, on sentences about rendered scenes.
+"""Pretrain the tiny Qwen2.5-VL that ships with the package on sentences about rendered scenes.
 
     python recipes/tiny/pretrain_backbone.py --output_dir runs/tiny-backbone
 
-A sequence is an image and sentences about it, each followed by "yes" or "no", or the input of the reward model followed
-by one answer for the whole caption. The loss is on the answers, on the words of true captions, and on what linear
-probes, thrown away afterwards, read from the hidden states: from the image tokens what each patch shows, and whether that hides
-something or is hidden in part; from the name of an object where it is, how it stands to the one named before, and again
-whether it is in front of another; from the end of a sentence
-whether that sentence is true. Without the probes no relation was learned in 1,500 steps. The run saves its state every `--save_steps` steps and goes on from there when
-started again.
+A sequence is an image and sentences about it, each followed by "yes" or "no", or the reward model's input followed by one answer
+for the whole caption. The loss covers the answers, the words of true captions, and linear probes of the hidden states, which are
+discarded afterwards. They predict, from the image tokens, what each patch shows and whether it hides something or is partly
+hidden; from an object's name, where it is, its offset from the object named before, and again whether it hides another or is
+hidden; and from the end of a sentence, whether it is true. Without the probes, no relation was learned in 1,500 steps. The run
+saves its state every `--save_steps` steps and resumes from there if restarted.
 """
 
 import argparse
@@ -48,18 +47,17 @@ PATCH_SIZE, MERGE_SIZE = 8, 2
 NUM_STATEMENTS = 5
 NUM_HELD_OUT = 1000
 IGNORED = -100
-# Weights of the words of true captions and of the probes, where an answer counts 1.
+# Loss weights of the words of true captions and of the probes; an answer's is 1.
 WORD_WEIGHT, PROBE_WEIGHT = 0.3, 0.5
-# Positions are probed in this many steps along each axis, after so many layers of the language model; the difference of two
-# positions in twice as large steps, a layer later, and the truth of a sentence, the layer before the last, so that the last one
-# can tell whether all are true.
+# Positions are probed in this many bins per axis, after this many layers of the language model; offsets between two positions in
+# bins twice as wide, one layer later; and the truth of a sentence before the last layer, so that the last one can combine them.
 NUM_PLACES, PLACE_LAYER, OFFSET_LAYER, TRUTH_LAYER = 16, 3, 4, 5
-# Number of kinds of color, shape and depth that a patch can show, the background included.
+# Numbers of colors, shapes and depths that a patch can show, including the background.
 CONTENT_SIZES = (len(COLORS) + 1, len(SHAPES) + 1, 4)
 
 
 def build_corpus() -> list[str]:
-    """Every word of the world in each spelling it can have: capital or not, after a space or not."""
+    """Returns every word of the captions in all its spellings: capitalized or not, after a space or not."""
     phrases = [phrase for kind in RELATIONS.values() for phrase in kind.phrases]
     words = {word for text in [*phrases, *REGIONS] for word in text.split() if "{" not in word}
     words |= {*COLORS, *SHAPES, "a", "an", "the", "and", "small", "large", "yes", "no"}
@@ -91,7 +89,7 @@ def build_corpus() -> list[str]:
 
 def build_inputs(images: np.ndarray, processor: SpatialScoreProcessor) -> dict[str, torch.Tensor]:
     """
-    Patches of a batch of images of the size the model is made for, as the processor makes them, but all at once.
+    Extracts the patches of a batch of images of the model's size, as the processor does, but all at once.
 
     Args:
         images (`np.ndarray` of shape `(batch_size, height, width, 3)` and type `uint8`):
@@ -117,7 +115,7 @@ def build_inputs(images: np.ndarray, processor: SpatialScoreProcessor) -> dict[s
 
 
 class QuestionBatches(IterableDataset):
-    """Endless batches of images and sentences, at first of what is where, then also of relations."""
+    """Endless batches of images and sentences: at first about objects and their positions, then also about relations."""
 
     def __init__(
         self, scenes: list[Scene], processor, relations, batch_size: int, seed: int, num_object_steps: int = 0
@@ -150,9 +148,9 @@ class QuestionBatches(IterableDataset):
 
     def find_places(self, row: list[int], scene: Scene) -> list[list[int]]:
         """
-        At the last word of each name of an object its column and row, their differences from those of the object named
-        before, and whether it is in front of another object (1), behind one (2) or neither (0); `IGNORED` elsewhere:
-        `(length, 5)`.
+        Finds the probes' targets for each token, `(length, 5)`: at the last word of an object's name, its column and row,
+        their offset from those of the object named before, and whether it is in front of another object (1), behind one
+        (2) or neither (0); elsewhere `IGNORED`.
         """
         depths = {(entity.color, entity.shape): depth for entity, depth in find_depths(scene.graph).items()}
         places = {
@@ -174,7 +172,7 @@ class QuestionBatches(IterableDataset):
         return found
 
     def make_rows(self, scene: Scene, rng: np.random.Generator, is_first_phase: bool):
-        """Sentences and their truth, and whether they are one caption with one answer."""
+        """Draws sentences with their truth, and returns whether they are one caption with one answer."""
         kind = rng.random() * (0.2 if is_first_phase else 1.0)
         if kind < 0.05:
             return ask_for_objects(scene, rng, NUM_STATEMENTS), False
@@ -185,8 +183,8 @@ class QuestionBatches(IterableDataset):
         return ask_for_relations(scene, rng, self.relations, NUM_STATEMENTS), False
 
     def encode(self, images: np.ndarray, rows: list) -> dict[str, torch.Tensor]:
-        """Token ids, and per token the label and whether it is an answer."""
-        # only the first sentence stands at the start of the text
+        """Encodes a batch: token ids, and per token its label, the truth of the sentence it ends, and whether it is an answer."""
+        # only the first sentence starts the text
         texts = [f" {text}" if i else text for questions, _ in rows for i, (text, *_) in enumerate(questions)]
         encoded = iter(self.processor.tokenizer(texts)["input_ids"])
         inputs = build_inputs(images, self.processor)
@@ -223,7 +221,7 @@ class QuestionBatches(IterableDataset):
 
 
 class Probes(torch.nn.Module):
-    """Linear readings of hidden states that make the model learn to see; they are not saved with it."""
+    """Linear probes of the hidden states that teach the model to see; they are not saved with it."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -240,7 +238,7 @@ class Probes(torch.nn.Module):
     def forward(
         self, hidden_states, is_image: torch.Tensor, places: torch.Tensor, content: torch.Tensor, truths: torch.Tensor
     ) -> torch.Tensor:
-        """Cross-entropy of what is where and of what is true; `hidden_states` are those of all layers, `(batch_size, length, hidden_size)`."""
+        """Sums the probes' cross-entropies; `hidden_states` has `(batch_size, length, hidden_size)` for every layer."""
         image = self.content_norm(hidden_states[0][is_image])
         loss = torch.zeros(())
         for i, probe in enumerate(self.content):
@@ -265,7 +263,7 @@ class Probes(torch.nn.Module):
 
 
 def compute_loss(model, probes: Probes, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weighted cross-entropy of the next token over the tokens that have a label, and the loss of the probes."""
+    """Mean next-token cross-entropy of the answers and of the other labeled tokens, and the loss of the probes."""
     batch = dict(batch)
     labels, is_answer = batch.pop("labels")[:, 1:], batch.pop("is_answer")
     places, content, truths = batch.pop("places"), batch.pop("content"), batch.pop("truths")
@@ -283,7 +281,7 @@ def compute_loss(model, probes: Probes, batch: dict[str, torch.Tensor]) -> dict[
 
 @torch.no_grad()
 def answer_log_odds(model, data: QuestionBatches, images: np.ndarray, texts: list[str]) -> np.ndarray:
-    """log P(yes) / P(no) that a caption, given as the reward model is given it, describes the image: `(n,)`."""
+    """log P(yes) / P(no) that each caption, in the reward model's input format, describes its image: `(n,)`."""
     odds = []
     for start in range(0, len(texts), 128):
         rows = [([(text, True)], True) for text in texts[start : start + 128]]
@@ -297,7 +295,7 @@ def answer_log_odds(model, data: QuestionBatches, images: np.ndarray, texts: lis
 
 
 def evaluate(model, data: QuestionBatches, scenes: list[Scene], seed: int = 0) -> dict[str, float]:
-    """Share of scenes whose own caption is more likely than the perturbed one, by level and changed relation."""
+    """Share of scenes whose caption gets higher odds of yes than the perturbed one, by level and changed relation."""
     from trl_spatial.scenes import describe_scene
 
     model.eval()
@@ -325,7 +323,7 @@ def evaluate(model, data: QuestionBatches, scenes: list[Scene], seed: int = 0) -
 
 
 def make_scenes(num_scenes: int, seed: int, split: str, **options) -> list[Scene]:
-    """Scenes of a split, made on two cores and kept in memory."""
+    """Makes scenes of a split in two processes and keeps them in memory."""
     make = partial(make_scene, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, split=split, **options)
     with get_context("fork").Pool(2) as pool:
         seeds = range(seed, seed + num_scenes)
@@ -360,7 +358,7 @@ def main() -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Pretrain and save; goes on from the last saved state."""
+    """Pretrains and saves the model, resuming from the last saved state."""
     relations = tuple(args.relations)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(build_corpus(), vocab_size=1024)
@@ -453,7 +451,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def save_backbone(model, processor: SpatialScoreProcessor, args: argparse.Namespace) -> None:
-    """Save model, processor and card; the card's numbers are those of the run's log."""
+    """Saves model, processor and card; the card's numbers are those of the run's log."""
     folder = args.output_dir / "model"
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -1,12 +1,12 @@
-"""Pretrain the tiny FLUX.1 that ships with the package, on captions whose relations are wrong in a known share.
+"""Pretrain the tiny FLUX.1 that ships with the package on captions, a known share of which have a wrong relation.
 
     python recipes/tiny/pretrain_flux.py --output_dir runs/tiny-flux
 
-Real pairs of captions and pictures name the right objects and are careless about where they stand. So is this generator's
-training: an autoencoder learns rendered scenes of two objects, then transformer and text encoders learn to draw them by
-flow matching, at first from true captions, until they know what the relations mean, and in the end from captions in which
-the relation is wrong in `--wrong_share` of the cases. What comes out draws the right objects, and misplaces them about as
-often. The run saves its state every `--save_steps` steps and goes on from there when started again.
+Real captions name the right objects but are careless about where they are, and so is this generator's training: an autoencoder
+learns rendered scenes of two objects; then transformer and text encoders learn to draw them by flow matching, at first from true
+captions, until they know what the relations mean, and finally from captions in which the relation is wrong in `--wrong_share` of
+the cases. The resulting model draws the right objects, and misplaces them about as often. The run saves its state every
+`--save_steps` steps and resumes from there if restarted.
 """
 
 import argparse
@@ -57,9 +57,9 @@ from trl_spatial.statistics import accuracy_interval
 
 
 OBJECT_RADII = (0.18, 0.2)  # in canvas units
-NUM_WORDINGS = 64  # seeds of the wording: more than there are phrases
-# 32 × 32 × 3 numbers become 8 × 8 × 4, which the transformer sees as 16 tokens of 16: few and narrow against its width of
-# 64. On 64 tokens of raw pixels the width is spent on passing noise through, and no relation was learned in 5,000 steps.
+NUM_WORDINGS = 64  # seeds for the wording: more than there are phrases
+# 32 × 32 × 3 numbers become 8 × 8 × 4, which the transformer sees as 16 tokens of 16: few, and narrow compared with its width
+# of 64. With 64 tokens of raw pixels, the width is spent on passing noise through, and no relation was learned in 5,000 steps.
 SIZES: dict[str, Any] = {
     "num_layers": 2,
     "num_single_layers": 3,
@@ -75,7 +75,7 @@ SIZES: dict[str, Any] = {
 
 
 def build_corpus() -> list[str]:
-    """Every word of a caption in each spelling it can have."""
+    """Returns every word of the captions in all its spellings."""
     phrases = [phrase for name in DIRECTIONS for phrase in RELATIONS[name].phrases]
     words = {word for phrase in phrases for word in phrase.split() if "{" not in word}
     words |= {*PALETTE, *OUTLINES, "a", "an", "the"}
@@ -83,7 +83,7 @@ def build_corpus() -> list[str]:
 
 
 def make_graph(seed: int, split: str) -> SceneGraph:
-    """Two objects and a direction."""
+    """Samples two objects and the direction between them."""
     return sample_graph(
         np.random.default_rng(seed),
         num_objects=2,
@@ -96,7 +96,7 @@ def make_graph(seed: int, split: str) -> SceneGraph:
 
 
 def draw_graph(graph: SceneGraph, seed: int) -> Image.Image:
-    """A picture of a scene: large objects, whose shapes a few latents can hold, in plain colors on plain paper."""
+    """Draws a scene: large objects, whose shapes a few latents can represent, in plain colors on a plain background."""
     rng = np.random.default_rng(seed)
     style = Style(
         background=np.full((2, 3), rng.uniform(215, 235)),
@@ -112,13 +112,13 @@ def draw_graph(graph: SceneGraph, seed: int) -> Image.Image:
 
 
 def make_scene(seed: int, split: str) -> tuple[SceneGraph, np.ndarray]:
-    """A graph and its picture, `(height, width, 3)`, uint8."""
+    """Samples a graph and draws it, `(height, width, 3)`, uint8."""
     graph = make_graph(seed, split)
     return graph, np.asarray(draw_graph(graph, seed))
 
 
 def make_scenes(num_scenes: int, first_seed: int, split: str) -> tuple[list[SceneGraph], np.ndarray]:
-    """Scenes of consecutive seeds, their pictures as `(num_scenes, height, width, 3)`, uint8."""
+    """Makes scenes from consecutive seeds, the images as `(num_scenes, height, width, 3)`, uint8."""
     seeds = range(first_seed, first_seed + num_scenes)
     with get_context("spawn").Pool(2) as pool:
         made = pool.imap(partial(make_scene, split=split), seeds, chunksize=64)
@@ -127,14 +127,14 @@ def make_scenes(num_scenes: int, first_seed: int, split: str) -> tuple[list[Scen
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:
-    """`(n, height, width, 3)`, uint8, to `(n, 3, height, width)`, float32, from -1 to 1."""
+    """Converts `(n, height, width, 3)`, uint8, to `(n, 3, height, width)`, float32, from -1 to 1."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def with_wrong_relation(graph: SceneGraph, rng: np.random.Generator) -> SceneGraph:
     """
-    The same objects in one of the three other directions. Were it always the opposite one, half of the pictures of a caption
-    would be mirrored, and so small a model blends the two: in a trial it drew both objects in 64 % of the images only.
+    Returns the same objects in one of the three other directions. If it were always the opposite one, half of a caption's images
+    would be mirrored, and such a small model blends the two: in a trial, it drew both objects in only 64 % of the images.
     """
     (relation,) = graph.relations
     others = [name for name in DIRECTIONS if name != relation.name]
@@ -143,10 +143,10 @@ def with_wrong_relation(graph: SceneGraph, rng: np.random.Generator) -> SceneGra
 
 class Stage:
     """
-    A part of the pretraining: modules that learn, an optimizer, and a state on disk to go on from, in a file called `name`.
+    A stage of pretraining: modules to train, an optimizer, and a state to resume from, in a file called `name`.
 
-    The learning rate rises over 100 steps and falls to zero along a cosine. `modules` take the moving average of their weights
-    over at the end.
+    The learning rate rises over 100 steps and falls to zero along a cosine. At the end, `modules` get the moving average of their
+    weights.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class Stage:
         return min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * min(step / self.num_steps, 1.0))))
 
     def __iter__(self) -> Iterator[int]:
-        """The numbers of the steps that are left."""
+        """Yields the numbers of the remaining steps, then puts the averaged weights in place."""
         for module in self.modules.values():
             module.train()
         steps = range(self.step, self.num_steps)
@@ -190,7 +190,7 @@ class Stage:
             module.eval()
 
     def update(self, loss: torch.Tensor) -> bool:
-        """One step of the optimizer. Returns whether the state has been saved."""
+        """Takes one optimizer step. Returns whether it saved the state."""
         loss.backward()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -198,7 +198,7 @@ class Stage:
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.step += 1
-        # the first steps are no part of the average
+        # start with a short average, so that it forgets the first steps
         decay = min(self.ema_decay, self.step / (self.step + 10))
         with torch.no_grad():
             for key, module in self.modules.items():
@@ -221,7 +221,7 @@ class Stage:
 
 
 def train_vae(pipeline: FluxPipeline, images: np.ndarray, args: argparse.Namespace) -> None:
-    """Reconstruct pictures; then scale the latents to mean 0 and standard deviation 1."""
+    """Trains the autoencoder, then scales the latents to mean 0 and standard deviation 1."""
     vae = pipeline.vae.to(memory_format=torch.channels_last)
     stage = Stage("vae", {"vae": vae}, args, learning_rate=2e-3, num_steps=args.vae_steps, ema_decay=0.99)
     for step in stage:
@@ -253,7 +253,7 @@ def encode_images(pipeline: FluxPipeline, images: np.ndarray, *, is_scaled: bool
 
 @torch.no_grad()
 def evaluate_vae(pipeline: FluxPipeline, graphs: list[SceneGraph], images: np.ndarray) -> dict[str, float]:
-    """How many pictures still show their scene after encoding and decoding."""
+    """Measures the reconstruction error, and how many images still show their scene after encoding and decoding."""
     config = pipeline.vae.config
     latents = encode_images(pipeline, images)[0] / config.scaling_factor + config.shift_factor
     restored = pipeline.vae.decode(latents, return_dict=False)[0]
@@ -268,12 +268,12 @@ def summarize(images: list[Image.Image], graphs: list[SceneGraph]) -> dict[str, 
 
 
 def encode_captions(pipeline: FluxPipeline, captions: list[str]) -> dict[str, torch.Tensor]:
-    """Embeddings as `FluxPipeline.encode_prompt` makes them, with gradients."""
+    """Computes the embeddings of `FluxPipeline.encode_prompt`, but with gradients."""
     length = MAX_SEQUENCE_LENGTH
     ids = pipeline.tokenizer_2(captions, padding="max_length", max_length=length, return_tensors="pt").input_ids
     if ids.shape[1] > length:
         raise ValueError(f"A caption has {ids.shape[1]} tokens, more than MAX_SEQUENCE_LENGTH={length}.")
-    # CLIP looks back only, so that padding changes nothing at the end of the text
+    # CLIP is causal, so padding does not change the embedding at the end of the text
     clip_ids = pipeline.tokenizer(captions, padding=True, return_tensors="pt").input_ids
     return {
         "encoder_hidden_states": pipeline.text_encoder_2(ids)[0],  # (n, length, text_hidden_size)
@@ -292,7 +292,7 @@ def train_transformer(
     learning_rate: float,
     wrong_share: float,
 ) -> None:
-    """Flow matching on latents, from captions of which a share names a wrong relation."""
+    """Trains by flow matching on latents, with a share of captions that name a wrong relation."""
     both = (encode_images(pipeline, images), encode_images(pipeline, np.ascontiguousarray(images[:, :, ::-1])))
     mirrored = [mirror(graph) for graph in graphs]
     modules: dict[str, nn.Module] = {
@@ -314,7 +314,7 @@ def train_transformer(
         captions = [describe_scene(graph, seed=int(rng.integers(NUM_WORDINGS))) for graph in shown]
         noise = torch.randn(clean.shape, generator=generator)
         uniform = torch.rand(len(clean), generator=generator)
-        # what is where is decided at high noise
+        # shifted towards high noise, where the layout is decided
         sigma = args.timestep_shift * uniform / (1 + (args.timestep_shift - 1) * uniform)
         velocity = pipeline.transformer(
             hidden_states=torch.lerp(clean, noise, sigma[:, None, None]),
@@ -336,14 +336,14 @@ def train_transformer(
 
 
 def with_modules(pipeline: FluxPipeline, modules: dict[str, nn.Module]) -> FluxPipeline:
-    """A pipeline with some modules exchanged, in evaluation mode."""
+    """Returns a pipeline with some modules replaced by others, in evaluation mode."""
     other = FluxPipeline(**{**pipeline.components, **{name: module.eval() for name, module in modules.items()}})
     other.set_progress_bar_config(disable=True)
     return other
 
 
 def evaluate(pipeline: FluxPipeline, split: str, args: argparse.Namespace) -> dict[str, float]:
-    """What held-out captions are drawn as."""
+    """Draws captions of a split and judges the images."""
     graphs = [make_graph(5_000_000 + index, split) for index in range(args.num_held_out)]
     rows = [{"prompt": describe_scene(graph, seed=index)} for index, graph in enumerate(graphs)]
     batches = draw_rows(PipelineGenerator(pipeline, **SAMPLING), rows, batch_size=128, seed=args.seed)
@@ -351,7 +351,7 @@ def evaluate(pipeline: FluxPipeline, split: str, args: argparse.Namespace) -> di
 
 
 def zero_gates(transformer: Any) -> None:
-    """Blocks begin as the identity and the output at zero (adaLN-Zero): trains faster and more surely."""
+    """Makes blocks start as the identity and the output at zero (adaLN-Zero), which trains faster and more reliably."""
     for name, module in transformer.named_modules():
         if isinstance(module, nn.Linear) and (name.endswith(("norm.linear", "norm1.linear", "norm1_context.linear"))):
             nn.init.zeros_(module.weight), nn.init.zeros_(module.bias)
@@ -359,14 +359,14 @@ def zero_gates(transformer: Any) -> None:
 
 
 def save_pipeline(pipeline: FluxPipeline, args: argparse.Namespace, vae_metrics: dict[str, float]) -> None:
-    """Save the pipeline and its card; the card's numbers are those of the run."""
+    """Saves the pipeline and its card, with numbers measured on the saved pipeline."""
     folder = args.output_dir / "model"
     num_parameters = {
         name: f"{sum(p.numel() for p in module.parameters()):,}"
         for name, module in pipeline.components.items()
         if isinstance(module, nn.Module)
     }
-    # half the size; whoever loads it gets float32
+    # half the file size; loaded as float32
     pipeline.transformer.half(), pipeline.vae.half()
     pipeline.save_pretrained(folder)
     saved = FluxPipeline.from_pretrained(folder, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What the tiny backbone is pretrained on: true and false sentences about rendered scenes."""
+"""The pretraining data of the tiny backbone: true and false sentences about rendered scenes."""
 
 from dataclasses import dataclass
 
@@ -49,7 +49,7 @@ def make_scene(
     seed: int, *, relations: tuple[str, ...], image_size: int, patch_size: int, split: str, occlusion_weight: int = 1
 ) -> Scene:
     """
-    Draw a scene of two to four objects and one to four relations, one to three of them changed in the other graph.
+    Draw a scene of two to four objects and one to four relations; at least one of them is changed in the perturbed graph.
     `front_of` and `behind` are drawn `occlusion_weight` times as often as each other relation.
     """
     rng = np.random.default_rng(seed)
@@ -73,7 +73,7 @@ def make_scene(
 
 
 def find_depths(graph: SceneGraph) -> dict[Entity, int]:
-    """For every object that hides a part of another or is hidden by one: `1` if it is in front, `2` if behind."""
+    """Depth of every object that partly hides another or is partly hidden: `1` if it is in front, `2` if behind."""
     depths: dict[Entity, int] = {}
     for relation in graph.relations:
         if relation.name in _OCCLUSION:
@@ -93,7 +93,7 @@ def _content(objects: list[PlacedObject], depths: dict[Entity, int], size: int) 
 
 
 def judge(relation: Relation, scene: Scene) -> Verdict:
-    """Verdict on a relation by the placement; what only pixels tell is taken from the graph, or left open."""
+    """Judge a relation by the placement. Occlusion and containment follow the graph, or are undecidable if it does not say."""
     name, arguments = relation.name, relation.arguments
     pair = next((r for r in scene.graph.relations if set(r.arguments) == set(arguments)), None)
     if name in _OCCLUSION:
@@ -116,7 +116,7 @@ def judge(relation: Relation, scene: Scene) -> Verdict:
 
 
 def sample_statement(scene: Scene, is_true: bool, rng: np.random.Generator, relations: tuple[str, ...]) -> str | None:
-    """A relation of the scene that is true or false as asked, in words, or `None` if the draw found none."""
+    """Draw a sentence about a relation that is true or false in the scene, as asked; `None` after 12 failed draws."""
     entities = scene.graph.entities
     names = [name for name in relations if RELATIONS[name].num_arguments <= len(entities)]
     for _ in range(12):
@@ -136,7 +136,7 @@ def sample_statement(scene: Scene, is_true: bool, rng: np.random.Generator, rela
 
 
 def _absent(entities: tuple[Entity, ...], rng: np.random.Generator) -> Entity:
-    """An object that is not in the scene; one in two shares a color or a shape with one that is."""
+    """Draw an object that is not in the scene; about half of them share a color or a shape with one that is."""
     while True:
         like = entities[rng.integers(len(entities))]
         color = like.color if rng.random() < 0.3 else list(COLORS)[rng.integers(len(COLORS))]
@@ -146,7 +146,7 @@ def _absent(entities: tuple[Entity, ...], rng: np.random.Generator) -> Entity:
 
 
 def describe_objects(scene: Scene, rng: np.random.Generator) -> str:
-    """All objects of the scene in random order, then where each of them is."""
+    """Describe all objects of the scene in random order, then where each of them is."""
     entities = [scene.graph.entities[i] for i in rng.permutation(len(scene.graph.entities))]
     places = [Relation("at", (entity,), region) for entity in entities for region in REGIONS]
     true_places = [relation for relation in places if judge(relation, scene) == Verdict.SATISFIED]
@@ -156,8 +156,10 @@ def describe_objects(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def ask_for_objects(scene: Scene, rng: np.random.Generator, num_statements: int) -> list[tuple[str, bool]]:
-    """Sentences that an object is in the scene, each with its truth. They stand alone: after other sentences, which
-    objects had been mentioned would give the answer away."""
+    """
+    Make sentences that an object is in the scene, each with its truth. They are not mixed with other sentences, because the objects
+    mentioned there would give the answer away.
+    """
     entities = scene.graph.entities
     questions = []
     for _ in range(num_statements):
@@ -170,7 +172,7 @@ def ask_for_objects(scene: Scene, rng: np.random.Generator, num_statements: int)
 def ask_for_relations(
     scene: Scene, rng: np.random.Generator, relations: tuple[str, ...], num_statements: int
 ) -> list[tuple[str, bool, list[bool]]]:
-    """Sentences that a relation holds in the scene, each with its truth, twice: of the answer and of the sentence."""
+    """Make sentences that a relation holds in the scene, each with its truth twice: of the answer and of the sentence."""
     questions = []
     for _ in range(num_statements):
         is_true = bool(rng.integers(2))
@@ -182,8 +184,8 @@ def ask_for_relations(
 
 def make_caption(scene: Scene, rng: np.random.Generator) -> tuple[str, bool, list[bool | None]]:
     """
-    A whole caption, of the scene's own graph or of the perturbed one, with its truth and that of each sentence: `None` for
-    a sentence that says no relation.
+    Make a whole caption, of the scene's own graph or of the perturbed one, with its truth and that of each sentence: `None` for
+    a sentence without a relation.
     """
     is_true = bool(rng.integers(2))
     graph = scene.graph if is_true else scene.perturbed

@@ -1,9 +1,9 @@
 """
-Tiny Qwen-Image pipelines of the real diffusers and transformers classes, with tokenizer, built without a network.
+Builds tiny Qwen-Image pipelines, with tokenizer, from the real diffusers and transformers classes, without a network.
 
     python recipes/tiny/qwen_image.py tiny-qwen-image
 
-saves one with random weights into the folder `tiny-qwen-image`; the sides of its images are multiples of 8 pixels.
+saves one with random weights to the folder `tiny-qwen-image`. The sides of its images are multiples of 8 pixels.
 """
 
 import argparse
@@ -21,15 +21,15 @@ from models import build_qwen2_5_vl, build_tokenizer
 from transformers import Qwen2Tokenizer
 
 
-# What the pipeline wraps around a prompt. It drops the first 34 embeddings: those up to "user\n" if, as in the released
-# tokenizer, every word is one token.
+# The pipeline's template around a prompt. The pipeline drops the first 34 embeddings, which are those up to "user\n" if every word
+# is one token, as in the released tokenizer.
 TEMPLATE = (
     "system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of "
     "the objects and background:",
     "user\n",
     "assistant\n",
 )
-# What long captions of scenes say besides.
+# Further phrases of long scene captions.
 OPENERS_AND_CLOSINGS = (
     "Seen from the viewer's side, also, in addition, at the same time, in this picture, Also, In, At",
     "Nothing else is in the picture. The background is plain.",
@@ -37,7 +37,7 @@ OPENERS_AND_CLOSINGS = (
 
 
 def build_qwen_tokenizer(corpus: Iterable[str]) -> Qwen2Tokenizer:
-    """Trains a tokenizer of Qwen's kind in which every word of the corpus and of the template is one token."""
+    """Trains a Qwen tokenizer in which every word of the corpus and of the template is one token."""
     words = sorted({word for text in corpus for word in text.split()})
     spellings = [spelling for word in words for spelling in (word, f" {word}")]
     return build_tokenizer([*TEMPLATE, *spellings], vocab_size=10**6)
@@ -62,12 +62,12 @@ def build_qwen_image_pipeline(
     Builds a tiny `QwenImagePipeline` with random weights on the CPU, in evaluation mode, with Qwen-Image's scheduler.
 
     The defaults make images whose sides are multiples of 8 pixels; one of 32 × 32 is 16 tokens of 16 numbers. This
-    scheduler needs at least two steps: one alone ends in NaN.
+    scheduler needs at least two steps: a single one gives NaN.
 
     Args:
         corpus (`Iterable[str]`, *optional*):
-            Texts whose words become one token each, at the start of a prompt and after a space; other words fall into
-            pieces. If `None`, [`build_corpus`] and what long captions of scenes say besides.
+            Texts whose words become one token each, at the start of a prompt and after a space; other words are split.
+            If `None`, [`build_corpus`] and `OPENERS_AND_CLOSINGS`.
         num_layers, num_attention_heads, attention_head_dim (`int`):
             Sizes of the transformer. `attention_head_dim` must be a multiple of 8.
         latent_channels (`int`, *optional*, defaults to `4`):
@@ -78,10 +78,10 @@ def build_qwen_image_pipeline(
         text_hidden_size, num_text_layers, num_text_heads (`int`):
             Sizes of the text encoder. `text_hidden_size // num_text_heads` must be a multiple of 4.
         gain (`float`, *optional*, defaults to `1.5`):
-            Standard deviation of a random layer's output for inputs of standard deviation 1. Words reach the image
-            through attention alone: with 1, exchanging two of them changes its pixels by about half a grey level.
+            Standard deviation of a random layer's output for inputs of standard deviation 1. Words reach the image only
+            through attention: with 1, swapping two of them changes the pixels by about half a gray level.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the random weights. The global generator is left as it was.
+            Seed of the random weights. The global generator is not changed.
     """
     tokenizer = build_qwen_tokenizer([*build_corpus(), *OPENERS_AND_CLOSINGS] if corpus is None else corpus)
     with torch.random.fork_rng(devices=[]):
@@ -112,7 +112,7 @@ def build_qwen_image_pipeline(
                 intermediate_size=2 * text_hidden_size,
                 num_hidden_layers=num_text_layers,
                 num_attention_heads=num_text_heads,
-                vision_hidden_size=16,  # the vision tower is a part of the class that text does not use
+                vision_hidden_size=16,  # the class has a vision tower, which text does not use
                 vision_depth=1,
                 tie_word_embeddings=False,  # as in the released 7B
             ),
@@ -130,7 +130,7 @@ def _build_vae(latent_channels: int, channels: int, multipliers: tuple[int, ...]
         dim_mult=list(multipliers),
         num_res_blocks=1,
         temperal_downsample=[step > 0 for step in range(len(multipliers) - 1)],
-        # Another one for every channel, as in the released VAE, and of its size.
+        # A different one per channel, as in the released VAE, and of the same magnitude.
         latents_mean=torch.linspace(-1.0, 1.0, latent_channels).tolist(),
         latents_std=torch.linspace(1.0, 3.0, latent_channels).tolist(),
     )

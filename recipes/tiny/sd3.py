@@ -1,9 +1,9 @@
 """
-Tiny Stable Diffusion 3.5 pipelines of the real diffusers and transformers classes, with tokenizers, built without a network.
+Builds tiny Stable Diffusion 3.5 pipelines, with tokenizers, from the real diffusers and transformers classes, without a network.
 
     python recipes/tiny/sd3.py tiny-sd3
 
-saves one with random weights into the folder `tiny-sd3`; the sides of its images are multiples of 8 pixels.
+saves one with random weights to the folder `tiny-sd3`. The sides of its images are multiples of 8 pixels.
 """
 
 import argparse
@@ -32,33 +32,33 @@ def build_sd3_pipeline(
     seed: int = 0,
 ) -> StableDiffusion3Pipeline:
     """
-    Builds a tiny `StableDiffusion3Pipeline` with random weights on the CPU, in evaluation mode. What is not a size is as
-    in Stable Diffusion 3.5 Medium: the scheduler, normalised queries and keys, a second attention in the first blocks.
+    Builds a tiny `StableDiffusion3Pipeline` with random weights on the CPU, in evaluation mode. Everything but the sizes is
+    as in Stable Diffusion 3.5 Medium: the scheduler, normalized queries and keys, a second attention in the first blocks.
 
     The defaults make images whose sides are multiples of 8 pixels, up to 128; the latents of one of 32 × 32 are 64
     positions of 4 numbers, which the transformer takes as 16 tokens.
 
     Args:
         corpus (`Iterable[str]`, *optional*):
-            Texts whose words become one token each; other words fall into pieces. If `None`, [`build_corpus`].
+            Texts whose words become one token each; other words are split. If `None`, [`build_corpus`].
         num_layers, num_attention_heads, attention_head_dim (`int`):
             Sizes of the transformer.
         num_dual_attention_layers (`int`, *optional*, defaults to `1`):
-            The first so many blocks have a second attention, among image tokens alone.
+            Number of first blocks that have a second attention, over image tokens alone.
         latent_channels (`int`, *optional*, defaults to `4`):
             Channels of the VAE's latents.
         pos_embed_max_size (`int`, *optional*, defaults to `16`):
-            The most tokens that a side of an image can have.
+            Maximum number of tokens along a side of an image.
         vae_channels (`tuple[int, ...]`, *optional*, defaults to `(8, 8, 8)`):
             Channels of the VAE at each resolution, multiples of 4. Every entry but the first halves the image.
         text_hidden_size (`int`, *optional*, defaults to `32`):
-            Size of T5's embeddings. Those of each CLIP are half of it: side by side they are as wide as T5's.
+            Size of T5's embeddings. Each CLIP's are half as wide, so that concatenated they match T5's.
         num_text_layers (`int`, *optional*, defaults to `2`), num_text_heads (`int`, *optional*, defaults to `2`):
             Sizes of the three text encoders. The pipeline takes CLIP's embeddings before its last layer.
         gain (`float`, *optional*, defaults to `1.0`):
             Standard deviation of a random layer's output for inputs of standard deviation 1.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the random weights. The global generator is left as it was.
+            Seed of the random weights. The global generator is not changed.
     """
     corpus = build_corpus() if corpus is None else list(corpus)
     tokenizer, t5_tokenizer = build_clip_tokenizer(corpus), build_t5_tokenizer(corpus)

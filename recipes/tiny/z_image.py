@@ -1,9 +1,9 @@
 """
-Tiny Z-Image pipelines of the real diffusers and transformers classes, with tokenizer, built without a network.
+Builds tiny Z-Image pipelines, with tokenizer, from the real diffusers and transformers classes, without a network.
 
     python recipes/tiny/z_image.py tiny-z-image
 
-saves one with random weights into the folder `tiny-z-image`; the sides of its images are multiples of 8 pixels.
+saves one with random weights to the folder `tiny-z-image`. The sides of its images are multiples of 8 pixels.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 
-# What Qwen3's template makes of a single message of the user, with thinking.
+# Qwen3's template, as it applies to a single user message, with thinking.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -43,17 +43,16 @@ def build_z_image_pipeline(
     Builds a tiny `ZImagePipeline` with random weights on the CPU, in evaluation mode, with Z-Image's scheduler.
 
     The defaults make images whose sides are multiples of 8 pixels; the latents of one of 32 × 32 are 64 positions of 4
-    numbers, which the transformer takes as 16 tokens. It fills up tokens of the image, and those of the prompt, to a
-    multiple of 32.
+    numbers, which the transformer takes as 16 tokens. It pads the image's tokens, and the prompt's, to a multiple of 32.
 
     Args:
         corpus (`Iterable[str]`, *optional*):
-            Texts whose words become one token each, at the start of a prompt and after a space; other words fall into
-            pieces. If `None`, [`build_corpus`] and what long captions of scenes say besides.
+            Texts whose words become one token each, at the start of a prompt and after a space; other words are split.
+            If `None`, [`build_corpus`] and `OPENERS_AND_CLOSINGS`.
         num_layers, num_attention_heads, attention_head_dim (`int`):
             Sizes of the transformer. `attention_head_dim` must be a multiple of 16.
         num_refiner_layers (`int`, *optional*, defaults to `1`):
-            Layers for the image's tokens alone, and as many for the prompt's, before those for both.
+            Number of layers for the image's tokens alone, and as many for the prompt's, before those for both.
         latent_channels (`int`, *optional*, defaults to `4`):
             Channels of the VAE's latents.
         vae_channels (`tuple[int, ...]`, *optional*, defaults to `(8, 8, 8)`):
@@ -63,11 +62,11 @@ def build_z_image_pipeline(
         gain (`float`, *optional*, defaults to `1.0`):
             Standard deviation of a random layer's output for inputs of standard deviation 1.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the random weights. The global generator is left as it was.
+            Seed of the random weights. The global generator is not changed.
     """
     tokenizer = build_qwen_tokenizer([*build_corpus(), *OPENERS_AND_CLOSINGS] if corpus is None else corpus)
     tokenizer.chat_template = CHAT_TEMPLATE
-    side = attention_head_dim * 3 // 8  # frames, rows and columns share a head 2 : 3 : 3, as in the released model
+    side = attention_head_dim * 3 // 8  # frames, rows and columns split a head 2 : 3 : 3, as in the released model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = ZImageTransformer2DModel(

@@ -2,12 +2,10 @@
 
 import io
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -19,7 +17,7 @@ from PIL import Image
 
 from tests.launching import run_processes
 from tests.openai_stub import OpenAIStub
-from tests.warm import Program
+from tests.warm import run_python
 from trl_spatial.cli import main
 from trl_spatial.data.building.build_store import BuildStore, Quota
 from trl_spatial.data.building.controls import guess_from_images, guess_from_texts, guess_without_prompt
@@ -101,6 +99,17 @@ class TestRecipe:
     def test_errors_name_the_key(self, change, message):
         with pytest.raises(ValueError, match=message):
             make_recipe({"store": "x", "prompts": {"num_prompts": 5}} | change)
+
+    def test_the_store_may_be_in_the_home_folder(self, monkeypatch):
+        monkeypatch.setenv("HOME", "/home/me")
+        assert make_recipe({"store": "~/runs/x", "prompts": {"num_prompts": 5}}).store == "/home/me/runs/x"
+
+    def test_a_key_that_stands_twice_is_refused(self, tmp_path):
+        (tmp_path / "twice.yaml").write_text("store: x\nprompts:\n  num_prompts: 5\n  num_prompts: 6\n")
+        with pytest.raises(
+            ValueError, match=r"twice.yaml is not .*'num_prompts' appears on line 3 and again on line 4"
+        ):
+            load_recipe(tmp_path / "twice.yaml")
 
     def test_those_that_ship_are_read(self):
         for name in ("small", "spatialreward"):
@@ -316,19 +325,34 @@ def test_several_processes_share_the_images(built, tmp_path):
     assert contents(BuildStore(recipe)) == contents(built)
 
 
-def test_killed_at_any_time_it_ends_with_the_same_dataset(built, tmp_path):
+# The command, which kills itself before it does something with a file for the so manieth time.
+KILLED = """
+import os, signal, sys
+from trl_spatial.cli import main
+
+def kill(event, arguments):
+    global number
+    if event == what and part in str(arguments):
+        number -= 1
+        if number == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+what, part, number = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1))
+sys.addaudithook(kill)
+main(sys.argv[1:])
+"""
+PLACES = (
+    ("os.rename", "recipe.json", 1), ("open", "store/prompts.jsonl", 3), ("open", "store/edits.jsonl", 3), ("os.rename", "store/images/", 5),
+    ("open", "store/images/", 50), ("open", "store/images.jsonl", 5), ("open", "store/verdicts.jsonl", 3),
+    ("open", ".parquet", 2), ("os.rename", "dataset.partial", 1),
+)  # fmt: skip
+
+
+def test_killed_at_any_place_it_ends_with_the_same_dataset(built, tmp_path):
     recipe = write_recipe(tmp_path)
-    rng = random.Random(0)
-    for _ in range(4):
-        process = Program(["-m", "trl_spatial", "data", "build", recipe])
-        deadline = time.monotonic() + 60
-        logs = ("prompts", "edits", "images", "verdicts")
-        wanted = logs[rng.randrange(4)]
-        while not (tmp_path / f"store/{wanted}.jsonl").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.3))
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+    for place in PLACES:
+        ended = run_python(["-c", KILLED, *place, "data", "build", recipe])
+        assert ended.returncode == -signal.SIGKILL, (place, ended.stderr)
     build(recipe)
     assert contents(BuildStore(recipe)) == contents(built)
 
@@ -359,7 +383,7 @@ def test_reviewers_decide_what_they_have_seen(built, tmp_path):
     assert {(decisions[pair].outcome, decisions[pair].by) for pair in seen} == {("accepted", "people")}
     build(recipe, action="export")
     card = (store.folder / "dataset" / "README.md").read_text()
-    assert "votes of people, Krippendorff's alpha" in card and "reviewers disagree" in card
+    assert "votes by people, Krippendorff's alpha" in card and "reviewers disagree" in card
 
 
 def test_the_forms_of_other_trainers(built, dataset, tmp_path):
@@ -427,7 +451,8 @@ def test_a_spend_cap_stops_the_work_and_keeps_what_was_paid_for(tmp_path, capfd)
         assert main(["data", "render", str(recipe)]) == 1
         assert "$5.00" in capfd.readouterr().err
         drawn = [record["id"] for record in BuildStore(recipe).images]
-        assert 5 <= len(drawn) <= 8
+        assert 5 <= len(drawn) == stub.num_calls <= 8  # those that were on their way are paid for, too
+        assert BuildStore(recipe).spend("render").spent == len(drawn)
         recipe = write_recipe(tmp_path, render={"generators": [generator], "max_cost": 50.0}, **changes)
         assert main(["data", "render", str(recipe)]) == 0
         assert [record["id"] for record in BuildStore(recipe).images][: len(drawn)] == drawn

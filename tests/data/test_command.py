@@ -103,7 +103,7 @@ def test_other_forms_of_a_dataset(folder, good, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["good", "--splits", "dev"], "good has no split 'dev'; it has 'train', 'test'"),
+        (["good", "--splits", "dev"], "good has no split 'dev'; it has 'train', 'test'. Name one with --splits."),
         (["nowhere"], "nowhere"),
         (["good", "--max_rows", "0"], "max_rows=0 must be at least 1"),
     ],

@@ -36,6 +36,9 @@ def damaged(form):
     return {"bytes": bytes(data[:-40]), "path": None}
 
 
+EXCHANGED = (
+    ("chosen", "rejected"), ("rejected", "chosen"), ("prompt", "perturbed_prompt"), ("perturbed_prompt", "prompt"),
+)  # fmt: skip
 # What is planted: the values of a row, the kind of the finding, its column and words of its reason.
 FAULTS = {
     "no prompt": ({"prompt": None}, "bad_prompt", "prompt", "is missing"),
@@ -68,6 +71,26 @@ def test_a_planted_fault_is_found_in_its_row(name, good, plant):
     assert words in finding.reason
     assert f"{split}, row {row}, `{column}`: " in format_report(report, "pairs")
     assert not report.to_dict()["is_valid"]
+
+
+def test_each_image_is_opened_once_and_its_faults_are_found_in_every_row(good, rows_of, monkeypatch):
+    rows = []
+    for number, row in enumerate(rows_of(good["train"])):
+        row |= {"chosen": damaged("wrong checksum")} if number == 7 else {}
+        rows += [row, row | {name: row[other] for name, other in EXCHANGED}]
+    opened = []
+    open_file = PILImage.open
+    monkeypatch.setattr(PILImage, "open", lambda *args, **options: opened.append(1) or open_file(*args, **options))
+    splits = DatasetDict({"train": Dataset.from_list(rows, features=good["train"].features)})
+    report = validate_splits(splits)
+    assert places(report.findings) == [
+        ("bad_image", Place("train", 14, "chosen")),
+        ("bad_image", Place("train", 15, "rejected")),
+    ]
+    assert len(opened) == 2 * len(good["train"])
+    statistics = report.statistics["train"]
+    assert statistics.num_images == 2 * len(good["train"]) - 1
+    assert statistics.counts["image_sizes"] == {"32x32": 4 * len(good["train"]) - 2}
 
 
 @pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "same file"])
@@ -172,7 +195,7 @@ def test_only_the_first_rows_are_looked_at_if_asked(good, plant):
     report = validate_splits(splits, max_rows=21)
     assert places(report.findings) == [("bad_prompt", Place("train", 20, "prompt"))]
     assert [(s.num_rows, s.num_checked) for s in report.statistics.values()] == [(40, 21), (10, 10)]
-    assert "50 rows in 2 splits, 31 of them looked at" in format_report(report, "pairs")
+    assert "50 rows in 2 splits, 31 of them checked" in format_report(report, "pairs")
 
 
 def test_a_dataset_of_three_columns_and_an_unknown_one_is_checked(tmp_path):
@@ -240,7 +263,7 @@ def test_the_report_shows_twenty_of_a_kind_errors_first(good, rows_of):
     assert lines[2] == "ERROR: empty lists of relations (25)"
     assert [line.split(",")[1] for line in lines[3:23]] == [f" row {number}" for number in range(20)]
     assert lines[23] == "  ... and 5 more"
-    assert lines[25] == "WARNING: rows that are there twice (1)"
+    assert lines[25] == "WARNING: rows that occur twice (1)"
     assert len(report.to_dict()["errors"]) == 25
     json.dumps(report.to_dict())
 

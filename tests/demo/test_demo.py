@@ -1,13 +1,11 @@
 """`trl_spatial demo`, from its first pair to its report."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -17,7 +15,7 @@ from diffusers import FluxPipeline
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from tests.warm import Program
+from tests.warm import run_python
 from trl_spatial import SpatialScore
 from trl_spatial.demo.generator import TINY_FLUX
 from trl_spatial.demo.reward_model import TINY_BACKBONE, measure, score_pairs
@@ -31,6 +29,21 @@ from trl_spatial.scripts.demo import main
 
 
 SIZES = {"num_train_pairs": 8, "num_test_pairs": 40, "reward_steps": 1, "grpo_steps": 2, "num_prompts": 3}
+
+
+# The command, which is killed as soon as it does anything once a file is there.
+KILLED = """
+import os, signal, sys
+from trl_spatial.cli import main
+
+def kill(event, arguments):
+    if event != "os.kill" and os.path.exists(trace):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+trace = sys.argv.pop(1)
+sys.addaudithook(kill)
+main(sys.argv[1:])
+"""
 
 
 def command(folder):
@@ -165,12 +178,8 @@ def test_killed_it_goes_on_and_gives_the_same_numbers(finished, results, tmp_pat
             shutil.copy(finished[0] / "stages" / f"{stage}.json", tmp_path / "stages")
     for name in [*done, "arguments.json"]:
         (tmp_path / name).symlink_to(finished[0] / name)
-    process = Program(command(tmp_path))
-    deadline = time.monotonic() + 600
-    while not (tmp_path / trace).exists() and process.is_running() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait().returncode == -signal.SIGKILL
+    ended = run_python(["-c", KILLED, tmp_path / trace, *command(tmp_path)[2:]])
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
     if trace == "reward/run.json":  # a checkpoint that was being written
         (tmp_path / "reward" / "checkpoint-9").mkdir()
         (tmp_path / "reward" / "checkpoint-9" / "trainer_state.json").write_text('{"global_step": 9')

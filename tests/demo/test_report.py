@@ -122,9 +122,9 @@ def expected_tables(results):
         for row in results["reward_model"]["reliability"]
     ]
     tables["Time of each stage"] = [
-        ("Stage", "Time"), ("Preference pairs", "21 s"), ("Spatial-RL", "13 min 39 s"), ("Everything", "14 min 0 s")
+        ("Stage", "Time"), ("Preference pairs", "21 s"), ("Spatial-RL", "13 min 39 s"), ("Total", "14 min 0 s")
     ]  # fmt: skip
-    tables["Arguments of the demo"] = [("Name", "Value"), ("seed", "0"), ("quick", "false"), ("output_dir", "null")]
+    tables["Demo arguments"] = [("Name", "Value"), ("seed", "0"), ("quick", "false"), ("output_dir", "null")]
     tables["Environment"] = [("Name", "Value"), *((k, str(v)) for k, v in results["environment"].items())]
     if "generator" in results:
         before, after = (results["generator"][side]["relations"] for side in ("before", "after"))
@@ -134,7 +134,7 @@ def expected_tables(results):
         ]
     if "training" in results:
         settings = [(name, repr(value)) for name, value in results["training"]["settings"].items()]
-        tables["Settings of the reinforcement learning"] = [("Name", "Value"), *settings]
+        tables["Reinforcement learning settings"] = [("Name", "Value"), *settings]
         tables["Reinforcement learning"] = [
             ("Images drawn", "11,520"), ("Evaluations of the policy", "155,520"),
             ("Evaluations of the reference", "86,400"), ("Evaluations per image", "13.5"),
@@ -223,7 +223,7 @@ def test_the_verdicts_are_words_and_signs(page, results):
     shots = [shot for row in results["examples"] for side in ("before", "after") for shot in row[side]]
     assert page.text.count("✓ right") == sum(shot["is_correct"] for shot in shots) > 0
     assert page.text.count("✗ wrong") == sum(not shot["is_correct"] for shot in shots) > 0
-    assert page.text.count("✓ ranked rightly") == page.text.count("✗ ranked wrongly") == 2
+    assert page.text.count("✓ ranked correctly") == page.text.count("✗ ranked wrongly") == 2
     for shot in shots:
         assert all(reason in page.text for reason in shot["reasons"])
 
@@ -450,6 +450,7 @@ def as_hex(color):
 @pytest.mark.parametrize("size", [(360, 740), (1280, 900)], ids=["phone", "desktop"])
 def test_a_browser_shows_it(browser, page, tmp_path, size, scheme):
     context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
+    context.set_default_timeout(120_000)
     tab, events, requests = context.new_page(), [], []
     tab.on("console", lambda message: events.append(message.text))
     tab.on("pageerror", lambda error: events.append(str(error)))

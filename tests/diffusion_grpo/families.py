@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 from flux import build_flux_pipeline
 from qwen_image import build_qwen_image_pipeline
 from sd3 import build_sd3_pipeline
 from z_image import build_z_image_pipeline
 
+from trl_spatial import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_spatial.diffusion_grpo.policies import DiffusionPolicy, SamplingOptions, make_policy
 
 
@@ -80,3 +82,23 @@ GUIDED = [name for name in FAMILIES if not name.endswith("_unguided")]
 def shared_policy(name: str) -> DiffusionPolicy:
     """The policy of a row, built once. Treat it as read-only."""
     return FAMILIES[name].make_policy()
+
+
+def brightness(prompts, images, **columns):
+    return [float(np.asarray(image, dtype="float64").mean()) for image in images]
+
+
+def make_small_trainer(name: str, folder: Any, pipeline: Any, peft_config: Any, **kwargs: Any) -> DiffusionGRPOTrainer:
+    """A trainer of a row: two updates, each with groups of four small images, of which two are kept."""
+    settings = dict(
+        num_generations=4, top_k=1, per_device_train_batch_size=2, gradient_accumulation_steps=2, height=24, width=48,
+        num_inference_steps=4, max_sequence_length=24, ema_decay=0.0, max_steps=2, save_strategy="no", report_to="none",
+        disable_tqdm=True, **FAMILIES[name].guidance,
+    )  # fmt: skip
+    return DiffusionGRPOTrainer(
+        pipeline,
+        brightness,
+        DiffusionGRPOConfig(str(folder), **(settings | kwargs)),
+        train_dataset=[{"prompt": prompt} for prompt in ("a red cube to the left of a blue sphere", "a cat")],
+        peft_config=peft_config,
+    )

@@ -80,7 +80,7 @@ class TestSelectTopK:
         [
             (24, 13, "top_k is 13 with num_generations=24: use 1 to 12, or None to train on all"),
             (24, 0, "top_k is 0 with num_generations=24"),
-            (25, 6, r"rewards has shape \(25,\): with num_generations=24 .* whole groups only"),
+            (25, 6, r"rewards has shape \(25,\): with num_generations=24, .* all groups are whole"),
         ],
     )
     def test_of_what_cannot_be_selected_is_an_error(self, num_rewards, top_k, message):
@@ -190,7 +190,7 @@ class TestGroupAdvantages:
             (dict(rewards=torch.zeros(8, 2)), r"rewards has shape \(8, 2\)"),
             (dict(kept=torch.tensor([0, 1, 4])), "equally many images of each of the 2 groups"),
             (dict(kept=torch.tensor([0, 1, 2, 4])), "equally many images of each of the 2 groups"),
-            (dict(kept=torch.tensor([0, 4, 1, 5])), "one group after the other"),
+            (dict(kept=torch.tensor([0, 4, 1, 5])), "group by group"),
         ],
     )
     def test_of_anything_else_is_an_error(self, changed, message):
@@ -249,7 +249,7 @@ class TestCombineRewards:
         assert expected.abs().max() > 0.5
         for shift in ([5.0, 0.0, 0.0], [0.0, -7.0, 3.0]):
             torch.testing.assert_close(advantages(rewards + torch.tensor(shift)), expected, rtol=0, atol=1e-4)
-        # images that lack a reward which others of their group have, and groups without any, are not learnt from
+        # images that lack a reward which others of their group have, and groups without any, are not learned from
         known = ~rewards.isnan()
         is_expected = known | ~known.view(6, 8, 3).any(1).repeat_interleave(8, 0)
         assert (expected[~is_expected.all(1)] == 0).all() and (expected[32:40] == 0).all()
@@ -263,7 +263,7 @@ class TestCombineRewards:
         assert first > second > max(others)
 
     def test_a_sum_beyond_float32_is_an_error(self):
-        with pytest.raises(ValueError, match="beyond float32"):
+        with pytest.raises(ValueError, match="exceeds the range of float32"):
             combine_rewards(torch.tensor([[3e38, 3e38], [1.0, 1.0]]), 2)
 
     def test_normalized_first_no_function_drowns_another(self):

@@ -108,6 +108,8 @@ def test_sizes_of_a_rollout(tmp_path, fields, num_prompts, num_updates):
         {"fp16": True},
         {"auto_find_batch_size": True},
         {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"gradient_checkpointing_kwargs": {"reuse_activations": "yes"}},
+        {"gradient_checkpointing_kwargs": {"reuse_activations": True}, "gradient_checkpointing": False},
     ],
     ids=str,
 )
@@ -127,6 +129,7 @@ def test_an_invalid_field_is_named_with_its_value(tmp_path, wrong):
         {"per_device_train_batch_size": 7, "gradient_accumulation_steps": 20},
         {"gradient_accumulation_steps": 10, "steps_per_generation": 20},
         {"gradient_accumulation_steps": 6, "steps_per_generation": 20},
+        {"gradient_accumulation_steps": 20, "steps_per_generation": 20},
     ],
     ids=str,
 )
@@ -225,3 +228,9 @@ def test_fields_can_be_set_on_the_command_line(tmp_path):
     assert (config.dynamics, config.noise_level, config.top_k) == ("cps", 0.8, 3)
     assert (config.sde_window_size, config.sde_window_range, config.reward_weights) == (2, [1, 4], [1.0, 0.5])
     assert (config.ratio_norm, config.kl_estimator) == (True, "velocity")
+
+
+@pytest.mark.parametrize("value", ["zero2.json", {"zero_optimization": {"stage": 2}}])
+def test_deepspeed_is_refused_in_words(tmp_path, value):
+    with pytest.raises(ValueError, match=r"`deepspeed` is .*zero.*not trained with DeepSpeed.*fsdp2\.yaml"):
+        DiffusionGRPOConfig(str(tmp_path), deepspeed=value)

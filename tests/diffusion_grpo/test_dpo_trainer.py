@@ -176,12 +176,17 @@ def test_the_noise_is_what_the_image_was_drawn_from_if_that_is_known(make_traine
         torch.testing.assert_close(noise, own.expand(2, -1, -1))
 
 
-@pytest.mark.parametrize("facts", ["drawn by hand", "[1]", recipe("11"), 5])
+@pytest.mark.parametrize(
+    "facts",
+    ["drawn by hand", "[1]", "[" * 100_000, recipe("11"), recipe(True), recipe(2**64), recipe(-(2**63) - 1), 5],
+)
 def test_a_recipe_that_says_nothing_of_the_noise_is_named(options, facts):
     rows = make_rows(2)
     rows[0] |= {"chosen_recipe": recipe(1), "rejected_recipe": None}
     rows[1] |= {"chosen_recipe": recipe(1), "rejected_recipe": facts}
-    with pytest.raises(ValueError, match=r"`train_dataset`, row 1, `rejected_recipe`: .* is not what drew the image"):
+    with pytest.raises(
+        ValueError, match=r"`train_dataset`, row 1, `rejected_recipe`: .* does not say what drew the image"
+    ):
         PreferencePairs(rows, "FluxPipeline", options)
 
 
@@ -304,6 +309,24 @@ def test_every_pair_of_an_update_counts_alike(make_trainer):
         assert log["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_unused_columns_may_be_removed(make_trainer):
+    kept, removed = (
+        make_trainer(remove_unused_columns=flag, max_steps=1, save_strategy="no") for flag in (False, True)
+    )
+    for trainer in (kept, removed):
+        trainer.train()
+    assert training_logs(kept)[0]["grad_norm"] == training_logs(removed)[0]["grad_norm"]
+
+
+def test_text_encoders_work_once_per_update(make_trainer):
+    """For a GPU they are fetched from the host, which takes longer than to encode."""
+    trainer = make_trainer(max_steps=2, save_strategy="no")
+    fetched, move = [], trainer.prompt_cache._move_encoders
+    trainer.prompt_cache._move_encoders = lambda device: (fetched.append(trainer.state.global_step), move(device))
+    trainer.train()
+    assert fetched == [0, 0, 1, 1]  # there and back
+
+
 @pytest.mark.parametrize("name", GUIDED)
 def test_images_move_towards_the_preferred_ones_in_every_family(name, tmp_path):
     family = FAMILIES[name]
@@ -344,6 +367,14 @@ def test_a_resumed_run_is_the_whole_run_bit_for_bit(make_trainer, tmp_path, stop
     assert_same_checkpoint(tmp_path / "parts" / "checkpoint-4", tmp_path / "whole" / "checkpoint-4")
 
 
+def test_other_noise_levels_of_a_resumed_run_are_on_its_card(make_trainer, tmp_path, caplog):
+    make_trainer(save_steps=2, max_steps=2).train()
+    make_trainer(save_steps=2, eval_num_inference_steps=5).train(resume_from_checkpoint=True)
+    assert "`eval_num_inference_steps` is 5 from update 2 on" in caplog.text
+    card = (tmp_path / "run" / "checkpoint-4" / "README.md").read_text()
+    assert "| eval_num_inference_steps until update 2 | 3 |" in card
+
+
 def test_two_processes_train_as_one_and_resume(make_trainer, tmp_path):
     run_processes([REPOSITORY / "tests" / "diffusion_grpo" / "dpo_worker.py", tmp_path])
     assert_same_checkpoint(tmp_path / "parts" / "checkpoint-4", tmp_path / "whole" / "checkpoint-4")
@@ -363,7 +394,7 @@ def test_two_processes_train_as_one_and_resume(make_trainer, tmp_path):
     assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-3)
 
 
-def test_plain_diffusers_loads_what_was_learnt(make_trainer, make_flux_pipeline, tmp_path):
+def test_plain_diffusers_loads_what_was_learned(make_trainer, make_flux_pipeline, tmp_path):
     trainer = make_trainer(ema_decay=0.0)
     trainer.train()
     trainer.save_model()
@@ -392,7 +423,7 @@ def test_evaluation_draws_images_for_a_judge(make_trainer):
     evaluations = [log for log in trainer.state.log_history if "eval_reward" in log]
     assert len(evaluations) == 2
     assert evaluations[0]["eval_reward"] == evaluations[0]["eval_rewards/redness/mean"]
-    with pytest.raises(ValueError, match="`eval_dataset` is set, but no reward function"):
+    with pytest.raises(ValueError, match="prompts of `eval_dataset`, but there is no reward function"):
         make_trainer(eval_dataset=prompts)
 
 

@@ -217,7 +217,7 @@ def test_good_image_sizes_pass(flux_policy, make_flux_pipeline):
 
 def test_an_unknown_pipeline_names_the_known_ones(flux_policy):
     pipeline = FluxImg2ImgPipeline(**flux_policy.pipeline.components)
-    with pytest.raises(ValueError, match="'FluxImg2ImgPipeline'; known: 'FluxPipeline'"):
+    with pytest.raises(ValueError, match="'FluxImg2ImgPipeline'; available: 'FluxPipeline'"):
         make_policy(pipeline)
 
 

@@ -76,14 +76,24 @@ def test_trackio(make_trainer, tmp_path, monkeypatch):
         assert f"rewards/{{reward_func_name}}/{name}" in source
         assert {f"train/rewards/redness/{name}", f"eval/rewards/redness/{name}"} <= set(fields)
     assert '"completions"' in source
-    for table, grid, num_rows in (("completions", "images/rollout", 8), ("eval/completions", "images/eval", 2)):
+    assert '"advantage"' in source
+    for table, grid, num_rows, advantage in (
+        ("completions", "images/rollout", 8, ["advantage"]),
+        ("eval/completions", "images/eval", 2, []),
+    ):
         rows = fields[table]["_value"]
-        assert [list(row) for row in rows] == [["step", "prompt", "redness", "image"]] * num_rows
+        assert [list(row) for row in rows] == [["step", "prompt", "redness", *advantage, "image"]] * num_rows
         pictures = [Image.open(tmp_path / "trackio" / "media" / row["image"]["file_path"]) for row in rows]
         expected = redness([], [picture.convert("RGB") for picture in pictures])
         assert [row["redness"] for row in rows] == pytest.approx(expected)
         assert (tmp_path / "trackio" / "media" / fields[grid]["file_path"]).is_file()
     assert [row["prompt"] for row in fields["eval/completions"]["_value"]] == ["a cube", "a lamp"]
+    rows = fields["completions"]["_value"]
+    for group in (rows[:4], rows[4:]):  # of which the best and the worst image are trained on
+        worst, best = sorted((row for row in group if row["advantage"] is not None), key=lambda row: row["advantage"])
+        rewards = [row["redness"] for row in group if row["redness"] is not None]
+        assert (worst["redness"], best["redness"]) == (min(rewards), max(rewards))
+        assert worst["advantage"] < 0 < best["advantage"]
 
 
 def test_wandb(make_flux_pipeline, tmp_path, monkeypatch):

@@ -62,6 +62,14 @@ def test_at_the_old_policy_the_gradient_is_the_advantage_times_that_of_flow_matc
     torch.testing.assert_close(gradient, gradient_of(flow_matching, old), rtol=1e-5, atol=1e-7)
 
 
+def test_without_a_preference_the_policy_is_drawn_back_to_the_old_one():
+    old, target, step = draw(0).float(), draw(1).float(), 0.3 * draw(2).float()
+    gradient = gradient_of(
+        lambda velocity: nft_loss(velocity, old, target, SIGMA, torch.zeros(5), 0.5).loss, old + step
+    )
+    assert ((gradient * step).sum(dim=(1, 2)) > 0).all()
+
+
 def test_without_a_preference_there_is_no_gradient_at_the_old_policy():
     old, target = draw(0).float(), draw(1).float()
     gradient = gradient_of(lambda velocity: nft_loss(velocity, old, target, SIGMA, torch.zeros(5), 0.5).loss, old)

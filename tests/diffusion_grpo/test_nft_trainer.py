@@ -308,6 +308,20 @@ def test_interrupted_training_goes_on_bit_for_bit(make_nft_trainer, tmp_path, ca
     assert old.keys() == trained.keys() and any((old[name] != trained[name]).any() for name in old)
 
 
+@pytest.mark.parametrize(("name", "value"), [("num_noise_levels", 2), ("num_inference_steps", 4)])
+def test_noise_levels_cannot_change_in_the_middle_of_a_rollout(make_nft_trainer, name, value):
+    """Each image has its own already; at the end of a rollout they can."""
+    kwargs = {"num_iterations": 2, "num_noise_levels": 1, "save_strategy": "steps", "save_steps": 1}
+    make_nft_trainer(max_steps=1, **kwargs).train()
+    changed = kwargs | {name: value}
+    with pytest.raises(ValueError, match=f"middle of a rollout that was drawn with `{name}` .; now it is {value}"):
+        make_nft_trainer(max_steps=2, **changed).train(resume_from_checkpoint=True)
+    make_nft_trainer(max_steps=2, **kwargs).train(resume_from_checkpoint=True)
+    trainer = make_nft_trainer(max_steps=3, **changed)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3
+
+
 def test_plain_diffusers_loads_what_was_trained(make_nft_trainer, make_flux_pipeline, tmp_path):
     base = make_flux_pipeline()
     trainer, _ = train(make_nft_trainer, pipeline=make_flux_pipeline(), max_steps=3, old_policy_decay=0.9)

@@ -3,11 +3,14 @@
 import threading
 import time
 import traceback
+from concurrent.futures import wait
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.diffusion_grpo.conftest import redness
+from trl_spatial.diffusion_grpo.reward_functions import OverlappedRewards, RewardFunctions
 from trl_spatial.diffusion_grpo.runtime.monitoring import RewardsMonitor
 
 
@@ -57,8 +60,46 @@ def test_an_error_comes_out_with_its_traceback_and_ends_the_drawing(make_trainer
     with pytest.raises(KeyError, match="no such layer") as error:
         trainer.train()
     assert "breaks" in [frame.name for frame in traceback.extract_tb(error.tb)]
-    assert len(calls) < 8
+    assert calls == [1]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("rewards")]
+
+
+def test_after_an_error_nothing_more_is_drawn_and_nothing_more_is_rewarded():
+    calls, are_two_added = [], threading.Event()
+
+    def breaks(prompts, images, **columns):
+        calls.append(len(images))
+        assert are_two_added.wait(120)
+        raise KeyError("no such layer")
+
+    image = Image.new("RGB", (8, 8))
+    with OverlappedRewards(RewardFunctions([breaks]), ["a lamp"] * 3, {}, torch.device("cpu")) as rewards:
+        for row in range(2):
+            rewards.add(row, [image])
+        are_two_added.set()
+        wait(rewards._futures)
+        with pytest.raises(KeyError, match="no such layer"):  # out of the drawing
+            rewards.add(2, [image])
+        with pytest.raises(KeyError, match="no such layer"):
+            rewards.collect()
+    assert calls == [1]
+
+
+def test_where_processes_draw_together_an_error_waits_for_the_last_image():
+    """The others would wait for the images of this one."""
+    failed = threading.Event()
+
+    def breaks(prompts, images, **columns):
+        failed.set()
+        raise KeyError("no such layer")
+
+    with OverlappedRewards(RewardFunctions(breaks), ["a"] * 3, {}, torch.device("cpu"), is_collective=True) as rewards:
+        for row in range(3):
+            rewards.add(row, [Image.new("RGB", (8, 8))])
+            assert failed.wait(120)
+            rewards._futures[-1].exception(120)
+        with pytest.raises(KeyError, match="no such layer"):
+            rewards.collect()
 
 
 def test_the_logged_time_is_what_the_rollout_waited(make_trainer):

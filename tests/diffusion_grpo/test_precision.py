@@ -1,16 +1,17 @@
 """Adapters of float32 beside frozen weights of bfloat16: the numbers of autocast on a CPU, and of the pipeline on CUDA."""
 
-import numpy as np
 import pytest
 import torch
 from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from peft.tuners import lora
 from torch.utils._pytree import tree_map_only
 
-from tests.diffusion_grpo.families import FAMILIES, GUIDED, shared_policy
-from trl_spatial import DiffusionGRPOConfig, DiffusionGRPOTrainer
+from tests.diffusion_grpo.families import FAMILIES, GUIDED, make_small_trainer, shared_policy
+from trl_spatial import DiffusionGRPOConfig
 from trl_spatial.diffusion_grpo import attention_lora_config
 from trl_spatial.diffusion_grpo.policies.base import to_sequence
-from trl_spatial.diffusion_grpo.runtime.adapters import AdapterLinear
+from trl_spatial.diffusion_grpo.runtime.adapters import AdapterLinear, InPlaceLora, adapt_to_inputs
 from trl_spatial.diffusion_grpo.runtime.model_setup import prepare_transformer
 from trl_spatial.diffusion_grpo.runtime.prompt_cache import PromptCache
 from trl_spatial.generation.seeds import image_generator
@@ -47,33 +48,72 @@ def velocity_and_gradients(name, policy, autocast):
     return velocity.detach(), trained
 
 
+def error(values, truth):
+    return (torch.cat([(one.double() - other).flatten() for one, other in zip(values, truth, strict=True)])).norm()
+
+
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 @pytest.mark.parametrize("name", GUIDED)
-def test_adapters_compute_in_the_dtype_of_their_inputs_as_under_autocast(tmp_path, name, gradient_checkpointing):
-    """Oracle: PEFT's own layers under autocast, which on a CPU casts matrix products alone."""
-    expected, policy = bfloat16_policy(name), bfloat16_policy(name)
-    torch.manual_seed(0)
-    expected.transformer.requires_grad_(False).add_adapter(attention_lora_config(rank=2))
-    cast_training_params(expected.transformer, torch.float32)
+def test_adapters_compute_in_the_dtype_of_their_inputs_as_exactly_as_under_autocast(
+    tmp_path, name, gradient_checkpointing
+):
+    """Oracles: PEFT's own layers in float64, and under autocast, which on a CPU casts matrix products alone."""
+    exact, rounded, policy = bfloat16_policy(name), bfloat16_policy(name), bfloat16_policy(name)
+    exact.pipeline.to(torch.float64)
+    for each, dtype in ((exact, torch.float64), (rounded, torch.float32)):
+        torch.manual_seed(0)
+        each.transformer.requires_grad_(False).add_adapter(attention_lora_config(rank=2))
+        cast_training_params(each.transformer, dtype)
     torch.manual_seed(0)
     prepare_transformer(policy, DiffusionGRPOConfig(str(tmp_path), use_cpu=True), attention_lora_config(rank=2))
-    for each in (expected, policy):
+    for each in (exact, rounded, policy):
         randomize_adapters(each.transformer)
         if gradient_checkpointing:
             each.transformer.enable_gradient_checkpointing()
             each.transformer.train()
-    velocity, gradients = velocity_and_gradients(name, policy, torch.autocast("cpu", enabled=False))
-    reference, others = velocity_and_gradients(name, expected, torch.autocast("cpu", dtype=torch.bfloat16))
-    assert torch.equal(velocity, reference)
-    for key, gradient in gradients.items():
-        assert gradient.dtype == torch.float32
-        torch.testing.assert_close(gradient, others[key], rtol=0.02, atol=1e-6)
+    plain = torch.autocast("cpu", enabled=False)
+    velocity, gradients = velocity_and_gradients(name, policy, plain)
+    reference, others = velocity_and_gradients(name, rounded, torch.autocast("cpu", dtype=torch.bfloat16))
+    truth, slopes = velocity_and_gradients(name, exact, plain)
+    assert 0 < error([velocity], [truth]) < 1.2 * error([reference], [truth])
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+    slopes = {key: slopes[key] for key in gradients}  # without idle ones
+    ours, theirs, size = (
+        error([grads[key] * scale for key in slopes], slopes.values())
+        for grads, scale in ((gradients, 1), (others, 1), (slopes, 0))
+    )
+    assert 0 < ours < 1.2 * theirs < 1.2 * size
     products = []
     for module in policy.transformer.modules():
         if isinstance(module, AdapterLinear):
             module.register_forward_hook(lambda module, inputs, output: products.append(output.dtype))
-    velocity_and_gradients(name, policy, torch.autocast("cpu", enabled=False))
+    velocity_and_gradients(name, policy, plain)
     assert set(products) == {torch.bfloat16}
+
+
+def test_an_adapter_is_added_in_place_as_peft_adds_it():
+    """Oracle: PEFT's layer, in float64."""
+    torch.manual_seed(0)
+    layer = lora.Linear(
+        torch.nn.Linear(6, 5), "default", config=LoraConfig(r=2, lora_alpha=6), r=2, lora_alpha=6
+    ).double()
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    layer.base_layer.requires_grad_(False)
+    inputs = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    weights = [inputs, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    expected = layer(inputs)
+    slopes = torch.autograd.grad(expected.sin().sum(), weights)
+    adapt_to_inputs(layer)
+    assert type(layer) is InPlaceLora
+    torch.testing.assert_close(layer(inputs), expected)
+    torch.testing.assert_close(torch.autograd.grad(layer(inputs).sin().sum(), weights), slopes)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(inputs), expected)
+    layer.enable_adapters(False)
+    torch.testing.assert_close(layer(inputs), layer.base_layer(inputs))
+    layer.enable_adapters(True)
+    layer.merge()
+    torch.testing.assert_close(layer(inputs), expected)
 
 
 # Autocast as it is on CUDA
@@ -110,23 +150,8 @@ def casts(monkeypatch):
     return called
 
 
-def brightness(prompts, images, **columns):
-    return [float(np.asarray(image, dtype="float64").mean()) for image in images]
-
-
 def make_trainer(name, folder, pipeline, peft_config, **kwargs):
-    settings = dict(
-        bf16=True, use_cpu=True, num_generations=4, top_k=1, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-        height=24, width=48, num_inference_steps=4, max_sequence_length=24, ema_decay=0.0, max_steps=2,
-        save_strategy="no", report_to="none", disable_tqdm=True, **FAMILIES[name].guidance,
-    )  # fmt: skip
-    return DiffusionGRPOTrainer(
-        pipeline,
-        brightness,
-        DiffusionGRPOConfig(str(folder), **(settings | kwargs)),
-        train_dataset=[{"prompt": prompt} for prompt in PROMPTS],
-        peft_config=peft_config,
-    )
+    return make_small_trainer(name, folder, pipeline, peft_config, bf16=True, use_cpu=True, **kwargs)
 
 
 @pytest.mark.parametrize("name", GUIDED)

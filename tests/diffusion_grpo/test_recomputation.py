@@ -14,8 +14,8 @@ from trl_spatial.diffusion_grpo.runtime.recomputation import UnreadLinear, enabl
 from trl_spatial.generation.seeds import image_generator
 
 
-def prepared_policy(name, folder, dtype=torch.float32, peft_config=None):
-    policy = FAMILIES[name].make_policy()
+def prepared_policy(name, folder, dtype=torch.float32, peft_config=None, **sizes):
+    policy = FAMILIES[name].make_policy(**sizes)
     policy.pipeline.to(dtype)
     args = DiffusionGRPOConfig(str(folder), use_cpu=True, beta=0.0)
     torch.manual_seed(0)

@@ -138,6 +138,12 @@ def assert_same_checkpoint(ours, theirs):
 CASES = {
     "one update per rollout": {},
     "in the middle of a rollout": dict(gradient_accumulation_steps=1, steps_per_generation=3),
+    "in the middle of a rollout whose activations are reused": dict(
+        gradient_accumulation_steps=1,
+        steps_per_generation=3,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"reuse_activations": True},
+    ),
     "in the middle of a second iteration": dict(
         gradient_accumulation_steps=1, steps_per_generation=2, num_iterations=2, ratio_norm=True, max_steps=6
     ),

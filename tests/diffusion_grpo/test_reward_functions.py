@@ -143,8 +143,9 @@ class TestErrors:
         def broken(prompts, images):
             raise ZeroDivisionError("mine")
 
-        with pytest.raises(ZeroDivisionError, match="mine"):
-            RewardFunctions(broken)(PROMPTS, IMAGES)
+        with pytest.raises(ZeroDivisionError, match="mine") as raised:
+            RewardFunctions([returning([1, 2, 3]), broken])(PROMPTS, IMAGES)
+        assert raised.value.__notes__ == ["The reward function `broken` raised this error."]
 
     def test_at_the_start(self):
         with pytest.raises(ValueError, match="`reward_funcs` is empty"):

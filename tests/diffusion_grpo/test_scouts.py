@@ -83,6 +83,14 @@ def test_the_best_and_the_worst_of_the_final_rewards_count(make_trainer):
     assert logs_of(trainer)[0]["scout_rank_correlation"] == 0  # right for one prompt, wrong for the other
 
 
+def test_scouts_without_a_reward_are_warned_about(make_trainer, caplog):
+    """Such as those in which a detector finds nothing: the images are learned from, but nobody chose them."""
+    finals = iter([[None] * 8 + [float(index) for index in range(8)], [5.0, 1.0, 1.0, 5.0]])
+    trainer, _ = run(make_trainer, lambda prompts, images, **columns: next(finals), **SCOUTS)
+    assert "No scout of 1 of the 2 prompts of this rollout has a reward" in caplog.text
+    assert trainer._buffer.advantages.tolist() == [1.0, -1.0, -1.0, 1.0]
+
+
 def test_scouts_that_cost_as_much_as_images_foretell_them(make_trainer):
     """With all steps and next to no noise a scout is the image."""
     trainer, _ = run(
@@ -102,6 +110,15 @@ def test_what_is_counted(make_trainer):
     assert 0.7 < log["velocity_ratio"] < 1.3 and log["velocity_ratio"] != 1 and 0 < log["group_diversity"] < 1
     passes = log["num_policy_passes"] + log["num_reference_passes"]
     assert log["passes_per_update"] == passes / 2 and log["passes_per_trained_image"] == passes / 8
+
+
+def test_images_are_scored_once_whatever_a_group_would_have_without_scouts(make_trainer):
+    """A rollout of two updates, in batches as in training: its log-probs hold, and no passes are spent to score them again."""
+    trainer, _ = run(
+        make_trainer, **SCOUTS, num_generations=5, gradient_accumulation_steps=1, steps_per_generation=2,
+        rollout_batch_size=2, max_steps=2,
+    )  # fmt: skip
+    assert logs_of(trainer)[-1]["num_old_log_prob_passes"] == 0
 
 
 def test_images_without_scouts_are_counted_apart_too(make_trainer):
@@ -138,7 +155,7 @@ def test_too_few_steps_for_the_scheduler_is_an_error(make_trainer, make_pipeline
         ({"scout_steps": None}, "`num_scouts` is 8 and `scout_steps` is None"),
         ({"num_scouts": None}, "`num_scouts` is None and `scout_steps` is 1"),
         ({"top_k": None}, "`num_scouts` is 8 and `top_k` is None"),
-        ({"top_k": 5}, "`top_k` is 5 and `num_scouts` is 8. Use `top_k` between 1 and 4"),
+        ({"top_k": 5}, r"`top_k` is 5 and `num_scouts` is 8. Use `top_k` between 1 and 4, half of a group\.$"),
         ({"scout_steps": 4}, "`scout_steps` is 4 and `num_inference_steps` is 3"),
         ({"num_scouts": 1}, "`num_scouts` is 1. Use at least 2"),
     ],

@@ -354,6 +354,18 @@ def test_a_quantized_transformer_trains_adapters_in_float32_or_nothing(tmp_path)
     assert any("attn.to_q.lora_A" in name for name in trained) and is_quantized(transformer)
 
 
+@pytest.mark.parametrize("estimate", ["true", "false"])
+def test_a_device_of_the_rewards_that_is_unknown_is_named(tmp_path, estimate):
+    FAMILIES["flux"].build().save_pretrained(tmp_path / "flux")
+    (tmp_path / "prompts.txt").write_text("a cube\na cone\n")
+    line = (
+        f"--dataset {tmp_path}/prompts.txt --rewards rules --output_dir {tmp_path}/out --use_cpu --estimate {estimate} "
+        f"--model_name_or_path {tmp_path}/flux --height 32 --width 32 --reward_device gpu"
+    )
+    with pytest.raises(ValueError, match=r"`--reward_device` is 'gpu'\. Use cpu"):
+        main(*make_parser().parse_args_and_config(line.split()))
+
+
 # The estimate
 
 

@@ -4,6 +4,7 @@ import copy
 import itertools
 import logging
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -536,6 +537,32 @@ def test_an_adapter_that_is_there_is_trained_further(make_trainer, make_pipeline
     assert names and all("lora_" in name for name in names)
 
 
+def test_adapters_that_are_switched_off_are_switched_on(make_trainer, make_pipeline):
+    """Without a reference policy too, which switches them: the first rollout is drawn by what is trained."""
+    logs = []
+    for is_off in (False, True):
+        pipeline = make_pipeline()
+        pipeline.transformer.add_adapter(lora_config(init_lora_weights=False))
+        if is_off:
+            pipeline.transformer.disable_adapters()
+        trainer = make_trainer(pipeline=pipeline, peft_config=None, beta=0.0, max_steps=1)
+        trainer.train()
+        logs.append({name: training_logs(trainer)[0][name] for name in ("reward", "grad_norm")})
+    assert logs[0] == logs[1] and logs[0]["grad_norm"] > 0
+
+
+def test_adapters_that_are_fused_are_an_error(make_trainer, make_pipeline):
+    pipeline = make_pipeline()
+    pipeline.transformer.add_adapter(lora_config(init_lora_weights=False))
+    pipeline.fuse_lora()
+    with pytest.raises(
+        ValueError, match=r"are fused into the weights. `pipeline.unfuse_lora\(\)`.*unload_lora_weights"
+    ):
+        make_trainer(pipeline=pipeline, peft_config=None)
+    pipeline.unload_lora_weights()
+    make_trainer(pipeline=pipeline)
+
+
 # Rollouts
 
 
@@ -598,6 +625,26 @@ def test_an_image_does_not_depend_on_the_batches(make_trainer):
     # the same groups in one larger rollout: noise belongs to the rollout, the group and the image
     larger = images(gradient_accumulation_steps=4)
     assert np.abs(larger[:8] - expected[:8]).max() <= 1
+
+
+def test_the_latents_of_a_rollout_are_gone_when_the_next_one_is_drawn(make_trainer):
+    latents, lives = [], []
+
+    def remember(prompts, images, **columns):
+        lives.append([tensor() is not None for tensor in latents])
+        return redness(prompts, images)
+
+    trainer = make_trainer(reward_funcs=remember, max_steps=3)
+    score = trainer._generate_and_score
+
+    def generate_and_score(rollout_index):
+        buffer = score(rollout_index)
+        latents.append(weakref.ref(buffer.latents))
+        return buffer
+
+    trainer._generate_and_score = generate_and_score
+    trainer.train()
+    assert lives == [[], [False], [False, False]]
 
 
 def test_rewards_that_are_none_are_counted_and_not_trained_on(make_trainer):

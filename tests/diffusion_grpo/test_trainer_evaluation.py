@@ -67,6 +67,21 @@ class TestEvaluation:
                     weight.copy_(trained[name])
         assert trainer.evaluate()["eval_reward"] != pytest.approx(averaged, abs=1e-5)
 
+    def test_before_the_average_is_updated_the_trained_weights_are_what_was_learned(self, make_trainer, tmp_path):
+        """A training of few updates would export its start."""
+        trainer = make_trainer(eval_dataset=ROWS, ema_decay=0.9, ema_steps=3, learning_rate=3e-2, max_steps=2)
+        trainer.train()
+        averaged = trainer.evaluate()["eval_reward"]
+        trainer.save_model()
+        exported = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
+        assert all(weight.any() for name, weight in exported.items() if "lora_B" in name)
+        assert "moving average" not in (tmp_path / "run" / "README.md").read_text()
+        trainer.ema = None
+        assert trainer.evaluate()["eval_reward"] == averaged
+        trainer.save_model()
+        again = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
+        assert all(torch.equal(exported[name], weight) for name, weight in again.items())
+
     def test_held_out_rewards_are_not_trained_on(self, make_trainer):
         calls = []
 
@@ -299,14 +314,19 @@ def test_logs_hold_times_and_counts(make_trainer):
 
 
 def test_time_of_evaluating_and_saving_is_not_that_of_a_step(make_trainer):
+    times = []
+
     def slow(prompts, images, **columns):
+        times.append(time.perf_counter())
         time.sleep(1.0)
+        times.append(time.perf_counter())
         return [0.0] * len(images)
 
     trainer = make_trainer(eval_dataset=ROWS, eval_reward_funcs=slow, eval_strategy="steps", eval_steps=1)
     trainer.train()
     second = [log for log in trainer.state.log_history if "loss" in log][1]
-    assert second["time/rest"] < 0.8 and "time/evaluate" not in second
+    _, end_of_first, start_of_second, _ = times
+    assert second["time/step"] <= start_of_second - end_of_first and "time/evaluate" not in second
 
 
 def test_another_rollout_size_in_the_middle_of_a_rollout_is_an_error(make_trainer):
@@ -315,3 +335,51 @@ def test_another_rollout_size_in_the_middle_of_a_rollout_is_an_error(make_traine
     trainer = make_trainer(max_steps=2, num_iterations=2, **kwargs)
     with pytest.raises(ValueError, match=r"middle of a rollout.*`num_iterations`.*\(4, 2, 1, 1\).*\(4, 2, 2, 1\)"):
         trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("noise_level", 0.5),
+        ("dynamics", "cps"),
+        ("num_inference_steps", 4),
+        ("guidance_scale", 2.0),
+        ("height", 32),
+        ("bf16", True),
+        ("num_generations", 6),
+        ("scale_rewards", "none"),
+        ("advantage_scope", "group"),
+        ("reward_weights", [2.0]),
+        ("sde_window_size", 1),
+        ("ratio_norm", True),
+    ],
+)
+def test_what_a_rollout_is_scored_by_cannot_change_in_its_middle(make_trainer, name, value):
+    kwargs = dict(gradient_accumulation_steps=1, steps_per_generation=2, save_strategy="steps", save_steps=1)
+    make_trainer(max_steps=1, **kwargs).train()
+    trainer = make_trainer(max_steps=2, **kwargs, **{name: value})
+    value = re.escape(str(value))
+    with pytest.raises(ValueError, match=rf"middle of a rollout that was drawn with `{name}` .*; now it is {value}"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_nor_can_the_type_of_the_frozen_weights(make_trainer):
+    kwargs = dict(gradient_accumulation_steps=1, steps_per_generation=2, save_strategy="steps", save_steps=1)
+    make_trainer(max_steps=1, **kwargs).train()
+    trainer = make_trainer(max_steps=2, **kwargs)
+    trainer.policy.vae.to(torch.bfloat16)
+    with pytest.raises(
+        ValueError, match=r"middle of a rollout that was drawn with `dtype` .*; now it is .*'bfloat16'"
+    ):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_what_a_rollout_is_scored_by_can_change_at_its_end(make_trainer):
+    kwargs = dict(gradient_accumulation_steps=1, steps_per_generation=2, save_strategy="steps", save_steps=1)
+    make_trainer(max_steps=2, **kwargs).train()
+    trainer = make_trainer(max_steps=3, noise_level=0.5, **kwargs)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3
+    trainer = make_trainer(max_steps=4, noise_level=0.5, **kwargs)  # now in the middle, and as it was there
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4

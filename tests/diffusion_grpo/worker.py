@@ -9,6 +9,7 @@ The JSON is a list of runs, each the keyword arguments of `run`; each gets a fol
 import hashlib
 import json
 import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -67,6 +68,8 @@ class Redness:
         self.num_calls += 1
         if self.fail and (self.num_calls, int(os.environ["RANK"])) == (self.fail["call"], self.fail["rank"]):
             time.sleep(self.fail["seconds"])
+            if self.fail.get("exits"):
+                sys.exit()
             raise ConnectionError("the judge does not answer")
         pixels = [np.asarray(image) for image in images]
         digests = [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
@@ -80,6 +83,32 @@ class StopAt(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = control.should_training_stop or state.global_step == self.step
+
+
+class FullDisk(TrainerCallback):
+    """Lets one process write to no file after an update or an evaluation, as if its disk were full, until `empty` is called."""
+
+    def __init__(self, rank, after):
+        self.after = after if int(os.environ.get("RANK", 0)) == rank else None
+        self.outputs = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.fill("update")
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.fill("evaluation")
+
+    def fill(self, event):
+        if event == self.after and not self.outputs:
+            self.outputs = [os.dup(number) for number in (1, 2)]  # they may be files, too
+            for number in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+
+    def empty(self):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        for number, output in enumerate(self.outputs, start=1):
+            os.dup2(output, number)
 
 
 def shard_on_cpus():
@@ -101,34 +130,37 @@ def run(
     resume=None,
     stop_at=None,
     fail=None,
+    full_disk=None,
     num_eval_rows=3,
     is_full=False,
     is_sharded=False,
     **settings,
 ):
     """Trains, and leaves `record_<rank>.json` beside the checkpoints: what the reward saw, the logs and the error."""
-    reward = Redness(fail)
+    reward, disk = Redness(fail), FullDisk(**(full_disk or {"rank": None, "after": None}))
     trainer_class, own = ALGORITHMS[algorithm]
     config = trainer_class._config_class(str(folder), **(TINY | own | settings))
     if is_sharded:
         shard_on_cpus()
-    trainer = trainer_class(
-        FAMILIES[family](),
-        reward,
-        config,
-        train_dataset=[{"prompt": prompt} for prompt in PROMPTS],
-        eval_dataset=[{"prompt": prompt} for prompt in PROMPTS[:num_eval_rows]],
-        peft_config=None if is_full else LoraConfig(**LORA),
-        callbacks=[StopAt(stop_at)] if stop_at else None,
-    )
-    error = None
+    error, trainer = None, None
     try:
+        trainer = trainer_class(
+            FAMILIES[family](),
+            reward,
+            config,
+            train_dataset=[{"prompt": prompt} for prompt in PROMPTS],
+            eval_dataset=[{"prompt": prompt} for prompt in PROMPTS[:num_eval_rows]],
+            peft_config=None if is_full else LoraConfig(**LORA),
+            callbacks=[disk, StopAt(stop_at)],
+        )
         trainer.train(resume_from_checkpoint=resume)
         trainer.push_to_hub() if trainer.args.push_to_hub else trainer.save_model()
     except Exception as raised:
         error = f"{type(raised).__name__}: {raised}"
-    record = {"error": error, "seen": reward.seen, "log": trainer.state.log_history}
-    name = f"record_{trainer.args.process_index}.json"
+    disk.empty()
+    record = {"error": error, "seen": reward.seen, "log": [] if trainer is None else trainer.state.log_history}
+    name = f"record_{config.process_index}.json"
+    Path(folder).mkdir(exist_ok=True)
     (Path(folder) / name).write_text(json.dumps(record), encoding="utf-8")
 
 

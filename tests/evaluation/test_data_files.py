@@ -68,7 +68,7 @@ def test_another_content_is_refused_and_not_kept(benchmark, server):
 
 def test_what_cannot_be_fetched_is_named_with_a_way_out(benchmark, server):
     benchmark.files = (_file(server, "absent.txt", "0" * 64),)
-    with pytest.raises(ValueError, match=r"cannot be fetched: 404.*absent\.txt.*licence.*--data"):
+    with pytest.raises(ValueError, match=r"cannot be fetched: 404.*absent\.txt.*license.*--data"):
         find_data(benchmark)
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.launching import run_processes
 from tests.openai_stub import OpenAIStub
 from trl_spatial.cli import main
 from trl_spatial.evaluation.benchmarks import BENCHMARKS, make_benchmark
 from trl_spatial.evaluation.image_run import ImageRun
 from trl_spatial.evaluation.sharing import card_section
+from trl_spatial.store import lock_folder
 
 
 JUDGES = {
@@ -47,6 +49,21 @@ def results(folder="run"):
     return json.loads(Path(folder, "results.json").read_text())
 
 
+def test_several_processes_end_together_if_the_first_one_cannot_begin():
+    """The others would wait for it before they draw."""
+    Path("run").mkdir()
+    with lock_folder("run"):
+        first, second = run_processes(["-m", "trl_spatial", *command("visor")], code=1, ACCELERATE_USE_CPU="true")
+    assert "error: Another process" in first.stderr
+    assert "error: Preparing the run failed on process 0 (ValueError: Another process" in second.stderr
+
+
+def test_several_processes_draw_what_one_does():
+    assert main(command("visor", "one")) == 0
+    run_processes(["-m", "trl_spatial", *command("visor")], ACCELERATE_USE_CPU="true")
+    assert results("run")["protocols"] == results("one")["protocols"]
+
+
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_benchmark_from_its_prompts_to_its_page(name, capsys):
     assert main(command(name)) == 0
@@ -65,6 +82,44 @@ def test_a_benchmark_from_its_prompts_to_its_page(name, capsys):
     assert main(["evaluate", "replay", "run"]) == 0
     assert results() == found
     assert found["title"] in capsys.readouterr().out
+
+
+def test_a_run_that_was_killed_before_its_plan_was_recorded_begins_again():
+    assert main(command("visor")) == 0
+    Path("killed").mkdir()
+    shutil.copy("run/items.jsonl", "killed")
+    assert main(command("visor", output="killed")) == 0
+    assert results("killed")["protocols"] == results()["protocols"]
+
+
+# A process of two, of which the second one is slow to find out what is to be drawn: the first one has drawn
+# those of more than a prompt, if it may.
+SHARED = """
+import sys, time
+from pathlib import Path
+from trl_spatial.cli import main
+from trl_spatial.evaluation.image_run import ImageRun
+from trl_spatial.generation.painters import RendererPainter
+from trl_spatial.store import PROCESS
+
+def missing_jobs(self):
+    deadline = time.monotonic() + 2
+    while PROCESS == 1 and len(list(Path("run").rglob("*.png"))) < 6 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return find(self)
+
+find, ImageRun.missing_jobs = ImageRun.missing_jobs, missing_jobs
+RendererPainter.batch_size = 1
+raise SystemExit(main(sys.argv[1:]))
+"""
+
+
+def test_two_processes_share_the_images():
+    run_processes(["-c", SHARED, *command("visor")], ACCELERATE_USE_CPU="true")
+    logs = [path.read_text().splitlines() for path in Path("run").glob("images*.jsonl")]
+    drawn = [(record["item"], record["image"]) for log in logs for record in map(json.loads, log)]
+    assert len(logs) == 2 and len(set(drawn)) == len(drawn) == results()["num_images"]
+    assert "image missing" not in results()["failures"]["counts"]
 
 
 @pytest.mark.parametrize("name", ["spatialbench-uc", "visor"])
@@ -107,7 +162,7 @@ def test_a_comparison_names_what_differs(capsys):
         for row in comparison["rows"]
         if row["before"] == 1 == row["after"]
     )
-    assert "Other seeds" in comparison["runs"][1]["flags"][0]
+    assert "Different seeds" in comparison["runs"][1]["flags"][0]
     assert "<svg" in Path("both/report.html").read_text()
     assert main(command("geneval", "other")) == 0
     assert main(["evaluate", "compare", "before", "other"]) == 1
@@ -133,7 +188,7 @@ def test_a_dry_run_writes_nothing_and_a_plan_cannot_change(capsys):
         ({"limit": 0}, "`limit` is 0"),
         ({"data": "absent"}, "There is no folder absent"),
         ({"generator": "flatt"}, "There is no generator 'flatt'. Name a pipeline (a folder, ORG/NAME"),
-        ({"trained_on": "viser"}, "There is no benchmark 'viser'. Known are dpg-bench"),
+        ({"trained_on": "viser"}, "There is no benchmark 'viser'. Available: dpg-bench"),
         ({"generator": None, "images": "."}, "is an image of VISOR. The image of its first prompt would be"),
         ({"data": "."}, "holds no file of VISOR, such as text_spatial_rel_phrases.json: https://"),
         (
@@ -186,9 +241,12 @@ def test_only_the_protocols_that_were_asked_have_tables(capsys):
     assert main(["evaluate", "replay", "run"]) == 0
     assert results()["protocols"].keys() == {"official"}
     assert main(["evaluate", "compare", "run", "run"]) == 1
-    assert "was not judged by the fixed protocol" in capsys.readouterr().err
+    assert "was not judged with the fixed protocol" in capsys.readouterr().err
     assert main(command("spatialgeneval", protocol="fixed")) == 0
     assert results()["protocols"].keys() == {"official", "fixed"}
+    Path("run/files.json").unlink()  # as if interrupted before the judges were asked
+    assert main(["evaluate", "compare", "run", "run"]) == 1
+    assert "Run the command that began it once more" in capsys.readouterr().err
 
 
 def test_a_spend_cap_holds_over_interruptions_and_no_payment_is_forgotten(capsys):

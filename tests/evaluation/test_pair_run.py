@@ -167,7 +167,7 @@ def test_an_interrupted_run_continues_to_the_same_results(evaluate, tmp_path, ca
     whole = evaluate(*words, output="whole")
     (tmp_path / "fuse").write_text(str(num_calls))
     evaluate(*words, code=130)
-    assert "the same command continues" in capsys.readouterr().err
+    assert "run the same command again to continue" in capsys.readouterr().err
     assert len(read_records(tmp_path / "run")) == 5 * num_calls
     assert timeless(evaluate(*words)) == timeless(whole)
     assert len(read_records(tmp_path / "run")) == 2 * 4 * 24  # nothing was asked twice
@@ -247,10 +247,10 @@ def test_a_model_that_has_changed_is_refused(evaluate, make_reward_model, proces
         (("--scorers", "ruels"), "There is no scorer 'ruels'"),
         (("--scorers", "rules:x"), "takes no model"),
         (("--scorers", "spatialscore"), "needs a model"),
-        (("--scorers", "rules", "--split", "train"), "has no split 'train'; it has 'test'"),
+        (("--scorers", "rules", "--split", "train"), "has no split 'train'; it has 'test'. Name one with --split."),
         (("--scorers", "rules", "--batch_size", "0"), "--batch_size is 0"),
         (("--scorers", "rules", "--limit", "0"), "The limit is 0"),
-        (("--scorers", "rules", "--prices", "gpt=1"), "--prices gpt=1 is not of the form"),
+        (("--scorers", "rules", "--prices", "gpt=1"), "--prices gpt=1 does not have the form"),
     ],
 )  # fmt: skip
 def test_mistakes_are_found_before_the_work(evaluate, tmp_path, capsys, words, message):

@@ -129,7 +129,7 @@ def test_other_forms_of_mmrb2_are_refused_in_words(benchmark_folder):
     other = [["image", "images/0_a_0.png"], ["text", "and words"]]
     for change, message in (
         ({"chosen": "C"}, "pair 0: the chosen answer is 'C'"),
-        ({"prompt_content": [["image", "x.png"]]}, "pair 0: the prompt is not in words alone"),
+        ({"prompt_content": [["image", "x.png"]]}, "pair 0: the prompt is not text only"),
         ({"response_b": {"response_content": other}}, "pair 0, answer B is not one image"),
         ({"response_b": {"response_content": [["image", "images/none.png"]]}}, "answer B: there is no image"),
         ({"response_b": {"response_content": [["image", "../secret.png"]]}}, "outside the folder"),
@@ -143,8 +143,8 @@ def test_other_forms_of_mmrb2_are_refused_in_words(benchmark_folder):
     with pytest.raises(ValueError, match="pair 0 has no prompt_content"):
         load_mmrb2(benchmark_folder)
     path.write_text("[1]")
-    with pytest.raises(ValueError, match="is no list of pairs"):
+    with pytest.raises(ValueError, match="is not a list of MMRB2 pairs"):
         load_mmrb2(benchmark_folder)
     path.rename(benchmark_folder / "t2i_response_only.json")
-    with pytest.raises(ValueError, match=r"holds the answers without their prompts\. Fetch it"):
+    with pytest.raises(ValueError, match=r"has the answers without their prompts\. Fetch it"):
         load_mmrb2(benchmark_folder)

@@ -1,4 +1,5 @@
 import warnings
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -70,3 +71,9 @@ def test_fields_can_be_set_on_the_command_line(tmp_path):
     )
     assert (config.objective, config.use_reverse_pairs, config.skip_bad_rows) == ("marginal_nll", False, True)
     assert (config.head_learning_rate, config.max_pixels) == (1e-4, 1048576)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")
+def test_deepspeed_that_is_not_installed_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"`deepspeed` is 'zero2\.json', but the package deepspeed is not installed"):
+        GaussianRewardConfig(str(tmp_path), deepspeed="zero2.json")

@@ -184,11 +184,6 @@ def test_a_bad_row_is_named_or_left_out_and_listed(processor, tmp_path, fault, k
     pairs = prepare_pairs(
         as_dataset(rows, kind), processor, max_length=200, skip_bad_rows=True, bad_rows_file=file, num_threads=2
     )
-    file.unlink(missing_ok=True)  # a stream has listed what it read to find its first pair
-    if kind == "map":
-        pairs = prepare_pairs(
-            as_dataset(rows, kind), processor, max_length=200, skip_bad_rows=True, bad_rows_file=file, num_threads=2
-        )
     good = [row for i, row in enumerate(rows) if i != 2]
     assert [pair["prompt"] for pair in pairs] == [
         prompt for row in good for prompt in (row["prompt"], row["perturbed_prompt"])
@@ -212,6 +207,30 @@ def test_damage_behind_the_header_is_found_where_batches_are_made_and_names_the_
     assert ("worker process" in str(error.value)) == (num_workers > 0)
     # with `skip_bad_rows` it is found before
     assert len(list(prepare_pairs(as_dataset(rows, kind), processor, skip_bad_rows=True))) == 6
+
+
+def test_rows_of_a_stream_that_workers_share_are_numbered_by_worker(processor, tmp_path):
+    """Each worker counts the rows of its own shards: two rows of one number are two rows."""
+    rows = rows_with_reverse(12)
+    for row in (3, 6, 11):  # the shards are 0-3, 4-7 and 8-11; the first worker reads the first and the last
+        rows[row]["prompt"] = ""
+    stream = Dataset.from_list(rows).to_iterable_dataset(num_shards=3)
+    collator, file = DataCollatorForSpatialPreference(processor), tmp_path / "bad_rows.jsonl"
+    pairs = prepare_pairs(stream, processor, skip_bad_rows=True, bad_rows_file=file)
+    assert len(list(DataLoader(pairs, batch_size=None, num_workers=2))) == 2 * 9
+    listed = sorted((record["dataset"], record["row"]) for record in map(json.loads, file.read_text().splitlines()))
+    assert listed == [
+        ("train as worker 0 of 2 reads it", 3),
+        ("train as worker 0 of 2 reads it", 7),
+        ("train as worker 1 of 2 reads it", 2),
+    ]
+    rows[5]["chosen"] = {"bytes": truncated(picture(1)), "path": None}
+    pairs = prepare_pairs(Dataset.from_list(rows[4:6]).to_iterable_dataset(num_shards=2), processor)
+    with pytest.raises(ValueError, match=r"row 0 as worker 1 of 2 reads it, `chosen`: .* cannot be decoded"):
+        list(DataLoader(pairs, batch_size=1, collate_fn=collator, num_workers=2))
+    pairs = prepare_pairs(Dataset.from_list(rows[4:6]).to_iterable_dataset(), processor)
+    with pytest.raises(ValueError, match=r"row 1, `chosen`"):  # of a single shard, which one worker reads
+        list(DataLoader(pairs, batch_size=1, collate_fn=collator, num_workers=2))
 
 
 @pytest.mark.parametrize("kind", ["map", "stream"])
@@ -247,7 +266,7 @@ def test_the_limit_is_the_length_of_the_row_in_tokens(processor):
     collator = DataCollatorForSpatialPreference(processor)
     longest = collator(list(prepare_pairs(dataset, processor)))["input_ids"].shape[1]
     assert len(prepare_pairs(dataset, processor, max_length=longest)) == 4
-    with pytest.raises(ValueError, match=f"makes {longest} tokens"):
+    with pytest.raises(ValueError, match=f"has {longest} tokens"):
         prepare_pairs(dataset, processor, max_length=longest - 1)
 
 

@@ -316,6 +316,7 @@ def trainable_model(mode, make_reward_model, family="qwen2_5_vl"):
 
 def take_steps(model, batch, count=3):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    batch = batch.to(model.device)  # quantized weights are on a GPU if there is one
     for _ in range(count):
         output = model(**batch)
         (output.mean.pow(2).mean() + output.log_std.sum()).backward()

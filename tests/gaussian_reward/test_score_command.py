@@ -1,5 +1,6 @@
 """`trl_spatial score`: a bad row costs that row, and the same command continues."""
 
+import argparse
 import json
 import tracemalloc
 from contextlib import redirect_stdout
@@ -12,7 +13,23 @@ from transformers import Qwen2_5_VLModel
 from transformers.utils import is_flash_attn_2_available
 
 from trl_spatial.gaussian_reward.scoring import SpatialScore
+from trl_spatial.scripts import evaluate_pairs, serve
 from trl_spatial.scripts.score import ScoreFile, main, make_parser, show_scores
+
+
+@pytest.mark.parametrize(
+    ("name", "device"), [("score", "gpu"), ("serve", "gpu"), ("pairs", "gpu"), ("score", "cuda:99")]
+)
+def test_an_unknown_device_is_named_with_those_that_there_are(name, device):
+    """And before a model is looked for: there is none of that name."""
+    line = ["--model", "nowhere", "--device", device]
+    commands = {
+        "score": lambda: main(*make_parser().parse_args_and_config([*line, "--prompt", "a cube", "picture.png"])),
+        "serve": lambda: serve.main(*serve.make_parser().parse_args_and_config(line)),
+        "pairs": lambda: evaluate_pairs.main(argparse.Namespace(batch_size=1, device=device)),
+    }
+    with pytest.raises(ValueError, match=rf"`--device` is '{device}'\. Use cpu( or |: )"):
+        commands[name]()
 
 
 def test_bad_rows_are_listed_and_an_interrupted_run_continues(make_reward_model, processor, prompts, images, tmp_path):
@@ -49,8 +66,46 @@ def test_bad_rows_are_listed_and_an_interrupted_run_continues(make_reward_model,
 
     Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "another", "image": "other.png"}))
-    with pytest.raises(ValueError, match="holds other rows"):
+    with pytest.raises(ValueError, match="holds rows other than"):
         main(*make_parser().parse_args_and_config(command))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": " ", "image": "0.png"}, "row 1: The prompt is empty."),
+        ({"prompt": 5, "image": "0.png"}, "row 1: The prompt is a int"),
+        ({"prompt": "a", "image": None}, "row 1: The image is missing."),
+        ({"prompt": "a", "image": "none.png"}, "row 1: none.png cannot be opened"),
+    ],
+    ids=str,
+)
+def test_a_bad_row_has_one_number(make_reward_model, processor, images, tmp_path, row, message):
+    SpatialScore(make_reward_model(), processor).save_pretrained(tmp_path / "model")
+    images[0].save(tmp_path / "0.png")
+    rows = [json.dumps(entry) for entry in ({"prompt": "a", "image": "0.png"}, row)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    with pytest.raises(ValueError) as error:
+        main(
+            *make_parser().parse_args_and_config(["--model", f"{tmp_path}/model", "--input", f"{tmp_path}/rows.jsonl"])
+        )
+    assert message in str(error.value)
+
+
+def test_a_wrong_batch_size_is_no_fault_of_the_rows(tmp_path):
+    command = [
+        "--model",
+        "none",
+        "--input",
+        "none.jsonl",
+        "--output",
+        str(tmp_path / "scores.jsonl"),
+        "--batch_size",
+        "0",
+    ]
+    with pytest.raises(ValueError, match=r"--batch_size is 0\. Use at least 1"):
+        main(*make_parser().parse_args_and_config(command))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_attention_function_is_the_one_that_is_asked_for(

@@ -11,6 +11,8 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
 from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -87,6 +89,14 @@ def test_every_form_of_an_image_scores_the_same(make_scorer, prompts, images, tm
     forms = [images[0], str(path), path, path.read_bytes(), {"bytes": path.read_bytes(), "path": None}]
     mean, std = scorer.score([prompts[0]] * len(forms), forms)
     assert np.ptp(mean) < 1e-5 and np.ptp(std) < 1e-5
+
+
+def test_a_column_of_a_dataset_scores_as_the_list_of_its_images(make_scorer, processor, rows):
+    """A column makes a new object at every access, in memory that the one before may have had."""
+    prompts, images = rows
+    column = Dataset.from_dict({"image": images}, features=Features({"image": ImageFeature()}))["image"]
+    assert difference(make_scorer().score(prompts, column), make_scorer().score(prompts, images)) < 1e-5
+    assert processor(prompts, column)["pixel_values"].equal(processor(prompts, list(column))["pixel_values"])
 
 
 def test_scoring_leaves_no_graph_and_no_dropout(make_scorer, rows):
@@ -170,7 +180,7 @@ def test_rows_of_one_image_encode_it_once(make_scorer, prompts, images):
 
 
 def threads_ahead():
-    return [thread for thread in threading.enumerate() if thread.name == "ahead"]
+    return {thread for thread in threading.enumerate() if thread.name == "ahead"}
 
 
 def test_the_next_item_and_no_other_is_made_while_one_is_in_use():
@@ -182,7 +192,7 @@ def test_the_next_item_and_no_other_is_made_while_one_is_in_use():
             yield item
 
     for item in ahead(items()):
-        end = time.monotonic() + 10
+        end = time.monotonic() + 120
         while len(made) < min(item + 2, 5) and time.monotonic() < end:
             time.sleep(0.001)
         time.sleep(0.01)
@@ -195,13 +205,13 @@ def test_an_error_comes_in_its_place_and_ends_the_thread():
         yield 2
         raise OSError("disk")
 
-    seen = []
+    seen, others = [], threads_ahead()
     with pytest.raises(OSError, match="disk"):
         seen.extend(ahead(items()))
     assert list(itertools.islice(ahead(items()), 2)) == [1, 2]
     with closing(ahead(items())) as stopped:
         assert next(stopped) == 1
-    assert not threads_ahead()
+    assert threads_ahead() <= others
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -211,10 +221,11 @@ def test_no_thread_outlives_a_score_that_ends_early(make_scorer, rows, error):
     def stop(module, args):
         raise error("enough")
 
+    others = threads_ahead()
     scorer.model.register_forward_pre_hook(stop)
     with pytest.raises(error, match="enough"):
         scorer.score(*rows, batch_size=4)
-    assert not threads_ahead()
+    assert threads_ahead() <= others
 
 
 # ---------------------------------------------------------------- as a reward function
@@ -323,13 +334,22 @@ def test_quantized_backbone(make_image_text_model, processor, rows, tmp_path):
     assert difference(again.score(*rows), expected) < 1e-5
 
 
+def test_a_backbone_that_was_named_from_another_folder(processor, rows, tmp_path, backbone_folder, monkeypatch):
+    monkeypatch.chdir(backbone_folder.parent)
+    model = GaussianRewardModel.from_backbone(backbone_folder.name, reward_token_id=processor.reward_token_id)
+    scorer = SpatialScore(get_peft_model(model, spatial_score_lora_config()), processor)
+    scorer.save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert difference(SpatialScore.from_pretrained(tmp_path, device="cpu").score(*rows), scorer.score(*rows)) < 1e-5
+
+
 def test_moved_backbone(make_scorer, rows, tmp_path, backbone_folder):
     scorer = make_scorer()
     expected = scorer.score(*rows)
     scorer.save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "/gone/backbone"}))
-    with pytest.raises(ValueError, match=r"trained on /gone/backbone.*`backbone=`"):
+    with pytest.raises(ValueError, match=r"trained on /gone/backbone.*`backbone=`, or `--backbone`"):
         SpatialScore.from_pretrained(tmp_path, device="cpu")
     loaded = SpatialScore.from_pretrained(tmp_path, backbone=backbone_folder, device="cpu")
     assert difference(loaded.score(*rows), expected) < 1e-5

@@ -101,7 +101,7 @@ def test_scores_and_gradients_are_those_of_rows_apart(
     """Oracle: transformers' own attention over padded rows, each with its own image."""
     model = make_reward_model(family, head_dropout=0.0).train()
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     prompts, images, _ = rows
     shared_batch = processor(prompts[:num_rows], images[:num_rows])
     own_batch = processor(prompts[:num_rows], [image.copy() for image in images[:num_rows]])

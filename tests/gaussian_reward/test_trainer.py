@@ -25,7 +25,7 @@ from trl_spatial.gaussian_reward.data import DataCollatorForSpatialPreference
 from trl_spatial.gaussian_reward.modeling import GaussianRewardModel, spatial_score_lora_config
 from trl_spatial.gaussian_reward.processing import load_processor
 from trl_spatial.gaussian_reward.scoring import SpatialScore
-from trl_spatial.gaussian_reward.trainer import GaussianRewardTrainer
+from trl_spatial.gaussian_reward.trainer import METRICS, GaussianRewardTrainer
 from trl_spatial.hub import card_template
 
 
@@ -153,6 +153,23 @@ def test_evaluation_measures_the_pairs_not_the_batches(make_trainer, tmp_path, o
     assert metrics["eval_mean_reward"] == pytest.approx((chosen.mean + rejected.mean).mean() / 2, abs=1e-5)
     assert metrics["eval_mean_std"] == pytest.approx((chosen.std + rejected.std).mean() / 2, abs=1e-5)
     assert metrics["eval_min_reward"] <= metrics["eval_mean_reward"] <= metrics["eval_max_reward"]
+    speed = {
+        f"eval_{name}" for name in ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    }
+    assert metrics.keys() - speed - {"epoch"} == {f"eval_{name}" for name in METRICS}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stream_is_evaluated_as_a_dataset_is(make_trainer, tmp_path, num_workers):
+    """Also if training reads no stream. Uneven batches, and workers that each have some of the shards."""
+    case = {"per_device_eval_batch_size": 2, "dataloader_num_workers": num_workers}
+    expected = make_trainer(tmp_path, eval_dataset=make_dataset(5), **case).evaluate()
+    stream = make_dataset(5).to_iterable_dataset(num_shards=2)
+    actual = make_trainer(tmp_path, eval_dataset=stream, **case).evaluate()
+    for name in ("loss", "accuracy", "margin", "mean_reward", "mean_std"):
+        assert actual[f"eval_{name}"] == pytest.approx(expected[f"eval_{name}"], rel=1e-5)
+    with pytest.raises(ValueError, match=r"`dispatch_batches` True.*Leave it out"):
+        GaussianRewardConfig(str(tmp_path), accelerator_config={"dispatch_batches": True})
 
 
 def test_compute_metrics_sees_one_row_per_pair(make_trainer, tmp_path):
@@ -197,6 +214,23 @@ def test_each_of_several_evaluation_datasets_has_its_own_metrics(make_trainer, t
     assert metrics["eval_right_margin"] == pytest.approx(-metrics["eval_wrong_margin"], abs=1e-6)
     assert metrics["eval_right_accuracy"] == pytest.approx(1 - metrics["eval_wrong_accuracy"])
     assert "eval_accuracy" not in metrics  # of which one?
+
+
+@pytest.mark.parametrize(("metric", "is_single"), [("no_such", True), (None, False), ("eval_accuracy", False)])
+def test_a_metric_for_the_best_checkpoint_that_will_not_be_there_is_an_error_at_once(
+    make_trainer, tmp_path, metric, is_single
+):
+    """Of several datasets each has its own, and which is meant by the default, `loss`, is for the user to say."""
+    datasets = make_dataset(3) if is_single else {"easy": make_dataset(3), "hard": make_dataset(3)}
+    case = dict(
+        eval_dataset=datasets, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+    )  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"`metric_for_best_model` is .*, but the evaluation will report .*loss"
+    ) as error:
+        make_trainer(tmp_path, metric_for_best_model=metric, **case)
+    for advised in re.search(r"report (.*)\. Use one", str(error.value))[1].split(", ")[:3]:
+        make_trainer(tmp_path / advised, metric_for_best_model=advised, **case).train()
 
 
 def test_center_rewards_coefficient_pulls_the_means_to_zero(make_trainer, tmp_path):
@@ -540,6 +574,29 @@ def test_resumed_training_equals_uninterrupted_training_bit_for_bit(make_trainer
     )
 
 
+def test_what_comes_next_in_the_data_is_not_changed_in_silence_on_resuming(make_trainer, tmp_path):
+    """Workers take turns with the shards of a stream: others would train on some rows twice and never on others."""
+    stream = make_dataset(12).to_iterable_dataset(num_shards=3)
+    case = {"train_dataset": stream, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path / "stream", max_steps=2, **case).train()
+    with pytest.raises(
+        ValueError, match=r"`dataloader_num_workers` was 1 in the run so far and is 2 now. It cannot be"
+    ):
+        make_trainer(tmp_path / "stream", max_steps=4, dataloader_num_workers=2, **case).train(True)
+    trainer = make_trainer(tmp_path / "stream", max_steps=4, dataloader_num_workers=1, **case)
+    assert trainer.train(True).global_step == 4
+
+    pairs = make_dataset(6, perturbed_prompt=lambda row: f"a blue cube {row}")
+    case = {"train_dataset": pairs, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path / "pairs", max_steps=2, **case).train()
+    with pytest.raises(
+        ValueError, match=r"`use_reverse_pairs` was True in the run so far and is False now. It cannot be"
+    ):
+        make_trainer(tmp_path / "pairs", max_steps=4, use_reverse_pairs=False, **case).train(True)
+    case["dataloader_num_workers"] = 2  # of a dataset that is not a stream, any number gives the same
+    assert make_trainer(tmp_path / "pairs", max_steps=4, use_reverse_pairs=True, **case).train(True).global_step == 4
+
+
 class StopAfter(TrainerCallback):
     """Ends the training after a step, as someone who presses Ctrl-C after its checkpoint."""
 
@@ -837,4 +894,4 @@ def test_uploads_that_fail_and_checkpoints_that_cannot_be_resumed_from_are_told(
     _, hub, shown = pushed
     assert "A checkpoint was not uploaded to the Hub; training continues: " in shown and "403" in shown
     assert not hub.files["tester/refused"]
-    assert "`last-checkpoint` on the Hub holds the model alone" in shown
+    assert "`last-checkpoint` on the Hub holds only the model" in shown

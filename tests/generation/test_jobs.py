@@ -4,6 +4,7 @@ import inspect
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import diffusers
@@ -132,7 +133,7 @@ def test_an_image_can_be_drawn_again_from_its_recipe(folders):
     recipe = json.loads(json.dumps(image.recipe))
     assert recipe["model"] == folders["QwenImagePipeline"].name  # and not the path on this machine
     assert recipe["scheduler"] == "FlowMatchEulerDiscreteScheduler"
-    assert (recipe["torch"], recipe["diffusers"]) == (torch.__version__, diffusers.__version__)
+    assert (recipe["torch"], recipe["diffusers"]) == (version("torch"), diffusers.__version__)
     assert (recipe["device"], recipe["seed"], recipe["revision"]) == ("cpu", JOBS[1].seed, None)
 
     pipeline = getattr(diffusers, recipe["pipeline"]).from_pretrained(
@@ -281,7 +282,7 @@ def test_a_recipe_names_a_server():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"name": "flat", "size": 64}, "flat has the unknown key 'size'. Known are name, image_size"),
+        ({"name": "flat", "size": 64}, "flat has the unknown key 'size'. Available: name, image_size"),
         (
             {"name": "flat", "image_size": "64"},
             "`image_size` of the generator flat is '64'. It must be of the type int",
@@ -293,7 +294,7 @@ def test_a_recipe_names_a_server():
         ({"name": "org/x", "batch_size": 0}, "`batch_size` is 0"),
         (
             {"name": "Qwen/Qwen-Image", "guidance_scale": 3.0},
-            "Qwen-Image are not given `guidance_scale`.*true_cfg_scale",
+            "Qwen-Image do not take `guidance_scale`.*true_cfg_scale",
         ),
         ({"endpoint": "https://host/v1"}, "lacks `model`"),
         ({"endpoint": "https://host/v1", "model": "m", "name": "n"}, "unknown key 'name'"),
@@ -309,7 +310,7 @@ def test_entries_make_painters_and_overrides_of_another_family_are_refused_when_
     assert make_painter({"name": "flat", "image_size": 32}).world.image_size == 32
     painter = make_painter({"name": str(folders["FluxPipeline"]), "batch_size": 2, "true_cfg_scale": 3.0, **TINY})
     assert isinstance(painter, PipelinePainter) and painter.batch_size == 2
-    with pytest.raises(ValueError, match=r"FLUX.1-dev are not given `true_cfg_scale`.*guidance_scale"):
+    with pytest.raises(ValueError, match=r"FLUX.1-dev do not take `true_cfg_scale`.*guidance_scale"):
         painter.draw(JOBS)
     with pytest.raises(ValueError, match="seed of the image 'x' is -1"):
         ImageJob("x", RED, -1)

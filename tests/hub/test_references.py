@@ -1,11 +1,13 @@
 """Names of datasets and models, and cards, without a Hub."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+import trl_spatial
 from trl_spatial.hub import Card, Reference, Result, find_reference
 from trl_spatial.hub.references import UnknownReferenceError, find_repository
 from trl_spatial.training.hub import format_seconds
@@ -35,7 +37,29 @@ def test_what_is_here_is_local(tmp_path):
     (tmp_path / "hub" / "name").mkdir(parents=True)
     (tmp_path / "a@b").mkdir()
     for name in ("hub/name", "a@b", str(tmp_path), tmp_path):
-        assert find_reference(name, kind="dataset") == Reference(str(name), None, is_local=True)
+        assert find_reference(name, kind="dataset") == Reference(str(tmp_path / name), None, is_local=True)
+
+
+@pytest.mark.parametrize("installation", ["/gone/site-packages", ".", "~"])
+def test_a_model_of_another_installation_is_the_one_that_ships_with_this(installation):
+    here = Path(trl_spatial.__file__).parent / "tiny_models" / "flux"
+    found = find_reference(f"{installation}/trl_spatial/tiny_models/flux", kind="model")
+    assert found == Reference(str(here), None, is_local=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("/gone/trl_spatial/tiny_models/sd9", "model"),
+        ("/gone/trl_spatial/tiny_models/", "model"),
+        ("/gone/other/tiny_models/flux", "model"),
+        ("/gone/trl_spatial/tiny_models/flux/vae", "model"),
+        ("/gone/trl_spatial/tiny_models/flux", "dataset"),
+    ],
+)
+def test_nothing_else_is_taken_for_a_model_that_ships(name, kind):
+    with pytest.raises(UnknownReferenceError):
+        find_reference(name, kind=kind)
 
 
 @pytest.mark.parametrize(

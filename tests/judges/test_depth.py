@@ -80,10 +80,10 @@ def test_flat_things_that_do_not_overlap_are_equally_near():
 
 
 def test_what_is_no_estimator_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"There is no estimator of depth 'nowhere'. Name flat, .*module:function"):
+    with pytest.raises(ValueError, match=r"There is no depth estimator 'nowhere'. Name flat, .*module:function"):
         load_depth("nowhere")
     folder = save_mask2former(tmp_path / "mask2former")
-    with pytest.raises(ValueError, match="is a mask2former model, not an estimator of depth"):
+    with pytest.raises(ValueError, match="is a mask2former model, not a depth estimator"):
         load_depth(str(folder))
     (tmp_path / "my_depth.py").write_text("def ramp(image):\n    return [[0] * image.width] * image.height\n")
     monkeypatch.chdir(tmp_path)

@@ -189,7 +189,7 @@ def test_each_image_has_classes_of_its_own(fixture, request):
     for image, names, found in zip(images, classes, detector(images, classes), strict=True):
         assert rows(found) == rows(detector([image], [names])[0]) and {each.label for each in found} <= set(names)
     for wrong in (None, [["dog"]]):
-        with pytest.raises(ValueError, match=r"has to be told what to look for: .* each of the 3 images"):
+        with pytest.raises(ValueError, match=r"must be told what to look for: .* each of the 3 images"):
             detector(images, wrong)
     with pytest.raises(ValueError, match="tokens at most"):
         detector(images[:1], [["red circle " * 40]])

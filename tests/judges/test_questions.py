@@ -73,7 +73,7 @@ def test_no_two_relations_are_asked_alike():
     [record("beside", "a", "b"), record("left_of", "a"), record("between", "a", "b"), record("at", "a", "b", "c")],
 )
 def test_what_is_no_relation_is_named(wrong):
-    with pytest.raises(ValueError, match=r"\w+\(a.* is no relation"):
+    with pytest.raises(ValueError, match=r"\w+\(a.* is not a relation"):
         relation_question(wrong)
 
 
@@ -132,7 +132,7 @@ def test_missing_answers_cannot_tell_and_nothing_is_lost(ask, text, answers):
 def test_no_relations_need_no_call(ask):
     judged, stub = ask("", relations=[])
     assert judged == [] and stub.num_calls == 0
-    with pytest.raises(ValueError, match="no relation"):
+    with pytest.raises(ValueError, match="not a relation"):
         ask("", relations=[record("beside", "a", "b")])
 
 
@@ -219,7 +219,7 @@ def test_a_local_judge_shrinks_large_images(judge_folder):
 
 
 def test_what_cannot_judge_is_refused(judge_folder, backbone_folder, detector_folder, tmp_path):
-    with pytest.raises(ValueError, match="'Yes' is no token"):
+    with pytest.raises(ValueError, match="'Yes' is not a token"):
         LocalJudge(str(backbone_folder), device="cpu")
     with pytest.raises(ValueError, match="not a vision-language model"):
         LocalJudge(str(detector_folder), device="cpu")

@@ -197,7 +197,7 @@ def test_a_function_of_the_users_answers(tmp_path, monkeypatch):
         "probabilities": {"Yes": 0.75},
         "tokens": {"Yes": ["Yes"]},
     }
-    with pytest.raises(ValueError, match=r"my_judges:chances returned .*, which is no text"):
+    with pytest.raises(ValueError, match=r"my_judges:chances returned .*, which is not text"):
         chances.answer(picture, "?")
     with pytest.raises(ValueError, match=r"my_judges:size returned .*, not a mapping of tokens"):
         words.probabilities(picture, "?", ["Yes"])

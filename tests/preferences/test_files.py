@@ -194,6 +194,17 @@ def test_a_cell_that_has_only_a_path_is_checked_too(here):
         load_prompts("a.jsonl", "train")
 
 
+def test_the_folder_that_one_is_in_is_a_dataset_and_an_empty_name_none(here, monkeypatch):
+    (here / "inner").mkdir()
+    (here / "train.csv").write_text("prompt\na red circle\n")
+    assert load_dataset_dict(".")["train"]["prompt"][:] == ["a red circle"]
+    monkeypatch.chdir(here / "inner")
+    assert load_dataset_dict("..")["train"]["prompt"][:] == ["a red circle"]
+    for load in (load_dataset_dict, lambda name: load_prompts(name, "train")):
+        with pytest.raises(ValueError, match=r"no file or folder with an empty name. Name a dataset by a local path"):
+            load("")
+
+
 def test_two_folders_of_one_name_are_two_datasets(here):
     """Datasets caches a folder with configurations by its name alone."""
     for place, number in (("first", 2), ("second", 3)):

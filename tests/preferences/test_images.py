@@ -1,5 +1,6 @@
 """An image gives the pixels that a viewer shows, whatever holds it; what is no image, or too large a one, is refused."""
 
+import hashlib
 import io
 import os
 import struct
@@ -61,6 +62,13 @@ def test_a_picture_has_the_same_pixels_whatever_holds_it(tmp_path):
     assert len(digests) == 1
     assert image_digest(load_image(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))) not in digests
     assert image_digest(Image.new("RGB", (2, 3))) != image_digest(Image.new("RGB", (3, 2)))
+
+
+@pytest.mark.parametrize("size", [(7, 5), (300, 500), (70_000, 3)])
+def test_a_digest_is_of_the_size_and_all_pixels(size):
+    pixels = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    expected = hashlib.blake2b(f"{size[0]}x{size[1]}".encode() + pixels.tobytes(), digest_size=16).digest()
+    assert image_digest(Image.fromarray(pixels)) == expected
 
 
 def test_a_loaded_image_is_a_new_one():

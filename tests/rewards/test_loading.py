@@ -134,8 +134,13 @@ def test_mistakes_in_a_modules_name_are_named(name, message, module_folder):
 
 
 def test_what_a_module_itself_lacks_is_not_hidden(module_folder):
-    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
+    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere") as raised:
         load_reward("broken_rewards:redness")
+    assert "the reward broken_rewards:redness" in raised.value.__notes__[0]
+    (module_folder / "wrong_rewards.py").write_text("1 / 0")
+    with pytest.raises(ZeroDivisionError) as raised:
+        load_reward("wrong_rewards:redness")
+    assert "the reward wrong_rewards:redness" in raised.value.__notes__[0]
 
 
 def test_geneval_with_a_detector_of_ones_own(tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ def test_the_accuracy_of_a_classifier_that_cannot_tell_is_a_half_and_of_one_that
 
 def test_pairs_counts_the_pairs_it_made():
     result = pairs.main(["--num_pairs", "8", "--num_proc", "1", "--image_size", "32"])
-    assert np.isclose(result["pairs_per_second"], 8 / result["seconds"], rtol=0.2)
+    assert np.isclose(result["pairs_per_second"], 8 / result["seconds"], rtol=0.2, atol=0.06)  # both are rounded
 
 
 def test_leakage_reads_every_pair_the_first_one_too():

@@ -1,16 +1,17 @@
 """Preference datasets of rendered scenes."""
 
+import io
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from datasets import Image, Value
+from PIL import Image as Picture
 
 import trl_spatial
+from tests.warm import run_python
 from trl_spatial.scenes import (
     SPLITS,
     check_scene,
@@ -83,6 +84,21 @@ def test_a_pair_depends_on_seed_split_and_index_only(dataset):
         for a, b in zip(one[column], dataset[:20][column], strict=True):
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     assert make_preference_dataset(20, seed=2)[:]["prompt"] != one[:]["prompt"]
+
+
+@pytest.mark.parametrize("image_size", [16, 33, 128])
+def test_images_are_png_files_no_larger_than_those_of_pillow(image_size):
+    rows = make_preference_dataset(12, seed=5, image_size=image_size)
+    num_bytes = {"here": 0, "Pillow": 0}
+    for column in ("chosen", "rejected"):
+        for cell in rows.cast_column(column, Image(decode=False))[column]:
+            Picture.open(io.BytesIO(cell["bytes"])).verify()  # every checksum
+            image = Picture.open(io.BytesIO(cell["bytes"]))
+            assert (image.format, image.mode, image.size) == ("PNG", "RGB", (image_size, image_size))
+            image.save(other := io.BytesIO(), "PNG", compress_level=1)
+            num_bytes["here"] += len(cell["bytes"])
+            num_bytes["Pillow"] += len(other.getvalue())
+    assert num_bytes["here"] < 1.05 * num_bytes["Pillow"]
 
 
 def test_both_directions_exchange_the_roles():
@@ -176,10 +192,9 @@ def test_another_version_of_the_world_makes_its_pairs_anew(tmp_path):
     program = "from trl_spatial.scenes import make_preference_dataset as m; print(m(3, seed=4)[0]['prompt'])"
 
     def first_prompt():
-        command = [sys.executable, "-c", program]
-        return subprocess.run(
-            command, env=environment, cwd=tmp_path, check=True, capture_output=True, text=True
-        ).stdout
+        ended = run_python(["-c", program], env=environment, cwd=tmp_path)
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
 
     before = first_prompt()
     assert first_prompt() == before

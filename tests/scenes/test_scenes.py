@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy.sparse.csgraph import NegativeCycleError, floyd_warshall
 
 from trl_spatial.scenes import (
     COLORS,
@@ -16,6 +17,7 @@ from trl_spatial.scenes import (
     LocatedObject,
     Relation,
     SceneGraph,
+    Style,
     Verdict,
     describe_scene,
     is_placeable,
@@ -23,12 +25,17 @@ from trl_spatial.scenes import (
     parse_description,
     perturb,
     place_together,
+    render_layout,
     render_scene,
     sample_entities,
     sample_graph,
+    sample_style,
 )
 from trl_spatial.scenes.graph import split_of
-from trl_spatial.scenes.shapes import signed_distance
+from trl_spatial.scenes.layout import DifferenceSystem
+from trl_spatial.scenes.placements import Bound, X
+from trl_spatial.scenes.rendering import draw_layouts
+from trl_spatial.scenes.shapes import hidden_share, signed_distance
 
 
 A, B, C = Entity("red", "circle"), Entity("blue", "square"), Entity("green", "diamond")
@@ -195,6 +202,50 @@ class TestSampling:
         with pytest.raises(LayoutError):
             render_scene(graph, seed=0)
 
+    def test_bounds_are_shortest_paths(self):
+        rng, num_contradictions = np.random.default_rng(0), 0
+        for _ in range(60):
+            num_objects = int(rng.integers(2, 6))
+            margins = rng.uniform(0.05, 0.2, num_objects)
+            system = DifferenceSystem.within_borders(margins.tolist())
+            steps = np.full((num_objects + 1, num_objects + 1), np.inf)
+            steps[:-1, -1], steps[-1, :-1] = -margins, 1 - margins
+            np.testing.assert_allclose(system.upper, [floyd_warshall(steps)] * 2)
+            for _ in range(6):
+                (low, high), minimum = rng.permutation(num_objects)[:2].tolist(), float(rng.uniform(-0.4, 0.4))
+                trial, before = system.copy(), np.array(system.upper)
+                is_added = trial.add(Bound(X, low, high, minimum))
+                np.testing.assert_array_equal(system.upper, before)
+                steps[high, low], old = min(steps[high, low], -minimum), steps[high, low]
+                try:
+                    shortest = floyd_warshall(steps)
+                except NegativeCycleError:
+                    assert not is_added
+                    steps[high, low], num_contradictions = old, num_contradictions + 1
+                    continue
+                assert is_added
+                np.testing.assert_allclose(trial.upper[X], shortest, atol=1e-12)
+                system = trial
+        assert num_contradictions > 10
+
+    def test_a_question_for_a_layout_draws_what_placing_draws(self):
+        # or a seed would give other pairs than before
+        answers = []
+        for graph, rng in graphs(60, seed=2):
+            changed = SceneGraph(
+                graph.entities, tuple(Relation(r.name, r.arguments[::-1], r.region) for r in graph.relations)
+            )
+            other = np.random.default_rng()
+            other.bit_generator.state = rng.bit_generator.state
+            answers.append(is_placeable([graph, changed], rng))
+            try:
+                place_together([graph, changed], other, num_draws=1)
+                assert answers[-1]
+            except LayoutError:
+                assert not answers[-1]
+            assert rng.bit_generator.state == other.bit_generator.state
+        assert 3 < sum(answers) < 57
+
     def test_layouts_of_a_graph_vary(self):
         graph = SceneGraph((A, B), (Relation("left_of", (A, B)),))
         xs = [
@@ -243,6 +294,10 @@ class TestWording:
             text = describe_scene(graph, seed=i, length=length)
             assert parse_description(text) == graph, text
 
+    def test_capital_letters_do_not_matter(self):
+        for graph, _ in graphs(20, seed=4):
+            assert parse_description(describe_scene(graph, seed=0).upper()) == graph
+
     def test_every_phrase_is_read_as_its_own_relation(self):
         for kind in RELATIONS.values():
             arguments = (A, B, C)[: kind.num_arguments]
@@ -288,6 +343,40 @@ class TestRendering:
             coverage = ((image - background) @ (color - background) / ((color - background) ** 2).sum()).clip(0, 1)
             radius = np.sqrt(coverage.sum() / {"circle": np.pi, "square": 4, "triangle": 2, "diamond": 2}[shape])
             assert 0.08 < radius / image_size < 0.14
+
+    @pytest.mark.parametrize("pattern", ["gradient", "stripes", "checks"])
+    def test_a_background_is_what_its_style_says(self, pattern):
+        colors, size = np.array([[200.0, 90.0, 30.0], [40.0, 120.0, 230.0]]), 50
+        x, y = np.meshgrid((np.arange(size) + 0.5) / size, (np.arange(size) + 0.5) / size)
+        along = np.cos(0.7) * (x - 0.5) + np.sin(0.7) * (y - 0.5)
+        mix = {
+            "gradient": 0.5 + along / 1.42,
+            "stripes": 0.5 + 0.5 * np.sin(2 * np.pi * along / 0.231),
+            "checks": (x // 0.231 + y // 0.231) % 2,
+        }[pattern]
+        expected = colors[0] + mix[..., None] * (colors[1] - colors[0])
+        for noise in (0.0, 3.0):
+            style = Style(colors, pattern, 0.7, 0.231, noise, 8, {})
+            error = np.asarray(render_layout([], style, size), float) - expected
+            assert error.std() == pytest.approx(noise, abs=0.4)
+            assert np.ptp(error, axis=-1).max() <= 1.0001  # the noise is grey, but for rounding
+
+    def test_images_of_one_style_are_those_drawn_one_by_one(self):
+        for graph, rng in graphs(10, seed=3):
+            layouts = [place_together([graph], rng)[0] for _ in range(2)]
+            style = sample_style(graph.entities, rng)
+            drawn = draw_layouts(layouts, style, 48)
+            for layout, pixels in zip(layouts, drawn, strict=True):
+                np.testing.assert_array_equal(pixels, np.asarray(render_layout(layout, style, 48)))
+            assert (drawn[0] != drawn[1]).any()
+
+    @pytest.mark.parametrize("front", SHAPES)
+    @pytest.mark.parametrize("behind", SHAPES)
+    def test_the_hidden_share_is_that_of_random_points(self, front, behind):
+        x, y = np.random.default_rng(0).uniform(-1, 1, (2, 200_000))
+        is_behind = signed_distance(behind, x, y, 1.0) < 0
+        is_hidden = is_behind & (signed_distance(front, x - 0.3, y + 0.5, 1.0) < 0)
+        assert hidden_share(front, behind, 0.3, -0.5) == pytest.approx(is_hidden.sum() / is_behind.sum(), abs=0.01)
 
     def test_too_small_images_are_refused(self):
         with pytest.raises(ValueError, match="image_size=4"):

@@ -3,9 +3,9 @@
 import logging
 import re
 import signal
+import socket
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,7 +24,7 @@ from trl_spatial.serving.limits import Limits
 
 
 def wait_until(condition):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -58,13 +58,13 @@ def test_requests_share_batches(slow, prompts, images):
     with serve(slow, max_batch_size=4) as (url, server), ThreadPoolExecutor(7) as executor:
         image = encode(images[0])
         answers = [executor.submit(ask, url, prompts[:1], [image])]
-        assert slow.entered.wait(60)
+        assert slow.entered.wait(120)
         answers += [executor.submit(ask, url, prompts[:1], [image]) for _ in range(6)]
         wait_until(lambda: server.endpoint.batcher.num_waiting == 6)
         slow.gate.set()
         assert len({tuple(answer.result().json()["mean"]) for answer in answers}) <= 7
         assert slow.sizes == [1, 4, 2]
-        health = requests.get(f"{url}/health", timeout=60).json()
+        health = requests.get(f"{url}/health", timeout=120).json()
     assert (health["requests"], health["images"], health["batches"]) == (7, 7, 3)
 
 
@@ -72,11 +72,11 @@ def test_a_full_queue_asks_to_come_back(slow, prompts, images):
     image = encode(images[0])
     with serve(slow, max_queue=2, limits=Limits(max_images=2)) as (url, server), ThreadPoolExecutor(2) as executor:
         first = executor.submit(ask, url, prompts[:1], [image])
-        assert slow.entered.wait(60)
+        assert slow.entered.wait(120)
         second = executor.submit(ask, url, prompts[:2], [image] * 2)
         wait_until(lambda: server.endpoint.batcher.num_waiting == 2)
         refused = ask(url, prompts[:1], [image])
-        assert refused.status_code == 503 and "2 images are waiting already" in refused.json()["error"]
+        assert refused.status_code == 503 and "2 images are already waiting" in refused.json()["error"]
         assert int(refused.headers["Retry-After"]) >= 1
         slow.gate.set()
         assert first.result().status_code == second.result().status_code == 200
@@ -128,9 +128,9 @@ def test_what_is_no_request_is_refused(scorer, prompts, images):
             assert answer.status_code == status, answer.text
             assert re.search(words, answer.json()["error"]), answer.text
         for body in (b"", b"{", b"[" * 20_000, b"[1]", b"{}", b"\xff"):
-            assert requests.post(f"{url}/score", data=body, timeout=60).status_code == 422
+            assert requests.post(f"{url}/score", data=body, timeout=120).status_code == 422
         chunks = (b"x" * 25_000 for _ in range(4))  # of no declared length
-        assert requests.post(f"{url}/score", data=chunks, timeout=60).status_code == 413
+        assert requests.post(f"{url}/score", data=chunks, timeout=120).status_code == 413
 
 
 def test_settings_that_cannot_work_are_refused(scorer):
@@ -149,67 +149,78 @@ def test_the_token(url, prompts, images, caplog):
         assert "token" in answer.json()["error"]
     assert ask(url, *rows).status_code == 200
     for path in ("/health", "/"):
-        assert requests.get(url + path, timeout=60).status_code == 200
+        assert requests.get(url + path, timeout=120).status_code == 200
         for token, status in (("wrong", 401), (TOKEN, 200)):
             headers = {"Authorization": f"Bearer {token}"}
-            assert requests.get(url + path, headers=headers, timeout=60).status_code == status
+            assert requests.get(url + path, headers=headers, timeout=120).status_code == status
     assert TOKEN not in caplog.text and "wrong" not in caplog.text
 
 
 def test_health_and_page(url, prompts, images):
-    before = requests.get(f"{url}/health", timeout=60).json()
+    before = requests.get(f"{url}/health", timeout=120).json()
     ask(url, prompts[:2], [encode(images[0]), "AAAA"])
-    health = requests.get(f"{url}/health", timeout=60).json()
+    health = requests.get(f"{url}/health", timeout=120).json()
     assert health["status"] == "ok" and health["model"] == "tiny" and health["version"] == __version__
     assert health["needs_token"] is True and health["queue"] == 0
     assert (health["requests"] - before["requests"], health["images"] - before["images"]) == (1, 1)
     assert health["seconds_per_image"] > 0
-    page = requests.get(url, timeout=60)
+    page = requests.get(url, timeout=120)
     assert page.headers["Content-Type"].startswith("text/html")
     assert "<h1>tiny</h1>" in page.text and "seconds per image" in page.text and "POST /score" in page.text
     assert "http://" not in page.text and "https://" not in page.text  # nothing is loaded from elsewhere
     for path in ("/docs", "/openapi.json", "/nothing"):
-        assert requests.get(url + path, timeout=60).status_code == 404
+        assert requests.get(url + path, timeout=120).status_code == 404
+
+
+# The command, whose model waits for a file, so that the signal comes before the scores, and which waits as long as it takes.
+GATED = """
+import sys, time
+from pathlib import Path
+from trl_spatial import SpatialScore, cli
+from trl_spatial.serving import server
+
+def score_behind_a_gate(self, *args, **kwargs):
+    while not Path(sys.argv[1]).exists():
+        time.sleep(0.01)
+    return score_batches(self, *args, **kwargs)
+
+score_batches, SpatialScore.score_batches = SpatialScore.score_batches, score_behind_a_gate
+server.ANSWER_TIME = server._GRACE = server.HEAD_TIMEOUT = 600
+raise SystemExit(cli.main(sys.argv[2:]))
+"""
 
 
 def test_the_command_serves_and_finishes_what_it_took(scorer, prompts, images, tmp_path):
-    folder, port, log = tmp_path / "tiny <reward>", free_port(), tmp_path / "log"
+    folder, port, log, gate = tmp_path / "tiny <reward>", free_port(), tmp_path / "log", tmp_path / "gate"
     scorer.save_pretrained(folder)
     (tmp_path / "token.txt").write_text(f"{TOKEN}\n")
-    command = [
-        sys.executable,
-        "-m",
-        "trl_spatial",
-        "serve",
-        "--model",
-        str(folder),
-        "--port",
-        str(port),
-        "--dtype",
-        "float32",
-    ]
-    command += ["--token-file", str(tmp_path / "token.txt"), "--max_batch_size", "1"]
-    url, answers = f"http://127.0.0.1:{port}", []
+    command = [sys.executable, "-c", GATED, gate, "serve", "--model", folder, "--port", port, "--dtype", "float32"]
+    command += ["--token-file", tmp_path / "token.txt", "--max_batch_size", 1]
+    url = f"http://127.0.0.1:{port}"
     with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(list(map(str, command)), cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT)
     try:
         wait_for_answer(f"{url}/health", process, log)
-        assert "<h1>tiny &lt;reward&gt;</h1>" in requests.get(url, timeout=60).text
-        asking = threading.Thread(
-            target=lambda: answers.append(ask(url, prompts[:1] * 64, [encode(images[0])] * 64))
-        )  # fmt: skip
-        asking.start()
-        wait_until(lambda: requests.get(f"{url}/health", timeout=60).json()["queue"] > 0)
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-        asking.join(60)
+        assert "<h1>tiny &lt;reward&gt;</h1>" in requests.get(url, timeout=120).text
+        with ThreadPoolExecutor(1) as executor:
+            asked = executor.submit(ask, url, prompts[:1] * 8, [encode(images[0])] * 8)
+            wait_until(lambda: requests.get(f"{url}/health", timeout=120).json()["queue"] > 0)
+            process.send_signal(signal.SIGTERM)
+            wait_until(lambda: not is_listening(port))
+            gate.touch()
+            process.wait(120)
     finally:
         process.kill()
         process.wait()
     expected = scorer.score(prompts[:1], images[:1]).mean[0]
-    np.testing.assert_allclose(answers[0].json()["mean"], [expected] * 64, atol=1e-6)
+    np.testing.assert_allclose(asked.result().json()["mean"], [expected] * 8, atol=1e-6)
     text = log.read_text()
     assert "POST /score" in text and TOKEN not in text and "Traceback" not in text
+
+
+def is_listening(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_mistakes_of_the_command(tmp_path, capsys):

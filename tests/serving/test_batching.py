@@ -23,7 +23,7 @@ class Gate:
     def score(self, prompts):
         self.batches.append(prompts)
         self.entered.set()
-        assert self.open.wait(60)
+        assert self.open.wait(120)
         if "bad" in prompts:
             raise ValueError("no image")
         return [(len(prompt), 1.0) for prompt in prompts]
@@ -37,7 +37,7 @@ def gate():
 
 
 def wait_until(condition):
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.001)
@@ -45,7 +45,7 @@ def wait_until(condition):
 
 def submit_while_busy(batcher, gate, *requests):
     first = batcher.submit(["first"], [None])
-    assert gate.entered.wait(60)
+    assert gate.entered.wait(120)
     return [first, *(batcher.submit(list(prompts), [None] * len(prompts)) for prompts in requests)]
 
 
@@ -54,7 +54,7 @@ def test_what_waits_is_joined_up_to_a_batch(gate):
     requests = submit_while_busy(batcher, gate, ["a", "bb"], ["ccc", "dddd"], ["eeeee"])
     assert batcher.num_waiting == 5
     gate.open.set()
-    results = [[future.result(10) for future in futures] for futures in requests]
+    results = [[future.result(120) for future in futures] for futures in requests]
     assert results == [[(5, 1.0)], [(1, 1.0), (2, 1.0)], [(3, 1.0), (4, 1.0)], [(5, 1.0)]]
     assert gate.batches == [["first"], ["a", "bb", "ccc"], ["dddd", "eeeee"]]
     batcher.close()
@@ -75,9 +75,9 @@ def test_a_bad_image_costs_no_other_its_score(gate):
     batcher = Batcher(gate.prepare, gate.score)
     (first,), (good, bad), (other,) = submit_while_busy(batcher, gate, ["good", "bad"], ["other"])
     gate.open.set()
-    assert [future.result(10) for future in (first, good, other)] == [(5, 1.0), (4, 1.0), (5, 1.0)]
+    assert [future.result(120) for future in (first, good, other)] == [(5, 1.0), (4, 1.0), (5, 1.0)]
     with pytest.raises(ValueError, match="no image"):
-        bad.result(10)
+        bad.result(120)
     batcher.close()
     assert (batcher.counts.images, batcher.counts.failures) == (3, 1)
 
@@ -93,7 +93,7 @@ def test_a_full_batch_is_prepared_while_the_one_before_is_scored(gate):
     assert gate.prepared == [["first"], ["a", "b"]] and gate.batches == [["first"]]  # one batch ahead, not more
     batcher.cancel(rest[:1])
     gate.open.set()
-    assert [future.result(10) for future in (*first, *one, *rest[1:], *last)] == [(5, 1.0)] + [(1, 1.0)] * 4
+    assert [future.result(120) for future in (*first, *one, *rest[1:], *last)] == [(5, 1.0)] + [(1, 1.0)] * 4
     batcher.close()
     assert gate.batches == [["first"], ["a"], ["c", "d"], ["e"]]  # nobody asked for b any longer
     assert batcher.num_waiting == 0
@@ -103,9 +103,9 @@ def test_an_image_that_cannot_be_prepared_costs_no_other_its_score(gate):
     batcher = Batcher(gate.prepare, gate.score, max_batch_size=2)
     (first,), (good, damaged) = submit_while_busy(batcher, gate, ["good", "damaged"])
     gate.open.set()
-    assert [future.result(10) for future in (first, good)] == [(5, 1.0), (4, 1.0)]
+    assert [future.result(120) for future in (first, good)] == [(5, 1.0), (4, 1.0)]
     with pytest.raises(ValueError, match="no file"):
-        damaged.result(10)
+        damaged.result(120)
     batcher.close()
     assert gate.batches == [["first"], ["good"]]
     assert (batcher.counts.images, batcher.counts.failures) == (2, 1)
@@ -123,7 +123,7 @@ def test_closing_finishes_what_waits(gate):
         batcher.submit(["late"], [None])
     assert closing.is_alive()
     gate.open.set()
-    closing.join(10)
+    closing.join(120)
     assert waiting.result(0) == (7, 1.0)
     assert gate.batches == [["first"], ["waiting"]]
 

@@ -101,7 +101,7 @@ def test_names_are_text():
         (" \n", 1, "prompt is empty"),
         ("x" * 2001, 1, "2001 characters: shorten it to 2000"),
         ("x", 0, "no images"),
-        ("x", 33, "33 images are too many: take at most 32"),
+        ("x", 33, "33 images are too many: add at most 32"),
     ],
 )
 def test_what_cannot_be_scored_is_said(prompt, num_images, message):
@@ -129,6 +129,14 @@ def test_the_page_does_not_show_where_a_model_lies(checkpoint):
 # ---------------------------------------------------------------- in a browser
 
 
+KEEP_MESSAGES = """
+window.messages = [];
+new MutationObserver(() => {
+  for (const toast of document.querySelectorAll(".toast-body")) messages.push(toast.innerText);
+}).observe(document, { childList: true, subtree: true, characterData: true });
+"""
+
+
 @pytest.fixture
 def open_page(browser):
     """A function that opens a page, and what it asked of whom and complained about."""
@@ -137,10 +145,12 @@ def open_page(browser):
     def open_url(url, width=1280, height=900):
         context = browser.new_context(viewport={"width": width, "height": height})
         contexts.append(context)
+        context.set_default_timeout(120_000)
         tab, requests, errors = context.new_page(), [], []
         tab.on("request", lambda request: requests.append(request.url))
         tab.on("pageerror", lambda error: errors.append(str(error)))
         tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        tab.add_init_script(KEEP_MESSAGES)
         tab.goto(url)
         tab.get_by_label("Prompt").wait_for()
         return tab, requests, errors
@@ -158,6 +168,11 @@ def fill_in(tab, prompt, paths):
 
 def press_score(tab):
     tab.get_by_role("button", name="Score", exact=True).click()
+
+
+def wait_for_message(tab, text):
+    """Of an error, which the page shows for some seconds only: the whole text."""
+    return tab.wait_for_function("part => messages.find((text) => text.includes(part))", arg=text).json_value()
 
 
 def read_table(tab):
@@ -180,6 +195,7 @@ def test_the_served_page_ranks_images(served, open_page, expected, image_paths, 
 
     captions = [f"{rank}. {float(mean):.2f} ± {float(std):.2f}" for rank, _, mean, std, _ in expected]
     shown = tab.get_by_role("button", name="Thumbnail")
+    shown.nth(len(expected) - 1).wait_for()
     assert [text.strip() for text in shown.all_inner_texts()] == captions
     tab.wait_for_function("[...document.querySelectorAll('#gallery img')].every(i => i.complete && i.naturalWidth)")
     sizes = tab.evaluate("[...document.querySelectorAll('#gallery img')].map(i => [i.naturalWidth, i.naturalHeight])")
@@ -201,15 +217,14 @@ def test_the_served_page_says_what_is_wrong(served, open_page, expected, image_p
     url, proxy = served
     tab, requests, errors = open_page(url)
     press_score(tab)
-    tab.get_by_text("The prompt is empty: write the text").wait_for()
+    wait_for_message(tab, "The prompt is empty: write the text")
     tab.get_by_label("Prompt").fill(PROMPT)
     press_score(tab)
-    tab.get_by_text("There are no images: add at least one.").wait_for()
+    wait_for_message(tab, "There are no images: add at least one.")
     fill_in(tab, PROMPT, [image_paths[0], damaged_path])
     press_score(tab)
-    alert = tab.get_by_text("torn's.png cannot be decoded")
-    alert.wait_for()
-    assert "/" not in alert.inner_text() and "&" not in alert.inner_text()
+    message = wait_for_message(tab, "torn's.png cannot be decoded")
+    assert "/" not in message and "&" not in message
     assert tab.get_by_role("table", name="Scores").count() == 0
     tab.get_by_role("button", name="Clear").click()
     fill_in(tab, PROMPT, image_paths)  # and it goes on

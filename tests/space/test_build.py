@@ -173,7 +173,7 @@ def test_serving_without_gradio_says_what_to_install(checkpoint, monkeypatch):
 
 
 def test_serving_refuses_what_cannot_be_served(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="--model, a folder or a name of the Hub, or --dir"):
+    with pytest.raises(ValueError, match="--model, a folder or a name on the Hub, or --dir"):
         run("serve")
     with pytest.raises(ValueError, match=r"has no app.py: `trl_spatial space build`"):
         run("serve", "--dir", tmp_path)

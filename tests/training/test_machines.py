@@ -35,12 +35,27 @@ def test_a_shared_folder_is_seen_and_left_as_it_was(folder, records):
 def test_all_processes_name_those_that_do_not_see_the_folder(folder, records):
     for record in records:
         assert "process 2 on" in record["own"] and "process 3 on" in record["own"] and "process 1" not in record["own"]
-        assert "a disk that all machines share" in record["own"]
+        assert "a disk that all machines share" in record["own"] and "cannot write" not in record["own"]
     assert list((folder / "disk_0").iterdir()) == []
 
 
 def test_all_processes_are_told_that_the_folder_cannot_be_written_to(records):
     assert all("cannot be written to" in record["not a folder"] for record in records)
+
+
+def test_all_processes_name_the_one_that_cannot_write_to_the_folder(folder, records):
+    """It may open no further file: for root, no folder is read-only."""
+    for record in records:
+        assert "process 3 on" in record["read-only"] and "cannot write there" in record["read-only"]
+        assert "process 2 on" not in record["read-only"]
+    assert list((folder / "read-only").iterdir()) == []
+
+
+def test_a_process_that_the_others_wait_for_does_not_look_like_a_hang(folder, records):
+    notices = [text for record in records[:2] for text in record["notices"]]
+    assert (folder / "noticed").exists() and records[2]["notices"] == records[3]["notices"] == []
+    assert all(text.startswith("Waiting for the other processes (Rewarding images), for ") for text in notices)
+    assert notices and "`ddp_timeout`" in notices[0]
 
 
 def test_one_process_of_each_machine_downloads_and_the_others_wait(folder, records):

@@ -1,6 +1,6 @@
 """True architectures as fake tensors, which have sizes and types but no contents, and what a pass over them takes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -9,7 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from trl_spatial.diffusion_grpo.runtime.memory import AllocationTracker
+from trl_spatial.diffusion_grpo.runtime.allocations import AllocationTracker
 
 
 aten = torch.ops.aten
@@ -26,8 +26,8 @@ class Counts(AllocationTracker):
     where a type changes, and calls of attention. PyTorch's `FlopCounterMode` would keep what checkpointing computes again.
     """
 
-    def __init__(self, existing: nn.Module):
-        super().__init__(existing)
+    def __init__(self, existing: nn.Module, others: Sequence[torch.Tensor] = ()):
+        super().__init__(existing, others)
         self.flops = self.cast_bytes = self.num_attentions = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -42,8 +42,8 @@ class Counts(AllocationTracker):
             self.flops += sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
         elif packet is aten._to_copy:
             self.cast_bytes += args[0].nbytes + output.nbytes
-        elif packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=output)
+        elif (counted := aten.addmm if packet is aten.addmm_ else packet) in flop_registry:
+            self.flops += flop_registry[counted](*args, **(kwargs or {}), out_val=output)
         return output
 
     def take(self) -> dict[str, int]:

@@ -5,12 +5,25 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.true_size.generators import RECIPES, measure_generator
+import pytest
+
+from tests.true_size.generators import METHODS, RECIPES, measure_generator
 from tests.true_size.rewards import REWARDS, measure_reward
 
 
 TABLE = RECIPES / "bench" / "true_size.json"
-GENERATORS = [path.stem for path in sorted(RECIPES.glob("grpo_*.yaml"))]
+GENERATORS = sorted(path.stem for method in METHODS for path in RECIPES.glob(f"{method}_*.yaml"))
+
+
+def check_against_table(name: str, counts: dict[str, dict[str, int]]) -> None:
+    """Fails if a count of a recipe is not what the table says, to 1 %."""
+    recorded = json.loads(TABLE.read_text(encoding="utf-8"))[name]
+    assert counts.keys() == recorded.keys()
+    for phase, record in recorded.items():
+        for key, value in record.items():
+            assert counts[phase][key] == pytest.approx(value, rel=0.01), (
+                f"{phase}, {key}: see tests/true_size/measure.py"
+            )
 
 
 def main(recipes: list[str]) -> None:

@@ -1,11 +1,9 @@
 """The reward model at true size: true architectures as fake tensors, with the smallest and the largest images of the recipe."""
 
-import json
-
 import pytest
 from torch import nn
 
-from tests.true_size.measure import TABLE
+from tests.true_size.measure import check_against_table
 from tests.true_size.rewards import NUM_TEXT_TOKENS, REWARDS, SIDES, build_reward_model, measure_reward
 from trl_spatial.diffusion_grpo.runtime.memory import GPU_GIB
 
@@ -63,10 +61,4 @@ def test_a_micro_batch_of_the_largest_images_fits_on_a_card_of_40_gb(reward):
 
 def test_nothing_has_grown(reward):
     name, _, counts = reward
-    recorded = json.loads(TABLE.read_text(encoding="utf-8"))[name]
-    assert counts.keys() == recorded.keys()
-    for phase, record in recorded.items():
-        for key, value in record.items():
-            assert counts[phase][key] == pytest.approx(value, rel=0.01), (
-                f"{phase}, {key}: see tests/true_size/measure.py"
-            )
+    check_against_table(name, counts)

@@ -1,4 +1,4 @@
-"""Preference datasets as data: which columns they have, what is wrong with their rows, and what is in them."""
+"""Preference datasets: validation, statistics, building, review, and publishing."""
 
 from ..preferences.columns import COLUMNS, Column, check_columns
 from ..preferences.faults import KINDS, Finding, Place

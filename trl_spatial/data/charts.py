@@ -1,4 +1,4 @@
-"""The statistics of a dataset as a picture."""
+"""Plots the statistics of a dataset."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..preferences.faults import clip
 from .counts import QUANTITIES, Quantity, SplitStatistics, mean_of, tabulate
 
 
-# Of Okabe and Ito: told apart by readers of every kind of color vision, and in grey.
+# From the palette of Okabe and Ito: distinguishable with any kind of color vision, and in gray.
 _COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 _INK, _QUIET, _RULE = "#1c1c22", "#5f6069", "#e3e3e8"
 _STYLE = {
@@ -47,8 +47,8 @@ _NUM_COLUMNS = 3
 @_styled
 def save_statistics(statistics: Mapping[str, SplitStatistics], path: str | Path, *, title: str) -> None:
     """
-    Draw what is in a dataset to a PNG file: a panel per quantity that was counted, with a bar per split in each group. The bars of
-    a split add up to 100 %, so that a small split can be compared with a large one.
+    Plot the statistics of a dataset to a PNG file: one panel per quantity, with one bar per split in each group. The
+    bars of a split add up to 100 %, so that a small split can be compared with a large one.
     """
     shown = [quantity for quantity in QUANTITIES if tabulate(quantity, statistics)]
     num_columns = min(_NUM_COLUMNS, len(shown)) or 1
@@ -108,7 +108,7 @@ def _draw_panel(
             f"{split} {mean_of(c):.2f}" for split, found in statistics.items() if (c := found.counts[quantity.name])
         ]
         axes.set_xlabel(f"mean: {', '.join(means)}")
-        middle, half_width = (len(groups) - 1) / 2, max(len(groups) + 0.2, 4.2) / 2  # few bars stay slim
+        middle, half_width = (len(groups) - 1) / 2, max(len(groups) + 0.2, 4.2) / 2  # a few bars stay narrow
         axes.set_xlim(middle - half_width, middle + half_width)
     else:
-        axes.set_ylim(max(len(groups) - 0.4, 3.6), -0.6)  # the most frequent at the top
+        axes.set_ylim(max(len(groups) - 0.4, 3.6), -0.6)  # inverted: the first group, the most frequent, is on top

@@ -1,4 +1,4 @@
-"""What is in a preference dataset, counted."""
+"""Counts what is in a preference dataset."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,15 +9,15 @@ from ..preferences.rows import ImageFacts
 from ..scenes import parse_description
 
 
-MAX_NAMES = 15  # of a quantity without an order that are shown; the rest is one group
+MAX_NAMES = 15  # names shown of a categorical quantity; the rest is one group
 MAX_BINS = 12
-MAX_NAMES_KEPT = 50  # in JSON: scenes may be as many as rows
+MAX_NAMES_KEPT = 50  # names in the JSON: there may be as many scenes as rows
 
 
 @dataclass(frozen=True)
 class Quantity:
     """
-    Something that is counted.
+    A quantity that is counted.
 
     Args:
         name (`str`):
@@ -53,7 +53,7 @@ QUANTITIES = (
 @dataclass
 class SplitStatistics:
     """
-    What is in one split.
+    The statistics of one split.
 
     Args:
         num_rows (`int`):
@@ -105,14 +105,14 @@ class SplitStatistics:
         self.counts["image_modes"].update(image.mode for image in images)
 
     def _add_scene(self, scene: str) -> None:
-        """A scene in the words of `describe_scene` by its objects, any other by its name."""
+        """Counts the objects of a scene that `describe_scene` wrote; any other scene is counted by name."""
         try:
             self.counts["objects_per_scene"][len(parse_description(scene).entities)] += 1
         except ValueError:
             self.counts["scenes"][scene] += 1
 
     def to_dict(self) -> dict[str, Any]:
-        """The statistics for JSON: of names the most frequent 50, of numbers all, with mean and range."""
+        """The statistics for JSON: the 50 most frequent names, and all numbers with mean and range."""
         result = {
             name: getattr(self, name) for name in ("num_rows", "share", "num_checked", "num_prompts", "num_images")
         }
@@ -125,8 +125,9 @@ class SplitStatistics:
 
 def kinds_of(value: Any, key: str) -> list[str] | None:
     """
-    What stands under `key`, `"relation"` or `"operation"`, in the entries of a list: a kind per entry, `"not given"` for a null,
-    and `None` if there is no list. Strings are kinds themselves; a mapping of lists is what datasets before 4.0 made of a list.
+    Return the value of `key`, `"relation"` or `"operation"`, in each entry of a list: `"not given"` for a null, and
+    `None` if there is no list. An entry may be the value itself, a string; datasets before 4.0 turned the list into a
+    mapping of lists.
     """
     entries = value.get(key) if isinstance(value, dict) else value
     if entries is None:
@@ -136,7 +137,7 @@ def kinds_of(value: Any, key: str) -> list[str] | None:
 
 
 def mean_of(counts: Counter) -> float:
-    """Mean of numbers that are counted."""
+    """Mean of counted numbers."""
     return sum(value * count for value, count in counts.items()) / counts.total()
 
 
@@ -150,8 +151,9 @@ def _summarize(counts: Counter, quantity: Quantity) -> dict[str, Any]:
 
 def tabulate(quantity: Quantity, statistics: Mapping[str, SplitStatistics]) -> list[tuple[str, list[int]]]:
     """
-    Counts of a quantity in as few groups as a report has room for: label of a group and its count in each split. Numbers stand in
-    their order, in at most 12 bins of equal width; names by their count, the rarest together. Empty if nothing was counted.
+    Return the counts of a quantity in few groups, for a report: (label, count in each split). Numbers are sorted, in
+    at most 12 bins of equal width; names are sorted by count, with the rarest in one group. Empty if nothing was
+    counted.
     """
     counters = [split.counts[quantity.name] for split in statistics.values()]
     total = sum(counters, Counter())

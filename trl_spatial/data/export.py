@@ -1,4 +1,4 @@
-"""Publishing a preference dataset on the Hub."""
+"""Publishes a preference dataset on the Hub."""
 
 import io
 import os
@@ -35,8 +35,9 @@ _SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<
 
 def prepare_splits(splits: Mapping[str, Dataset], source: str) -> DatasetDict:
     """
-    Makes images of what names or holds image files, so that they are embedded when the dataset is uploaded, and checks the rest.
-    Paths of images in a file are relative to the folder of `source`. The columns of `COLUMNS` come first.
+    Converts columns of image paths or files to images, so that an upload embeds them, and checks that other columns
+    name no file elsewhere. Paths of images are relative to the folder of `source`. The columns of `COLUMNS` come
+    first.
 
     Raises:
         [`~preferences.files.OutsideError`]: If a row names a file that is not in that folder: it would be uploaded.
@@ -67,7 +68,7 @@ def _find_files(row: dict[str, Any], column: str, folder: Path) -> dict[str, str
 
 def check_splits(splits: DatasetDict, *, show_progress: bool = True) -> ValidationReport:
     """
-    Validates what is to be uploaded.
+    Validates the splits to be uploaded.
 
     Raises:
         `ValueError`: If it has errors; the message names the first ones.
@@ -136,9 +137,9 @@ def card_files(
     written: Mapping[str, Any] | None = None,
 ) -> dict[str, Path | bytes]:
     """
-    The card of a dataset with its pictures and, if it has the split `benchmark`, `eval.yaml`: name in the repository → content.
-    `notes` are sections on how the dataset was made, as Markdown; `written` is front matter that is there already: which files are
-    which split.
+    The card of a dataset with its pictures and, if it has the split `benchmark`, `eval.yaml`: name in the repository →
+    content. `notes` are sections on how the dataset was made, as Markdown; `written` is existing front matter, which
+    assigns files to splits.
     """
     written = dict(written or {})
     pictures: dict[str, Path | bytes] = {SAMPLES_FILE: _png(_draw_samples(next(iter(splits.values()))))}
@@ -179,8 +180,8 @@ def card_files(
 
 def _describe_benchmark(dataset_id: str, config_name: str, num_pairs: int) -> bytes:
     """
-    What the Hub reads to show results on a dataset as leaderboards. It names no `evaluation_framework`, as the Hub's list of them
-    does not have this package.
+    Returns `eval.yaml`, from which the Hub builds the leaderboards of a dataset. It has no `evaluation_framework`,
+    because this package is not in the Hub's list.
     """
     content = {
         "name": dataset_id.split("/")[-1],
@@ -195,7 +196,7 @@ def _describe_benchmark(dataset_id: str, config_name: str, num_pairs: int) -> by
 
 
 def _metadata(repo_id: str) -> dict[str, Any]:
-    """The front matter that the upload of the shards has written."""
+    """Reads the front matter that the upload of the shards wrote; empty if there is no card."""
     with explain_errors(f"Reading the card of {repo_id}"):
         try:
             return call_with_retries(DatasetCard.load, repo_id, token=HfApi().token).data.to_dict()

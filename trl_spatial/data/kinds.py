@@ -1,9 +1,9 @@
-"""How a folder with a dataset is recognized. Its rows are uploaded as Parquet, and none of its files."""
+"""How `push` recognizes the folder of a dataset. Its rows are uploaded as Parquet; its files are not."""
 
 from ..hub.checkpoints import Kind
 
 
-# What `trl_spatial data export` writes beside the rows: a part of the card, and configurations of the same rows.
+# Written by `trl_spatial data export` beside the rows: a section of the card, and configurations of the same rows.
 NOTES_FILE = "notes.md"
 FURTHER_CONFIGURATIONS = ("text", "preview")
 

@@ -1,4 +1,4 @@
-"""A validation report as text for a terminal."""
+"""Formats a validation report for a terminal."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -7,8 +7,8 @@ from .counts import QUANTITIES, Quantity, SplitStatistics, mean_of, tabulate
 from .validation import ValidationReport
 
 
-_MAX_SHOWN = 20  # findings of a kind
-_BAR = 20  # characters of the longest bar
+_MAX_SHOWN = 20  # findings per kind
+_BAR = 20  # length of the longest bar, in characters
 
 
 def format_report(report: ValidationReport, name: str) -> str:
@@ -27,7 +27,7 @@ def format_report(report: ValidationReport, name: str) -> str:
     """
     num_rows = sum(statistics.num_rows for statistics in report.statistics.values())
     num_checked = sum(statistics.num_checked for statistics in report.statistics.values())
-    seen = "" if num_checked == num_rows else f", {num_checked:,} of them looked at"
+    seen = "" if num_checked == num_rows else f", {num_checked:,} of them checked"
     found = ", ".join(
         _count(len(findings), title)
         for title, findings in (("error", report.errors), ("warning", report.warnings), ("note", report.notes))
@@ -57,7 +57,7 @@ def _format_findings(findings: Sequence[Finding], severity: str) -> Iterator[str
 
 
 def _merge_splits(findings: Sequence[Finding]) -> list[str]:
-    """A line per finding; what is said of a column of several splits is one line."""
+    """Returns one line per finding; the same finding about a column in several splits is one line."""
     lines: dict[tuple, list[str]] = {}
     for number, finding in enumerate(findings):
         place = finding.place
@@ -116,7 +116,7 @@ def _format_histogram(quantity: Quantity, statistics: Mapping[str, SplitStatisti
 
 
 def _bar_length(share: float, largest: float) -> int:
-    """Anything that is there shows."""
+    """Length of a bar, in characters; at least 1 unless the share is 0."""
     return max(round(_BAR * share / largest), 1) if share else 0
 
 

@@ -1,4 +1,4 @@
-"""Checking a preference dataset row by row, and its splits against each other."""
+"""Validates a preference dataset row by row, and its splits against each other."""
 
 import hashlib
 import os
@@ -19,13 +19,13 @@ from ..preferences.rows import ImageFacts, find_faults, look_at_image
 from .counts import SplitStatistics, kinds_of
 
 
-_BATCH_SIZE = 16  # rows whose image files are in memory at a time
+_BATCH_SIZE = 16  # rows whose image files are in memory at once
 
 
 @dataclass(frozen=True)
 class ValidationReport:
     """
-    What is wrong with a preference dataset, and what is in it.
+    The findings about a preference dataset, and its statistics.
 
     Args:
         findings (`list[Finding]`):
@@ -43,12 +43,12 @@ class ValidationReport:
 
     @property
     def errors(self) -> list[Finding]:
-        """What makes the dataset unfit for training."""
+        """Findings that make the dataset unfit for training."""
         return self.of_severity("error")
 
     @property
     def warnings(self) -> list[Finding]:
-        """What may be intended, and should be checked."""
+        """Findings that may be intended, and should be checked."""
         return self.of_severity("warning")
 
     @property
@@ -89,7 +89,7 @@ def validate_splits(
             Whether to show a progress bar.
 
     Returns:
-        [`ValidationReport`]: what was found. A dataset with faults is no exception.
+        [`ValidationReport`]: what was found. Faults in the dataset raise no exception.
 
     Raises:
         `ValueError`: If there is no split, or `max_rows` or `num_threads` is below 1.
@@ -117,18 +117,18 @@ def validate_splits(
 
 
 class _SplitCheck:
-    """Reads a split once and keeps what was found, what was counted, and where each prompt and image is first."""
+    """Reads a split once; collects findings, counts, and the first place of each prompt and image."""
 
     def __init__(self, split: str, statistics: SplitStatistics):
         self.split, self.statistics = split, statistics
         self.findings: list[Finding] = []
         self.prompts: dict[str, Place] = {}
-        self.images: dict[bytes | None, Place] = {}  # by the hash of their pixels
-        self.rows: dict[bytes, int] = {}  # by the hash of the prompt and of both images
+        self.images: dict[bytes | None, Place] = {}  # keyed by the hash of the pixels
+        self.rows: dict[bytes, int] = {}  # keyed by the hash of the prompt and both images
         self.scenes: set[str] = set()
 
     def run(self, rows: Dataset, pool: ThreadPoolExecutor) -> Iterator[int]:
-        """Check all rows; yields how many were checked, batch by batch."""
+        """Checks all rows and yields the number of rows in each batch."""
         columns, self.findings = check_columns(rows.features, self.split)
         if len(rows) == 0:
             self.findings.append(Finding("empty_split", Place(self.split), "the split", "has no rows."))
@@ -141,14 +141,17 @@ class _SplitCheck:
         start = 0
         for batch in rows.iter(_BATCH_SIZE):
             num_rows = len(batch[columns[0]])
-            images = {
-                column: list(pool.map(partial(look_at_image, decode=True), batch[column]))
-                for column in IMAGE_COLUMNS
-                if column in batch
-            }
+            present = [column for column in IMAGE_COLUMNS if column in batch]
+            cells = [cell for column in present for cell in batch[column]]
+            # a pair and its reverse are neighbors and have the same two images: decode each image once
+            first = [cells.index(cell) for cell in cells]
+            distinct = sorted(set(first))
+            found = pool.map(partial(look_at_image, decode=True), [cells[number] for number in distinct])
+            facts = dict(zip(distinct, found, strict=True))
             for i in range(num_rows):
                 row = {column: batch[column][i] for column in columns}
-                self._check_row(start + i, row, {column: found[i] for column, found in images.items()})
+                images = {column: facts[first[i + k * num_rows]] for k, column in enumerate(present)}
+                self._check_row(start + i, row, images)
             start += num_rows
             yield num_rows
         self.statistics.num_prompts, self.statistics.num_images = len(self.prompts), len(self.images)
@@ -197,7 +200,7 @@ class _SplitCheck:
 
 
 def _find_shared(checks: Sequence[_SplitCheck]) -> list[Finding]:
-    """Images and prompts that are in two splits, each once for each two splits, at its first rows."""
+    """Finds images and prompts shared by two splits: one finding per pair of splits, at their first rows in each."""
     findings = []
     for first, second in combinations(checks, 2):
         for digest, place in second.images.items():

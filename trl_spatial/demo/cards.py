@@ -45,14 +45,14 @@ def update_reward_card(folder: Path, measured: dict[str, Any], pairs: Dataset, s
     draw_pairs(first, title="The first held-out pairs").save(folder / SAMPLES_FILE)
     notes = (
         f"Expected calibration error of P(chosen): {measured['expected_calibration_error']:.3f}. The model was trained and measured "
-        "on the rendered shapes of `trl_spatial demo` and knows no other images."
+        "on the rendered shapes of `trl_spatial demo` and cannot judge any other images."
     )
     card.with_results(results, notes=notes).save(folder)
 
 
 def update_generator_card(folder: Path, before: dict[str, Any], after: dict[str, Any], num_images: int) -> None:
     """
-    Writes the verdicts of the scenes' rules and the mean reward into the card of the LoRA weights in a folder: those of so many
+    Writes the verdicts of the scenes' rules and the mean reward into the card of the LoRA weights in a folder: those of `num_images`
     images without the weights (`before`) and with them (`after`), from [`~demo.generator.judge`].
     """
     card = Card.load(folder)

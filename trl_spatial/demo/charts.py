@@ -1,4 +1,4 @@
-"""The charts of the report that only the demo has."""
+"""The charts that only the demo's report has."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

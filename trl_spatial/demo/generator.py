@@ -1,4 +1,4 @@
-"""The tiny FLUX of the demo: drawing with it, judging what it draws by the rules of scenes, and training it by rewards."""
+"""The tiny FLUX of the demo: drawing with it, judging its images by the rules of scenes, and training it on rewards."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -29,15 +29,15 @@ from ..scenes import SceneCheck, SceneGraph, check_scene, make_prompt_dataset, p
 
 Config = TypeVar("Config", bound=OnlineConfig)
 
-# The tiny FLUX that is shipped with the package: see its card beside it.
+# The tiny FLUX that ships with the package: see its card in the same folder.
 TINY_FLUX = Path(__file__).parents[1] / "tiny_models" / "flux"
-# What it was pretrained on: two objects of these kinds and one of these relations, in captions of at most so many tokens.
+# What it was pretrained on: two objects of these kinds and one of these relations, in captions of at most this many tokens.
 PALETTE = ("red", "orange", "yellow", "green", "blue", "purple")
 OUTLINES = ("circle", "square", "triangle")
 DIRECTIONS = ("left_of", "right_of", "above", "below")
 IMAGE_SIZE = 32
 MAX_SEQUENCE_LENGTH = 16
-# Of evaluations, as in the paper; training takes fewer.
+# In evaluation, as in the paper; training takes fewer.
 NUM_INFERENCE_STEPS = 28
 IMAGES_PER_PROMPT = 4
 SAMPLING: dict[str, Any] = {
@@ -48,9 +48,9 @@ SAMPLING: dict[str, Any] = {
     "max_sequence_length": MAX_SEQUENCE_LENGTH,
 }
 LORA_RANK = 32
-# Prompts on which the trainer looks at how far it is, at most: in another split than those of the demo's result
+# Maximum number of prompts for evaluation during training, from another split than those of the demo's results
 NUM_MONITORED_PROMPTS = 192
-# How the demo differs from the defaults of a training on rewards
+# The demo's settings that differ from the defaults of training on rewards
 _SETTINGS: dict[str, Any] = {
     "height": IMAGE_SIZE,
     "width": IMAGE_SIZE,
@@ -61,13 +61,14 @@ _SETTINGS: dict[str, Any] = {
     "rollout_batch_size": 192,
     "per_device_eval_batch_size": 192,
     "eval_num_inference_steps": NUM_INFERENCE_STEPS,
-    # SpatialScore says little about objects that lose their shape: more of a pull to the reference keeps them
+    # SpatialScore hardly notices when objects lose their shape: a stronger pull to the reference keeps the shapes
     "beta": 0.1,
     # a tiny model learns with rates that would ruin a large one, and within the span of the average's defaults
     "learning_rate": 1.5e-3,
     "ema_steps": 1,
-    # activations of so small a model need not be recomputed
+    # activations of such a small model need not be recomputed
     "gradient_checkpointing": False,
+    "bf16": False,  # on by default with a GPU, but the README's numbers are in float32
     "eval_strategy": "steps",
     "eval_on_start": True,
     "logging_steps": 1,
@@ -114,8 +115,8 @@ def draw_images(
 ) -> Dataset:
     """
     Draw images of the prompts from [`make_prompts`] and score them. Image `j` of prompt `i` starts from the noise of `(seed, i, j)`,
-    so that two generators can be compared image by image. Gives the columns `prompt`, `scene`, `image` and `score`, the images of a
-    prompt next to each other.
+    so that two generators can be compared image by image. Returns the columns `prompt`, `scene`, `image` and `score`, the images of
+    a prompt next to each other.
     """
     batches = draw_rows(
         PipelineGenerator(pipeline, **SAMPLING),
@@ -141,7 +142,7 @@ def judge(drawn: Dataset, images_per_prompt: int = IMAGES_PER_PROMPT) -> dict[st
 
     Returns:
         `dict`: `spatial_accuracy`, `objects_present` and `relations_correct` as [`~judges.scenes.summarize_checks`]
-        gives them, with intervals that draw whole prompts; `relations`, the spatial accuracy for each relation; the mean
+        gives them, with intervals that resample whole prompts; `relations`, the spatial accuracy for each relation; the mean
         `reward`; and the `diversity` of the images of a prompt.
     """
     graphs, images = read_graphs(drawn["scene"]), list(drawn["image"])
@@ -170,12 +171,12 @@ def read_graphs(scenes: Sequence[str]) -> list[SceneGraph]:
 def spatial_accuracy(
     prompts: list[str], images: list[PILImage.Image], scene: list[str], **columns: Any
 ) -> list[float]:
-    """Reward function, the truth: 1 where every object is there once and every relation holds, else 0."""
+    """Reward function, the ground truth: 1 if every object is there exactly once and every relation holds, else 0."""
     return [float(_check(image, text).is_correct) for image, text in zip(images, scene, strict=True)]
 
 
 def objects_present(prompts: list[str], images: list[PILImage.Image], scene: list[str], **columns: Any) -> list[float]:
-    """Reward function: 1 where every object is there once, wherever it stands, else 0."""
+    """Reward function: 1 if every object is there exactly once, wherever it is, else 0."""
     return [float(has_objects(_check(image, text))) for image, text in zip(images, scene, strict=True)]
 
 
@@ -183,14 +184,14 @@ def _check(image: PILImage.Image, scene: str) -> SceneCheck:
     return _check_pixels(image.tobytes(), image.size, scene)
 
 
-# Both functions above look at the same images one after the other, and a check takes milliseconds.
+# Both functions above check the same images one after the other, and a check takes milliseconds.
 @lru_cache(maxsize=1024)
 def _check_pixels(pixels: bytes, size: tuple[int, int], scene: str) -> SceneCheck:
     return check_scene(PILImage.frombytes("RGB", size, pixels), parse_description(scene))
 
 
 def grpo_config(output_dir: Path, *, max_steps: int, seed: int, **changes: Any) -> DiffusionGRPOConfig:
-    """Configuration of the tiny FLUX's reinforcement learning, which looks ten times at how far it is; `changes` are further fields."""
+    """Configuration of the tiny FLUX's reinforcement learning, with ten evaluations; `changes` are further fields."""
     changes = {"noise_level": 0.7} | changes
     return training_config(DiffusionGRPOConfig, output_dir, max_steps=max_steps, seed=seed, **changes)
 
@@ -198,7 +199,7 @@ def grpo_config(output_dir: Path, *, max_steps: int, seed: int, **changes: Any) 
 def training_config(
     config_class: type[Config], output_dir: Path, *, max_steps: int, seed: int, **changes: Any
 ) -> Config:
-    """[`grpo_config`] for a training on rewards by another loss."""
+    """[`grpo_config`] for training on rewards with another loss."""
     every = -(-max_steps // 10)
     own = {"output_dir": str(output_dir), "max_steps": max_steps, "seed": seed}
     return config_class(**(_SETTINGS | own | {"eval_steps": every, "save_steps": every} | changes))
@@ -212,8 +213,9 @@ def make_trainer(
     trainer_class: type = DiffusionGRPOTrainer,
 ) -> DiffusionGRPOTrainer:
     """
-    The trainer of the tiny FLUX. It is evaluated by [`spatial_accuracy`] and [`objects_present`], which it is not trained on, with
-    one image for each of the prompts, which it is not trained on either. The seed of `args` is also that of the prompts.
+    Makes the trainer of the tiny FLUX. It evaluates [`spatial_accuracy`] and [`objects_present`] on one image for each of
+    `num_monitored_prompts` prompts; neither these rewards nor these prompts are trained on. The seed of `args` is also that of the
+    prompts.
     """
     trainer = trainer_class(
         pipeline=load_generator(),
@@ -250,21 +252,23 @@ class _ProgressCallback(RolloutProgressCallback):
 
 def train_generator(trainer: DiffusionGRPOTrainer) -> dict[str, Any]:
     """
-    Train the tiny FLUX, or continue an interrupted training, and save its weights. Returns what happened: `steps`, `evaluations`,
-    `settings` and `cost`, as JSON holds them.
+    Train the tiny FLUX, or resume an interrupted run, and save its weights. Returns the `steps`, `evaluations`, `settings` and
+    `cost` of the run as JSON values.
     """
     args = trainer.args
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model()
     history = trainer.state.log_history
-    # a resumed run evaluates once more where it continues
+    # a resumed run evaluates again where it resumes
     evaluations = {
         log["step"]: _pick(log, _EVALUATION_NAMES) | {"num_images": len(trainer.eval_dataset)}
         for log in history
         if "eval_reward" in log
     }
     return {
-        "steps": [_pick(log, _STEP_NAMES) for log in history if "loss" in log],
+        "steps": [
+            _pick(log, _STEP_NAMES) for log in history if "reward" in log
+        ],  # updates with a rollout of their own
         "evaluations": list(evaluations.values()),
         "settings": {name: getattr(args, name) for name in _SETTING_NAMES} | {"lora_rank": LORA_RANK},
         "cost": _cost(args, history),

@@ -48,7 +48,7 @@ def draw_charts(results: Mapping[str, Any]) -> dict[str, str]:
     accuracy = reward_model["accuracy"]
     levels = {f"{level} change" + "s" * (level != "1"): row for level, row in accuracy["level"].items()}
     charts["pairs"] = share_dots(
-        {"all pairs": accuracy["all"]["all"], **levels}, "pairs", "pairs ranked rightly", chance=0.5
+        {"all pairs": accuracy["all"]["all"], **levels}, "pairs", "pairs ranked correctly", chance=0.5
     )
     if reward_model["reliability"]:
         charts["calibration"] = reliability_diagram(reward_model["reliability"])

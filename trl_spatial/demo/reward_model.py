@@ -22,7 +22,7 @@ from ..store import is_complete
 from .report import save_image
 
 
-# The tiny Qwen2.5-VL that is shipped with the package: see its card beside it.
+# The tiny Qwen2.5-VL that ships with the package: see its card in the same folder.
 TINY_BACKBONE = Path(__file__).parents[1] / "tiny_models" / "qwen2_5_vl"
 
 
@@ -45,7 +45,7 @@ def train_reward_model(
     dataset: Dataset, output_dir: Path, *, max_steps: int, seed: int, objective: str | None = None
 ) -> None:
     """
-    Train a reward model from the tiny backbone, or continue an interrupted training; `output_dir` holds checkpoints and the model.
+    Train a reward model from the tiny backbone, or resume an interrupted run; `output_dir` holds checkpoints and the model.
     `objective` is that of the loss, by default [`GaussianRewardConfig`]'s.
     """
     if not is_complete(output_dir):
@@ -59,6 +59,7 @@ def train_reward_model(
             per_device_train_batch_size=32,
             gradient_accumulation_steps=1,
             gradient_checkpointing=False,
+            bf16=False,
             logging_steps=10,
             save_steps=100,
             save_total_limit=1,
@@ -77,8 +78,8 @@ def train_reward_model(
 
 def score_pairs(scorer: PairScorer, dataset: Dataset, folder: Path, controls: Sequence[str] = ()) -> PairScores:
     """
-    Score held-out pairs as `trl_spatial evaluate pairs` does, into a folder, which is begun anew. `controls` are names of
-    [`~evaluation.pair_controls.CONTROLS`].
+    Score held-out pairs as `trl_spatial evaluate pairs` does, into a folder, whose contents are replaced. `controls` are names
+    of [`~evaluation.pair_controls.CONTROLS`].
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -126,7 +127,7 @@ def _as_interval(group: dict[str, Any]) -> dict[str, Any]:
 def save_examples(dataset: Dataset, scores: PairScores, output_dir: Path, num_pairs: int = 8) -> list[dict[str, Any]]:
     """
     Save pictures of the pairs with the largest margins and of those with the smallest, which include the model's errors, half of
-    `num_pairs` each: every picture in the folder `images` of `output_dir`, and a sheet of each half beside it.
+    `num_pairs` each: every picture in the folder `images` of `output_dir`, and a sheet of each half next to that folder.
 
     Returns:
         `list[dict]`: prompt, files of the images, relative to `output_dir`, scores and change of each pair.

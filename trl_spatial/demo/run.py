@@ -30,7 +30,7 @@ TITLES = {
     "measure": "SpatialScore: measuring on held-out pairs",
     "before": "Base images: drawing held-out prompts with the tiny FLUX",
     "grpo": "Spatial-RL: training the tiny FLUX, with SpatialScore as the only reward",
-    "after": "Evaluation: drawing the same prompts again; the rules of the scenes judge both",
+    "after": "Evaluation: drawing the same prompts again; the exact rules judge both",
 }
 NUM_SHOWN_PROMPTS = 8
 _SHOWN_VERSIONS = ("torch", "transformers", "trl", "diffusers", "peft", "datasets", "trl-spatial")
@@ -41,7 +41,7 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     Run the demo, or continue an interrupted run: preference pairs → SpatialScore → base images → reinforcement learning with
     SpatialScore as the only reward → evaluation by the rules of the scenes → report.
 
-    Returns all results, which are also in `results.json` in the output folder, beside `report.html`. Raises a `ValueError` if that
+    Returns all results, which are also in `results.json` in the output folder, next to `report.html`. Raises a `ValueError` if that
     folder holds a run with other settings, or something else, or is in use.
     """
     output_dir = Path(settings.output_dir)
@@ -147,7 +147,7 @@ def _train_generator(settings: DemoSettings, output_dir: Path) -> dict[str, Any]
         output_dir / "grpo",
         max_steps=settings.grpo_steps,
         seed=settings.seed,
-        # at equal cost better than all steps with every seed: recipes/ablations/README.md
+        # better than all steps at equal cost, with every seed: see recipes/ablations/README.md
         sde_window_size=None if settings.all_steps else 2,
     )
     # at most as many images as in the final evaluation

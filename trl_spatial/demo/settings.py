@@ -23,10 +23,10 @@ class DemoSettings:
     """Settings of the demo; the `help` of each describes it."""
 
     output_dir: str = _option(
-        "runs/demo", "Folder of the models, the results and the report. An interrupted run in it is continued."
+        "runs/demo", "Folder for the models, the results and the report. An interrupted run in it is continued."
     )
     quick: bool = _option(False, "Use smaller defaults: two minutes, with less reliable results.")
-    seed: int = _option(0, "Seed of the pairs, the prompts, and both trainings.")
+    seed: int = _option(0, "Seed for the pairs, the prompts and both training runs.")
     num_train_pairs: int = _option(
         None, "Number of pairs to train the reward model on, each in both directions. If `None`, 8000, quick 1600."
     )

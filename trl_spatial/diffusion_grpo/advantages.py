@@ -14,12 +14,12 @@ def combine_rewards(
     Weighted sum of the rewards of several reward functions: one per image, by which images are selected and advantages
     computed.
 
-    A reward may be missing (NaN). It is never counted as 0, which would rank an image by the scale of what it lacks:
+    A reward may be missing (NaN). It is never counted as 0, which would rank an image by the scale of the missing reward:
 
-    - An image that lacks a reward which others of its group have cannot be compared with them: it has no sum, and is not
-      learnt from.
+    - An image without a reward that others in its group have cannot be compared with them: it has no sum, and is not
+      trained on.
     - A function that gave no reward to a whole group cannot rank it. It counts there as its mean over the other groups,
-      so that the sums of all groups have one scale.
+      so that the sums of all groups have the same scale.
 
     Adding a constant to all rewards of one function therefore changes no advantage.
 
@@ -31,7 +31,7 @@ def combine_rewards(
         weights (sequence of `num_funcs` `float` or `torch.Tensor`, *optional*):
             Weight of each reward function; one of weight 0 may be missing. 1 if not given.
         multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
-            TRL's word for when rewards are brought to one scale.
+            When rewards are normalized, as in TRL.
 
             - `"sum_then_normalize"`: Weighted sum of the rewards.
             - `"normalize_then_sum"`: Weighted sum of the advantages of each reward function over the images of the group
@@ -41,7 +41,7 @@ def combine_rewards(
 
     Returns:
         `torch.Tensor` of shape `(num_prompts * num_generations,)`:
-            Reward per image, in float32. NaN for images that are not learnt from.
+            Reward per image, in float32. NaN for images that are not trained on.
 
     Raises:
         `ValueError`: If the number of rewards is no multiple of `num_generations`, there is not one weight per
@@ -52,13 +52,13 @@ def combine_rewards(
     weights = torch.ones(num_funcs) if weights is None else torch.as_tensor(weights)
     if weights.shape != (num_funcs,):
         raise ValueError(
-            f"There are {weights.numel()} reward weights for {num_funcs} reward functions: pass one each."
+            f"There are {weights.numel()} reward weights for {num_funcs} reward functions: pass one for each."
         )
     weights = weights.to(rewards)
     _by_group(rewards[:, 0], num_generations)  # whole groups
     is_missing = (rewards.isnan() | (weights == 0)).unflatten(0, (-1, num_generations))
     is_absent = is_missing.all(1, keepdim=True)  # (num_prompts, 1, num_funcs)
-    is_unknown = ((is_missing & ~is_absent & (weights != 0)).any(2) | is_absent.all(2)).flatten()  # of each image
+    is_unknown = ((is_missing & ~is_absent & (weights != 0)).any(2) | is_absent.all(2)).flatten()  # per image
     rewards = rewards.masked_fill(is_unknown[:, None], math.nan)
     if multi_objective_aggregation == "normalize_then_sum":
         rewards = torch.stack(
@@ -71,12 +71,12 @@ def combine_rewards(
             f"Unknown multi_objective_aggregation {multi_objective_aggregation!r}: use 'sum_then_normalize' or "
             "'normalize_then_sum'."
         )
-    # Also a function that is missing everywhere adds nothing.
+    # Only a function that is missing everywhere is still NaN in a known image: it adds nothing.
     combined = (rewards.nan_to_num(0) * weights).sum(1)
     if not combined.isfinite().all():
         raise ValueError(
             f"The weighted sum of rewards up to {rewards.nan_to_num(0).abs().max().item():g} with the weights "
-            f"{weights.tolist()} is beyond float32. Use smaller `reward_weights`, or scale the rewards."
+            f"{weights.tolist()} exceeds the range of float32. Use smaller `reward_weights`, or scale the rewards."
         )
     return combined.masked_fill(is_unknown, math.nan)
 
@@ -86,8 +86,8 @@ def select_top_k(rewards: torch.Tensor, num_generations: int, top_k: int | None)
     Indices of the images with the `top_k` best and the `top_k` worst rewards of every group.
 
     Only these are trained on ([Spatial-RL](https://huggingface.co/papers/2602.24233)). Equal rewards are ranked by
-    their index. Images without a reward (NaN) stand in the middle of the ranking, so that they are taken only where a
-    group has fewer than `2 * top_k` others.
+    their index. Images without a reward (NaN) rank in the middle, so that they are taken only if a group has fewer than
+    `2 * top_k` others.
 
     Args:
         rewards (`torch.Tensor` of shape `(num_prompts * num_generations,)`):
@@ -95,7 +95,7 @@ def select_top_k(rewards: torch.Tensor, num_generations: int, top_k: int | None)
         num_generations (`int`):
             Number of images per prompt.
         top_k (`int` or `None`):
-            Number of images to keep at either end. If `None`, all are kept.
+            Number of images to keep at each end. If `None`, all are kept.
 
     Returns:
         `torch.LongTensor` of shape `(num_prompts * 2 * top_k,)`:
@@ -126,7 +126,7 @@ def select_top_k(rewards: torch.Tensor, num_generations: int, top_k: int | None)
     ranking = grouped.argsort(dim=1, stable=True)  # NaN last
     rank = torch.arange(num_generations, device=rewards.device)
     num_known = (~grouped.isnan()).sum(1, keepdim=True)
-    # lower half of those with a reward, those without, upper half
+    # lower half of the images with a reward, images without, upper half
     third = torch.where(rank >= num_known, 1, torch.where(rank < num_known // 2, 0, 2))
     ranking = ranking.gather(1, third.argsort(dim=1, stable=True))
     kept = torch.cat([ranking[:, :top_k], ranking[:, -top_k:]], dim=1).sort(dim=1).values
@@ -158,7 +158,7 @@ def group_advantages(
         num_generations (`int`):
             Number of images per prompt.
         scale_rewards (`str`, *optional*, defaults to `"group"`):
-            What the differences from the group mean are divided by, in TRL's words: the standard deviation of the
+            What the differences from the group mean are divided by, as in TRL: the standard deviation of the
             `"group"`, that of all rewards of the `"batch"`, or nothing (`"none"`).
         kept (`torch.LongTensor` of shape `(num_prompts * num_kept,)`, *optional*):
             Indices of the images to train on, from [`select_top_k`]: equally many of each group. If not given, all.
@@ -167,7 +167,7 @@ def group_advantages(
             ([Spatial-RL](https://huggingface.co/papers/2602.24233)) or those of the whole `"group"`
             ([DanceGRPO](https://huggingface.co/papers/2505.07818)).
         clip (`float`, *optional*, defaults to `5.0`):
-            Largest size of an advantage.
+            Maximum absolute value of an advantage.
 
     Returns:
         `torch.Tensor` of shape `(num_prompts * num_kept,)`:
@@ -210,8 +210,8 @@ def group_advantages(
 def _by_group(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
     if rewards.ndim != 1 or rewards.numel() % num_generations:
         raise ValueError(
-            f"rewards has shape {tuple(rewards.shape)}: with num_generations={num_generations} use one dimension of a "
-            "multiple of it, whole groups only."
+            f"rewards has shape {tuple(rewards.shape)}: with num_generations={num_generations}, use one dimension whose "
+            "size is a multiple of that, so that all groups are whole."
         )
     return rewards.view(-1, num_generations)
 
@@ -221,7 +221,7 @@ def _kept_by_group(rewards: torch.Tensor, num_generations: int, kept: torch.Tens
     group = (kept // num_generations).reshape(num_groups, -1) if kept.numel() % num_groups == 0 else None
     if group is None or (group != torch.arange(num_groups, device=kept.device)[:, None]).any():
         raise ValueError(
-            f"kept must hold equally many images of each of the {num_groups} groups, one group after the other, as "
+            f"kept must hold equally many images of each of the {num_groups} groups, group by group, as "
             "select_top_k returns them."
         )
     return rewards[kept].view(num_groups, -1)
@@ -232,7 +232,7 @@ def _std(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def _is_nearly_zero(std: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
-    # Scores of equal images by a float32 model differ by some 1e-6 of their size from batch to batch. The absolute
-    # part is for rewards that are 0 but for rounding, such as a difference of two others or a saturated sigmoid.
+    # A float32 model scores equal images differently from batch to batch, by about 1e-6 of the score. The absolute part
+    # is for rewards that are 0 up to rounding, such as the difference of two others or a saturated sigmoid.
     size = rewards.abs().nan_to_num(0).amax(1, keepdim=True)
     return std <= 1e-5 * size + 1e-8

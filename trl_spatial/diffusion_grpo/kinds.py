@@ -1,4 +1,4 @@
-"""What may be uploaded of trained diffusion weights and of a pipeline."""
+"""Files of trained diffusion weights and of pipelines that may be uploaded."""
 
 from dataclasses import replace
 

@@ -92,7 +92,7 @@ def normalized_log_ratio(
 
     Under the policy that drew the samples, a log-ratio averaged over D latent elements has expectation
     \\( -\delta^2 / 2 \\) and spread \\( \delta / \sqrt{D} \\), where \\( \delta \\) is the root mean square of
-    `mean - old_mean` in units of `std`. Once it exceeds 2/D the bias dominates, and the upper clip almost never fires.
+    `mean - old_mean` in units of `std`. Once it exceeds 2/D the bias dominates, and the upper clip almost never triggers.
     Adding it back leaves a log-ratio of expectation 0 at every step. It is linear in `mean`.
 
     Args:
@@ -205,12 +205,12 @@ def _mean_squared_error(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class ScoredStep:
-    """A denoising step of `n` images as one set of weights scores it: the policy's, or the reference's."""
+    """A denoising step of `n` images, scored with one set of weights: the policy's or the reference's."""
 
     velocity: torch.Tensor  # (n, image_seq_len, num_channels)
     mean: torch.Tensor  # (n, image_seq_len, num_channels)
     std: torch.Tensor  # (n,)
-    log_probs: torch.Tensor  # (n,), of the latents that were sampled
+    log_probs: torch.Tensor  # (n,), of the sampled latents
 
 
 def policy_objective(
@@ -226,9 +226,9 @@ def policy_objective(
     step_weight: float = 1.0,
 ) -> PolicyLossOutput:
     """
-    Policy loss of every image, by the switches of the configuration: clipped, clipped after [`normalized_log_ratio`] with
-    the `step_weight` of this denoising step, or with [`kl_mask`] in place of the clip, a dropped term counting as clipped.
-    The last two need the mean of the step under the old policy.
+    Computes the policy loss of every image. By default it is clipped. With `ratio_norm`, it is clipped after
+    [`normalized_log_ratio`] and multiplied by `step_weight`. With `mask_threshold`, [`kl_mask`] replaces the clip, and dropped
+    terms count as clipped. The last two need `old_mean`, the mean of the step under the old policy.
     """
     if not ratio_norm and mask_threshold is None:
         return clipped_policy_loss(scored.log_probs, old_log_probs, advantages, epsilon, epsilon_high)

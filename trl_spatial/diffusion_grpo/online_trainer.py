@@ -13,6 +13,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..generation.seeds import image_generator
+from ..training.processes import fail_together
+from ..training.run_folder import num_updates_of
 from .advantages import combine_rewards, group_advantages, select_top_k
 from .online_config import OnlineConfig
 from .policies import SamplingOptions
@@ -23,29 +25,33 @@ from .runtime.buffer import RolloutBuffer
 from .runtime.checks import check_data, with_held_out
 from .runtime.metrics import group_diversity
 from .runtime.monitoring import RewardsMonitor
-from .runtime.processes import fail_together
 
 
 logger = get_logger(__name__)
 
-# A grid of a rollout's images is saved every so many rollouts
+# Number of rollouts between saved grids of images
 ROLLOUTS_PER_GRID = 10
-# The prompts of so many rollouts are encoded together: moving the text encoders to the device and back takes seconds
+# Number of rollouts whose prompts are encoded together: moving the text encoders to the device and back takes seconds
 ROLLOUTS_PER_ENCODING = 32
 
 
 class OnlineTrainer(DiffusionTrainer):
     """
-    Trains on images that the policy draws itself: rollout, rewards, filter and advantages, whatever the loss.
+    Trains on images drawn by the policy itself: rollout, rewards, filter and advantages, independent of the loss.
 
-    A subclass gives `_make_buffer` and `compute_loss`, the warnings of its settings and, if images are drawn otherwise than
-    in evaluation, `_sample`. Arguments are those of
+    A subclass implements `_make_buffer` and `compute_loss`, the warnings about its settings and, if it does not draw images as
+    in evaluation, `_sample`. Its arguments are those of
     [`DiffusionGRPOTrainer`].
     """
 
     _config_class: ClassVar[type[OnlineConfig]]
     _buffer_class: ClassVar[type[RolloutBuffer]]
-    _run_suffix: ClassVar[str]  # of the output folder, if there are no `args`
+    _run_suffix: ClassVar[str]  # of the default output folder
+    # Arguments that a rollout is drawn, rewarded and stored with: a change in its middle would only count from the next one on
+    _rollout_arguments: ClassVar[tuple[str, ...]] = (
+        "height", "width", "guidance_scale", "max_sequence_length", "num_inference_steps", "num_generations", "num_scouts",
+        "scout_steps", "reward_weights", "scale_rewards", "advantage_scope", "multi_objective_aggregation",
+    )  # fmt: skip
     eval_reward_functions: RewardFunctions
     _counted = (*DiffusionTrainer._counted, "num_trained_images", "num_scout_images")
 
@@ -91,10 +97,10 @@ class OnlineTrainer(DiffusionTrainer):
             logger.warning(warning)
 
     def _set_up(self) -> None:
-        """Makes what a subclass needs besides, at the end of `__init__`."""
+        """Hook at the end of `__init__` for a subclass's own setup."""
 
     def _setup_warnings(self) -> list[str]:
-        """Warnings about settings that are allowed but known to hurt."""
+        """Warnings about settings that are allowed but known to be harmful."""
         raise NotImplementedError
 
     @property
@@ -104,8 +110,8 @@ class OnlineTrainer(DiffusionTrainer):
     def _check_train_dataset(self, dataset: Rows) -> None:
         check_data(dataset, "train_dataset", self.policy, self.reward_functions)
 
-    # The prompts of a rollout are a function of its index (see `rollout_prompts`), so that a resumed run continues with
-    # the right ones whatever was skipped. The loader only counts the batches of an epoch.
+    # The prompts of a rollout are a function of its index (see `rollout_prompts`), so a resumed run continues with the
+    # right ones, whatever was skipped. The loader only counts the batches of an epoch.
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
             raise ValueError("`train_dataset` is `None`. Training needs prompts: pass a dataset.")
@@ -120,10 +126,10 @@ class OnlineTrainer(DiffusionTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         model.train()
         steps = self._prepare_inputs(inputs)
-        is_boundary = self.accelerator.sync_gradients  # of the last batch of an update
+        is_boundary = self.accelerator.sync_gradients  # true for the last batch of an update
         total_loss = torch.zeros((), device=self.args.device)
         with self._timer.phase("train"):
-            # Backward after every denoising step: memory holds the graph of one.
+            # Backward after every denoising step, so that memory holds only one step's graph.
             for step in steps:
                 is_last = is_boundary and step is steps[-1]
                 # DeepSpeed reads the flag, DDP and FSDP need the context.
@@ -136,8 +142,9 @@ class OnlineTrainer(DiffusionTrainer):
         return total_loss
 
     def _prepare_inputs(self, inputs) -> list[Any]:
-        """The next batch of the rollout, one entry per backward pass; a new rollout if it is used up."""
+        """Returns the next batch of the rollout, one entry per backward pass. Draws a new rollout if it is used up."""
         if self._buffer is None or self._buffer.is_used_up:
+            self._buffer = None  # or its latents would stay on the device next to the new ones
             self._buffer = self._generate_and_score(self.state.global_step // self.args.num_updates_per_rollout)
         steps = self._buffer.batch_steps(self._buffer.position, self.prompt_cache)
         self._buffer.position += 1
@@ -149,12 +156,10 @@ class OnlineTrainer(DiffusionTrainer):
         rows = self._rollout_rows(rollout_index)
         chosen, scout_rewards = self._choose_images(rows, rollout_index)
         prompts = [row["prompt"] for row in rows for _ in range(args.num_drawn)]  # n of them
-        rollout, rewards = self._draw(rows, chosen, rollout_index)  # (n, num_funcs)
-        if rollout_index % ROLLOUTS_PER_GRID == 0:
-            self._log_images("rollout", rollout_index, rollout.images, prompts, rewards)
+        rollout, own_rewards = self._draw(rows, chosen, rollout_index)  # (n, num_funcs)
 
-        # Selected and normalised over all processes, of which each takes its part
-        rewards = self._gather(rewards)  # (num_processes * n, num_funcs)
+        # Selected and normalized over all processes; then each takes its part
+        rewards = self._gather(own_rewards)  # (num_processes * n, num_funcs)
         combined = combine_rewards(
             rewards, args.num_drawn, functions.weights, args.multi_objective_aggregation
         )  # (num_processes * n,)
@@ -172,6 +177,9 @@ class OnlineTrainer(DiffusionTrainer):
         kept = kept.view(args.world_size, -1)[args.process_index] - args.process_index * len(prompts)  # (num_kept,)
         advantages = advantages.view(args.world_size, -1)[args.process_index]  # (num_kept,)
         self._metrics.totals["num_trained_images"] += len(kept)
+        if rollout_index % ROLLOUTS_PER_GRID == 0:
+            of_all = torch.full((len(prompts),), torch.nan).index_put((kept,), advantages.float())
+            self._log_images("rollout", rollout_index, rollout.images, prompts, own_rewards, of_all)
 
         return self._make_buffer(
             rollout_index,
@@ -188,8 +196,8 @@ class OnlineTrainer(DiffusionTrainer):
         self, rows: list[dict[str, Any]], rollout_index: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        The numbers of the images that are drawn for each prompt of this process, `(num_prompts_per_device, num_drawn)`, and,
-        if scouts have chosen them, the combined rewards of their scouts, `(num_prompts * num_drawn,)`, of all processes.
+        Returns the numbers of the images to draw for each prompt of this process, `(num_prompts_per_device, num_drawn)`, and, if
+        scouts chose them, the combined rewards of those scouts over all processes, `(num_prompts * num_drawn,)`.
         """
         args = self.args
         if args.num_scouts is None:
@@ -199,6 +207,11 @@ class OnlineTrainer(DiffusionTrainer):
         combined = combine_rewards(
             self._gather(rewards), args.num_scouts, self.reward_functions.weights, args.multi_objective_aggregation
         )  # (num_prompts * num_scouts,)
+        if num_blind := int(combined.view(-1, args.num_scouts).isnan().all(1).sum()):
+            logger.warning(
+                f"No scout of {num_blind} of the {args.num_prompts} prompts of this rollout has a reward, so the seeds drawn for them "
+                "are arbitrary. If it persists, use more `scout_steps`, or no scouts."
+            )
         kept = select_top_k(combined, args.num_scouts, args.top_k)  # (num_prompts * num_drawn,)
         own = kept.view(args.world_size, len(rows), -1)[args.process_index]
         return own % args.num_scouts, combined[kept]
@@ -208,8 +221,8 @@ class OnlineTrainer(DiffusionTrainer):
 
     def _make_buffer(self, rollout_index: int, rollout: Rollout, kept: torch.Tensor, **common: Any) -> RolloutBuffer:
         """
-        Takes the kept images of this process's rollout, `(num_kept,)` indices, to be trained on. `common` is what every
-        buffer holds.
+        Makes the training buffer from the kept images of this process's rollout, `(num_kept,)` indices. `common` holds the
+        fields that every buffer has.
         """
         raise NotImplementedError
 
@@ -218,14 +231,14 @@ class OnlineTrainer(DiffusionTrainer):
         return [self.train_dataset[index] for index in self._row_indices(rollout_index)]
 
     def _row_indices(self, rollout_index: int) -> list[int]:
-        """Which rows of the dataset are this process's prompts in a rollout."""
+        """Indices of the dataset rows that are this process's prompts in a rollout."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         indices = rollout_prompts(len(self.train_dataset), self.args.num_prompts, rollout_index, seed=seed)
         start = self.args.process_index * self.args.num_prompts_per_device
         return indices[start : start + self.args.num_prompts_per_device]
 
     def _next_prompts(self, rollout_index: int) -> Iterator[str]:
-        """Prompts of the rollouts that are still to come after this one, no more than are encoded together."""
+        """Yields the prompts of the next rollouts that are encoded together with this one's."""
         num_rollouts = -(-self.state.max_steps // self.args.num_updates_per_rollout)
         for index in range(rollout_index + 1, min(rollout_index + ROLLOUTS_PER_ENCODING, num_rollouts)):
             for row in self._row_indices(index):
@@ -235,8 +248,8 @@ class OnlineTrainer(DiffusionTrainer):
         self, rows: list[dict[str, Any]], numbers: torch.Tensor, rollout_index: int, *, is_scout: bool = False
     ) -> tuple[Rollout, torch.Tensor]:
         """
-        Draws, for each row, the images or the scouts of its `numbers`, `(len(rows), num_images)`, and rewards them: a rollout
-        of `n` images, group-contiguous, and their rewards, `(n, num_funcs)`.
+        Draws and rewards, for each row, the images or scouts with its `numbers`, `(len(rows), num_images)`. Returns a rollout of
+        `n` images, group-contiguous, and their rewards, `(n, num_funcs)`.
         """
         args = self.args
         rows_of_images = [row for row in rows for _ in range(numbers.shape[1])]
@@ -248,23 +261,25 @@ class OnlineTrainer(DiffusionTrainer):
             for group, of_group in enumerate(numbers.tolist(), start=first)
             for number in of_group
         ]
-        overlapped = (
-            OverlappedRewards(self.reward_functions, prompts, columns, args.device) if args.overlap_rewards else None
-        )
+        overlapped = None
+        if args.overlap_rewards:
+            overlapped = OverlappedRewards(
+                self.reward_functions, prompts, columns, args.device, is_collective=self.is_fsdp_enabled
+            )
         with nullcontext() if overlapped is None else overlapped:
-            with fail_together(self.accelerator, "Sampling images", is_collective=self.is_fsdp_enabled):
+            with fail_together("Sampling images", is_collective=self.is_fsdp_enabled):
                 with self._timer.phase("encode"):
                     self.prompt_cache.expect(self._next_prompts(rollout_index))
-                    # a row for each image of the rollout: too much for the device, which gets them batch by batch
+                    # one row per image of the rollout is too much for the device, which gets them batch by batch
                     embeds = self.prompt_cache.get(prompts, device=torch.device("cpu"))
                 with self._timer.phase("sample"), self._sampling_policy(), self.accelerator.autocast():
                     on_batch = None if overlapped is None else overlapped.add
-                    if is_scout:  # from the first latents of the image, in few steps
+                    if is_scout:  # from the same initial latents as the image, in few steps
                         options = replace(self._options, num_inference_steps=args.scout_steps)
                         rollout = self._sample_without_noise(options, embeds, generators, on_batch)
                     else:
                         rollout = self._sample(rollout_index, embeds, generators, on_batch)
-            with fail_together(self.accelerator, "Rewarding images"), self._timer.phase("reward"):
+            with fail_together("Rewarding images"), self._timer.phase("reward"):
                 if overlapped is None:
                     rewards = self.reward_functions(prompts, rollout.images, **columns)
                 else:
@@ -309,7 +324,7 @@ class OnlineTrainer(DiffusionTrainer):
         return nullcontext()
 
     def _select_kept(self, rewards: torch.Tensor, rollout_index: int) -> torch.Tensor:
-        """Which images of a rollout are trained on, of all processes: `(num_prompts * num_kept,)` indices."""
+        """Indices of a rollout's images to train on, over all processes: `(num_prompts * num_kept,)`."""
         return select_top_k(rewards, self.args.num_drawn, self.args.top_k)
 
     def _training_state(self) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
@@ -321,7 +336,7 @@ class OnlineTrainer(DiffusionTrainer):
         num_processes = self.args.world_size
         if any(extra["buffer"] is not None for _, extra in states):
             raise ValueError(
-                f"The checkpoint is from the middle of a rollout of {len(states)} processes, each with images of its own; "
+                f"The checkpoint is from the middle of a rollout of {len(states)} processes, each with its own images; "
                 f"now there are {num_processes}. Resume with {len(states)}, or from a checkpoint at the end of a rollout."
             )
         return {"buffer": None, **super()._merge_training_states(states)}
@@ -331,6 +346,7 @@ class OnlineTrainer(DiffusionTrainer):
         if extra["buffer"] is None:
             return
         args = self.args
+        self._check_rollout_arguments()
         buffer = self._buffer_class.from_state(tensors, extra["buffer"], args.device)
         sizes = (len(buffer.prompts), buffer.batch_size, buffer.num_iterations, buffer.num_batches_on_policy)
         expected = (
@@ -347,6 +363,17 @@ class OnlineTrainer(DiffusionTrainer):
             )
         self._buffer = buffer
 
+    def _check_rollout_arguments(self) -> None:
+        assert self._checkpoint is not None
+        step = num_updates_of(self._checkpoint)
+        for change in self._run["changes"]:
+            if change["until"] == step and change["name"] in self._rollout_arguments:
+                raise ValueError(
+                    f"The checkpoint is from the middle of a rollout that was drawn with `{change['name']}` "
+                    f"{change['value']}; now it is {self._run['arguments'][change['name']]}. Resume with the old value, or from a "
+                    "checkpoint at the end of a rollout."
+                )
+
     # Prompts are a function of the rollout's index: a resumed run has to count rollouts as before.
     def _position(self) -> dict[str, int]:
         return {
@@ -362,7 +389,7 @@ class OnlineTrainer(DiffusionTrainer):
             if then != now:
                 names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "top_k")
                 raise ValueError(
-                    "Resumed like this, the run would leave out prompts or draw them twice: (prompts, updates) per rollout "
+                    "Resuming like this would skip prompts or draw them twice: (prompts, updates) per rollout "
                     f"were {tuple(then.values())[1:]} and are {tuple(now.values())[1:]} now, with {self.args.world_size} "
                     f"processes{self._old_sizes((*names, 'num_generations', 'num_iterations'))}. Use the old values."
                 )

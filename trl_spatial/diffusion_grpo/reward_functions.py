@@ -1,10 +1,10 @@
-"""Reward functions of a trainer: called by TRL's contract, checked, and put side by side in one tensor, also in a thread."""
+"""A trainer's reward functions: called by TRL's contract, checked, and combined in one tensor, optionally in a thread."""
 
 import copy
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from numbers import Real
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..hub.functions import errors_of
 from ..statistics import bootstrap_interval
 
 
@@ -21,11 +22,11 @@ RewardFunction = Callable[..., Sequence[float | None] | torch.Tensor | np.ndarra
 
 class RewardFunctions:
     """
-    One or several reward functions with their weights, float32, `(num_funcs,)`, 1.0 each if there are none.
+    One or several reward functions with their float32 weights, `(num_funcs,)`, 1.0 each if none are given.
 
     A reward function is called as `reward_func(prompts=..., images=..., **columns)` and returns one number per image:
     a list, a NumPy array or a tensor on the CPU. `None` in a list means that the function gives that image no reward.
-    Every call gets copies of its own, which the function may change.
+    Every call gets its own copies, which the function may change.
 
     Each function is logged under its `__name__`, or the name of its class if it has none; functions of one name get a
     number.
@@ -41,7 +42,7 @@ class RewardFunctions:
             if not callable(function):
                 raise TypeError(
                     f"`reward_funcs` holds {function!r}, which cannot be called. Pass functions, or objects such as "
-                    "`SpatialScore`; load a checkpoint by its name first."
+                    "`SpatialScore`; load a checkpoint first."
                 )
         if weights is None:
             weights = [1.0] * len(functions)
@@ -56,49 +57,52 @@ class RewardFunctions:
 
     def check_columns(self, columns: Collection[str]) -> None:
         """
-        Finds out before training whether the functions can be called with the columns of a dataset that are passed on,
-        all but `prompt`: a `ValueError` if one needs a column that is missing, or does not take one that is there.
+        Checks before training that the functions can be called with a dataset's columns, all but `prompt`. Raises
+        `ValueError` if one needs a missing column or does not accept an existing one.
         """
         taken = {"prompts", "images"} & set(columns)
         if taken:
             raise ValueError(
-                f"The dataset has a column {sorted(taken)[0]!r}, a name under which reward functions get what the "
-                "trainer generates. Rename or remove the column."
+                f"The dataset has a column {sorted(taken)[0]!r}, the name under which the trainer passes its own values to reward "
+                "functions. Rename or remove the column."
             )
         for name, function in zip(self.names, self.functions, strict=True):
             try:
                 signature = inspect.signature(function)
-            except ValueError:  # of some built-in functions nothing is known
+            except ValueError:  # some built-in functions have no signature
                 continue
             try:
                 signature.bind(prompts=[], images=[], **dict.fromkeys(columns))
             except TypeError as error:
                 raise ValueError(
                     f"Reward function `{name}{signature}` cannot be called with `prompts`, `images` and the columns "
-                    f"{sorted(columns)} of the dataset: {error}. Add the column that is missing, or let the function "
+                    f"{sorted(columns)} of the dataset: {error}. Add the missing column, or let the function "
                     "take `**columns`."
                 ) from None
 
     def __call__(self, prompts: list[str], images: list[Image.Image], **columns: list) -> torch.Tensor:
         """
         Rewards images with all functions: `(n, num_funcs)`, float32, on the CPU, NaN where a function gave no reward.
-        Each column holds one value per image. A function that returns anything else than one finite number or `None`
-        per image is a `ValueError`, with its name, what it returned and the way out.
+        Each column holds one value per image. If a function returns anything but one finite number or `None` per image,
+        a `ValueError` names it, what it returned, and the fix.
         """
         rewards = torch.empty(len(images), len(self.functions))  # (n, num_funcs)
         for column, (name, function) in enumerate(zip(self.names, self.functions, strict=True)):
-            # Copies, value by value: a function may shrink its images in place or empty the value of a column, which
-            # the next function, the next rollout and the saved images must not see.
+            # Copies, value by value: a function may shrink its images in place or empty a column's value, which must not
+            # affect the next function, the next rollout or the saved images.
             own = {key: [copy.deepcopy(value) for value in values] for key, values in columns.items()}
-            output = function(prompts=list(prompts), images=[copy.deepcopy(image) for image in images], **own)
+            with errors_of(f"The reward function `{name}` raised this error."):
+                output = function(prompts=list(prompts), images=[copy.deepcopy(image) for image in images], **own)
             rewards[:, column] = _as_rewards(output, len(images), name)
         return rewards
 
 
 class OverlappedRewards:
     """
-    Calls reward functions in a thread, one batch of images after the other, in the order in which they are added.
-    `prompts` and `columns` are those of all `n` images; a new thread does not know the device of its process.
+    Calls reward functions in a thread, one batch of images after the other, in the order they are added, up to the first that
+    fails. `prompts` and `columns` are those of all `n` images. `device` is set in the thread, which does not inherit it from the
+    process. If drawing `is_collective`, an error is held until all images are drawn: the other processes could not continue
+    without this one.
     """
 
     def __init__(
@@ -107,12 +111,15 @@ class OverlappedRewards:
         prompts: list[str],
         columns: Mapping[str, Sequence[Any]],
         device: torch.device,
+        *,
+        is_collective: bool = False,
     ):
         self._reward_functions = reward_functions
+        self._is_collective = is_collective
         self._prompts = prompts
         self._columns = columns
         self._futures: list[Future[torch.Tensor]] = []
-        # one thread: functions are called in order and need not be safe against each other
+        # one thread, so that functions are called in order and need not be thread-safe
         self._executor = ThreadPoolExecutor(1, "rewards", initializer=_use_device, initargs=(device,))
 
     def __enter__(self) -> "OverlappedRewards":
@@ -123,23 +130,30 @@ class OverlappedRewards:
 
     def add(self, start: int, images: list[Image.Image]) -> None:
         """
-        Has the images of consecutive rows rewarded. Raises what a reward function raised for an earlier batch, so that
-        nothing more is drawn.
+        Queues the images of consecutive rows to be rewarded. Raises the error of a reward function for an earlier batch,
+        if any, so that nothing more is drawn, unless drawing is collective.
         """
         for future in self._futures:
-            if future.done():
+            if future.done() and not self._is_collective:
                 future.result()
+        before = self._futures[-1] if self._futures else None
         rows = slice(start, start + len(images))
         columns = {name: list(values[rows]) for name, values in self._columns.items()}
-        self._futures.append(self._executor.submit(self._reward_functions, self._prompts[rows], images, **columns))
+
+        def reward() -> torch.Tensor:
+            if before is not None and before.exception() is not None:
+                raise CancelledError  # an error is not followed by calls, which may cost
+            return self._reward_functions(self._prompts[rows], images, **columns)
+
+        self._futures.append(self._executor.submit(reward))
 
     def collect(self) -> torch.Tensor:
-        """Waits for the rewards, `(n, num_funcs)`. Raises what a reward function raised, with its traceback."""
+        """Waits for the rewards, `(n, num_funcs)`. Raises the error of a reward function, if any, with its traceback."""
         return torch.cat([future.result() for future in self._futures])
 
 
 def _use_device(device: torch.device) -> None:
-    # the current device is a thread's own: a function's "cuda" must be this process's
+    # the current device is per thread, and "cuda" in a reward function must mean this process's GPU
     if device.type != "cpu" and device.index is not None:
         torch.accelerator.set_device_index(device.index)
 
@@ -149,7 +163,7 @@ def reward_metrics(rewards: torch.Tensor, combined: torch.Tensor, names: Sequenc
     Statistics of the rewards of all processes, `(n, num_funcs)`, and of their weighted sums, `(n,)`, from
     [`~advantages.combine_rewards`], under the names they are logged with: `reward` and `reward_std` of the sum;
     `rewards/<name>/mean`, `rewards/<name>/std` and `rewards/<name>/frac_none` of each function. Means and standard
-    deviations are over the images that have a reward, which is not NaN, and left out where none has: logs hold no NaN.
+    deviations are over the images with a reward (not NaN), and left out if there are none, so logs hold no NaN.
     """
     metrics = _mean_and_std(combined, "reward", "reward_std")
     for name, column in zip(names, rewards.unbind(dim=1), strict=True):
@@ -162,9 +176,9 @@ def reward_intervals(
     rewards: torch.Tensor, combined: torch.Tensor, names: Sequence[str], prompts: Sequence[str]
 ) -> dict[str, float]:
     """
-    Ends of the 95 % intervals of the means of [`reward_metrics`], of images with the `prompts`, `n` of them: `reward_low` and
-    `reward_high` of the sum, `rewards/<name>/low` and `rewards/<name>/high` of each function. Whole prompts are drawn. Left out
-    where fewer than two prompts have a reward.
+    Bounds of the 95 % intervals of the means of [`reward_metrics`]: `reward_low` and `reward_high` of the sum,
+    `rewards/<name>/low` and `rewards/<name>/high` of each function. `prompts` are those of the `n` images; whole prompts are
+    resampled. Intervals are left out if fewer than two prompts have a reward.
     """
     intervals: dict[str, float] = {}
     for values, prefix in (
@@ -189,7 +203,7 @@ def _mean_and_std(values: torch.Tensor, mean_name: str, std_name: str) -> dict[s
 
 
 def _name_of(function: Any) -> str:
-    function = getattr(function, "func", function)  # of functools.partial
+    function = getattr(function, "func", function)  # the function in a functools.partial
     return str(getattr(function, "__name__", type(function).__name__))
 
 
@@ -205,7 +219,7 @@ def _distinct(names: list[str]) -> list[str]:
 
 
 def _as_rewards(output: Any, num_images: int, name: str) -> torch.Tensor:
-    """Checks what a reward function returned; `(num_images,)`, float32, NaN for `None`."""
+    """Checks a reward function's output and converts it to `(num_images,)`, float32, NaN for `None`."""
     if isinstance(output, torch.Tensor):
         if output.device.type != "cpu":
             raise ValueError(

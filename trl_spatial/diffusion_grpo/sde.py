@@ -49,15 +49,15 @@ def sde_step(
 
     Latents are \\( x_t = (1 - t) x_0 + t e \\) with \\( t \\) the sigma, the velocity is \\( v = e - x_0 \\) and the
     step goes from \\( t \\) to \\( t' = t - h \\). Scoring the latents that a call sampled, with the same other
-    arguments, returns its log-probs bit for bit: both go the same way.
+    arguments, returns its log-probs bit for bit: both use the same code.
 
     Args:
         velocity (`torch.Tensor` of shape `(batch_size, image_seq_len, num_channels)`):
-            Velocity predicted at `latents` and `sigma`. Any shape works that begins with the batch, here and below.
+            Velocity predicted at `latents` and `sigma`. Any shape that starts with the batch works, here and below.
         latents (`torch.Tensor` of shape `(batch_size, image_seq_len, num_channels)`):
             Latents at `sigma`.
         sigma (`float` or `torch.Tensor` of shape `()` or `(batch_size,)`):
-            Current sigma, in `(0, 1]`. Sigmas are read on the CPU, so that a tensor there costs no synchronisation.
+            Current sigma, in `(0, 1]`. Sigmas are read on the CPU, so a tensor there costs no synchronization.
         sigma_next (`float` or `torch.Tensor` of shape `()` or `(batch_size,)`):
             Next sigma, in `[0, sigma)`.
         noise_level (`float`):
@@ -78,7 +78,7 @@ def sde_step(
             - `"precise"`: mean \\( (1 - t') \hat{x}_0 + t' r^{a^2 / 2} \hat{e} \\) and std
               \\( t' \sqrt{1 - r^{a^2}} \\) with \\( r = \frac{t' (1 - t)}{t (1 - t')} \\), of
               [Precise](https://huggingface.co/papers/2605.23522). The process of `"flow_sde"`, solved exactly for a fixed
-              \\( \hat{x}_0 \\): it leaves exactly as much noise as `sigma_next` says, and draws all noise anew in the
+              \\( \hat{x}_0 \\): it leaves exactly as much noise as `sigma_next` says, and draws all noise afresh in the
               first step.
         sigma_max (`float` or `torch.Tensor` of shape `()` or `(batch_size,)`, *optional*):
             For the first step of `"flow_sde"`, where sigma is 1 and \\( g \\) infinite: the schedule's second sigma,
@@ -128,7 +128,7 @@ def sde_step(
             "and has no density: score only the stochastic steps."
         )
 
-    # Moved to the latents together: each move from the CPU's memory by itself would wait for the device.
+    # Moved to the latents' device together: each separate copy from CPU memory would wait for the device.
     weights = _move(transition.stack(), latents.device).view(5, -1, *[1] * (latents.ndim - 1))
     latents_weight, velocity_weight, std, double_variance, log_density_at_mean = weights  # (batch_size, 1, 1) each
     mean = latents_weight * latents + velocity_weight * velocity
@@ -150,7 +150,7 @@ def sde_window(
     rollout_index: int,
 ) -> tuple[int, ...]:
     """
-    Denoising steps that are stochastic, and trained; all others are deterministic.
+    Denoising steps that are stochastic and trained; all others are deterministic.
 
     The last step is never among them: its noise would remain in the image. A window is the same for all images and on
     every process, as it depends on the arguments only.
@@ -166,14 +166,14 @@ def sde_window(
         seed (`int`):
             Seed of the run.
         rollout_index (`int`):
-            Number of the rollout since the start of training. Each rollout has its own window.
+            Index of the rollout since the start of training. Each rollout has its own window.
 
     Returns:
         `tuple[int, ...]`:
             Indices of the steps, ascending.
 
     Raises:
-        `ValueError`: If no step is left beside the last, or the window does not fit into its range, or the range not
+        `ValueError`: If no step is left besides the last, the window does not fit into its range, or the range does not fit
             into the steps.
 
     Example:
@@ -220,8 +220,8 @@ class _Transition:
 
     def stack(self) -> torch.Tensor:
         """
-        Its three fields, twice the variance, and the log-density at the mean: `(5, batch_size)` in float32. A step without
-        noise has no density; its last two rows are those of any std, which keeps the gradient of its log-prob finite.
+        Stacks the three fields, twice the variance, and the log-density at the mean: `(5, batch_size)` in float32. A step
+        without noise has no density; its last two rows are those of std 1, which keeps the gradient of its log-prob finite.
         """
         std = torch.where(self.std == 0, 1, self.std)
         constant = -std.log() - math.log(2 * math.pi) / 2
@@ -247,8 +247,7 @@ def _transition(
         return _coefficients_preserving(t, t_next, log_kept.exp(), t_next * (-(2 * log_kept).expm1()).sqrt())
     if dynamics == "dance_sde":
         return _reverse_sde(t, t_next, torch.full_like(t, noise_level**2))
-    # sigmas fall, so that the minimum replaces the t of the first step and of no other, without comparing floats for
-    # equality
+    # sigmas fall, so the minimum replaces the t of the first step only, without comparing floats for equality
     t_denominator = torch.minimum(t, t_max)
     if (t_denominator >= 1).any():
         raise ValueError(
@@ -291,13 +290,13 @@ def _noise(latents: torch.Tensor, generator: torch.Generator | Sequence[torch.Ge
 
 
 def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    # CUDA has read pageable memory before this returns: nothing has to wait until it is done.
+    # CUDA has read pageable memory before this returns, so nothing has to wait for the copy.
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def _per_image(sigma: float | torch.Tensor, name: str, batch_size: int) -> torch.Tensor:
-    # A schedule is float32, and a number is read as if it came from one, so that both give the same bits. The
-    # coefficients are computed from it in float64 on the CPU, to the last digit of float32.
+    # Schedules are float32, and plain numbers are rounded as if they came from one, so that both give the same bits. The
+    # coefficients are computed in float64 on the CPU, accurate to the last digit of float32.
     sigma = torch.as_tensor(sigma, dtype=torch.float32).to("cpu", torch.float64)  # () or (batch_size,)
     if sigma.shape not in ((), (batch_size,)):
         raise ValueError(

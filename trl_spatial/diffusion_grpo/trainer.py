@@ -10,6 +10,7 @@ from .config import DiffusionGRPOConfig
 from .losses import ScoredStep, policy_objective, reference_kl, velocity_ratio
 from .online_trainer import OnlineTrainer
 from .rollout import Rollout, sample_rollout
+from .runtime.activations import reusing
 from .runtime.buffer import StepsBuffer, TrainingStep
 from .runtime.monitoring import setup_warnings
 from .sde import sde_step, sde_window
@@ -17,7 +18,7 @@ from .sde import sde_step, sde_window
 
 class DiffusionGRPOTrainer(OnlineTrainer):
     """
-    Trainer for the online reinforcement learning of text-to-image models by Group Relative Policy Optimization
+    Trainer for online reinforcement learning of text-to-image models with Group Relative Policy Optimization
     ([Flow-GRPO](https://huggingface.co/papers/2505.05470)), with the filter for the best and worst images of
     [Enhancing Spatial Understanding in Image Generation via Reward
     Modeling](https://huggingface.co/papers/2602.24233).
@@ -62,18 +63,18 @@ class DiffusionGRPOTrainer(OnlineTrainer):
         args ([`DiffusionGRPOConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
         train_dataset ([`~datasets.Dataset`] or `list[dict]`):
-            Dataset to use for training, with a column `"prompt"`.
+            Dataset to use for training, with a `"prompt"` column.
         eval_dataset ([`~datasets.Dataset`], `list[dict]` or a `dict` of them, *optional*):
             Dataset to use for evaluation. It must meet the same requirements as `train_dataset`.
         eval_reward_funcs (`Callable` or `list[Callable]`, *optional*):
-            Further reward functions that only score the images of evaluation and are not trained on. `eval_reward` is the
+            Additional reward functions that only score the evaluation images and are not trained on. `eval_reward` is the
             weighted sum of the trained ones; a warning is issued if it rises while one of these falls.
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
             List of callbacks to customize the training loop.
         optimizers (`tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]`, *optional*, defaults to `(None, None)`):
             A tuple containing the optimizer and the scheduler to use.
         peft_config ([`~peft.LoraConfig`], *optional*):
-            Adapters to train. If `None`, and the transformer has none, all of its weights are trained, which needs
+            Adapters to train. If `None` and the transformer has none, all of its weights are trained, which requires
             `beta=0.0`.
     """
 
@@ -92,6 +93,10 @@ class DiffusionGRPOTrainer(OnlineTrainer):
     _config_class = DiffusionGRPOConfig
     _buffer_class = StepsBuffer
     _run_suffix = "GRPO"
+    _rollout_arguments = (
+        *OnlineTrainer._rollout_arguments, "dynamics", "noise_level", "sde_window_size", "sde_window_range", "ratio_norm", "kl_mask",
+        "bf16", "dtype", "attention_backend", "quantization_config",
+    )  # fmt: skip
     _counted = (*OnlineTrainer._counted, "num_old_log_prob_passes")
 
     def _setup_warnings(self) -> list[str]:
@@ -142,6 +147,7 @@ class DiffusionGRPOTrainer(OnlineTrainer):
             dynamics=args.dynamics,
             batch_size=args.sampling_batch_size,
             on_batch=on_batch,
+            keep_activations=args.reuses_activations,
         )
 
     def _make_buffer(self, rollout_index: int, rollout: Rollout, kept: torch.Tensor, **common: Any) -> StepsBuffer:
@@ -153,25 +159,28 @@ class DiffusionGRPOTrainer(OnlineTrainer):
         if not self._samples_as_it_trains:
             old_log_probs.fill_(torch.nan)
         self._num_unlike_rollout = torch.zeros((), dtype=torch.long, device=latents.device)
+        if rollout.activations is not None and len(kept) < len(rollout.latents):
+            rollout.activations.select(kept)
         return StepsBuffer(
             trained_steps=self._trained_steps(rollout_index),
             latents=latents,
             next_latents=rollout.next_latents[kept],
             old_log_probs=old_log_probs if has_old_policy else None,
             old_means=torch.full_like(latents, torch.nan) if has_old_policy and args.needs_old_means else None,
+            activations=rollout.activations,
             **common,
         )
 
     @property
     def _samples_as_it_trains(self) -> bool:
         """
-        Whether the log-probs of a rollout may be those of training, bit for bit: every batch of either has as many images,
-        all of one prompt, and the same kernels.
+        Whether a rollout's log-probs can equal those of training bit for bit: all batches of both have the same number of
+        images, all of one prompt, and use the same kernels.
         """
         args = self.args
         return (
             args.sampling_batch_size == args.per_device_train_batch_size
-            and args.num_generations % args.sampling_batch_size == 0
+            and args.num_drawn % args.sampling_batch_size == 0
             and args.num_kept % args.sampling_batch_size == 0
             and not args.torch_compile
             and not args.needs_old_means  # a rollout does not keep them
@@ -181,15 +190,17 @@ class DiffusionGRPOTrainer(OnlineTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         buffer = self._buffer
         assert isinstance(buffer, StepsBuffer)
+        if buffer.position >= buffer.num_batches_on_policy:
+            buffer.activations = None
         is_last_on_policy = buffer.position == buffer.num_batches_on_policy < buffer.num_batches
-        # If training has found every log-prob of the rollout again so far, the others hold too.
+        # If training has reproduced every log-prob of the rollout so far, the others hold, too.
         if is_last_on_policy and self.accelerator.gather(self._num_unlike_rollout).sum() > 0:
             self._score_old_policy(buffer)
         return loss
 
     def _score_old_policy(self, buffer: StepsBuffer) -> None:
-        """Scores, in the batches of training, what will be trained on when the policy has changed."""
-        # Without gradient, compiled blocks are another graph than in training, and in bfloat16 round by more than `epsilon`.
+        """Scores, in the same batches, what will be trained on after the policy has changed."""
+        # Without gradients, compiled blocks use another graph than in training, whose bfloat16 rounding differs by more than `epsilon`.
         with self._timer.phase("train"), torch.set_grad_enabled(self.args.torch_compile):
             for position in range(buffer.num_batches_on_policy, buffer.num_batches):
                 for step in buffer.batch_steps(position, self.prompt_cache):
@@ -202,9 +213,11 @@ class DiffusionGRPOTrainer(OnlineTrainer):
         args = self.args
         # The reference comes first: no adapter may be switched between the policy's forward and its backward.
         reference = self._score_reference(inputs) if args.beta > 0 else None
-        scored = self._score(model, inputs)
-        # forward, again with checkpointing, backward
-        self._count_passes("policy", (3 if args.gradient_checkpointing else 2) * len(inputs.latents))
+        with reusing(inputs.block_outputs):
+            scored = self._score(model, inputs)
+        # forward, unless the rollout's is reused, a second time with checkpointing, and backward
+        num_passes = 3 if args.gradient_checkpointing and inputs.block_outputs is None else 2
+        self._count_passes("policy", num_passes * len(inputs.latents))
 
         old_log_probs, old_mean = inputs.old_log_probs, inputs.old_mean
         if inputs.is_on_policy:
@@ -261,7 +274,7 @@ class DiffusionGRPOTrainer(OnlineTrainer):
             return self._score(self.model, inputs)
 
     def _step_weight(self, step: int) -> float:
-        # GRPO-Guard divides the loss by the size of the step. Relative to the mean size, it stays comparable to `beta`.
+        # GRPO-Guard divides the loss by the step size. Taken relative to the mean, it stays comparable to `beta`.
         step_sizes = self._sigmas[:-2] - self._sigmas[1:-1]  # of all but the last step
         return (step_sizes.mean() / step_sizes[step]).item()
 

@@ -1,4 +1,4 @@
-"""Language models, judges and image models behind an OpenAI-compatible server."""
+"""Client for language models, judges and image models behind an OpenAI-compatible server."""
 
 from .answers import Answer, BadAnswer, BudgetReached, Drawing, EndpointError, ServerError
 from .client import Endpoint

@@ -1,4 +1,4 @@
-"""What a server answers, and the errors when it does not."""
+"""Answers of a server, and the errors raised when there is none."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 
-_LEAST_LOGPROB = -9999.0  # what servers write for minus infinity, which is not JSON
+_LEAST_LOGPROB = -9999.0  # servers send this for minus infinity, which JSON cannot express
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ class Drawing:
 
 
 def clean_text(text: str) -> str:
-    """The text without halves of surrogate pairs, which no file takes."""
+    """Removes lone surrogates, which no file can store, from a text."""
     return text.encode("utf-8", "replace").decode()
 
 
 def read_top_logprobs(choice: Mapping[str, Any]) -> list[dict[str, float]] | None:
-    """The most likely tokens at each place of a server's answer; `None` if it does not say, or not in OpenAI's form."""
+    """Reads the most likely tokens at each place of a server's answer; `None` if it has none in OpenAI's format."""
     try:
         return [_add_up_tokens(place["top_logprobs"]) for place in choice["logprobs"]["content"]] or None
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -83,7 +83,7 @@ def read_top_logprobs(choice: Mapping[str, Any]) -> list[dict[str, float]] | Non
 
 
 def _add_up_tokens(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Token → log-probability; several tokens may be written alike."""
+    """Returns token → log-probability, adding the probabilities of different tokens with the same text."""
     added: dict[str, float] = {}
     for row in rows:
         token, logprob = clean_text(row["token"]), max(float(row["logprob"]), _LEAST_LOGPROB)

@@ -1,4 +1,4 @@
-"""Answers that are kept on disk, so that no question is paid for twice."""
+"""Caches answers on disk, so that no question is paid for twice."""
 
 import hashlib
 import json
@@ -20,15 +20,15 @@ def hash_request(request: Mapping[str, Any]) -> str:
 
 class AnswerCache:
     """
-    A SQLite file of answers, for any number of threads and processes. An answer that was put survives the death of the
-    process. Of the requests only hashes are stored.
+    A SQLite file of answers, for any number of threads and processes. A stored answer survives the death of the
+    process. Requests are stored only as hashes.
 
     Args:
         path (`Path`):
             The file; it and its folder are created if missing.
 
     Raises:
-        `OSError`: If the file cannot be opened, is none of SQLite's, or the disk is full; at any call.
+        `OSError`: If the file cannot be opened, is not a SQLite file, or the disk is full; at any call.
     """
 
     def __init__(self, path: Path):
@@ -39,19 +39,19 @@ class AnswerCache:
             connection.execute(_TABLE)
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The answer that was put under a key, or `None`."""
+        """Returns the answer stored under a key, or `None`."""
         with self._open() as connection:
             row = connection.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
         return None if row is None else json.loads(row[0])
 
     def put(self, key: str, answer: Mapping[str, Any]) -> None:
-        """Keeps an answer, a JSON object. The first answer of a key stays."""
+        """Stores an answer, a JSON object. The first answer of a key stays."""
         with self._open() as connection:
             connection.execute("INSERT OR IGNORE INTO answers VALUES (?, ?)", (key, json.dumps(answer)))
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        # A connection per access: none is ever shared by two threads or carried into a forked process.
+        # One connection per access, so that none is shared between threads or inherited by a forked process.
         try:
             with closing(sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None)) as connection:
                 yield connection

@@ -1,4 +1,4 @@
-"""One client for every OpenAI-compatible server: of language models, of judges, of image models."""
+"""One client for every OpenAI-compatible server: language models, judges, and image models."""
 
 import ipaddress
 import json
@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from ..waiting import WaitNotices
 from .answers import Answer, BadAnswer, Drawing, ServerError, Stopped, clean_text, read_top_logprobs
 from .cache import AnswerCache, hash_request
 from .pictures import decode_picture, download, is_flagged, is_policy_refusal
 from .sending import Failure, advise, check_address, persist, read_answer, read_failure, shorten
-from .spending import Prices, Spend
+from .spending import Prices, Spend, count_tokens
 from .structured import add_text, ask_for_json, check_keywords, describe_schema
 from .threads import map_on_threads
 
@@ -29,7 +30,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _LONGEST_CONNECT = 15.0  # seconds
-CHARACTERS_PER_TOKEN, TOKENS_PER_IMAGE = 4, 1000  # where a server does not count
 
 
 class Endpoint:
@@ -67,7 +67,7 @@ class Endpoint:
             Address of the server.
 
     Raises:
-        `ValueError`: If the address is none, a number is out of its range, or the key is missing.
+        `ValueError`: If the address is invalid, a number is out of its range, or the key is missing.
         `ImportError`: If the `openai` package is missing.
         `OSError`: If the cache cannot be used.
     """
@@ -107,14 +107,16 @@ class Endpoint:
         self._cache = None if cache is None else AnswerCache(Path(cache))
         self._key = _find_key(api_key_env, self.address)
         timeout = openai.Timeout(timeout_s, connect=min(timeout_s, _LONGEST_CONNECT))
-        # The pauses between tries are ours: openai's last 8 seconds at most, and do not end with Ctrl-C.
+        # No retries by openai: its pauses are at most 8 seconds, and Ctrl-C does not interrupt them.
         self._client: Any = openai.OpenAI(api_key=self._key, base_url=self.address, timeout=timeout, max_retries=0)
         self._errors = (openai.APIStatusError, openai.APIConnectionError)
-        self._rng = random.Random()  # of pauses
+        self._rng = random.Random()  # jitter of the pauses
         self._lock = threading.Lock()
-        self._resume_at = 0.0  # time before which the server asked not to be called
+        self._resume_at = 0.0  # `time.monotonic()` until which the server asked not to be called
         self._stopping = threading.Event()
-        self._refused: set[str] = set()  # parameters that the server does not take
+        limit = f"It is asked up to {max_attempts} times (`max_attempts`) for {timeout_s:g} s each (`timeout_s`)."
+        self._notices = WaitNotices(f"{model} at {self.address}", limit)
+        self._refused: set[str] = set()  # parameters that the server does not accept
         self._warned: set[str] = set()
 
     def __repr__(self) -> str:
@@ -142,7 +144,7 @@ class Endpoint:
                 that takes no schema is asked in words. An answer that does not match is shown to the model once, with what
                 is wrong.
             seed (`int`, *optional*), temperature (`float`, *optional*), max_tokens (`int`, *optional*):
-                Of the sampling. If not set, the server's.
+                Sampling settings. If not set, the server's.
             vote (`int`, *optional*, defaults to `0`):
                 Number of the answer, where the same is asked several times: only equal votes share an answer in the cache.
             top_logprobs (`int`, *optional*):
@@ -157,7 +159,7 @@ class Endpoint:
             [`BudgetReached`]: If the limit is reached.
         """
         settings = {"seed": seed, "temperature": temperature, "max_tokens": max_tokens, "vote": vote}
-        if top_logprobs is not None:  # else not a part of the cache's keys
+        if top_logprobs is not None:  # left out otherwise, so that cache keys without it stay the same
             settings |= {"logprobs": True, "top_logprobs": top_logprobs}
         if schema is None:
             return self._ask(messages, None, settings)
@@ -189,7 +191,7 @@ class Endpoint:
             [`Drawing`]: The image, or the refusal: a server that objects to a prompt is not asked again.
 
         Raises:
-            [`ServerError`]: If the server gives no answer, or what it sends is no image.
+            [`ServerError`]: If the server gives no answer, or what it sends is not an image.
             [`BudgetReached`]: If the limit is reached.
         """
         body = {"model": self.model, "prompt": prompt, "size": size, "n": 1, **self.extra_body, **(extra_body or {})}
@@ -237,7 +239,7 @@ class Endpoint:
     def _ask(
         self, messages: Sequence[Mapping[str, Any]], schema: Mapping[str, Any] | None, settings: Mapping[str, Any]
     ) -> Answer:
-        """One answer, from the cache or the server."""
+        """Gets one answer, from the cache or else from the server."""
         key = ""
         if self._cache is not None:
             request = {"messages": list(messages), "schema": schema, "extra_body": self.extra_body, **settings}
@@ -260,7 +262,7 @@ class Endpoint:
         served = self._note_served(content)
         message = content["choices"][0]["message"]
         text = clean_text(message.get("content") or message.get("refusal") or "")
-        tokens = _count_tokens(content, messages, text)
+        tokens = count_tokens(content, messages, text)
         cost = self.prices.of_tokens(*tokens)
         self._count(cost)
         if message.get("refusal") or content["choices"][0].get("finish_reason") == "content_filter":
@@ -282,7 +284,10 @@ class Endpoint:
         return Answer(**answer, data=None, cost=cost, is_cached=False)
 
     def _send_adapted(self, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Sends a request without the parameters that the server does not take: what was sent, and the answer."""
+        """
+        Sends a request, dropping or adapting parameters that the server turns out to refuse. Returns the body as sent
+        and the answer.
+        """
         while True:
             sent = self._adapt(body)
             try:
@@ -308,8 +313,12 @@ class Endpoint:
         return sent
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """One request and the JSON object in its answer."""
-        self._wait(self._resume_at - time.monotonic(), False)
+        """Sends one request and returns the JSON object of the answer."""
+        while True:  # meanwhile the server may ask another thread to wait longer
+            seconds = self._resume_at - time.monotonic()
+            self._wait(seconds, False)
+            if seconds <= 0:
+                break
         if self.spend is not None:
             self.spend.check()
         fields = dict(body)
@@ -336,12 +345,22 @@ class Endpoint:
             ) from None
 
     def _persist(self, call: Callable[[], Result]) -> Result:
-        return persist(call, max_attempts=self.max_attempts, wait=self._wait, rng=self._rng)
+        start = time.monotonic()
+        try:
+            with self._notices.request():
+                return persist(call, max_attempts=self.max_attempts, wait=self._wait, rng=self._rng)
+        except Failure as failure:
+            failure.seconds = time.monotonic() - start
+            raise
 
     def _wait(self, seconds: float, is_asked: bool) -> None:
-        """Waits, unless the work is being stopped. What a server asks for holds for all threads."""
+        """
+        Waits; raises [`Stopped`] if the work is being stopped. A pause that the server asked for (`is_asked`) holds
+        for all threads.
+        """
         if is_asked:
-            self._resume_at = max(self._resume_at, time.monotonic() + seconds)
+            with self._lock:
+                self._resume_at = max(self._resume_at, time.monotonic() + seconds)
         if self._stopping.wait(max(seconds, 0.0)):
             raise Stopped("The work is being stopped.")
 
@@ -350,7 +369,7 @@ class Endpoint:
             self.spend.add(cost)
 
     def _note_served(self, answer: Mapping[str, Any]) -> str | None:
-        """The model that answered, with a warning the first time that it is not the one that was asked for."""
+        """Returns the name of the model that answered; warns once for each that is not the requested one."""
         served = answer.get("model")
         if not isinstance(served, str) or not served:
             return None
@@ -373,6 +392,8 @@ class Endpoint:
     def _error(self, failure: Failure) -> ServerError:
         what = "gives no answer" if failure.status is None else f"answers {failure.status}"
         tries = f", {self.max_attempts} times" if failure.is_transient else ""
+        if failure.status is None:
+            tries += f" in {failure.seconds:.1f} s (`timeout_s` is {self.timeout_s:g})"
         return ServerError(
             f"{self.model} at {self.address} {what}{tries}: {failure.message.rstrip('.')}. {advise(failure, self.api_key_env)}",
             failure.status, failure.is_final,
@@ -388,7 +409,7 @@ _SCHEMA_WORDS = ("response_format", "response format", "json_schema", "structure
 
 
 def _find_refused(failure: Failure, sent: Mapping[str, Any]) -> str | None:
-    """The parameter of a request that the server objects to, if it can do without."""
+    """Returns the parameter that the server refused, if the request can be sent without it."""
     if failure.status not in (400, 422, 501):
         return None
     said = f"{failure.parameter} {failure.message}".lower()
@@ -398,24 +419,11 @@ def _find_refused(failure: Failure, sent: Mapping[str, Any]) -> str | None:
 
 
 def _is_same_model(asked: str, served: str) -> bool:
-    """Whether a server's name is the asked one: perhaps with the owner before it or a date behind it."""
+    """
+    Whether two model names are the same, apart from an owner before either and a date or version after the served one.
+    """
     asked, served = (name.rpartition("/")[2].lower() for name in (asked, served))
     return served == asked or re.fullmatch(re.escape(asked) + r"[-@:]\d[\d-]*", served) is not None
-
-
-def _count_tokens(answer: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], text: str) -> tuple[int, int]:
-    """Tokens read and written, as the server counts them, else estimated: a limit must not stop working in silence."""
-    usage = answer.get("usage")
-    if isinstance(usage, Mapping):
-        read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        if isinstance(read, int) and isinstance(written, int) and min(read, written) >= 0:
-            return read, written
-    parts = [message["content"] for message in messages]
-    parts = [part for content in parts for part in ([content] if isinstance(content, str) else content)]
-    texts = [part if isinstance(part, str) else part.get("text", "") for part in parts]
-    num_images = sum(isinstance(part, Mapping) and part.get("type") == "image_url" for part in parts)
-    num_read = sum(map(len, texts)) // CHARACTERS_PER_TOKEN + num_images * TOKENS_PER_IMAGE
-    return num_read, -(-len(text) // CHARACTERS_PER_TOKEN)
 
 
 def _find_key(variable: str, address: str) -> str:

@@ -1,4 +1,4 @@
-"""A language model on this machine in the place of one behind a server."""
+"""A local language model with the interface of a server's."""
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -53,7 +53,7 @@ class LocalChat:
                 reference.name, revision=reference.revision, trust_remote_code=False
             )
         if self._tokenizer.chat_template is None:
-            raise ValueError(f"The tokenizer of {reference} has no chat template. Take a model that is made to chat.")
+            raise ValueError(f"The tokenizer of {reference} has no chat template. Use a chat model.")
         self._lock = threading.Lock()
 
     def chat(
@@ -141,12 +141,12 @@ def load_model(
         model, info = model_class.from_pretrained(
             reference.name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
         )
-    # buffers may be missing: some are computed
+    # missing buffers are fine: some are computed rather than saved
     missing = sorted(set(info["missing_keys"]) & {key for key, _ in model.named_parameters()})
     if missing:
         raise ValueError(
             f"{reference} lacks {len(missing)} weights ({', '.join(missing[:5])}), which would be random. It may be a "
-            "backbone that was not trained for this yet, or a part of a model."
+            "backbone that has not been trained for this, or an incomplete model."
         )
     device = device or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return reference, config, model.to(device).eval()

@@ -1,4 +1,4 @@
-"""Images as servers send them, and how servers say that they send none."""
+"""Reads the images that servers send, and recognizes refusals on grounds of content policy."""
 
 import base64
 from collections.abc import Mapping
@@ -11,9 +11,9 @@ from ..preferences.images import open_image
 from .sending import Failure, parse_retry_after
 
 
-_LARGEST_FILE = 64 * 2**20  # bytes of an image
+_LARGEST_FILE = 64 * 2**20  # bytes per image
 _REFUSING = (400, 403, 422, 451)
-# What providers call it: OpenAI, Azure, Seedream, Gemini and others.
+# Words for a content policy in the errors of OpenAI, Azure, Seedream, Gemini and others.
 _POLICY_WORDS = (
     "content_policy", "content policy", "content_filter", "content management policy", "moderation", "safety", "nsfw",
     "sensitivecontent", "sensitive content", "prohibited",
@@ -21,7 +21,7 @@ _POLICY_WORDS = (
 
 
 def is_policy_refusal(failure: Failure) -> bool:
-    """Whether a server rejects a request for what it asks to show or say."""
+    """Whether a server rejects a request because of its content."""
     said = f"{failure.code} {failure.message}".lower()
     return failure.status in _REFUSING and any(word in said for word in _POLICY_WORDS)
 
@@ -42,7 +42,7 @@ def decode_picture(encoded: Any) -> bytes:
     Bytes of an image file in Base64, perhaps as a data URL.
 
     Raises:
-        [`~endpoints.sending.Failure`]: If it is no Base64, or no image.
+        [`~endpoints.sending.Failure`]: If it is not Base64, or not an image.
     """
     try:
         data = base64.b64decode(str(encoded).rpartition(",")[2], validate=True)
@@ -64,14 +64,15 @@ def download(url: str, address: str, timeout_s: float) -> bytes:
             Seconds to wait for a part of it.
 
     Raises:
-        [`~endpoints.sending.Failure`]: If the place is another, nothing comes, or it is too large or no image.
+        [`~endpoints.sending.Failure`]: If the URL is elsewhere, nothing arrives, or the file is too large or not an
+            image.
     """
     place, server = urlsplit(url), urlsplit(address)
     if place.scheme != "https" and (place.scheme, place.netloc) != (server.scheme, server.netloc):
         raise Failure(f"it is at {place.scheme}://{place.hostname}, neither over https nor at the server itself", 403)
     data = bytearray()
     try:
-        # with an authentication of its own: requests would send a password of ~/.netrc
+        # without an `auth`, requests would send a password from ~/.netrc
         with requests.get(
             url, auth=lambda request: request, timeout=timeout_s, allow_redirects=False, stream=True
         ) as response:
@@ -85,7 +86,7 @@ def download(url: str, address: str, timeout_s: float) -> bytes:
                 data += chunk
                 if len(data) > _LARGEST_FILE:
                     raise Failure(f"it has more than {_LARGEST_FILE // 2**20} MiB", 413)
-            # requests takes a cut answer for a whole one
+            # requests does not notice a truncated body
             if (size := response.headers.get("Content-Length", "")).isdigit() and response.raw.tell() < int(size):
                 raise Failure(f"{place.hostname} closed the connection")
     except requests.RequestException as error:

@@ -1,4 +1,4 @@
-"""Trying again: which failures pass, how long to wait, and what to say at the end."""
+"""Retries: which failures are transient, how long to wait, and the final error message."""
 
 import json
 import random
@@ -14,9 +14,9 @@ Result = TypeVar("Result")
 
 _TRANSIENT = (408, 409, 429)
 _FINAL = (401, 403, 404)
-_FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0  # seconds, without a wish of the server
-_LONGEST_WISH = 600.0  # seconds that a server may ask for
-_EXCERPT = 200  # characters of a server's message
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0  # seconds, unless the server asks for a time
+_LONGEST_WISH = 600.0  # seconds; the longest wait that a server may ask for
+_EXCERPT = 200  # characters shown of a server's message
 _NO_CREDIT = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
 
 
@@ -36,6 +36,8 @@ class Failure(Exception):
             The parameter that the server objects to.
         retry_after (`float`, *optional*):
             Seconds that the server asks to wait.
+        seconds (`float`, *optional*, defaults to `0.0`):
+            How long all tries took, pauses included.
     """
 
     message: str
@@ -43,6 +45,7 @@ class Failure(Exception):
     code: str = ""
     parameter: str = ""
     retry_after: float | None = None
+    seconds: float = 0.0
 
     @property
     def has_no_credit(self) -> bool:
@@ -106,7 +109,7 @@ def parse_retry_after(headers: Mapping[str, str]) -> float | None:
             Headers of an answer, with names in any case.
 
     Returns:
-        `float`: Seconds from now, 0 or more; `None` if it does not ask, or in no form that is known.
+        `float`: Seconds from now, 0 or more; `None` if it does not ask, or in an unknown format.
     """
     try:
         if value := headers.get("retry-after-ms", ""):
@@ -153,12 +156,12 @@ def read_answer(text: str, path: str, secret: str) -> dict[str, Any]:
         text (`str`):
             The answer.
         path (`str`):
-            What was asked: of `"chat/completions"` a message is expected.
+            Path of the request; for `"chat/completions"`, a message is expected.
         secret (`str`):
             The key, which some servers repeat.
 
     Raises:
-        [`Failure`]: If it is none, or tells of an error: some routers say so in an answer of status 200.
+        [`Failure`]: If it is not a JSON object, or reports an error, as some routers do with status 200.
     """
     try:
         answer = json.loads(text)
@@ -182,7 +185,7 @@ def read_answer(text: str, path: str, secret: str) -> dict[str, Any]:
         code = error.get("code")
         status = code if isinstance(code, int) and 400 <= code < 600 else None
         raise Failure(shorten(str(error.get("message")), secret), status=status, code=str(code or ""))
-    raise Failure("its answer is not of the form of OpenAI's API")
+    raise Failure("its answer does not have the format of OpenAI's API")
 
 
 def shorten(text: str, secret: str = "", length: int = _EXCERPT) -> str:
@@ -198,17 +201,17 @@ def advise(failure: Failure, key_variable: str) -> str:
     if failure.has_no_credit:
         return f"The account of the key in {key_variable} has no credit left."
     if (failure.retry_after or 0.0) > _LONGEST_WISH:
-        return f"It asks to wait {failure.retry_after:.0f} seconds. The same command continues from there."
+        return f"It asks to wait {failure.retry_after:.0f} seconds. Then run the same command again to continue."
     return {
-        None: "Check that the server runs and that its address is right.",
+        None: "Check that the server is running and that its address is correct.",
         400: "Check the name of the model and what it takes.",
         401: f"Set {key_variable} to a key of this server.",
         403: f"The key in {key_variable} may not use this model; ask for access or name another.",
-        404: "There is no such model, or the address is not the one of its API, which mostly ends in /v1.",
+        404: "There is no such model, or the address is not that of its API, which usually ends in /v1.",
         413: "The request is too large: shrink the images.",
         422: "Check the name of the model and what it takes.",
-        429: "Lower `concurrency`, or wait; the same command continues from there.",
-    }.get(failure.status, "Try again later; the same command continues from there.")
+        429: "Lower `concurrency`, or wait; then run the same command again to continue.",
+    }.get(failure.status, "Run the same command again later to continue.")
 
 
 def check_address(address: str) -> str:
@@ -219,15 +222,16 @@ def check_address(address: str) -> str:
         `str`: The address without a slash at its end.
 
     Raises:
-        `ValueError`: If it is none, or holds a user, a password or a query, which would end in messages and logs.
+        `ValueError`: If it is invalid, or holds a user, a password or a query, which would end up in messages and
+            logs.
     """
     try:
         parts = urlsplit(address)
         is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # the port is no number
+    except ValueError:  # the port is not a number
         is_address = False
     if not is_address:
-        raise ValueError(f"base_url={address!r} is no address of a server. Write https://HOST/v1.")
+        raise ValueError(f"base_url={address!r} is not the address of a server. Write https://HOST/v1.")
     if parts.username is not None or parts.query or parts.fragment:
         raise ValueError(
             f"base_url of {parts.hostname} holds a user, a query or a fragment. Write the bare address, such as "

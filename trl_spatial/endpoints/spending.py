@@ -1,11 +1,16 @@
-"""What calls cost, and the limit on it."""
+"""The cost of calls, and a limit on it."""
 
 import math
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..store import RecordLog, SharedLog
 from .answers import BudgetReached
+
+
+CHARACTERS_PER_TOKEN, TOKENS_PER_IMAGE = 4, 1000  # estimates, for servers that do not report usage
 
 
 @dataclass(frozen=True)
@@ -15,11 +20,11 @@ class Prices:
 
     Args:
         input_per_million (`float`, *optional*, defaults to `0.0`):
-            A million tokens that it reads.
+            Price of a million input tokens.
         output_per_million (`float`, *optional*, defaults to `0.0`):
-            A million tokens that it writes.
+            Price of a million output tokens.
         per_image (`float`, *optional*, defaults to `0.0`):
-            An image that it draws.
+            Price of an image.
     """
 
     input_per_million: float = 0.0
@@ -29,7 +34,7 @@ class Prices:
     def __post_init__(self):
         for name, value in vars(self).items():
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value} is no price. Give US dollars, 0 or more.")
+                raise ValueError(f"{name}={value} is not a price. Give US dollars, 0 or more.")
 
     def of_tokens(self, input_tokens: int, output_tokens: int) -> float:
         """Price of a call in US dollars."""
@@ -39,7 +44,7 @@ class Prices:
 class Spend:
     """
     A limit on what several endpoints spend together. Nothing is reserved: calls that are running when the limit is reached
-    still end, so that the sum may pass it by the price of as many calls as run at once.
+    still end, so the total may exceed it by the price of all calls that run at once.
 
     Args:
         limit_usd (`float`):
@@ -66,15 +71,19 @@ class Spend:
         with self._lock:
             self._spent += cost
 
+    @property
+    def is_reached(self) -> bool:
+        """Whether the limit is reached."""
+        return self._spent >= self.limit_usd - 1e-9  # ten prices of 0.01 add up to a little less than 0.10
+
     def check(self) -> None:
         """
-        Call it before a call that costs.
+        Checks that the limit is not reached; to be called before each call that costs money.
 
         Raises:
             [`BudgetReached`]: If the limit is reached.
         """
-        # ten prices of 0.01 add up to a little less than 0.10
-        if self._spent >= self.limit_usd - 1e-9:
+        if self.is_reached:
             raise BudgetReached(
                 f"${self._spent:.2f} of ${self.limit_usd:.2f} have been spent. Raise the limit to continue; what has been "
                 "answered is kept."
@@ -83,7 +92,7 @@ class Spend:
 
 class RecordedSpend(Spend):
     """
-    A limit over several runs: a payment has reached the disk before its answer has, so that none is forgotten.
+    A limit over several runs: each payment is on disk before its answer is, so that none is lost.
 
     Args:
         limit_usd (`float`):
@@ -105,3 +114,30 @@ class RecordedSpend(Spend):
         if cost:
             with self._write_lock:
                 self._payments.append([{**self._labels, "cost": cost}])
+
+
+def count_tokens(answer: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], text: str) -> tuple[int, int]:
+    """
+    Counts the tokens of a call: the server's count, or an estimate if it reports none, so that a spending limit never
+    silently stops working.
+
+    Args:
+        answer (`Mapping[str, Any]`):
+            The server's answer.
+        messages (`Sequence[Mapping[str, Any]]`), text (`str`):
+            The messages that were sent, and the text that came back.
+
+    Returns:
+        `tuple[int, int]`: Numbers of input and output tokens.
+    """
+    usage = answer.get("usage")
+    if isinstance(usage, Mapping):
+        read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        if isinstance(read, int) and isinstance(written, int) and min(read, written) >= 0:
+            return read, written
+    parts = [message["content"] for message in messages]
+    parts = [part for content in parts for part in ([content] if isinstance(content, str) else content)]
+    texts = [part if isinstance(part, str) else part.get("text", "") for part in parts]
+    num_images = sum(isinstance(part, Mapping) and part.get("type") == "image_url" for part in parts)
+    num_read = sum(map(len, texts)) // CHARACTERS_PER_TOKEN + num_images * TOKENS_PER_IMAGE
+    return num_read, -(-len(text) // CHARACTERS_PER_TOKEN)

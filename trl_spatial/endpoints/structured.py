@@ -1,4 +1,4 @@
-"""JSON in the answers of models: found in prose, checked against a schema, asked for again once."""
+"""JSON answers from models: found in prose, checked against a schema, and requested once more if invalid."""
 
 import json
 import re
@@ -20,8 +20,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _KEYWORDS = {
     "type", "title", "description", "enum", "properties", "required", "additionalProperties", "items", "minItems", "maxItems",
 }  # fmt: skip
-_MOST_TRIES = 64  # places of a text at which a JSON value may begin
-_LONGEST_SHOWN = 20_000  # characters: a model that repeated itself without end need not see all of it
+_MOST_TRIES = 64  # positions in a text at which to look for a JSON value
+_LONGEST_SHOWN = 20_000  # characters; a model that repeated itself endlessly need not see all of its answer
 
 
 def check_schema(value: Any, schema: Mapping[str, Any], place: str = "the answer") -> None:
@@ -64,7 +64,7 @@ def check_schema(value: Any, schema: Mapping[str, Any], place: str = "the answer
 
 
 def check_keywords(schema: Mapping[str, Any]) -> None:
-    """Raises a `ValueError` for a schema with keywords that [`check_schema`] would not look at."""
+    """Raises a `ValueError` for a schema with keywords that [`check_schema`] would ignore."""
     if unknown := set(schema) - _KEYWORDS:
         raise ValueError(f"The schema has the keywords {sorted(unknown)}; only {sorted(_KEYWORDS)} are checked.")
     for part in [*schema.get("properties", {}).values(), *([schema["items"]] if "items" in schema else [])]:
@@ -100,7 +100,7 @@ def read_json(text: str, schema: Mapping[str, Any]) -> Any:
 
 
 def _values(text: str) -> Iterator[Any]:
-    # a model may think aloud before it answers
+    # skip a reasoning model's thoughts
     text = text.rpartition("</think>")[2].strip()
     for candidate in (text, *re.findall(r"```(?:\w+)?\s*\n(.*?)```", text, re.DOTALL)):
         yield from _parse(candidate, 0)
@@ -110,10 +110,10 @@ def _values(text: str) -> Iterator[Any]:
 
 
 def _parse(text: str, start: int) -> Iterator[Any]:
-    """The JSON value that begins at a place of a text, if there is one."""
+    """Yields the JSON value that begins at `start`, if there is one."""
     try:
         value, _ = json.JSONDecoder(parse_constant=_refuse).raw_decode(text, start)
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text and cannot be stored
+        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded
     except (ValueError, RecursionError):
         return
     yield value
@@ -124,7 +124,7 @@ def _refuse(constant: str) -> Any:
 
 
 def describe_schema(schema: Mapping[str, Any]) -> str:
-    """Asks in words for what a server would see to itself if it took a schema."""
+    """Asks for the schema in words, for servers that do not take one."""
     return f"Answer with one JSON value that matches this JSON schema, and nothing else:\n{json.dumps(schema)}"
 
 
@@ -173,7 +173,10 @@ def ask_for_json(
         return replace(total, data=read_json(second.text, schema))
     except ValueError as error:
         raise BadAnswer(
-            f"The model did not answer as asked, twice: {error}.", second.text, second.served_model, total.cost
+            f"The model failed twice to answer in the requested format: {error}.",
+            second.text,
+            second.served_model,
+            total.cost,
         ) from None
 
 

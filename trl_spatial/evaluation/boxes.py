@@ -1,4 +1,4 @@
-"""What detectors see in images, with colors and depths, as a benchmark asks for it."""
+"""Detects objects for a benchmark's questions, with colors and depths."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,11 +16,11 @@ def find_boxes(
     judges: Judges, detector: str, view: str, images: Sequence[Image.Image], options: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """
-    Looks for objects.
+    Detects objects.
 
     Args:
         judges ([`~evaluation.roles.Judges`]):
-            Who is asked.
+            The judges to ask.
         detector (`str`):
             `"first"` or `"second"`.
         view (`str`):
@@ -28,7 +28,7 @@ def find_boxes(
         images (`Sequence[Image.Image]`):
             RGB images.
         options (`Sequence[Mapping[str, Any]]`):
-            What is asked of each: see [`~evaluation.benchmarks.base.Question`].
+            Options of the question about each, see [`~evaluation.benchmarks.base.Question`].
 
     Returns:
         `list[dict]`: The reply for each image, in pixels of the unchanged one.
@@ -77,7 +77,7 @@ def add_depths(rows: Sequence[dict[str, Any]], depth: np.ndarray) -> None:
 
 
 def _mean_in(box: Sequence[float], values: np.ndarray) -> float | None:
-    """Mean of values `(height, width)` in a box, cut to whole pixels; `None` if there are none."""
+    """Returns the mean of values `(height, width)` in a box, truncated to whole pixels; `None` if it has no pixels."""
     left, top, right, bottom = (max(0, int(edge)) for edge in box)
     part = values[top:bottom, left:right]
     return float(part.mean()) if part.size else None

@@ -1,4 +1,4 @@
-"""How runs of one benchmark differ: paired by prompt, tested, and flagged where a comparison would mislead."""
+"""Compares runs of the same benchmark: paired by prompt, tested, and flagged where a comparison would mislead."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +29,7 @@ def compare_runs(runs: Sequence[ImageRun]) -> dict[str, Any]:
             not judged by the fixed protocol.
     """
     if len(runs) < 2:
-        raise ValueError("Name two runs or more.")
+        raise ValueError("Name at least two runs.")
     first = runs[0]
     for run in runs[1:]:
         for name in ("benchmark", "data_hash"):
@@ -37,9 +37,11 @@ def compare_runs(runs: Sequence[ImageRun]) -> dict[str, Any]:
             if one != other:
                 raise ValueError(f"{first.folder} and {run.folder} are not comparable: {name} is {one} and {other}.")
     for run in runs:
+        if not run.protocols():
+            raise ValueError(f"{run.folder} has no answers of judges yet. Run the command that began it once more.")
         if "fixed" not in run.protocols():
             raise ValueError(
-                f"{run.folder} was not judged by the fixed protocol. Run it once more with --protocol both."
+                f"{run.folder} was not judged with the fixed protocol. Run it once more with --protocol both."
             )
     metrics = [
         {metric.name: metric for metric in run.benchmark.fixed(run.items, run.evidence()["fixed"])} for run in runs

@@ -1,4 +1,4 @@
-"""A benchmark's data: found in a folder, or fetched once with a checked hash."""
+"""A benchmark's data: found in a folder, or downloaded once and checked by its hash."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -7,11 +7,12 @@ from pathlib import Path
 import requests
 
 from ..store import cache_folder, write_atomically
+from ..waiting import WaitNotices
 from .benchmarks.base import Benchmark, DataFile
 
 
-EXAMPLE = "example"  # a few rows of our own in the benchmark's format
-_TIMEOUT = 60.0  # seconds without a byte
+EXAMPLE = "example"  # a few rows of our own, in the benchmark's format
+_TIMEOUT = 60.0  # seconds without receiving a byte
 
 
 def find_data(benchmark: Benchmark, where: str | None = None) -> Path:
@@ -43,13 +44,14 @@ def find_data(benchmark: Benchmark, where: str | None = None) -> Path:
 
 
 def _fetch(file: DataFile, folder: Path, benchmark: Benchmark) -> None:
-    way_out = f"Fetch it yourself ({file.url}, licence: {benchmark.license}), put it into a folder as {file.name}, and name the folder with --data."
+    way_out = f"Fetch it yourself ({file.url}, license: {benchmark.license}), put it into a folder as {file.name}, and name the folder with --data."
     if not file.sha256:
         raise ValueError(
-            f"The hash of {file.name} of {benchmark.title} is not known to this version, so it is not fetched. {way_out}"
+            f"The hash of {file.name} of {benchmark.title} is not known to this version, so it is not downloaded. {way_out}"
         )
     try:
-        with requests.get(file.url, timeout=_TIMEOUT) as response:
+        notices = WaitNotices(file.url, f"It is given up when nothing comes for {_TIMEOUT:g} s.")
+        with notices.request(), requests.get(file.url, timeout=_TIMEOUT) as response:
             response.raise_for_status()
             content = response.content
     except requests.RequestException as error:
@@ -73,7 +75,7 @@ def hash_data(folder: Path) -> str:
 
 
 def published_hash(files: Iterable[DataFile]) -> str:
-    """What [`hash_data`] gives for a folder with exactly these files as they are published."""
+    """Returns what [`hash_data`] gives for a folder with exactly these files, as published."""
     return _hash_of({file.name: bytes.fromhex(file.sha256) for file in files})
 
 

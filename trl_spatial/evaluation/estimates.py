@@ -1,23 +1,23 @@
-"""What an evaluation of images has yet to do, and what that takes."""
+"""Estimates the remaining work of an evaluation of images, and its cost."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from ..endpoints import Prices
-from ..endpoints.client import CHARACTERS_PER_TOKEN, TOKENS_PER_IMAGE
+from ..endpoints.spending import CHARACTERS_PER_TOKEN, TOKENS_PER_IMAGE
 from ..generation.engines import estimate
 from .benchmarks.base import Protocol, Question, images_of
 from .image_run import ImageRun
 from .judging import answered
 
 
-_OUTPUT_TOKENS = 200  # of an answer in words whose length is not limited
+_OUTPUT_TOKENS = 200  # assumed for a text answer of unlimited length
 
 
 def estimate_run(run: ImageRun, protocols: Sequence[Protocol], prices: Prices | None = None) -> dict[str, Any]:
     """
-    Estimates what is left to do. It loads no model and asks nobody; it assumes that every image can be drawn, and that no question
-    is asked again.
+    Estimates the remaining work, without loading or asking a model. Assumes that every image can be drawn, and that no
+    question is asked again.
 
     Args:
         run ([`~evaluation.image_run.ImageRun`]):

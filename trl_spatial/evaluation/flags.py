@@ -1,4 +1,4 @@
-"""What makes the numbers of a run say less than they seem to."""
+"""Warnings about numbers of a run that mean less than they seem to."""
 
 from ..hub.cards import Card
 from .image_run import ImageRun
@@ -6,7 +6,7 @@ from .image_run import ImageRun
 
 def find_flags(run: ImageRun, first: ImageRun | None = None) -> list[str]:
     """
-    What makes a run's numbers say less than they seem to.
+    Returns warnings about numbers of a run that mean less than they seem to.
 
     Args:
         run ([`~evaluation.image_run.ImageRun`]):
@@ -15,7 +15,7 @@ def find_flags(run: ImageRun, first: ImageRun | None = None) -> list[str]:
             The run that it is compared with.
 
     Returns:
-        `list[str]`: Sentences; empty if nothing speaks against the numbers.
+        `list[str]`: Sentences; empty if there are no warnings.
     """
     flags = []
     plan, title = run.plan, run.benchmark.title
@@ -26,11 +26,13 @@ def find_flags(run: ImageRun, first: ImageRun | None = None) -> list[str]:
         flags.append(f"The generator was trained with {title}'s own rules as the reward.")
     for role, judge in plan.judges.items():
         if any(judge == name or judge.rpartition("/")[2] == name for name in rewards):
-            flags.append(f"The judge {judge} ({role}) was a reward in training: the gain may be the judge's taste.")
+            flags.append(
+                f"The judge {judge} ({role}) was a reward in training: the gain may only reflect what this judge prefers."
+            )
     if first is not None and dict(first.plan.judges) != dict(plan.judges):
-        flags.append("Other judges than in the first run: differences may be theirs.")
+        flags.append("Different judges from the first run: differences may come from them.")
     if first is not None and (first.plan.seed, first.plan.num_images) != (plan.seed, plan.num_images):
-        flags.append("Other seeds or numbers of images than in the first run.")
+        flags.append("Different seeds or numbers of images from the first run.")
     return flags
 
 
@@ -43,7 +45,7 @@ def training_rewards(run: ImageRun) -> list[str]:
 
 
 def generator_label(run: ImageRun) -> str:
-    """What a report calls the generator."""
+    """Returns the name of the generator in reports."""
     spec = run.plan.generator
     if spec is None:
         return f"images of {run.image_folder.name}"

@@ -1,4 +1,4 @@
-"""Tables of an evaluation of images, made from its records alone."""
+"""Makes the tables of an evaluation of images from its records alone."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -19,11 +19,11 @@ from .intervals import metric_interval, official_intervals
 from .published import published_numbers
 
 
-_NUM_EXAMPLES = 6  # best images, and as many worst
+_NUM_EXAMPLES = 6  # best prompts shown, and as many worst
 _NUM_WORDS = 4  # questions shown with each
 PICTURES = "examples"
 _PICTURE_SIDE = 384  # pixels
-_MOST_FAILURES = 200  # that are listed in the results
+_MOST_FAILURES = 200  # listed in the results
 
 
 def image_results(run: ImageRun) -> dict[str, Any]:
@@ -76,13 +76,13 @@ def image_results(run: ImageRun) -> dict[str, Any]:
 
 
 def _difference(run: ImageRun) -> str:
-    """What of the prompts and images differs from what was published, as a sentence; empty if nothing does."""
+    """Says, in a sentence, how the prompts or images differ from the published setup; empty if they do not."""
     if run.plan.data_hash != published_hash(run.benchmark.files):
         return "Not measured on the published prompts."
     if run.plan.limit is not None or run.plan.spatial_only:
         return f"Measured on {len(run.items):,} of the prompts."
     if run.benchmark.num_images != type(run.benchmark).num_images:
-        return f"Measured on {run.benchmark.num_images} images for each prompt."
+        return f"Measured on {run.benchmark.num_images} images per prompt."
     return ""
 
 
@@ -105,20 +105,22 @@ def _metric_row(metric: Metric) -> dict[str, Any]:
 
 
 def _ends(interval: Interval | None) -> dict[str, float | None]:
-    """An interval as JSON, which knows no NaN."""
+    """Converts an interval for JSON, which has no NaN."""
     ends = (np.nan,) * 3 if interval is None else (interval.estimate, interval.low, interval.high)
     return {name: None if np.isnan(end) else end for name, end in zip(("estimate", "low", "high"), ends, strict=True)}
 
 
 def find_failures(run: ImageRun, evidence_by: Mapping[Protocol, Evidence], protocol: Protocol) -> list[dict[str, Any]]:
     """
-    What counts as wrong because it is missing: images that were not drawn or cannot be read, and questions without a usable reply.
+    Lists what counts as wrong because it is missing: images not drawn or unreadable, and questions without a usable
+    reply.
 
     Args:
         run ([`~evaluation.image_run.ImageRun`]):
             The run.
         evidence_by (`Mapping[str, Evidence]`), protocol (`str`):
-            Protocol → [`~evaluation.benchmarks.base.Evidence`], and the protocol whose images and questions are looked at.
+            Protocol → [`~evaluation.benchmarks.base.Evidence`], and the protocol whose images and questions are
+            checked.
 
     Returns:
         `list[dict]`: `item`, `image`, `question` (`None` for an image) and `reason`.
@@ -146,7 +148,7 @@ def find_failures(run: ImageRun, evidence_by: Mapping[Protocol, Evidence], proto
 
 def summarize_answers(answers: Iterable[Mapping[str, Any]], judges: Mapping[str, str], cost: float) -> dict[str, Any]:
     """
-    Who answered, and what it took.
+    Summarizes who answered, in how much time, and at what cost.
 
     Args:
         answers (`Iterable[Mapping[str, Any]]`):
@@ -154,7 +156,7 @@ def summarize_answers(answers: Iterable[Mapping[str, Any]], judges: Mapping[str,
         judges (`Mapping[str, str]`):
             Role → name.
         cost (`float`):
-            What was paid, in US dollars; more than the answers say if some were lost and asked for again.
+            Total paid, in US dollars; more than the sum over the answers if some were lost and requested again.
 
     Returns:
         `dict`: `judges`, role → `name` and `served`, served model → number of answers; `usage`, with `answers`, `cost` and `seconds`.
@@ -200,7 +202,7 @@ def find_examples(run: ImageRun, evidence: Evidence, metrics: Sequence[Metric]) 
 
 
 def save_pictures(run: ImageRun, results: Mapping[str, Any]) -> None:
-    """Writes the pictures of the examples, small enough for a page, as far as the images are still there."""
+    """Writes small pictures of the examples for the page, if their images still exist."""
     for example in (*results["examples"]["worst"], *results["examples"]["best"]):
         path = run.folder / example["picture"]
         if path.is_file() or not (run.image_folder / example["file"].partition("#")[0]).is_file():

@@ -1,4 +1,6 @@
-"""An evaluation of images on a benchmark, in a folder of its own: plan, images, answers, tables. Each step continues."""
+"""
+An evaluation of images in its own folder: plan, images, answers and tables. Every step can be interrupted and resumed.
+"""
 
 import json
 import math
@@ -14,20 +16,22 @@ from ..endpoints import RecordedSpend
 from ..generation.engines import draw_jobs, process_state
 from ..generation.jobs import DrawnImage, ImageJob
 from ..store import PROCESS, RecordLog, SharedLog, read_record, write_atomically, write_record
+from ..training.processes import fail_together
 from .benchmarks import make_benchmark
 from .benchmarks.base import PROTOCOLS, Benchmark, Evidence, ImageKey, Item, Protocol, Question, images_of
 from .data_files import find_data, hash_data
 from .judging import Task
 
 
-_FLUSH = 16  # images that are recorded together
+_FLUSH = 16  # images recorded at once
 PLAN_FILE, FILES_FILE = "plan.json", "files.json"
+ITEMS_FILE = "items.jsonl"  # is written before the plan
 
 
 @dataclass(frozen=True)
 class ImagePlan:
     """
-    What an evaluation of images is.
+    The plan of an evaluation of images.
 
     Args:
         benchmark (`str`):
@@ -35,15 +39,15 @@ class ImagePlan:
         judges (`Mapping[str, str]`):
             Role → name of the judge, as [`~evaluation.judging.load_judges`] takes it.
         generator (`Mapping[str, Any]`, *optional*):
-            Who draws, as [`~generation.painters.make_painter`] takes it. If not set, the images are there already.
+            The generator, as [`~generation.painters.make_painter`] takes it. If not set, the images exist already.
         images (`str`, *optional*):
             Folder of images in the benchmark's official layout, drawn elsewhere.
         num_images (`int`, *optional*):
             Images for each prompt. If not set, the benchmark's.
         limit (`int`, *optional*):
-            How many of the prompts are taken, evenly spread. If not set, all.
+            Number of prompts to use, evenly spread. If not set, all.
         spatial_only (`bool`, *optional*, defaults to `False`):
-            Whether only the spatial part is taken.
+            Whether to use only the spatial part.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the images.
         trained_on (`Sequence[str]`, *optional*):
@@ -71,7 +75,7 @@ class ImagePlan:
         if (self.generator is None) == (self.images is None):
             raise ValueError("Name either a generator, which draws the images, or a folder of images.")
         for name in self.trained_on:
-            make_benchmark(name)  # an error if there is none
+            make_benchmark(name)  # raises if there is no such benchmark
         for name in ("num_images", "limit"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}. It must be at least 1.")
@@ -92,7 +96,7 @@ class ImageRun:
         folder (`Path`):
             The folder.
         plan ([`ImagePlan`], *optional*):
-            What is evaluated. If not set, what the folder says.
+            The plan. If not set, that of the folder.
 
     Attributes:
         items (`list[Item]`):
@@ -107,21 +111,23 @@ class ImageRun:
         found = read_record(folder / PLAN_FILE)
         if plan is None:
             if found.get("kind") != "images":
-                raise ValueError(
-                    f"{folder} is not the folder of an evaluation of images: it holds no {PLAN_FILE} of one."
-                )
+                raise ValueError(f"{folder} is not the folder of an image evaluation: it has no {PLAN_FILE} of one.")
             plan = ImagePlan(**{key: value for key, value in found.items() if key != "kind"})
-        elif not found and folder.is_dir() and any(name.name[0] != "." for name in folder.iterdir()):
-            raise ValueError(f"{folder} is not empty and holds no evaluation. Name another folder.")
+        elif (
+            not found
+            and folder.is_dir()
+            and any(path.name[0] != "." and path.name != ITEMS_FILE for path in folder.iterdir())
+        ):
+            raise ValueError(f"{folder} is not empty and does not hold an evaluation. Name another folder.")
         self.plan = plan
         self.benchmark = plan.make_benchmark()
         self.images = SharedLog(folder, "images")
         self.answers = RecordLog(folder / "answers.jsonl")
-        self.items = [Item(**record) for record in RecordLog(folder / "items.jsonl")]
+        self.items = [Item(**record) for record in RecordLog(folder / ITEMS_FILE)]
 
     @property
     def image_folder(self) -> Path:
-        """Where the images lie."""
+        """The folder of the images."""
         return self.folder / "images" if self.plan.images is None else Path(self.plan.images)
 
     def prepare(self, data: str | None) -> dict[str, Any]:
@@ -136,7 +142,7 @@ class ImageRun:
             `dict`: The plan, as it is recorded.
 
         Raises:
-            `ValueError`: If the data cannot be had or is damaged, or the folder was begun with another plan.
+            `ValueError`: If the data is unavailable or damaged, or the folder was begun with another plan.
         """
         folder = find_data(self.benchmark, data)
         try:
@@ -150,7 +156,7 @@ class ImageRun:
             ) from None
         items = select_items(loaded, self.plan.limit, self.plan.spatial_only)
         if not items:
-            raise ValueError(f"There is no prompt left of {self.benchmark.title} in {folder}.")
+            raise ValueError(f"There are no prompts left of {self.benchmark.title} in {folder}.")
         self.plan = replace(self.plan, data_hash=hash_data(folder))
         now = json.loads(json.dumps({"kind": "images", **asdict(self.plan)}))
         then = read_record(self.folder / PLAN_FILE)
@@ -169,15 +175,15 @@ class ImageRun:
         if PROCESS == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             lines = (json.dumps(asdict(item), ensure_ascii=False) for item in self.items)
-            write_atomically(self.folder / "items.jsonl", "".join(f"{line}\n" for line in lines))
+            write_atomically(self.folder / ITEMS_FILE, "".join(f"{line}\n" for line in lines))
             write_record(self.folder / PLAN_FILE, plan)
 
     def spend(self, limit_usd: float = math.inf) -> RecordedSpend:
-        """What judges behind servers may still cost, in US dollars."""
+        """Returns the spending limit for judges on servers, in US dollars."""
         return RecordedSpend(limit_usd, RecordLog(self.folder / "payments.jsonl"))
 
     def missing_jobs(self) -> list[ImageJob]:
-        """The images that are still to be drawn. What was refused is not asked for again."""
+        """Returns the images that are still to be drawn. Refused images are not requested again."""
         refused = {(record["item"], record["image"]) for record in self.images if record["refusal"] is not None}
         return [
             ImageJob(f"{item.id}/{number}", item.prompt, self._seed_of(item, number))
@@ -200,23 +206,22 @@ class ImageRun:
         """
         if self.plan.generator is None:
             return
-        if engine == "local":
-            process_state().wait_for_everyone()  # before any draws: all processes share the same jobs
         jobs = self.missing_jobs()
+        if engine == "local":
+            process_state().wait_for_everyone()  # no process may draw before all have listed the same jobs
         items = {item.id: item for item in self.items}
         drawn: list[dict[str, Any]] = []
-        try:
-            for image in draw_jobs(
-                self.plan.generator, jobs, engine=engine, num_workers=num_workers, progress=progress and bool(jobs)
-            ):
-                drawn.append(self._keep(items, image))
-                if len(drawn) == _FLUSH:
-                    self.images.append(drawn)
-                    drawn = []
-        finally:  # what was drawn stays, whatever ended the rest
-            self.images.append(drawn)
-        if engine == "local":
-            process_state().wait_for_everyone()
+        with fail_together("Drawing images"):
+            try:
+                for image in draw_jobs(
+                    self.plan.generator, jobs, engine=engine, num_workers=num_workers, progress=progress and bool(jobs)
+                ):
+                    drawn.append(self._keep(items, image))
+                    if len(drawn) == _FLUSH:
+                        self.images.append(drawn)
+                        drawn = []
+            finally:  # keep what was drawn before an error or an interruption
+                self.images.append(drawn)
         if PROCESS == 0:
             self.benchmark.finish(self.image_folder, self.items)
 
@@ -233,11 +238,12 @@ class ImageRun:
 
     def tasks(self, protocols: Sequence[Protocol] = PROTOCOLS) -> list[Task]:
         """
-        The images that are there, and what is asked about each. The list of files is recorded, so that tables can be made where the
-        images are not.
+        Returns the existing images, and the questions about each. Records the list of files, so that tables can be
+        made without the images.
 
         Raises:
-            `ValueError`: If no image of the benchmark is there, or the folder says that images are those of other prompts.
+            `ValueError`: If the folder has no image of the benchmark, or states that images are those of other
+                prompts.
         """
         files = self.files()
         self.benchmark.check_folder(self.image_folder, self.items)
@@ -267,11 +273,11 @@ class ImageRun:
         return kinds - {"boxes"}
 
     def assignments(self, files: Sequence[str]) -> dict[Protocol, dict[ImageKey, str]]:
-        """Which file is which image, by protocol."""
+        """Assigns files to images, by protocol."""
         return {protocol: self.benchmark.assign(self.items, files, protocol) for protocol in PROTOCOLS}
 
     def evidence(self) -> dict[Protocol, Evidence]:
-        """What the records say, by protocol. No image is looked at."""
+        """Collects the evidence in the records, by protocol, without reading images."""
         unreadable = self.unreadable()
         replies: dict[tuple[str, str], dict[str, list[Any]]] = {}
         for answer in self.answers:
@@ -290,7 +296,7 @@ class ImageRun:
         return evidence
 
     def listed_files(self) -> list[str]:
-        """The files that were there when judges were asked last."""
+        """Returns the files that existed when judges were last asked."""
         return read_record(self.folder / FILES_FILE).get("files", [])
 
     def protocols(self) -> list[Protocol]:
@@ -299,11 +305,11 @@ class ImageRun:
 
     def unreadable(self) -> dict[str, str]:
         """File → why it could not be read, when judges were asked."""
-        reasons = {answer["file"]: answer.get("unreadable") for answer in self.answers}  # the last word counts
+        reasons = {answer["file"]: answer.get("unreadable") for answer in self.answers}  # the last answer counts
         return {file: reason for file, reason in reasons.items() if reason is not None}
 
     def refusals(self) -> dict[ImageKey, str]:
-        """Why images were not drawn."""
+        """Returns (item, image) → why it was not drawn."""
         return {(r["item"], r["image"]): r["refusal"] for r in self.images if r["refusal"] is not None}
 
     def _keep(self, items: Mapping[str, Item], image: DrawnImage) -> dict[str, Any]:
@@ -322,13 +328,13 @@ class ImageRun:
         }
 
     def _seed_of(self, item: Item, number: int) -> int:
-        # 31 bits, since servers take no more; of the prompt's words, so that two generators start from the same noise
+        # 31 bits, the most that servers accept; independent of the generator, so that all start from the same noise
         key = repr((self.plan.seed, item.id, item.prompt, number)).encode()
         return int.from_bytes(blake2b(key, digest_size=8).digest(), "big") >> 33
 
 
 def select_items(items: Iterable[Item], limit: int | None, spatial_only: bool) -> list[Item]:
-    """Items of the spatial part, or all; of these at most `limit`, evenly spread, so that every kind of prompt is among them."""
+    """Selects all or only spatial items, at most `limit`, evenly spread, so that every kind of prompt is included."""
     chosen = [item for item in items if item.is_spatial or not spatial_only]
     if limit is None or limit >= len(chosen):
         return chosen

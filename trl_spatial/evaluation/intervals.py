@@ -1,4 +1,4 @@
-"""Intervals and paired tests for the numbers of benchmarks. Whole prompts are drawn, since their images succeed and fail together."""
+"""Intervals and paired tests for benchmark metrics. Resamples whole prompts, whose images succeed or fail together."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ from .benchmarks.base import Evidence, Item, Metric, OfficialError
 
 NUM_RESAMPLES = 2000
 _NUM_PERMUTATIONS = 10_000
-_NUM_BLOCKS = 50  # parts of the prompts, of which the jackknife leaves out one
-_FEWEST_ITEMS = 10  # for which a jackknife says anything
-_Z = 1.959963984540054  # of 95 %
+_NUM_BLOCKS = 50  # blocks of prompts that the jackknife leaves out in turn
+_FEWEST_ITEMS = 10  # prompts; with fewer, a jackknife means nothing
+_Z = 1.959963984540054  # for 95 %
 
 
 @dataclass(frozen=True)
 class Difference:
     """
-    How two runs differ in a metric.
+    The difference between two runs in a metric.
 
     Args:
         interval ([`~statistics.Interval`]):
             The second minus the first, with its 95 % interval.
         p_value (`float`):
-            Of the permutation test that exchanges the two runs prompt by prompt.
+            p-value of the permutation test that exchanges the two runs prompt by prompt.
         num_items (`int`):
             Prompts that both runs have.
     """
@@ -44,7 +44,7 @@ def metric_interval(metric: Metric) -> Interval:
     if len(metric.values) == 0:
         return Interval(np.nan, np.nan, np.nan)
     if metric.values.max() <= 0 or metric.values.min() >= 1:
-        if not np.isin(metric.values, (0, 1)).all():  # chance-corrected ones are no shares
+        if not np.isin(metric.values, (0, 1)).all():  # chance-corrected values are not shares
             return Interval(metric.estimate, metric.estimate, metric.estimate)
         return accuracy_interval(np.full(len(set(metric.items)), metric.values[0]))
     if len(set(metric.items)) < 2:
@@ -55,10 +55,7 @@ def metric_interval(metric: Metric) -> Interval:
 
 
 def metric_difference(first: Metric, second: Metric) -> Difference | None:
-    """
-    The difference between two runs in a metric, over the prompts that both have; `None` if they have fewer than two in common, of
-    which nothing can be said.
-    """
+    """Returns the difference of two runs in a metric, over their common prompts; `None` for fewer than two."""
     items = sorted(set(first.items) & set(second.items))
     if len(items) < 2:
         return None
@@ -73,7 +70,7 @@ def metric_difference(first: Metric, second: Metric) -> Difference | None:
     differences = _ratio(kept @ sums_2 + exchanged @ sums_1, kept @ counts_2 + exchanged @ counts_1) - _ratio(
         kept @ sums_1 + exchanged @ sums_2, kept @ counts_1 + exchanged @ counts_2
     )
-    # equal sums in another order differ in the last bits
+    # tolerance: sums in a different order differ in the last bits
     as_large = np.count_nonzero(np.abs(differences) >= abs(estimate) - 1e-12)
     p_value = (1 + as_large) / (1 + _NUM_PERMUTATIONS)
     return Difference(Interval(float(estimate), float(low), float(high)), float(p_value), len(items))
@@ -85,8 +82,8 @@ def official_intervals(
     evidence: Evidence,
 ) -> dict[str, Interval | None]:
     """
-    The numbers of an official program with 95 % intervals: a jackknife that leaves out one part of the prompts after another, for
-    which the program need not be known.
+    Returns the numbers of an official program with 95 % intervals, by a jackknife that leaves out blocks of prompts in
+    turn: it treats the program as a black box.
 
     Args:
         official (`Callable`):
@@ -115,7 +112,7 @@ def official_intervals(
 
 
 def evidence_of(items: Sequence[Item], evidence: Evidence) -> Evidence:
-    """The part of the evidence that is about some items."""
+    """Returns the part of the evidence that is about these items."""
     ids = {item.id for item in items}
     return Evidence(
         {key: file for key, file in evidence.images.items() if key[0] in ids},
@@ -140,7 +137,10 @@ def _groups(metric: Metric) -> Sequence[str]:
 def _by_item(
     metric: Metric, items: Sequence[str], names: Sequence[str] | None = None
 ) -> tuple[tuple[np.ndarray, np.ndarray], Sequence[str]]:
-    """Sums and numbers of the values of each item in each group, each `(num_items, num_groups)`."""
+    """
+    Returns the sums and the counts of the values of each item in each group, both `(num_items, num_groups)`, and the
+    names of the groups.
+    """
     names = sorted(set(_groups(metric))) if names is None else names
     row_of, column_of = ({name: i for i, name in enumerate(known)} for known in (items, names))
     sums, counts = np.zeros((len(items), len(names))), np.zeros((len(items), len(names)))
@@ -152,7 +152,9 @@ def _by_item(
 
 
 def _draws(num_items: int) -> np.ndarray:
-    """How often each item is drawn in each resample, `(num_resamples, num_items)`; the same for the same number of items."""
+    """
+    Returns how often each resample draws each item, `(num_resamples, num_items)`; equal for equal numbers of items.
+    """
     chances = np.full(num_items, 1 / num_items)
     return np.random.default_rng(0).multinomial(num_items, chances, size=NUM_RESAMPLES)
 
@@ -162,7 +164,9 @@ def _ratios(draws: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> np.ndarr
 
 
 def _ratio(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Mean over the groups that have values of the mean of these: `(num_rows,)`, NaN where no group has."""
+    """
+    Returns the mean of the groups' means, over the groups with values: `(num_rows,)`, NaN for rows without values.
+    """
     with np.errstate(invalid="ignore"):
         means = sums / counts
     is_known = counts > 0

@@ -17,14 +17,14 @@ from .boxes import find_boxes
 from .roles import Judges
 
 
-_BATCH = 16  # images that a detector sees together
+_BATCH = 16  # images per call of a detector
 _FLUSH_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Task:
     """
-    An image and what is asked about it.
+    An image and the questions about it.
 
     Args:
         item (`str`), file (`str`):
@@ -39,7 +39,7 @@ class Task:
 
 
 def answered(log: Iterable[Mapping[str, Any]]) -> set[tuple[str, str, str]]:
-    """Id of the item, file and key of each question that has its answer."""
+    """Returns (id of the item, file, key) of each answered question."""
     return {
         (record["item"], record["file"], record["question"])
         for record in log
@@ -48,7 +48,7 @@ def answered(log: Iterable[Mapping[str, Any]]) -> set[tuple[str, str, str]]:
 
 
 def unanswered(tasks: Sequence[Task], log: RecordLog) -> list[Task]:
-    """The tasks without the questions that are answered. What a server did not answer, and images that could not be read, come again."""
+    """Returns the tasks without answered questions. Failed requests and unreadable images are tried again."""
     done = answered(log)
     remaining = []
     for task in tasks:
@@ -73,7 +73,7 @@ def ask_judges(
         tasks (`Sequence[Task]`):
             The images and questions.
         judges ([`Judges`]):
-            Who is asked.
+            The judges to ask.
         open_image (`Callable`):
             File → RGB image.
         log ([`~store.RecordLog`]):
@@ -106,7 +106,7 @@ def _only(task: Task, condition: Callable[[Question], bool]) -> Task | None:
 
 
 class _Writer:
-    """Collects records and writes them every second: a flush to the disk for each of 10,000 answers would take minutes."""
+    """Buffers records and writes them every second: syncing each of 10,000 answers to disk would take minutes."""
 
     def __init__(self, log: RecordLog):
         self.log, self.records, self.written = log, list[dict[str, Any]](), time.monotonic()
@@ -127,7 +127,7 @@ class _Writer:
 def _converse(
     tasks: Sequence[Task], judges: Judges, open_image: Callable[[str], Image.Image]
 ) -> Iterator[list[dict[str, Any]]]:
-    """Records of the questions to the vision-language model, image by image."""
+    """Asks the vision-language model; yields the records of each image."""
     if not tasks:
         return
     model, name = judges.vision, judges.names["vision"]
@@ -205,7 +205,7 @@ def ask_question(model: VisionModel, image: Image.Image, question: Question) -> 
 def _detect(
     tasks: Sequence[Task], judges: Judges, open_image: Callable[[str], Image.Image]
 ) -> Iterator[list[dict[str, Any]]]:
-    """Records of the questions to detectors, in batches of one detector and one view."""
+    """Asks the detectors, in batches with the same detector and view; yields the records of each batch."""
     groups: dict[tuple[str, str], list[tuple[Task, Question]]] = defaultdict(list)
     for task in tasks:
         for question in task.questions:

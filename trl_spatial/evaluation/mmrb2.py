@@ -1,4 +1,4 @@
-"""Multimodal RewardBench 2: pairs of photographs and drawings that people chose between, far from any scene of ours."""
+"""Multimodal RewardBench 2: pairs of generated images, compared by people, that are unlike any scene of ours."""
 
 import json
 from pathlib import Path, PurePosixPath
@@ -7,10 +7,10 @@ from typing import Any
 from datasets import Dataset
 
 
-MMRB2, NUM_PAIRS = "mmrb2", 1000  # its name, and the size of its text-to-image task
+MMRB2, NUM_PAIRS = "mmrb2", 1000  # name, and size of the text-to-image task
 _FILE = "t2i.json"
 _HOW_TO = (
-    "Fetch it with the program of its authors (https://github.com/facebookresearch/MMRB2, licence CC BY-NC 4.0): "
+    "Fetch it with the program of its authors (https://github.com/facebookresearch/MMRB2, license CC BY-NC 4.0): "
     "`python benchmark/build_from_hf.py --output-dir FOLDER`"
 )
 
@@ -22,26 +22,26 @@ def load_mmrb2(folder: str | Path) -> Dataset:
 
     Args:
         folder (`str` or `Path`):
-            What the authors' program writes: `t2i.json` and the folder `images`.
+            The output of the authors' program: `t2i.json` and the folder `images`.
 
     Returns:
         `Dataset`: `prompt`, `chosen` and `rejected` (paths of images) and `source`, the benchmark that the prompt is from.
 
     Raises:
-        `ValueError`: If the folder is another one, or a pair is not of a prompt in words and an image each; the message names
-            the pair.
+        `ValueError`: If the folder holds something else, or a pair is not a text prompt with two images; the message
+            names the pair.
     """
     folder = Path(folder)
     path = folder / _FILE
     if not path.is_file():
-        hint = " It holds the answers without their prompts." if any(folder.glob("*_response_only.json")) else ""
+        hint = " It has the answers without their prompts." if any(folder.glob("*_response_only.json")) else ""
         raise ValueError(f"There is no {path}.{hint} {_HOW_TO}.")
     try:
         pairs = json.loads(path.read_bytes())["pairs"]
         rows = [_read_pair(pair, number, folder) for number, pair in enumerate(pairs)]
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"{path} is no list of pairs of MMRB2 ({type(error).__name__}: {error}). {_HOW_TO}."
+            f"{path} is not a list of MMRB2 pairs ({type(error).__name__}: {error}). {_HOW_TO}."
         ) from None
     if not rows:
         raise ValueError(f"{path} has no pairs. {_HOW_TO}.")
@@ -55,15 +55,13 @@ def _read_pair(pair: Any, number: int, folder: Path) -> dict[str, str]:
     missing = [key for key in ("prompt_content", "response_a", "response_b") if key not in pair]
     if missing:
         raise ValueError(f"{place} has no {missing[0]}. {_HOW_TO}.")
-    # published files name the label `chosen`; the description of the format also `human_preference`
+    # published files call the label `chosen`; the documented format also has `human_preference`
     label = pair.get("chosen", pair.get("human_preference"))
     if label not in ("A", "B"):
         raise ValueError(f"{place}: the chosen answer is {label!r}. It should be 'A' or 'B'.")
     prompt = pair["prompt_content"]
     if not prompt or any(kind != "text" for kind, _ in prompt):
-        raise ValueError(
-            f"{place}: the prompt is not in words alone. Only the text-to-image task can be measured here."
-        )
+        raise ValueError(f"{place}: the prompt is not text only. Only the text-to-image task can be measured here.")
     images = {name: _find_image(pair[f"response_{name.lower()}"], folder, f"{place}, answer {name}") for name in "AB"}
     return {
         "prompt": "\n".join(text for _, text in prompt),

@@ -1,4 +1,4 @@
-"""Other prompts for the pairs of a dataset, which show whether a scorer reads them."""
+"""Controls: altered prompts for the pairs of a dataset, which show whether a scorer reads the prompt."""
 
 import re
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ import numpy as np
 from ..scenes import describe_scene, mirror, parse_description
 
 
-GIVEN = "given"  # the pairs as they are
-# Control → what it does to a pair.
+GIVEN = "given"  # the unaltered pairs
+# Control → its effect on a pair, and the expected result.
 CONTROLS = {
-    "flip": "both images mirrored, left and right exchanged in the prompt: a verdict should stay",
-    "image_only": "one prompt that says nothing for all pairs: about half should be right",
+    "flip": "both images mirrored, left and right swapped in the prompt: the verdict should stay the same",
+    "image_only": "the same empty prompt for all pairs: about half should be right",
     "prompt_swap": "the prompt of another pair: about half should be right",
 }
 NEUTRAL_PROMPT = "A picture."
@@ -30,13 +30,13 @@ _EXCHANGED |= {new: old for old, new in _EXCHANGED.items()} | {
     "anti-clockwise": "clockwise",
 }
 _SIDE = re.compile(rf"\b(?:{'|'.join(sorted(_EXCHANGED, key=len, reverse=True))})\b", re.IGNORECASE)
-# After these words a side is a place: "on the right behind the sofa".
+# After these words, "left" or "right" is a place: "on the right behind the sofa".
 _PLACED = re.compile(
     r"(?:\b(?:the|its|his|her|their|your|my|our|far|upper|lower|top|bottom|front|back|rear|middle|center|centre|to|from)"
     r"|'s|[-–/])\s*$",
     re.IGNORECASE,
 )
-# Before these words it is none: "right behind the sofa", "left open", "a right angle".
+# Before these words, it is not: "right behind the sofa", "left open", "a right angle".
 _NOT_PLACED = {
     "right": re.compile(
         r"\s+(?:next|beside|besides|by|near|in|on|at|above|below|over|under|underneath|beneath|behind|before|after|against|"
@@ -54,8 +54,8 @@ _NOT_PLACED = {
 
 def exchange_sides(text: str) -> str:
     """
-    Exchanges left and right in a text, as its mirrored image needs it: also leftmost, clockwise and the like. Words that look
-    the same but name no side stay: "right behind the sofa", "left open". East and west stay, too.
+    Exchanges left and right in a text to fit the mirrored image, including leftmost, clockwise and the like. Words
+    that look the same but name no side stay: "right behind the sofa", "left open". East and west also stay.
 
     Example:
 
@@ -79,8 +79,8 @@ def exchange_sides(text: str) -> str:
 
 def mirror_text(prompt: str) -> str:
     """
-    The prompt of the mirrored image: for a description of a flat scene that of the mirrored scene, of the same length and worded
-    anew; [`exchange_sides`] of any other.
+    Returns the prompt of the mirrored image: for a description of a flat scene, a new description, of the same length,
+    of the mirrored scene; for any other prompt, the result of [`exchange_sides`].
     """
     try:
         graph = parse_description(prompt)
@@ -112,7 +112,7 @@ def swap_prompts(prompts: Sequence[str], clusters: Sequence[int], rng: np.random
     num_pairs = len(prompts)
     if len(sizes) < 2:
         return None
-    # Sorted by cluster and moved on by the largest size, no place meets its own cluster again.
+    # With pairs sorted by cluster and shifted by the largest cluster, no pair gets a prompt of its own cluster.
     order = np.lexsort((rng.permutation(num_pairs), rng.permutation(len(sizes))[cluster_of]))
     sources = np.empty(num_pairs, dtype=int)
     sources[order] = np.roll(order, -int(sizes.max()))

@@ -1,4 +1,4 @@
-"""Measuring scorers on pairs in a folder: everything is asked once, and an interrupted run continues."""
+"""Measures scorers on pairs: every answer is recorded in a folder, so that an interrupted run can continue."""
 
 import hashlib
 import math
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 PLAN_FILE, PAIRS_FILE, PAYMENTS_FILE, RECORDS_FOLDER = "plan.json", "pairs.jsonl", "payments.jsonl", "records"
 RESULTS_FILE, TABLES_FILE = "results.json", "results.md"
-Task = tuple[int, str]  # number of a pair, and the condition under which it is shown
+Task = tuple[int, str]  # number of a pair, and the condition (`GIVEN` or a control) under which it is shown
 Shown = tuple[str, Image, Image]  # prompt, chosen, rejected
 
-# What may be asked again: a server that did not answer may do so later, and who wrote a function may repair it.
+# Failures that are asked again: a server may answer later, and a user may have fixed their function.
 _PASSING = ("no answer from the server", "error")
 
 
@@ -69,11 +69,11 @@ class PairRun:
         self._prompts = [record["prompts"] for record in RecordLog(folder / PAIRS_FILE)]
 
     def spend(self, limit_usd: float = math.inf) -> Spend:
-        """What models behind servers may still cost, in US dollars."""
+        """Returns the spending limit for models on servers, in US dollars."""
         return RecordedSpend(limit_usd, RecordLog(self.folder / PAYMENTS_FILE))
 
     def tasks(self, spec: str, controls: Sequence[str]) -> list[Task]:
-        """What a scorer has not been asked yet. Pairs on which a server failed are asked again."""
+        """Returns what a scorer has not been asked yet. Pairs on which a server failed are asked again."""
         facts = self.plan["scorers"].get(spec)
         done = (
             set() if facts is None else {key for key, record in latest(self._log(facts)).items() if is_settled(record)}
@@ -87,7 +87,7 @@ class PairRun:
 
     def measure(self, spec: str, scorer: "PairScorer", controls: Sequence[str], *, batch_size: int) -> None:
         """
-        Asks a scorer what it has not been asked yet. What is answered is kept, however this ends.
+        Asks a scorer what it has not been asked yet. Answers are kept even if this fails.
 
         Args:
             spec (`str`), scorer ([`~evaluation.scorers.PairScorer`]):
@@ -160,7 +160,9 @@ class PairRun:
         return self._prompts[index][condition], chosen, rejected
 
     def _ask(self, scorer: "PairScorer", tasks: Sequence[Task]) -> Iterator[list[dict[str, Any]]]:
-        """Records of some of the pairs at a time; an error that ends the run comes after those that were answered."""
+        """
+        Yields lists of records; raises an error that ends the run only after yielding the answers received before it.
+        """
         shown = [self._show(task) for task in tasks]
         if scorer.is_pairwise:
             yield from _compare_all(scorer, tasks, shown)  # type: ignore[arg-type]
@@ -175,7 +177,7 @@ def _score_all(scorer: "PairScorer", tasks: Sequence[Task], shown: Sequence[Show
         scores = scorer.score(prompts * 2, chosen + rejected)
     except (EndpointError, ValueError) as error:
         if len(tasks) > 1 and not _ends_all(error):
-            half = len(tasks) // 2  # which pair is it?
+            half = len(tasks) // 2  # bisect to find the pair that fails
             yield from _score_all(scorer, tasks[:half], shown[:half])
             yield from _score_all(scorer, tasks[half:], shown[half:])
             return
@@ -192,7 +194,7 @@ def _score_all(scorer: "PairScorer", tasks: Sequence[Task], shown: Sequence[Show
 def _compare_all(
     scorer: "PairwiseScorer", tasks: Sequence[Task], shown: Sequence[Shown]
 ) -> Iterator[list[dict[str, Any]]]:
-    """Asks about all pairs at once, since most of the time is spent waiting for a server."""
+    """Asks about all pairs concurrently, because most of the time is spent waiting for a server."""
     started = time.perf_counter()
     with ThreadPoolExecutor(len(tasks)) as pool:
         futures = [pool.submit(_compare, scorer, *pair) for pair in shown]
@@ -208,7 +210,7 @@ def _compare_all(
 
 
 def _compare(scorer: "PairwiseScorer", prompt: str, chosen: Image, rejected: Image) -> dict[str, Any]:
-    """Asks in both orders; the scorer's `"first"` and `"second"` become `"chosen"` and `"rejected"`."""
+    """Asks in both orders, and translates the scorer's `"first"` and `"second"` to `"chosen"` and `"rejected"`."""
     verdicts: list[dict[str, Any]] = []
     answers: list[Comparison] = []
     for names, images in ((("chosen", "rejected"), (chosen, rejected)), (("rejected", "chosen"), (rejected, chosen))):
@@ -234,7 +236,7 @@ def _costs(*answers: "Score | Comparison") -> dict[str, Any]:
 
 
 def _score_record(score: "Score") -> dict[str, Any]:
-    """A score as JSON; what is not finite is no score."""
+    """Converts a score for JSON; a score that is not finite becomes `None`."""
     if score.mean is None or not math.isfinite(score.mean):
         raw = score.raw if score.mean is None else f"the score is {score.mean}"
         return {"mean": None, "std": None, "raw": raw}
@@ -253,14 +255,14 @@ def _failure(error: Exception) -> dict[str, Any]:
 
 
 def _ends_all(error: Exception) -> bool:
-    """Whether every other request would fail, too."""
+    """Whether every other request would fail as well."""
     if isinstance(error, EndpointError) and not isinstance(error, (BadAnswer, ServerError)):
         return True
     return isinstance(error, BudgetReached) or (isinstance(error, ServerError) and error.is_final)
 
 
 def is_settled(record: Mapping[str, Any]) -> bool:
-    """Whether asking again would give nothing else."""
+    """Whether asking again would give the same result."""
     return record.get("failure", {}).get("reason") not in _PASSING
 
 
@@ -283,19 +285,19 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[s
 
 
 def fingerprint_of(spec: str) -> str | None:
-    """A short name of the files of a scorer, if its model is a folder; `None` of any other."""
+    """Returns a short hash of the files of a scorer whose model is a folder; `None` for any other."""
     folder = Path(spec.partition(":")[2])
     return fingerprint(folder) if ":" in spec and folder.is_dir() else None
 
 
 def replay_pairs(folder: Path) -> dict[str, Any]:
     """
-    Makes the tables of a run anew from what is recorded, without its dataset or any model.
+    Makes the tables of a run again from its records, without its dataset or any model.
 
     Args:
         folder (`Path`):
-            The folder of the run. `results.json` and `results.md` are written there, and for each scorer what its model's repository
-            takes: see [`~evaluation.sharing.write_shared_pairs`].
+            The folder of the run. `results.json` and `results.md` are written there, and for each scorer the files for
+            its model's repository, see [`~evaluation.sharing.write_shared_pairs`].
 
     Returns:
         `dict`: See [`~evaluation.pair_tables.make_results`].

@@ -1,4 +1,4 @@
-"""The pairs that scorers are measured on: images, prompts, what was changed, and which pairs belong together."""
+"""The pairs on which scorers are measured: images, prompts, changes, and clusters of related pairs."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from ..scenes import describe_changes
 from .pair_controls import CONTROLS, GIVEN, prompts_of
 
 
-# Pairs that differ in nothing else have a column of their own: what people call the worst errors, and judges see worst.
+# Groups of pairs that differ only in these relations: errors that people call the worst, and judges see the least.
 ORIENTATIONS = {"left/right": {"left_of", "right_of"}, "front/behind": {"front_of", "behind"}}
 
 
@@ -63,7 +63,7 @@ class PairSet:
         if len(self.rows) == 0:
             raise ValueError(f"{name} has no rows.")
         self.name, self.folder = name, folder or Path()
-        # of a part of the split, nothing is said on the Hub
+        # results on part of a split are not reported on the Hub
         self.dataset_id = dataset_id if len(self.rows) == len(dataset) else None
         self.split = split
         self.prompts = []
@@ -115,8 +115,8 @@ class PairSet:
 
     def records(self) -> list[dict[str, Any]]:
         """
-        What the tables need to know of each pair, as JSON: `pair`, its row; `prompts`, by control; `cluster`; `groups`, the
-        name of a grouping → the pair's group in it; `change`, in words.
+        Returns what the tables need of each pair, as JSON: `pair`, its row; `prompts`, by control; `cluster`;
+        `groups`, the name of a grouping → the pair's group in it; `change`, in words.
         """
         perturbed = self._column("perturbed_prompt")
         clusters = find_clusters(self.prompts, perturbed)
@@ -158,7 +158,7 @@ def change_groups(level: int | None, operations: Sequence[Mapping[str, Any]]) ->
 
 
 def relation_of(changed: Mapping[str, Any] | str) -> str:
-    """Name of the relation `before` or `after` a change. Older datasets hold strings, as `left_of(red circle, blue square)`."""
+    """Returns the name of the relation `before` or `after` a change, which older datasets hold as `left_of(a, b)`."""
     return changed.partition("(")[0] if isinstance(changed, str) else changed["relation"]
 
 
@@ -182,7 +182,7 @@ def find_clusters(prompts: Sequence[str], perturbed: Sequence[str | None]) -> li
 
 
 def _as_list(operations: Any) -> list[dict[str, Any]]:
-    if isinstance(operations, Mapping):  # how datasets before 4.0 wrote a list of mappings
+    if isinstance(operations, Mapping):  # datasets before 4.0 wrote a list of mappings like this
         return [dict(zip(operations, values, strict=True)) for values in zip(*operations.values(), strict=True)]
     return list(operations or ())
 

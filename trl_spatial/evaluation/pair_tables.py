@@ -1,4 +1,4 @@
-"""Tables of a measurement of scorers, made from what it has recorded alone."""
+"""Makes the tables of a measurement of scorers from its records alone."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .published import published_numbers
 
 
 GROUPINGS = ("level", "relation", "operation", "orientation", "generator", "source")
-_NUM_EXAMPLES = 4  # of the worst pairs, and as many of the best
+_NUM_EXAMPLES = 4  # worst pairs shown, and as many of the best
 _VALUES = {"chosen": 1.0, "tie": 0.5, "rejected": 0.0, None: 0.0}
 Record = Mapping[str, Any]
 
@@ -49,7 +49,7 @@ class PairScores:
     @property
     def probability(self) -> np.ndarray:
         """P(chosen ≻ rejected), `(num_pairs,)`, as models whose scores have a standard deviation are trained to give it."""
-        with np.errstate(divide="ignore"):  # a score may be certain
+        with np.errstate(divide="ignore"):  # a standard deviation may be 0
             log_stds = np.log(self.chosen_std), np.log(self.rejected_std)
         fields = (self.chosen_mean, log_stds[0], self.rejected_mean, log_stds[1])
         return preference_probability(*(torch.from_numpy(values.astype(float)) for values in fields)).numpy()
@@ -66,7 +66,7 @@ def make_results(plan: Record, pairs: Sequence[Record], records: Mapping[str, Se
         plan (`Mapping`):
             What was measured.
         pairs (`Sequence[Mapping]`):
-            What is known of each pair.
+            Records of the pairs.
         records (`Mapping[str, Sequence[Mapping]]`):
             Name of each scorer → its records. Of several on the same pair, the last counts.
 
@@ -81,7 +81,7 @@ def make_results(plan: Record, pairs: Sequence[Record], records: Mapping[str, Se
     return {
         "kind": "pairs",
         "dataset": plan["dataset"],
-        # runs of earlier versions do not say
+        # missing in runs of earlier versions
         "dataset_id": plan.get("dataset_id"),
         "split": plan.get("split"),
         "num_pairs": len(pairs),
@@ -103,8 +103,8 @@ def values_of(
     answers: Mapping[tuple[str, str], Record], names: Sequence[str], condition: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    How right a scorer is on each pair, in `[0, 1]`, and whether it has a verdict: both of shape `(num_pairs,)`. A reply that
-    cannot be read counts as wrong, and a pair that lacks one as without a verdict.
+    Returns how right a scorer is on each pair, in `[0, 1]`, and whether it has a verdict: both of shape
+    `(num_pairs,)`. A reply that cannot be read counts as wrong, and a pair that lacks one as without a verdict.
     """
     values, is_covered = np.zeros(len(names)), np.zeros(len(names), dtype=bool)
     for row, name in enumerate(names):
@@ -120,7 +120,7 @@ def values_of(
 
 
 def scores_of(answers: Mapping[tuple[str, str], Record], names: Sequence[str]) -> PairScores:
-    """The scores of the pairs with some names, as they are."""
+    """Returns the scores of the pairs with these names."""
     rows = np.full((len(names), 4), np.nan)
     for row, name in enumerate(names):
         record = answers.get((name, GIVEN), {})
@@ -131,7 +131,7 @@ def scores_of(answers: Mapping[tuple[str, str], Record], names: Sequence[str]) -
 
 
 def _scores(record: Record) -> tuple[float, float] | None:
-    """The scores of the chosen and the rejected image, if it has both."""
+    """Returns the scores of the chosen and the rejected image, or `None` unless the record has both."""
     if "chosen" not in record or None in (means := (record["chosen"]["mean"], record["rejected"]["mean"])):
         return None
     return means
@@ -164,14 +164,14 @@ def _scorer_row(
 
 
 def _share(values: np.ndarray, clusters: np.ndarray) -> dict[str, float | None]:
-    """A share with its interval as JSON, `None` if there are no values."""
+    """Returns a share and its interval for JSON; all `None` if there are no values."""
     if len(values) == 0:
         return dict.fromkeys(("estimate", "low", "high"))
     return dict(vars(share_interval(values, clusters)))
 
 
 def _failures(answers: Mapping[tuple[str, str], Record], names: Sequence[str]) -> Iterable[dict[str, Any]]:
-    """Why pairs have no verdict."""
+    """Yields the reason for each missing verdict."""
     for name in names:
         record = answers.get((name, GIVEN))
         if record is None:
@@ -203,7 +203,7 @@ def _groups(grouping: str, pairs: Sequence[Record], values: np.ndarray, clusters
 
 
 def _numbers(pairs: Sequence[Record], values: np.ndarray, clusters: np.ndarray) -> dict[str, dict[str, Any]]:
-    """The numbers that scorers are compared by; those without pairs are left out."""
+    """Returns the numbers on which scorers are compared, without those that cover no pairs."""
     level_of = np.array([pair["groups"].get("level", "") for pair in pairs])
     numbers = {}
     for name, levels in NUMBERS.items():
@@ -221,7 +221,10 @@ def _asked_controls(answers: Mapping[tuple[str, str], Record]) -> list[str]:
 def _control(
     control: str, answers: Mapping[tuple[str, str], Record], names: Sequence[str], clusters: np.ndarray
 ) -> dict[str, Any]:
-    """Among the pairs with a verdict: a scorer that does not answer nonsense does not fail a control."""
+    """
+    Returns the result of a control over the pairs with a verdict only, so that a scorer that declines nonsense prompts
+    does not fail it.
+    """
     values, is_covered = values_of(answers, names, control)
     if control == "flip":
         given, is_given = values_of(answers, names, GIVEN)
@@ -230,7 +233,7 @@ def _control(
 
 
 def _calibration(answers: Mapping[tuple[str, str], Record], names: Sequence[str]) -> dict[str, Any] | None:
-    """Of scores with a standard deviation: how often the order is right that they give a probability."""
+    """Compares the probabilities of scores that have a standard deviation with how often their order is right."""
     probability = scores_of(answers, names).probability
     known = probability[~np.isnan(probability)]
     if len(known) == 0:
@@ -245,7 +248,7 @@ def _calibration(answers: Mapping[tuple[str, str], Record], names: Sequence[str]
 
 
 def _order_consistency(answers: Mapping[tuple[str, str], Record], names: Sequence[str]) -> float | None:
-    """Among pairs that were compared in both orders, the share with the same verdict."""
+    """Returns the share of the pairs with the same verdict in both orders, among those with two verdicts."""
     is_same = []
     for name in names:
         preferred = {verdict["preferred"] for verdict in answers.get((name, GIVEN), {}).get("verdicts", ())}
@@ -289,7 +292,7 @@ def _examples(
     answers: Mapping[str, Mapping[tuple[str, str], Record]],
     values: Mapping[str, np.ndarray],
 ) -> list[dict[str, Any]]:
-    """The pairs that the scorers order worst, then those they order best."""
+    """Returns the pairs that the scorers order worst, then those that they order best."""
     if not values:
         return []
     scores = {
@@ -298,7 +301,7 @@ def _examples(
         ]
         for (spec, found), of in zip(answers.items(), values.values(), strict=True)
     }
-    # among equal shares of right scorers, by the margin in units of each scorer
+    # ties between pairs are broken by margin, relative to each scorer's largest
     margins = np.zeros(len(pairs))
     for of in scores.values():
         margin = -np.diff(np.array(of, float), axis=1)[:, 0]
@@ -321,7 +324,7 @@ def _examples(
 
 
 def _pair_scores(record: Record, value: float) -> list[float | None]:
-    """The scores of both images; of a scorer that compares, how often it prefers each."""
+    """Returns the scores of both images; for a pairwise scorer, the share of orders in which it prefers each."""
     if "verdicts" in record:
         return [float(value), 1 - float(value)]
     return list(_scores(record) or (None, None))

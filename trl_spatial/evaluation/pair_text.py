@@ -1,4 +1,4 @@
-"""The results of a measurement of scorers as Markdown."""
+"""Formats the results of a measurement of scorers as Markdown."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from .pair_controls import CONTROLS
 from .pair_tables import GROUPINGS, Record
 
 
-_NUM_REASONS = 5  # for which a scorer has no verdict
+_NUM_REASONS = 5  # reasons for missing verdicts shown per scorer
 
 
 def describe_pairs(results: Mapping[str, Any]) -> str:
@@ -95,7 +95,7 @@ def _difference_table(differences: Sequence[Record]) -> list[str]:
 
 
 def _published_table(results: Record) -> list[str]:
-    """Published numbers, a model a row, below ours."""
+    """Makes the table of published numbers, one row per model, below ours."""
     published = results["published"]
     metrics = list(dict.fromkeys(row["metric"] for row in published))
     models: dict[str, dict[str, Record]] = {}
@@ -129,7 +129,7 @@ def _published_table(results: Record) -> list[str]:
 
 
 def _as_published(row: Record, metric: str) -> float | None:
-    """Our accuracy on the pairs of a published number; those of other benchmarks are about all pairs."""
+    """Returns our accuracy on the pairs that a published metric covers: all of them unless it is one of `NUMBERS`."""
     found = row["numbers"].get(metric) if metric in NUMBERS else row["accuracy"]
     return None if found is None else found["estimate"]
 

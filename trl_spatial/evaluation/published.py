@@ -1,4 +1,4 @@
-"""Numbers that others have published, beside which ours are shown."""
+"""Published numbers of others, shown beside ours."""
 
 import json
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import Any
 
 def published_numbers(benchmark: str, *, judges: Sequence[str] = (), difference: str = "") -> list[dict[str, Any]]:
     """
-    Returns what has been published for a benchmark, and whether ours may be compared with it.
+    Returns published numbers for a benchmark, and whether ours are comparable with them.
 
     Args:
         benchmark (`str`):
@@ -17,7 +17,7 @@ def published_numbers(benchmark: str, *, judges: Sequence[str] = (), difference:
         judges (`Sequence[str]`, *optional*):
             Names of our judges. A number is only comparable if its judge's name is in one of them.
         difference (`str`, *optional*):
-            A sentence that says what else differs from all that was published, if anything does.
+            A sentence about what else differs from the published setup, if anything does.
 
     Returns:
         `list[dict]`: `benchmark`, `metric`, `model`, `value` as it was published, `judge` (`None` if there is none), `protocol`,

@@ -1,4 +1,4 @@
-"""One HTML page about an evaluation: of images, of pairs, or of what several runs have in common."""
+"""Writes an HTML page about an evaluation of images or of pairs, or about a comparison of runs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,18 +9,18 @@ from ..figures.page import render_page
 from ..store import write_atomically
 
 
-_MOST_ROWS = 14  # of a chart; the table has all
+_MOST_ROWS = 14  # rows of a chart; the table has all of them
 
 
 def write_report(folder: Path, results: Mapping[str, Any]) -> Path:
     """
-    Writes `report.html`: one file without scripts, which needs no other and no network.
+    Writes `report.html`: one file without scripts that needs no other file and no network.
 
     Args:
         folder (`Path`):
-            Where to; the pictures that the results name are relative to it.
+            Output folder; the paths of pictures in the results are relative to it.
         results (`Mapping[str, Any]`):
-            What `results.json` or `compare.json` holds.
+            The content of `results.json` or `compare.json`.
 
     Returns:
         `Path`: The page.
@@ -38,12 +38,12 @@ def write_report(folder: Path, results: Mapping[str, Any]) -> Path:
 
 
 def draw_image_charts(results: Mapping[str, Any]) -> dict[str, str]:
-    """Name of the chart → its `<svg>` element; none if no number is a share."""
+    """Returns name of the chart → its `<svg>` element; empty if no number is a share."""
     numbers = results["protocols"].get("fixed", {}).get("numbers", [])
     shares = [row for row in numbers if row["low"] is not None and 0 <= row["low"] <= row["high"] <= 1]
     shares.sort(key=lambda row: not row["is_headline"])
     rows = {row["name"]: row for row in shares[:_MOST_ROWS]}
-    return {"numbers": share_dots(rows, "numbers", "right, of all that was expected")} if rows else {}
+    return {"numbers": share_dots(rows, "numbers", "correct, of all that was expected")} if rows else {}
 
 
 def draw_pair_charts(results: Mapping[str, Any]) -> dict[str, str]:
@@ -51,7 +51,7 @@ def draw_pair_charts(results: Mapping[str, Any]) -> dict[str, str]:
     charts = {}
     rows = {scorer["name"]: scorer["accuracy"] for scorer in results["scorers"]}
     if rows:
-        charts["scorers"] = share_dots(rows, "scorers", "pairs ranked rightly", chance=0.5)
+        charts["scorers"] = share_dots(rows, "scorers", "pairs ranked correctly", chance=0.5)
     for number, scorer in enumerate(results["scorers"]):
         bins = (scorer["calibration"] or {}).get("bins", [])
         shown = [

@@ -1,4 +1,4 @@
-"""Who is asked about the images of a benchmark: judges by their roles."""
+"""The judges of a benchmark's images, by role."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ from ..judges.vision import VisionModel, load_vision
 from .benchmarks.base import Benchmark
 
 
-# role → what its judge does
+# role → task of its judge
 ROLES = {
     "vision": "answers questions about an image",
     "detector": "finds objects",
     "second_detector": "finds objects, as a second opinion",
     "colors": "names the color of an object",
-    "depth": "measures how near things are",
+    "depth": "measures how close things are",
 }
 
 
 @dataclass(frozen=True)
 class Judges:
     """
-    Who is asked, by role. What a benchmark does not ask for is `None`.
+    The judges, by role; `None` for roles that a benchmark does not need.
 
     Args:
         vision ([`~judges.vision.VisionModel`], *optional*):
@@ -50,10 +50,10 @@ class Judges:
 
 def check_roles(benchmark: Benchmark, names: Mapping[str, str]) -> None:
     """
-    Compares the judges that are named with those that a benchmark asks.
+    Checks that the named judges are those that a benchmark needs.
 
     Raises:
-        `ValueError`: If one is missing, or is not asked.
+        `ValueError`: If one is missing or not needed.
     """
     for role in ROLES:
         if role in benchmark.judges and role not in names:
@@ -82,9 +82,9 @@ def load_judges(
             exact rules of the flat world, `flat`, of all roles but `vision`; for `vision` also a model behind a server,
             `http://HOST:PORT/v1#MODEL`.
         settings ([`~judges.loading.ModelSettings`]):
-            How models are run.
+            Settings of the models.
         threshold (`float`, *optional*, defaults to `0.3`), counting_threshold (`float`, *optional*):
-            Score above which boxes of detectors count, and the same in prompts about numbers, where that is another.
+            Score above which boxes of detectors count, and the same in prompts about numbers, if that is different.
         tested_kinds (`Collection[str]`, *optional*, defaults to `("text",)`):
             How a vision-language model is tested, see [`~judges.self_test.check_vision`]. If empty, no judge is tested.
 

@@ -1,4 +1,4 @@
-"""Results as the Hub takes them: entries of `.eval_results/`, and a section for a model card."""
+"""Results in the Hub's format: entries of `.eval_results/`, and a section for a model card."""
 
 import re
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ CARD_SECTION, CARDS_FOLDER = "card.md", "cards"
 
 def shared_results(results: Mapping[str, Any]) -> list[Result]:
     """
-    The numbers of a run that people quote.
+    Returns the headline numbers of a run.
 
     Args:
         results (`Mapping[str, Any]`):
@@ -62,7 +62,9 @@ def card_section(results: Mapping[str, Any]) -> str:
 
 
 def _public_name(judge: str) -> str:
-    """Of a folder or an address, only what a reader can use: its name or its model."""
+    """
+    Returns what is public of a judge's name: the name of a folder, the model behind an address, or the name itself.
+    """
     if judge.startswith(("http://", "https://")):
         return judge.partition("#")[2]
     is_path = Path(judge).is_absolute() or judge.count("/") > 1 or Path(judge).exists()
@@ -76,7 +78,7 @@ def write_shared_results(folder: Path, results: Mapping[str, Any]) -> None:
 
 def shared_pair_results(results: Mapping[str, Any], scorer: Mapping[str, Any]) -> list[Result]:
     """
-    The numbers of a scorer on pairs that its model's repository takes.
+    Returns the numbers of a scorer on pairs for the repository of its model.
 
     Args:
         results (`Mapping[str, Any]`), scorer (`Mapping[str, Any]`):

@@ -1,1 +1,1 @@
-"""Pictures of pairs and of rollouts: what a person looks at."""
+"""Pictures of pairs and rollouts, charts, and pages for people to look at."""

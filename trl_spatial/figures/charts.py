@@ -17,9 +17,9 @@ from matplotlib.transforms import blended_transform_factory
 # A figure is as wide as a column of text on a phone. One unit is one pixel at that width.
 _WIDTH = 360
 _FONT_SIZE = 13.5
-_LONGEST_TITLE = 12  # characters of a title beside its line
+_LONGEST_TITLE = 12  # characters of a title next to its line
 
-# What the figures are drawn with, and which custom property of the page takes its place.
+# The colors that figures are drawn with, by the custom property of the page that replaces them.
 COLORS = {
     name: f"#0a0b{number:02x}" for number, name in enumerate(("ink", "quiet", "rule", "paper", "accent", "second"))
 }
@@ -27,7 +27,7 @@ COLORS = {
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "trl_spatial",
-    "font.sans-serif": ["DejaVu Sans"],  # measures the text; it is wider than what pages are set in
+    "font.sans-serif": ["DejaVu Sans"],  # used to measure text; it is wider than the fonts of pages
     "font.size": _FONT_SIZE,
     "path.simplify": False,  # a curve goes through every measurement
     "figure.dpi": 72,
@@ -74,7 +74,7 @@ def share_dots(rows: Mapping[str, Mapping[str, float]], name: str, x_label: str,
         rows (`Mapping[str, Mapping[str, float]]`):
             Title → the shares `"estimate"`, `"low"` and `"high"`.
         name (`str`):
-            How ids on the page begin. The dots are the group `NAME-accuracy`, the intervals `NAME-accuracy-intervals`.
+            Prefix of ids on the page. The dots are the group `NAME-accuracy`, the intervals `NAME-accuracy-intervals`.
         x_label (`str`):
             What the shares are of.
         chance (`float`, *optional*):
@@ -98,7 +98,7 @@ def share_dots(rows: Mapping[str, Mapping[str, float]], name: str, x_label: str,
 @styled
 def difference_dots(rows: Mapping[str, Mapping[str, float]], name: str, x_label: str) -> str:
     """
-    Differences of shares with their intervals, one below another, and a line where there is none; arguments as for [`share_dots`].
+    Differences of shares with their intervals, one below another, and a line at zero; arguments as for [`share_dots`].
     """
     figure, axes = _dot_axes(rows)
     axes.axvline(0, color=COLORS["quiet"], linestyle=(0, (4, 3)), linewidth=1.2, gid="none")
@@ -115,7 +115,7 @@ def difference_dots(rows: Mapping[str, Mapping[str, float]], name: str, x_label:
 
 
 def _dot_axes(rows: Mapping[str, Mapping[str, float]]) -> tuple[Figure, Axes]:
-    """Axes with a line for each row; titles stand beside the lines, or above them if they are long."""
+    """Makes axes with a line for each row; titles are next to the lines, or above them if they are long."""
     longest = max(map(len, rows))
     is_beside = longest <= _LONGEST_TITLE
     figure, axes = new_figure(
@@ -169,7 +169,7 @@ def reliability_diagram(bins: Sequence[Mapping[str, float]], name: str = "calibr
     set_share_axis(axes.yaxis)
     axes.set_xlabel("confidence in the preferred order")
     axes.grid(visible=False, axis="x")
-    label = "Reliability diagram. Confidence and share of pairs ranked rightly: "
+    label = "Reliability diagram. Confidence and share of pairs ranked correctly: "
     label += "; ".join(f"{format_share(row['confidence'])} and {format_share(row['accuracy'])}" for row in bins)
     return to_svg(figure, name, label + ".")
 
@@ -188,11 +188,11 @@ def plot_intervals(
     *, color: str, marker: str, is_filled: bool,
 ) -> None:  # fmt: skip
     """
-    Plots estimates and their intervals, a row each.
+    Plots estimates and their intervals, one per row.
 
     Args:
         axes (`matplotlib.axes.Axes`):
-            Where to.
+            Axes to draw on.
         rows (`Sequence[Mapping[str, float]]` of length `n`):
             `"estimate"`, `"low"` and `"high"`, in units of the horizontal axis.
         positions (`Sequence[float]` of length `n`):
@@ -219,7 +219,7 @@ def set_share_axis(axis: Axis, spacing: float = 0.25) -> None:
 
 
 def add_legend(axes: Axes) -> None:
-    """A line above the axes, from the left edge of the figure."""
+    """Adds the legend as a line above the axes, from the left edge of the figure."""
     transform = blended_transform_factory(axes.figure.transFigure, axes.transAxes)
     axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1), bbox_transform=transform, ncols=2, borderpad=0, borderaxespad=1.0,
@@ -229,15 +229,15 @@ def add_legend(axes: Axes) -> None:
 
 def to_svg(figure: Figure, name: str, label: str) -> str:
     """
-    The figure as an `<svg>` element that can stand beside others in a page: ids begin with `name`, colors are the
-    page's, text is text in the page's font, and nothing refers outside.
+    Renders the figure as an `<svg>` element that can be on a page with others: ids begin with `name`, colors are the
+    page's, text stays text in the page's font, and nothing refers outside.
     """
     buffer = StringIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     svg = buffer.getvalue()
     height = re.search(r'viewBox="0 0 \S+ (\S+)"', svg)[1]  # type: ignore[index]
     body = re.search(r"</metadata>(.*)</svg>", svg, flags=re.DOTALL)[1]  # type: ignore[index]
-    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)  # its selector is *, which would reach the page
+    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)  # its selector is *, which would affect the page
     body = re.sub(r'(?<= id=")|(?<=href="#)|(?<=url\(#)', f"{name}-", body.replace("xlink:href", "href"))
     body = re.sub(r"font: ([\d.]+px) 'DejaVu Sans'[^;\"]*", r"font-size: \1", body)
     for property_name, color in COLORS.items():

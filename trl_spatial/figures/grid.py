@@ -9,7 +9,7 @@ from .sheets import QUIET, Cell, Text, draw_sheet
 
 
 MAX_IMAGE_SIZE = 320  # pixels; a sheet of full-size images would be too large for a logger
-MIN_IMAGE_SIZE = 200  # pixels; below there is no room for the text
+MIN_IMAGE_SIZE = 200  # pixels; below that, there is no room for the text
 MAX_PROMPT_LINES = 4
 
 
@@ -22,7 +22,7 @@ def make_image_grid(
 ) -> Image.Image:
     """
     Draws images in rows, each at most 320 pixels wide and high, with a caption, such as its rewards, and its prompt below,
-    shortened to four lines. Without `num_columns`, at most four stand in a row.
+    shortened to four lines. Without `num_columns`, there are at most four in a row.
 
     Raises:
         `ValueError`: If there is no image, or the lists differ in length.
@@ -48,7 +48,7 @@ def save_image_grid(
     *,
     num_columns: int | None = None,
 ) -> Image.Image:
-    """[`make_image_grid`], saved to a file; its folder is created if missing."""
+    """Saves the result of [`make_image_grid`] to a file, whose folder is created if missing, and returns it."""
     grid = make_image_grid(images, prompts, captions, num_columns=num_columns)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     grid.save(path)
@@ -56,7 +56,7 @@ def save_image_grid(
 
 
 def _fit(image: Image.Image) -> Image.Image:
-    """An image whose longer side is within bounds; small ones are enlarged to be seen, by whole pixels."""
+    """Resizes an image to bring its longer side within bounds; small ones are enlarged by a whole factor."""
     longest = max(image.size)
     scale = -(-MIN_IMAGE_SIZE // longest) if longest < MIN_IMAGE_SIZE else min(1.0, MAX_IMAGE_SIZE / longest)
     resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS

@@ -1,4 +1,4 @@
-"""A page that stands by itself: one HTML file without scripts, which needs no other file and no network."""
+"""A self-contained page: one HTML file without scripts, which needs no other file and no network."""
 
 import base64
 import json
@@ -33,7 +33,7 @@ def render_page(template: Path, folder: Path, **values: Any) -> str:
         folder (`Path`):
             Folder that the paths of images on the page are relative to.
         **values:
-            What the template names.
+            Values that the template uses.
 
     Raises:
         `FileNotFoundError`: If an image is missing.
@@ -61,7 +61,7 @@ def render_page(template: Path, folder: Path, **values: Any) -> str:
 
 
 def embed_image(path: Path) -> EmbeddedImage:
-    """Read a file into the page; a `ValueError` if it is not a PNG file."""
+    """Read a file to embed in the page. Raises `ValueError` if it is not a PNG file."""
     data = path.read_bytes()
     if not data.startswith(_PNG_SIGNATURE):
         raise ValueError(f"{path} is not a PNG file: it begins with {data[:8]!r}. Save the image as PNG.")
@@ -75,7 +75,7 @@ def format_interval(row: Mapping[str, float]) -> str:
 
 
 def format_count(count: int | float) -> str:
-    """Format a number of things, its thousands apart: `1,024`, `13.5`."""
+    """Format a number of things, with a thousands separator: `1,024`, `13.5`."""
     return f"{count:,}" if isinstance(count, int) else f"{count:,.1f}"
 
 

@@ -1,4 +1,4 @@
-"""Sheets of images with lines of text: what [`~figures.pairs.draw_pairs`] and [`~figures.grid.make_image_grid`] draw with."""
+"""Sheets of images with lines of text, used by [`~figures.pairs.draw_pairs`] and [`~figures.grid.make_image_grid`]."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Cell:
-    """Images beside each other, in the size they have, with a label below each, and text above and below, as wide as all images."""
+    """Images side by side, in their own size, with a label below each, and text above and below, as wide as all images."""
 
     images: Sequence[Image.Image]
     labels: Sequence[Text]
@@ -67,7 +67,7 @@ def draw_sheet(cells: Sequence[Cell], *, num_columns: int, title: str = "") -> I
 
 
 def _height(texts: Sequence[list[str]]) -> int:
-    """Height that the longest of some texts takes, with the gap above it."""
+    """Height of the longest of several texts, including the gap above it."""
     num_lines = max(map(len, texts))
     return num_lines and _LINE * num_lines + _GAP
 
@@ -82,14 +82,14 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _drawable(text: str) -> str:
-    """Text in the letters of Pillow's own font, which draws a box for any other."""
+    """Converts text to the letters of Pillow's own font, which draws a box for any other."""
     text = unicodedata.normalize("NFKD", text.translate(_ASCII_SIGNS))
     letters = "".join(letter for letter in text if not unicodedata.combining(letter))
     return "".join(letter if letter.isascii() or letter == "±" else "?" for letter in letters)
 
 
 def _wrap(text: Text, width: int) -> list[str]:
-    """Lines of at most `width` pixels. Words are kept whole unless one alone is too wide."""
+    """Splits text into lines of at most `width` pixels. Words are kept whole unless one alone is too wide."""
     font, lines = _font(), []
     for paragraph in _drawable(text.text).splitlines():
         line = ""

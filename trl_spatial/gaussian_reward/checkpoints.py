@@ -29,11 +29,12 @@ SMALL_FILES = (
     "processor_config.json",
     "chat_template.jinja",
 )
+_NAME_BACKBONE = "Name that model with `backbone=`, or `--backbone` of `trl_spatial score`, `serve` or `merge`."
 
 
 def find_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Path:
     """
-    Finds the folder of a reward model, `hub/NAME` included, downloads it if it is on the Hub, and checks its files: all that
+    Finds the folder of a reward model, `hub/NAME` included, downloads it if it is on the Hub, and checks that all files that
     loading needs are there and can be read.
 
     Raises:
@@ -48,7 +49,7 @@ def find_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Pa
         raise ValueError(f"{name_or_path} is a file. Name the folder of a checkpoint.")
     _check_small_files(reference.name, folder)
     if not reference.is_local:
-        # only now can be seen whether its settings name code
+        # only the downloaded settings show whether they name code
         check_repository(Reference(str(folder), None, is_local=True), kind="model")
         folder = _download(reference, ["*.json", "*.jinja", "*.safetensors"])
     _check_weight_files(name_or_path, folder)
@@ -63,7 +64,7 @@ def _download(reference: Reference, patterns: list[str]) -> Path:
             revision=reference.revision,
             allow_patterns=patterns,
             local_files_only=constants.is_offline_mode(),
-            has_fallback=True,  # what is in the cache
+            has_fallback=True,  # the cache
         )
     return Path(folder)
 
@@ -86,7 +87,7 @@ def _check_small_files(name_or_path: str | Path, folder: Path) -> None:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON or of UTF-8
+    except ValueError as error:  # invalid JSON or UTF-8
         raise ValueError(f"{file} is damaged: {error}. Copy or download it again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} is damaged: it holds a {type(content).__name__}, not an object. Copy it again.")
@@ -111,8 +112,8 @@ def _check_weight_files(name_or_path: str | Path, folder: Path) -> None:
 
 def fingerprint(folder: Path, *settings: str) -> str:
     """
-    A short name of what a checkpoint and further settings make of a score, so that scores of two models are never taken for
-    those of one. Of weights, which training changes everywhere, only the ends of each file are read.
+    A short identifier of a checkpoint and of further settings that affect its scores, so that scores of two models are never
+    mistaken for those of one. Only both ends of each weight file are read, as training changes weights everywhere.
     """
     digest = hashlib.sha256(json.dumps(settings).encode())
     for path in sorted(path for pattern in ("*.safetensors", "*config.json") for path in folder.glob(pattern)):
@@ -126,7 +127,7 @@ def fingerprint(folder: Path, *settings: str) -> str:
 def load_adapter(folder: Path, config: Any, backbone: str | Path | None, **loading: Any) -> PeftModel:
     """
     Loads the adapter in a folder from [`find_checkpoint`] on its backbone: the one that is given, or that it was trained on.
-    `loading` is what [`GaussianRewardModel.from_backbone`] takes: type, devices, attention and quantization.
+    `loading` holds arguments of [`GaussianRewardModel.from_backbone`]: dtype, devices, attention and quantization.
 
     Raises:
         `ValueError`: If the backbone cannot be loaded, or the weights are not finite or of another model.
@@ -134,9 +135,7 @@ def load_adapter(folder: Path, config: Any, backbone: str | Path | None, **loadi
     peft_config = PeftConfig.from_pretrained(folder, inference_mode=True)
     recorded = peft_config.base_model_name_or_path
     if backbone is None and recorded is None:
-        raise ValueError(
-            "The adapter does not say which model it was trained on. Pass `backbone=` with the folder or Hub id of that model."
-        )
+        raise ValueError(f"The adapter does not say which model it was trained on. {_NAME_BACKBONE}")
     try:
         if backbone is None:
             reference = find_reference(recorded, kind="model", revision=config.backbone_revision)
@@ -157,8 +156,7 @@ def load_adapter(folder: Path, config: Any, backbone: str | Path | None, **loadi
         if backbone is not None:
             raise
         raise ValueError(
-            f"The adapter was trained on {recorded}, which cannot be loaded from here ({error}) Pass `backbone=` with the "
-            "folder or Hub id of that model."
+            f"The adapter was trained on {recorded}, which cannot be loaded from here ({error}) {_NAME_BACKBONE}"
         ) from error
     model = get_peft_model(model, peft_config)
     file = folder / ADAPTER_WEIGHTS
@@ -168,13 +166,13 @@ def load_adapter(folder: Path, config: Any, backbone: str | Path | None, **loadi
     if missing or unexpected:
         raise ValueError(
             f"{file} lacks {len(missing)} weights ({', '.join(missing[:5])}) and holds {len(unexpected)} that do not "
-            f"belong ({', '.join(unexpected[:5])}): it is damaged or of another model."
+            f"belong ({', '.join(unexpected[:5])}): it is damaged or belongs to another model."
         )
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(
                 f"{file} does not fit its backbone {reference}: {name} has the shape {tuple(tensor.shape)}, not "
-                f"{tuple(expected[name].shape)}. Pass `backbone=` with the model that it was trained on."
+                f"{tuple(expected[name].shape)}, so it was trained on another model. {_NAME_BACKBONE}"
             )
     check_finite(file, tensors.items())
     set_peft_model_state_dict(model, tensors)
@@ -190,7 +188,7 @@ def save_checkpoint(
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """
-    Writes the folder that [`SpatialScore.from_pretrained`] loads: config, weights as safetensors, processor. Of a PEFT model
+    Writes the folder that [`SpatialScore.from_pretrained`] loads: config, weights as safetensors, processor. For a PEFT model,
     only the adapter, the head and the reward token are written. `state_dict` holds weights gathered from several processes.
     """
     folder = Path(folder)
@@ -200,7 +198,7 @@ def save_checkpoint(
         readme = folder / "README.md"
         text = readme.read_bytes() if readme.is_file() else None
         model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
-        # PEFT writes an empty form as the card, with the backbone's local path in it
+        # PEFT writes an unfilled template as the card, with the backbone's local path in it
         readme.unlink(missing_ok=True)
         if text is not None:
             readme.write_bytes(text)

@@ -1,4 +1,5 @@
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import RewardConfig
@@ -19,52 +20,52 @@ class GaussianRewardConfig(RewardConfig):
         > Parameters that control the loss
 
         objective (`str`, *optional*, defaults to `"expected_nll"`):
-            What is minimised, with \\( z \\) the Gaussian difference of the two scores of a pair:
+            What to minimize, with \\( z \\) the Gaussian difference of the two scores of a pair:
 
             - `"expected_nll"`: \\( \mathbb{E}[-\log \sigma(z)] \\), the objective of
               [SpatialScore](https://huggingface.co/papers/2602.24233). It rewards a small std on every pair.
-            - `"marginal_nll"`: \\( -\log \mathbb{E}[\sigma(z)] \\), the likelihood of the preference. The std keeps a
-              meaning: it grows where the pairs are noisy.
+            - `"marginal_nll"`: \\( -\log \mathbb{E}[\sigma(z)] \\), the likelihood of the preference. The std stays
+              meaningful: it is larger for noisy pairs.
         estimator (`str`, *optional*, defaults to `"closed_form"`):
-            How the expectation is computed in training: `"closed_form"`, without noise, or `"monte_carlo"`, as in the
+            How to compute the expectation in training: `"closed_form"`, without noise, or `"monte_carlo"`, as in the
             paper. Evaluation always uses the closed form.
         num_samples (`int`, *optional*, defaults to `1000`):
-            Number of samples per pair of the `"monte_carlo"` estimator. The default is the paper's.
+            Number of samples per pair for the `"monte_carlo"` estimator. The default is the paper's.
         head_learning_rate (`float`, *optional*):
-            Learning rate of the parts that start from nothing, the head and the row of the reward token. If `None`,
+            Learning rate of the newly initialized parts: the head and the reward token's embedding. If `None`,
             they use `learning_rate`. If the loss stays near 0.69 with LoRA, try `1e-4` here and `learning_rate` 1e-5.
 
         > Parameters that control the data
 
         use_reverse_pairs (`bool`, *optional*):
-            Whether every row also gives its reverse pair: for the prompt in the `perturbed_prompt` column the rejected
-            image is the right one. Without them a reward model may learn which *image* tends to be the chosen one and
-            never read the prompt. If `None`, they are used when the dataset has that column.
+            Whether every row also gives its reverse pair: for the prompt in the `perturbed_prompt` column, the rejected
+            image is the right one. Without them, a reward model may learn which *image* tends to be chosen and
+            never read the prompt. If `None`, they are used if the dataset has that column.
         min_pixels (`int`, *optional*):
-            Smaller images are enlarged to this many pixels. If `None`, as saved with the model. For a processor that
-            is passed to the trainer, set it there.
+            Smaller images are enlarged to this many pixels. If `None`, the value saved with the model. If you pass a
+            processor to the trainer, set it there.
         max_pixels (`int`, *optional*):
-            Larger images are shrunk to this many pixels. If `None`, as saved with the model. For a processor that is
-            passed to the trainer, set it there. Qwen2.5-VL makes one token of 28 × 28 pixels: 1024 × 1024 pixels are
+            Larger images are shrunk to this many pixels. If `None`, the value saved with the model. If you pass a
+            processor to the trainer, set it there. Qwen2.5-VL uses one token per 28 × 28 pixels: 1024 × 1024 pixels are
             1369 tokens.
         skip_bad_rows (`bool`, *optional*, defaults to `False`):
             What to do with rows that cannot be used: a missing or damaged image, an empty prompt, more than
             `max_length` tokens, two identical images. By default they are an error that names the row. If `True`,
-            they are left out, counted, and listed in `_bad_rows.jsonl` in `output_dir`; to know them before the first
+            they are left out, counted, and listed in `_bad_rows.jsonl` in `output_dir`; to find them before the first
             step, every image is decoded once at the start (with `dataset_num_proc` threads).
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.RewardConfig`]:
-    > - `learning_rate`: Defaults to `2e-6` instead of `1e-4`, the paper's.
+    > - `learning_rate`: Defaults to `2e-6`, as in the paper, instead of `1e-4`.
     > - `lr_scheduler_type`: Defaults to `"constant_with_warmup"` instead of `"linear"`.
     > - `warmup_steps`: Defaults to `0.05`, the share of all steps, instead of `0`.
-    > - `num_train_epochs`: Defaults to `1` instead of `3`. With reverse pairs an epoch shows every image twice.
+    > - `num_train_epochs`: Defaults to `1` instead of `3`. With reverse pairs, an epoch shows every image twice.
     > - `per_device_train_batch_size`: Defaults to `4` and `gradient_accumulation_steps` to `8` instead of `8` and `1`:
-    >   on one device, the 32 pairs per update of the paper.
+    >   on one device, 32 pairs per update, as in the paper.
     > - `max_length`: Defaults to `2048` instead of `1024`, as an image of 1024 × 1024 pixels is 1369 tokens. Longer rows
-    >   are an error, see `skip_bad_rows`; they are never dropped in silence.
-    > - `disable_dropout`: Defaults to `False` instead of `True`. `True` sets *every* dropout to zero, those of LoRA and
-    >   of the head too, which are there on purpose; the released Qwen-VL backbones have no other.
+    >   are an error (see `skip_bad_rows`); they are never silently dropped.
+    > - `disable_dropout`: Defaults to `False` instead of `True`. `True` sets *every* dropout to zero, including those of
+    >   LoRA and the head, which are intentional; the released Qwen-VL backbones have no others.
     > - `bf16`: Defaults to `True` if the GPU supports it and `fp16` is not set, else to `False`, so that training also
     >   starts on a CPU.
     > - `dataloader_num_workers`: Defaults to `2` instead of `0`, as images are decoded and cut into patches there.
@@ -98,24 +99,24 @@ class GaussianRewardConfig(RewardConfig):
     max_length: int | None = field(
         default=2048,
         metadata={
-            "help": "Maximum number of tokens of a row, image tokens included. Longer rows are an error, or, with "
+            "help": "Maximum number of tokens in a row, including image tokens. Longer rows are an error, or, with "
             "`skip_bad_rows`, left out and listed. If `None`, there is no limit."
         },
     )
     disable_dropout: bool = field(
         default=False,
-        metadata={"help": "Whether to set every dropout to zero, those of LoRA and of the head included."},
+        metadata={"help": "Whether to set every dropout to zero, including those of LoRA and the head."},
     )
     dataloader_num_workers: int = field(
         default=2,
-        metadata={"help": "Number of worker processes, in which images are decoded. 0 means the main process."},
+        metadata={"help": "Number of worker processes that decode images. 0 means the main process."},
     )
 
     # Parameters that control the loss
     objective: str = field(
         default="expected_nll",
         metadata={
-            "help": "What is minimised: 'expected_nll', the paper's, or 'marginal_nll', the likelihood of the "
+            "help": "What to minimize: 'expected_nll', as in the paper, or 'marginal_nll', the likelihood of the "
             "preference, which keeps the std meaningful.",
             "choices": ["expected_nll", "marginal_nll"],
         },
@@ -123,17 +124,17 @@ class GaussianRewardConfig(RewardConfig):
     estimator: str = field(
         default="closed_form",
         metadata={
-            "help": "How the expectation in the loss is computed in training: 'closed_form' or 'monte_carlo'.",
+            "help": "How to compute the expectation in the training loss: 'closed_form' or 'monte_carlo'.",
             "choices": ["closed_form", "monte_carlo"],
         },
     )
     num_samples: int = field(
         default=1000,
-        metadata={"help": "Number of samples per pair of the 'monte_carlo' estimator."},
+        metadata={"help": "Number of samples per pair for the 'monte_carlo' estimator."},
     )
     head_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Learning rate of the head and of the row of the reward token. If `None`, `learning_rate`."},
+        metadata={"help": "Learning rate of the head and the reward token's embedding. If `None`, `learning_rate`."},
     )
 
     # Parameters that control the data
@@ -141,16 +142,18 @@ class GaussianRewardConfig(RewardConfig):
         default=None,
         metadata={
             "help": "Whether every row also gives its reverse pair, (perturbed_prompt, rejected over chosen). If "
-            "`None`, when the dataset has a `perturbed_prompt` column."
+            "`None`, they are used if the dataset has a `perturbed_prompt` column."
         },
     )
     min_pixels: int | None = field(
         default=None,
-        metadata={"help": "Smaller images are enlarged to this many pixels. If `None`, as saved with the model."},
+        metadata={
+            "help": "Smaller images are enlarged to this many pixels. If `None`, the value saved with the model."
+        },
     )
     max_pixels: int | None = field(
         default=None,
-        metadata={"help": "Larger images are shrunk to this many pixels. If `None`, as saved with the model."},
+        metadata={"help": "Larger images are shrunk to this many pixels. If `None`, the value saved with the model."},
     )
     skip_bad_rows: bool = field(
         default=False,
@@ -166,9 +169,13 @@ class GaussianRewardConfig(RewardConfig):
         # Newer transformers rename the option and warn about the old name, which TRL sets by default.
         if "activation_checkpointing" in [f.name for f in fields(self)] and self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing
+        if self.deepspeed is not None and find_spec("deepspeed") is None:
+            raise ValueError(
+                f"`deepspeed` is {self.deepspeed!r}, but the package deepspeed is not installed. Install it, or leave it out."
+            )
         super().__post_init__()
         if self.device.type == "cpu":
-            self.dataloader_pin_memory = False  # PyTorch warns: there is nothing to pin for
+            self.dataloader_pin_memory = False  # or PyTorch warns that there is no accelerator to pin memory for
         self._check_loss_fields()
         self._check_data_fields()
         self._check_unsupported_fields()
@@ -182,7 +189,7 @@ class GaussianRewardConfig(RewardConfig):
             raise ValueError(f"`num_samples` is {self.num_samples}. Use at least 1; the paper uses 1000.")
         if self.head_learning_rate is not None and not self.head_learning_rate > 0:
             raise ValueError(
-                f"`head_learning_rate` is {self.head_learning_rate}. Use a positive number, or `None` for "
+                f"`head_learning_rate` is {self.head_learning_rate}. Use a positive number, or `None` to use "
                 "`learning_rate`."
             )
 
@@ -190,7 +197,7 @@ class GaussianRewardConfig(RewardConfig):
         for name in ("min_pixels", "max_pixels", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}. Use a positive number, or `None` for no limit of its own.")
+                raise ValueError(f"`{name}` is {value}. Use a positive number, or `None` for no separate limit.")
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
             raise ValueError(
                 f"`min_pixels` is {self.min_pixels} and `max_pixels` is {self.max_pixels}. Use "
@@ -201,13 +208,18 @@ class GaussianRewardConfig(RewardConfig):
         check_arguments(self)
         if self.chat_template_path is not None or self.eos_token is not None:
             raise ValueError(
-                f"`chat_template_path` is {self.chat_template_path!r} and `eos_token` is {self.eos_token!r}. The chat "
-                "template of the processor holds the instruction and the reward token: leave both `None`, and pass a "
+                f"`chat_template_path` is {self.chat_template_path!r} and `eos_token` is {self.eos_token!r}. The processor's "
+                "chat template contains the instruction and the reward token: leave both `None`, and pass a "
                 "`SpatialScoreProcessor` as `processing_class` to use another instruction."
+            )
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "`accelerator_config` has `dispatch_batches` True: the patches of all images, which have no row each, cannot be "
+                "shared out among processes. Leave it out."
             )
         if self.pad_to_multiple_of is not None:
             raise ValueError(f"`pad_to_multiple_of` is {self.pad_to_multiple_of}; it is not supported. Use `None`.")
         if self.trust_remote_code:
             raise ValueError(
-                "`trust_remote_code` is True; backbones are loaded from `transformers` only. Leave it False."
+                "`trust_remote_code` is True, but backbones are only loaded from `transformers`. Leave it False."
             )

@@ -1,4 +1,4 @@
-"""Preference pairs of images: checked before training, seen in both directions, decoded where batches are made."""
+"""Preference pairs of images: checked before training, used in both directions, decoded when batches are made."""
 
 import logging
 import math
@@ -34,11 +34,11 @@ from .processing import SpatialScoreProcessor
 
 logger = logging.getLogger(__name__)
 
-# Where a pair comes from: the number of its row in the dataset that `prepare_pairs` was given, and whether it is the
-# reverse pair, whose columns are swapped. For messages.
+# The origin of a pair, for messages: the number of its row in the dataset given to `prepare_pairs`, and whether it is the
+# reverse pair, whose columns are swapped.
 ROW_COLUMN, IS_REVERSE_COLUMN = "__row__", "__is_reverse__"
 
-_ROWS_PER_TASK = 32  # that a thread checks at a time
+_ROWS_PER_TASK = 32  # rows that a thread checks at a time
 
 
 class PreferencePairs(torch.utils.data.Dataset):
@@ -64,8 +64,8 @@ class PreferencePairs(torch.utils.data.Dataset):
 
 class RowSampler(torch.utils.data.Sampler[int]):
     """
-    Draws the rows of [`PreferencePairs`] in a random order, each pair followed by its reverse, so that a batch holds both and
-    their images and what precedes the prompts are encoded once.
+    Draws the rows of [`PreferencePairs`] in a random order, each pair followed by its reverse, so that a batch holds both, and
+    their images and the tokens before the prompts are encoded once.
     """
 
     def __init__(self, num_rows: int, seed: int):
@@ -82,15 +82,16 @@ class RowSampler(torch.utils.data.Sampler[int]):
             yield from (2 * row, 2 * row + 1)
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, each of which has an order of its own."""
+        """Sets the epoch. Each epoch has its own order."""
         self.epoch = epoch
 
 
 @dataclass(frozen=True)
 class RowChecker:
     """
-    Finds out whether a row of a preference dataset can be used in training: its `columns`, at most `max_length` tokens, image
-    tokens included. Unless `decode_images`, only headers of images are read, and damage further on stays unseen.
+    Checks whether a row of a preference dataset can be used in training: its `columns`, and its length of at most `max_length`
+    tokens, including image tokens. Unless `decode_images`, only the headers of images are read, and damage after them goes
+    unnoticed.
     """
 
     processor: SpatialScoreProcessor
@@ -113,12 +114,12 @@ class RowChecker:
         sizes = [(image.width, image.height) for image in images.values() if isinstance(image, ImageFacts)]
         for prompt_column in (column for column in PROMPT_COLUMNS if column in row):
             if all(self.processor.max_num_tokens(row[prompt_column], size) <= self.max_length for size in sizes):
-                continue  # the rule, and tokenizing takes longer than all other checks
+                continue  # usually, and tokenizing takes longer than all other checks
             lengths = self.processor.num_tokens([row[prompt_column]] * len(sizes), sizes)
             for image_column, (width, height), length in zip(IMAGE_COLUMNS, sizes, lengths, strict=True):
                 if length > self.max_length:
                     reason = (
-                        f"makes {length} tokens with the {image_column} image of {width}x{height} pixels, but `max_length` "
+                        f"has {length} tokens with the {image_column} image of {width}x{height} pixels, but `max_length` "
                         f"is {self.max_length}. Raise `max_length`, lower `max_pixels`, or shorten the prompt."
                     )
                     value = shorten(row[prompt_column])
@@ -137,18 +138,21 @@ class _PairStream:
         skip_bad_rows: bool,
         bad_rows_file: Path | None,
         dataset_name: str,
+        num_shards: int,
     ):
         self.checker = checker
         self.use_reverse_pairs = use_reverse_pairs
         self.skip_bad_rows = skip_bad_rows
         self.bad_rows_file = bad_rows_file
         self.dataset_name = dataset_name
+        self.num_shards = num_shards
         self.num_bad_rows = 0
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         row = {column: values[0] for column, values in batch.items()}
-        row |= {ROW_COLUMN: indices[0], IS_REVERSE_COLUMN: False}
-        bad_row = self.checker.find_fault(row, self.dataset_name, indices[0])
+        reader = self._reader()
+        row |= {ROW_COLUMN: f"{indices[0]}{reader}", IS_REVERSE_COLUMN: False}
+        bad_row = self.checker.find_fault(row, f"{self.dataset_name}{reader}", indices[0])
         if bad_row is None:
             pairs = [row, reverse_pair(row)] if self.use_reverse_pairs else [row]
         elif self.skip_bad_rows:
@@ -158,10 +162,16 @@ class _PairStream:
             raise ValueError(f"{bad_row} {WAY_OUT}")
         return {column: [pair[column] for pair in pairs] for column in row}
 
+    def _reader(self) -> str:
+        """Names the worker that numbers the rows: if there are several, each numbers the rows of its own shards."""
+        worker = torch.utils.data.get_worker_info()
+        num_readers = 1 if worker is None else min(worker.num_workers, self.num_shards)
+        return "" if worker is None or num_readers == 1 else f" as worker {worker.id} of {num_readers} reads it"
+
     def _report(self, bad_row: Finding) -> None:
         write_bad_rows([bad_row], self.bad_rows_file)
         self.num_bad_rows += 1
-        if math.log10(self.num_bad_rows).is_integer():  # 1, 10, 100, ...: not a flood
+        if math.log10(self.num_bad_rows).is_integer():  # at 1, 10, 100, ... to avoid a flood
             logger.warning("Bad rows left out so far: %d. The last one: %s", self.num_bad_rows, bad_row)
 
 
@@ -172,8 +182,8 @@ class DataCollatorForSpatialPreference(DataCollatorMixin):
     images are decoded, resized and cut into patches.
 
     This collator expects each example in the input list to be a dictionary with the keys `"prompt"`, `"chosen"` and
-    `"rejected"`, the last two being images as PIL, bytes, paths or `{"bytes", "path"}` dictionaries. It returns what
-    the processor makes of the rows, the first half with the chosen and the second half with the rejected images:
+    `"rejected"`, the last two being images as PIL, bytes, paths or `{"bytes", "path"}` dictionaries. It returns the
+    processor's output for the rows, the first half with the chosen and the second half with the rejected images:
     - `"input_ids"`, `"attention_mask"`, `"mm_token_type_ids"`: Tensors of shape `(2 * num_pairs, sequence_length)`.
     - `"pixel_values"`: Tensor of shape `(total_patches, patch_dim)`, the patches of all images. A pair and its reverse
       share theirs.
@@ -187,7 +197,7 @@ class DataCollatorForSpatialPreference(DataCollatorMixin):
         processor ([`SpatialScoreProcessor`]):
             Processor of the reward model.
         pixel_dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            Type of `"pixel_values"`. Training in bfloat16 casts them first of all: made so here, they take half the
+            Type of `"pixel_values"`. Training in bfloat16 casts them first anyway: in bfloat16 here, they take half the
             shared memory between the workers and the trainer.
         return_tensors (`str`, *optional*, defaults to `"pt"`):
             Type of Tensor to return. Only `"pt"` is currently supported.
@@ -199,7 +209,7 @@ class DataCollatorForSpatialPreference(DataCollatorMixin):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         prompts = [example["prompt"] for example in examples]
-        loaded: dict[Any, PILImage.Image] = {}  # an image of a row that is there in both directions is decoded once
+        loaded: dict[Any, PILImage.Image] = {}  # images of a row that occurs in both directions are decoded once
         images = [self._load_image(example, column, loaded) for column in IMAGE_COLUMNS for example in examples]
         for example, chosen, rejected in zip(examples, images, images[len(examples) :], strict=False):
             if chosen.size == rejected.size and chosen.tobytes() == rejected.tobytes():
@@ -225,7 +235,7 @@ class DataCollatorForSpatialPreference(DataCollatorMixin):
 
 
 def _stored_column(example: dict[str, Any], column: str) -> str:
-    """The column of the dataset that an image of a pair is from."""
+    """Dataset column that an image of a pair comes from."""
     return IMAGE_COLUMNS[1 - IMAGE_COLUMNS.index(column)] if example.get(IS_REVERSE_COLUMN) else column
 
 
@@ -249,9 +259,9 @@ def prepare_pairs(
     """
     Checks a preference dataset and turns it into pairs for [`DataCollatorForSpatialPreference`].
 
-    A [`~datasets.Dataset`] is checked row by row at once: texts, lengths and the headers of the images. A stream is
-    checked while it is read. Images stay undecoded, except that with `skip_bad_rows` each is decoded once to see
-    whether it can be.
+    A [`~datasets.Dataset`] is checked immediately, row by row: texts, lengths and the headers of the images. A stream is
+    checked while it is read; if several workers share its shards, messages name the worker that counted the rows. Images are
+    not decoded, except that with `skip_bad_rows` each is decoded once to see whether it can be.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -263,14 +273,14 @@ def prepare_pairs(
         dataset_name (`str`, *optional*, defaults to `"train"`):
             Name for messages.
         max_length (`int`, *optional*):
-            Maximum number of tokens of a row, image tokens included.
+            Maximum number of tokens in a row, including image tokens.
         use_reverse_pairs (`bool`, *optional*):
             Whether each row also gives the pair (`perturbed_prompt`, `rejected` over `chosen`). If `None`, when the
             dataset has a `perturbed_prompt` column.
         skip_bad_rows (`bool`, *optional*, defaults to `False`):
             Whether rows that cannot be used are left out and reported instead of being an error.
         bad_rows_file (`Path`, *optional*):
-            Where they are listed, one JSON object per line, appended.
+            File to which they are appended, one JSON object per line.
         num_threads (`int`, *optional*):
             Number of threads that check a [`~datasets.Dataset`]. If `None`, one.
         show_progress (`bool`, *optional*, defaults to `True`):
@@ -278,7 +288,7 @@ def prepare_pairs(
 
     Returns:
         [`PreferencePairs`] or [`~datasets.IterableDataset`]:
-            The pairs, in the order of the rows. A dataset that was prepared before is returned as it is.
+            The pairs, in the order of the rows. A dataset that is already prepared is returned unchanged.
 
     Raises:
         `ValueError`: If the dataset is empty, lacks a column, holds a column of a wrong type, holds the same row only,
@@ -304,10 +314,18 @@ def prepare_pairs(
             skip_bad_rows=skip_bad_rows,
             bad_rows_file=bad_rows_file,
             dataset_name=dataset_name,
+            num_shards=dataset.num_shards,
         )
         stream = dataset.map(to_pairs, with_indices=True, batched=True, batch_size=1)
-        if skip_bad_rows and next(iter(stream), None) is None:
-            raise ValueError(f"All rows of the {dataset_name} dataset are bad; they are listed in {bad_rows_file}.")
+        if skip_bad_rows:
+            to_pairs.bad_rows_file = None  # rows before the first pair are listed when they are read for training
+            is_empty = next(iter(stream), None) is None
+            to_pairs.bad_rows_file = bad_rows_file
+            if is_empty:
+                list(stream)
+                raise ValueError(
+                    f"All rows of the {dataset_name} dataset are bad; they are listed in {bad_rows_file}."
+                )
         return stream
 
     dataset = dataset.select_columns(columns)
@@ -322,7 +340,7 @@ def prepare_pairs(
 
 
 def reverse_pair(pair: dict[str, Any]) -> dict[str, Any]:
-    """The same two images for the perturbed prompt, which prefers the other one."""
+    """Returns the same two images for the perturbed prompt, for which the other one is right."""
     return {
         **pair,
         "prompt": pair["perturbed_prompt"],
@@ -342,7 +360,7 @@ def _find_bad_rows(
 
     tables = dataset.with_format("arrow").iter(batch_size=_ROWS_PER_TASK)
     tasks = zip(tables, range(0, len(dataset), _ROWS_PER_TASK), strict=True)
-    # A bar for the impatient only: most checks are over before it would appear.
+    # The bar has a delay: most checks are over before it would appear.
     bar = tqdm(total=len(dataset), desc=f"Checking {dataset_name} dataset", delay=3, disable=not show_progress)
     with bar, ThreadPoolExecutor(num_threads) as pool:
         # In chunks, as `pool.map` would read all rows before it returns the first result.
@@ -374,7 +392,7 @@ def _without_bad_rows(
 
 def _check_not_all_same(dataset: Dataset, rows: Sequence[int], dataset_name: str) -> None:
     first = dataset[rows[0]]
-    for row in rows[1:]:  # ends at the first difference, nearly always at once
+    for row in rows[1:]:  # ends at the first difference, nearly always right away
         other = dataset[row]
         is_same = other["prompt"] == first["prompt"]
         if not (is_same and all(is_same_image(other[column], first[column]) for column in IMAGE_COLUMNS)):

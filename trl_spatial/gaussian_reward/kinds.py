@@ -1,4 +1,4 @@
-"""What may be uploaded of a reward model and of its backbone."""
+"""Files of a reward model and of its backbone that may be uploaded."""
 
 from pathlib import Path
 

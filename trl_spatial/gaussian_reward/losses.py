@@ -18,7 +18,7 @@ def gaussian_bradley_terry_loss(
     margin: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
-    Bradley-Terry loss of rewards that are Gaussian instead of points.
+    Bradley-Terry loss for rewards that are Gaussian instead of single numbers.
 
     With independent rewards the difference of a pair is \\( z \sim \mathcal{N}(d, s^2) \\), where \\( d \\) is the
     difference of the means (less the margin) and \\( s^2 \\) the sum of the variances. As \\( s \to 0 \\) both
@@ -40,7 +40,7 @@ def gaussian_bradley_terry_loss(
             - `"expected_nll"`: \\( \mathbb{E}[-\log \sigma(z)] \\), the papers' objective. Convex in \\( z \\), so
               that a smaller std lowers the loss of *every* pair.
             - `"marginal_nll"`: \\( -\log \mathbb{E}[\sigma(z)] \\), the negative log-likelihood of the preference. A
-              larger std lowers the loss of a pair in the wrong order, so that the std can tell noise.
+              larger std lowers the loss of a pair in the wrong order, so the std can represent noise.
         estimator (`str`, *optional*, defaults to `"closed_form"`):
             - `"closed_form"`: without sampling. The expectations have no elementary form, so a fixed quadrature rule
               gives them, and their gradients, to 1e-6 in float64 and 1e-5 in float32 while the std of each reward is
@@ -143,8 +143,8 @@ def preference_probability(
 @dataclass
 class _StandardNormal:
     """
-    Points that stand for a standard normal: `(log_weights.exp() * f(points)).sum(-1)` approximates `E[f(x)]`. `points` have
-    the shape `(num_points,)` or `(batch, num_points)`; the weights sum to 1.
+    Weighted points that represent a standard normal: `(log_weights.exp() * f(points)).sum(-1)` approximates `E[f(x)]`. `points`
+    have the shape `(num_points,)` or `(batch, num_points)`; the weights sum to 1.
     """
 
     points: torch.Tensor
@@ -177,7 +177,7 @@ def _expected_nll(mean: torch.Tensor, std: torch.Tensor, normal: _StandardNormal
     sign = torch.where(mean < 0, -1, 1).to(mean)[..., None]
     z = mean[..., None] + std[..., None] * normal.points  # (batch, num_points)
     excess = F.logsigmoid(sign * mean[..., None]) - F.logsigmoid(sign * z)
-    return (normal.log_weights.exp() * excess).sum(-1) - F.logsigmoid(mean)  # a matmul would fall to bf16 in autocast
+    return (normal.log_weights.exp() * excess).sum(-1) - F.logsigmoid(mean)  # autocast would run a matmul in bf16
 
 
 def _preference_logit(mean: torch.Tensor, std: torch.Tensor, normal: _StandardNormal) -> torch.Tensor:

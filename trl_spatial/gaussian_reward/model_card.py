@@ -25,8 +25,8 @@ def build_card(
     """
     Makes the card of a reward model from the `settings` of its training and the last evaluation in `log_history`.
 
-    `evaluated` maps a prefix of logged metrics, such as `"eval"`, to the number of pairs (with reverse pairs, which show the
-    same images, of the rows that they were made of) and the split of that dataset; `eval_dataset` is its id on the Hub.
+    `evaluated` maps a prefix of logged metrics, such as `"eval"`, to the number of pairs (not counting reverse pairs, which show
+    the same images) and the split of that dataset; `eval_dataset` is its id on the Hub.
     """
     step, metrics = _last_evaluation(log_history)
     results = [
@@ -61,7 +61,7 @@ def training_settings(
     *,
     num_updates: int,
 ) -> dict[str, Any]:
-    """Collects what a reader of the card wants to know about a training run, under the names of the card."""
+    """Collects the settings of a training run for the card, by their names there."""
     adapters = None
     if isinstance(model, PeftModel):
         config = model.active_peft_config
@@ -86,8 +86,8 @@ def training_settings(
 
 def _interval(accuracy: float, num_rows: int | None) -> tuple[float, float] | None:
     """
-    Wilson's 95 % interval. A pair and its reverse show the same images, and their mean counts as one: a little too wide
-    where they are independent, never too narrow.
+    Wilson's 95 % interval. A pair and its reverse show the same images, so their mean counts as one sample: the interval is a
+    little too wide if they are independent, but never too narrow.
     """
     if not num_rows:
         return None
@@ -96,7 +96,7 @@ def _interval(accuracy: float, num_rows: int | None) -> tuple[float, float] | No
 
 
 def _last_evaluation(log_history: list[dict[str, Any]]) -> tuple[int | None, dict[str, float]]:
-    """Step and metrics of the last evaluation, of all its datasets if there were several."""
+    """Step and metrics of the last evaluation, over all of its datasets."""
     is_about_speed = ("_runtime", "_per_second", "_time", "_num_tokens")
     steps = [log["step"] for log in log_history if any(key.startswith("eval_") for key in log)]
     metrics = {

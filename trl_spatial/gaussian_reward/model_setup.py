@@ -1,9 +1,10 @@
-"""What the trainer does to a model before training it."""
+"""Loads, checks and prepares a model for training."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 from huggingface_hub import snapshot_download
 from peft import PeftModel
 from transformers import AutoConfig, BitsAndBytesConfig
@@ -11,7 +12,9 @@ from transformers import AutoConfig, BitsAndBytesConfig
 from ..hub.references import find_reference
 from ..hub.safety import check_repository
 from ..training.machines import download_on_each_machine
+from ..training.run_folder import recorded_name
 from .config import GaussianRewardConfig
+from .data import PreferencePairs
 from .modeling import GaussianRewardModel, GaussianRewardModelConfig
 from .processing import SpatialScoreProcessor, load_processor
 
@@ -25,8 +28,8 @@ def resolve_model(
     quantization_config: BitsAndBytesConfig | None = None,
 ) -> tuple[GaussianRewardModel | PeftModel, SpatialScoreProcessor]:
     """
-    Loads the model if it was given by name, a backbone or a whole reward model, and its processor if none was given. With
-    `is_adapted`, the model will get adapters, so that its own weights may keep their type.
+    Loads the model if it was given by name, as a backbone or a whole reward model, and its processor if none was given. With
+    `is_adapted`, the model will get adapters, so its own weights may keep their dtype.
 
     Raises:
         `TypeError`: If the model or the processor is of another class.
@@ -49,7 +52,7 @@ def resolve_model(
     elif args.min_pixels is not None or args.max_pixels is not None:
         raise ValueError(
             f"`min_pixels` is {args.min_pixels} and `max_pixels` is {args.max_pixels}, but the processor you passed has "
-            "limits of its own. Set them where you load it: `load_processor(..., min_pixels=, max_pixels=)`."
+            "its own limits. Set them where you load it: `load_processor(..., min_pixels=, max_pixels=)`."
         )
     if isinstance(model, str):
         kwargs = {**(args.model_init_kwargs or {}), "revision": revision}
@@ -69,7 +72,7 @@ def resolve_model(
 
 
 def _find_model(name: str, args: GaussianRewardConfig) -> tuple[str, str | None]:
-    """Folder or Hub id, and revision, of the model that a name means."""
+    """Returns the folder or Hub id, and the revision, of a named model."""
     revision = (args.model_init_kwargs or {}).get("revision")
     # `--model_revision` defaults to "main", which must not contradict ORG/NAME@REVISION
     reference = find_reference(name, kind="model", revision=None if revision == "main" else revision)
@@ -109,10 +112,38 @@ def _check_model(model: Any, processor: SpatialScoreProcessor) -> None:
 
 
 def copy_trained_parameters(model: GaussianRewardModel | PeftModel) -> dict[str, torch.Tensor]:
-    """Copies the trainable parameters of an adapter that was trained before, for [`restore_fp32`]."""
+    """Copies the trainable parameters of an already trained adapter, for [`restore_fp32`]."""
     if not isinstance(model, PeftModel):
         return {}
     return {name: param.detach().clone() for name, param in model.named_parameters() if param.requires_grad}
+
+
+def resolved_settings(
+    model: GaussianRewardModel | PeftModel,
+    processor: SpatialScoreProcessor,
+    train_dataset: PreferencePairs | IterableDataset,
+    *,
+    num_workers: int,
+) -> dict[str, Any]:
+    """Settings that a run records for resuming (see [`~training.base.BaseTrainer`]), read from the loaded objects."""
+    base_model: GaussianRewardModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    config, size = base_model.config, processor.image_processor.size
+    bits = next((bits for bits in (4, 8) if getattr(model, f"is_loaded_in_{bits}bit", False)), None)
+    settings = recorded_name(config._name_or_path) | {
+        "dtype": str(base_model.backbone.dtype).removeprefix("torch."),
+        "quantization_config": bits and f"{bits} bits",
+        "attn_implementation": base_model.backbone.config._attn_implementation,
+        "chat_template": processor.chat_template,
+        "min_pixels": size["shortest_edge"],
+        "max_pixels": size["longest_edge"],
+        "head_hidden_sizes": list(config.head_hidden_sizes),
+        "log_std_min": config.log_std_min,
+        "log_std_max": config.log_std_max,
+    }
+    if isinstance(train_dataset, PreferencePairs):
+        return settings | {"use_reverse_pairs": train_dataset.use_reverse_pairs}
+    # Workers divide the shards of a stream and take turns; with 0 workers, the main process is the only reader.
+    return settings | {"dataloader_num_workers": max(1, min(num_workers, train_dataset.num_shards))}
 
 
 @torch.no_grad()

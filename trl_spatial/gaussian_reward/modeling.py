@@ -100,7 +100,7 @@ class GaussianRewardOutput(ModelOutput):
 class GaussianHead(nn.Module):
     """
     Multilayer perceptron from a hidden state to the mean and log standard deviation of a score, with dropout after each hidden
-    layer. It computes in fp32, whatever the backbone's type and whether or not autocast is on: differences of rewards are small.
+    layer. It computes in fp32, whatever the backbone's type and whether or not autocast is on: differences between rewards are small.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class GaussianHead(nn.Module):
                 else:
                     values = layer(values)
             mean, raw_log_std = values.unbind(-1)  # each (batch_size,)
-            # Nearly the identity around the centre, and smooth up to the bounds: a clamp would have no gradient there.
+            # Nearly the identity around the center, and smooth up to the bounds: a clamp would have no gradient there.
             offset = (raw_log_std - self.log_std_center) / self.log_std_half_range
             log_std = self.log_std_center + self.log_std_half_range * torch.tanh(offset)
         return mean, log_std
@@ -133,10 +133,10 @@ class GaussianHead(nn.Module):
 
 class RewardTokenEmbedding(nn.Module):
     """
-    An embedding matrix that stays as it is, plus one trainable row for the reward token.
+    A frozen embedding matrix plus one trainable row for the reward token.
 
-    The row lives apart from the matrix, so training cannot touch any other row, an adapter stores one row instead of
-    the matrix, and the token needs no row of its own there: no resizing, whatever its id.
+    The row is stored separately from the matrix, so training cannot change any other row, an adapter stores one row instead of
+    the matrix, and the matrix never needs resizing, whatever the token's id.
     """
 
     def __init__(self, base: nn.Embedding, reward_token_id: int):
@@ -207,21 +207,21 @@ class GaussianRewardModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The backbone initializes itself; the head keeps PyTorch's default, the reward token gets the mean row."""
+        """Does nothing: the backbone initializes itself, the head keeps PyTorch's default, the reward token gets the mean row."""
 
     def _autocast(self) -> AbstractContextManager:
-        """Adapters are fp32, but compute in the type of a half-precision backbone: when scoring as in training."""
+        """Context in which fp32 adapters compute in the dtype of a half-precision backbone, in scoring as in training."""
         if self.backbone.dtype == torch.float32:
-            return nullcontext()  # or the trainer's
+            return nullcontext()  # leaves the trainer's in effect, if there is one
         return torch.autocast(self.device.type, dtype=self.backbone.dtype)
 
     def enable_input_require_grads(self) -> None:
         """
-        Lets gradients into checkpointed layers whose inputs come from frozen weights, but only in parts that train: sent
-        through a frozen vision tower, they would make it compute its blocks twice and backwards, for nothing.
+        Lets gradients into checkpointed layers whose inputs come from frozen weights, but only in parts that are trained: in
+        a frozen vision tower, they would cost a second forward pass and a backward pass, for nothing.
         """
         self.disable_input_require_grads()
-        owners: dict[nn.Module, PreTrainedModel] = {}  # of each embedding the innermost model that has it
+        owners: dict[nn.Module, PreTrainedModel] = {}  # embedding: the innermost model that has it
         for model in self.modules():
             if isinstance(model, PreTrainedModel):
                 try:
@@ -269,9 +269,9 @@ class GaussianRewardModel(PreTrainedModel):
             quantization_config (`~transformers.BitsAndBytesConfig`, *optional*):
                 Quantizes the language model; the vision tower, the embedding and the head are left as they are.
             device_map (`str` or `dict`, *optional*):
-                Devices of the backbone's parts. Head and reward token follow their neighbours.
+                Devices of the backbone's parts. The head and the reward token follow their neighbors.
             seed (`int`, *optional*, defaults to `0`):
-                Seed of the head's initial weights. The global generator is left as it was.
+                Seed of the head's initial weights. The global generator is not changed.
             head_hidden_sizes, head_dropout, log_std_min, log_std_max:
                 See [`GaussianRewardModelConfig`].
 
@@ -287,7 +287,7 @@ class GaussianRewardModel(PreTrainedModel):
         check_repository(reference, kind="model")
         if quantization_config is not None:
             quantization_config = quantize_language_model_only(reference, quantization_config)
-        # The whole image-text model is loaded, not its base: only so does transformers translate the names of the
+        # The whole image-text model is loaded, not its base: otherwise transformers does not translate the names of the
         # weights in official checkpoints.
         try:
             image_text_model, loading_info = AutoModelForImageTextToText.from_pretrained(
@@ -330,8 +330,8 @@ class GaussianRewardModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
         """
-        Loads a model saved whole with `save_pretrained`. Takes what [`~transformers.PreTrainedModel.from_pretrained`]
-        takes.
+        Loads a model saved whole with `save_pretrained`. Takes the arguments of
+        [`~transformers.PreTrainedModel.from_pretrained`].
 
         Raises:
             `ValueError`: If a weight is missing or not finite; the message names it.
@@ -432,8 +432,8 @@ def spatial_score_lora_config(rank: int = 64, alpha: int = 128, dropout: float =
 
 def keep_input_types(model: PreTrainedModel | PeftModel) -> None:
     """
-    Spares the inputs of adapters on a half-precision backbone, up to 18,944 numbers per token, the way to fp32 by PEFT and back
-    by autocast. The products stay the same, bit for bit.
+    Keeps PEFT from casting the inputs of adapters on a half-precision backbone, up to 18,944 numbers per token, to fp32, which
+    autocast would undo. The products stay the same, bit for bit.
     """
     if isinstance(model, PeftModel) and model.get_base_model().backbone.dtype != torch.float32:
         for module in model.modules():

@@ -1,4 +1,4 @@
-"""The first layer of Qwen's vision towers as the matrix product that it is."""
+"""The first layer of Qwen's vision towers, computed as a matrix product."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from .vision_attention import HAS_WINDOWS
 
 
 class PatchProjection(nn.Conv3d):
-    """A convolution whose kernel is as large as its input. PyTorch convolves three times as slowly as it multiplies."""
+    """A convolution whose kernel is as large as its input, as a matrix product: PyTorch's convolution takes three times as long."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Maps patches `(num_patches, channels, frames, rows, columns)` to `(num_patches, hidden_size, 1, 1, 1)`."""
@@ -17,6 +17,6 @@ class PatchProjection(nn.Conv3d):
 
 
 def multiply_patches(backbone: PreTrainedModel) -> None:
-    """Lets the vision tower of a Qwen-VL model multiply patches. Its weights, and other models, are left as they are."""
+    """Makes the vision tower of a Qwen-VL model use [`PatchProjection`]. Its weights, and other models, are not changed."""
     if backbone.config.model_type in HAS_WINDOWS:
         backbone.visual.patch_embed.proj.__class__ = PatchProjection

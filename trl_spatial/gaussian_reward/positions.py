@@ -8,7 +8,7 @@ def image_text_positions(
 ) -> torch.Tensor:
     """
     Numbers tokens on the three axes of Qwen-VL (time, row, column), as transformers does row by row in Python: words along the
-    diagonal, tokens of an image on a plane, and the words behind it from beyond its longer side.
+    diagonal, tokens of an image on a plane, and the words after it from beyond its longer side.
 
     Args:
         attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`):
@@ -27,7 +27,7 @@ def image_text_positions(
     is_image = is_token & (mm_token_type_ids == 1)
     num_rows, num_columns = (image_grid_thw[:, 1:] // merge_size).unsqueeze(-1).unbind(1)  # each (batch_size, 1)
     num_words = (is_token & ~is_image).cumsum(-1)  # so far
-    number = is_image.cumsum(-1) - 1  # of an image token in its image
+    number = is_image.cumsum(-1) - 1  # index of an image token in its image
     word = num_words - 1 + torch.where(number >= 0, num_rows.maximum(num_columns), 0)
     frame, in_frame = number // (num_rows * num_columns), number % (num_rows * num_columns)
     place = torch.stack([frame, in_frame // num_columns, in_frame % num_columns])

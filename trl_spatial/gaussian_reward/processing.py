@@ -1,8 +1,8 @@
 """Turns (prompt, image) rows into the tensors a [`GaussianRewardModel`] reads.
 
-One chat template is the single truth about the input: it holds the instruction, the place of the image, the place of
+One chat template defines the whole input: it holds the instruction, the place of the image, the place of
 the prompt and, at the very end, the reward token at which the head reads the score. The prompt itself never passes
-through the template: it is tokenized apart, as plain text, so that it cannot write a control token.
+through the template: it is tokenized separately, as plain text, so that it cannot produce a control token.
 """
 
 import json
@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from ..hub.errors import explain_errors
 from ..hub.references import Reference, find_reference
 from ..hub.safety import check_repository
 from ..preferences.images import load_image
@@ -113,12 +114,12 @@ class SpatialScoreProcessor(ProcessorMixin):
 
         Args:
             prompts (`list[str]`):
-                One caption per row. Blanks at its ends do not count. Added tokens of the tokenizer in it, such as
+                One caption per row. Leading and trailing whitespace is ignored. Added tokens of the tokenizer in it, such as
                 `<tool_call>` or the reward token, are read as plain text.
             images (`list`):
                 One image per row, in any form [`load_image`] takes. Rows that are given the same object share its patches.
             max_length (`int`, *optional*):
-                The largest number of tokens of a row, image tokens included.
+                Maximum number of tokens in a row, including image tokens.
             padding_side (`str`, *optional*):
                 `"left"` or `"right"`. If `None`, the tokenizer's.
             return_tensors (`str`, *optional*, defaults to `"pt"`):
@@ -185,6 +186,7 @@ class SpatialScoreProcessor(ProcessorMixin):
         return self.image_processor.get_number_of_image_patches(height, width) // self.image_processor.merge_size**2
 
     def _encode_images(self, images: list) -> dict[str, torch.Tensor]:
+        images = list(images)  # kept alive: a dataset column makes a new object at every access
         decoded: dict[int, Image.Image] = {}
         for row, image in enumerate(images):
             try:
@@ -205,7 +207,7 @@ class SpatialScoreProcessor(ProcessorMixin):
             except ValueError as error:
                 raise ValueError(f"The prompt of row {row} {error}.") from error
         before_image, after_image, suffix = self._encode_template()
-        different = list(dict.fromkeys(cleaned))  # of a pair both rows have the same prompt
+        different = list(dict.fromkeys(cleaned))  # both rows of a pair have the same prompt
         encodings = self._plain_tokenizer().encode_batch(different, add_special_tokens=False)
         ids_of = {prompt: encoding.ids for prompt, encoding in zip(different, encodings, strict=True)}
         return [
@@ -262,9 +264,9 @@ def load_processor(
         instruction (`str`, *optional*):
             What to judge. If `None`, a reward model keeps its own and a backbone gets [`DEFAULT_INSTRUCTION`].
         min_pixels (`int`, *optional*):
-            Smaller images are enlarged to this many pixels. If `None`, as saved.
+            Smaller images are enlarged to this many pixels. If `None`, the saved value.
         max_pixels (`int`, *optional*):
-            Larger images are shrunk to this many pixels. If `None`, as saved.
+            Larger images are shrunk to this many pixels. If `None`, the saved value.
 
     Returns:
         [`SpatialScoreProcessor`]: The processor, with the reward token in its tokenizer.
@@ -282,7 +284,8 @@ def load_processor(
         "trust_remote_code": False,
     }
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        with explain_errors(f"Loading the tokenizer of {reference}"):
+            tokenizer = AutoTokenizer.from_pretrained(**source)
     except (OSError, ValueError):
         raise
     except Exception as error:  # tokenizers raises bare exceptions for a damaged tokenizer.json
@@ -301,7 +304,7 @@ def load_processor(
         )
     image_processor.size = size
     chat_template = build_chat_template(DEFAULT_INSTRUCTION if instruction is None else instruction)
-    if instruction is None and REWARD_TOKEN in tokenizer.get_vocab():  # a reward model: it brings its own
+    if instruction is None and REWARD_TOKEN in tokenizer.get_vocab():  # a reward model, which has its own
         chat_template = tokenizer.chat_template or ""
     processor = SpatialScoreProcessor(image_processor, tokenizer, chat_template=chat_template)
     try:

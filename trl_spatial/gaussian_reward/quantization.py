@@ -1,4 +1,4 @@
-"""Quantized backbones: which part of one is quantized, and what transformers notes on it."""
+"""Quantized backbones: which part is quantized, and what transformers records on them."""
 
 import copy
 
@@ -9,7 +9,7 @@ from ..hub.references import Reference
 
 
 def quantize_language_model_only(reference: Reference, quantization_config: BitsAndBytesConfig) -> BitsAndBytesConfig:
-    """A copy of the configuration that skips every part of the model but its language model."""
+    """Returns a copy of the configuration that skips every part of the model except its language model."""
     with torch.device("meta"):
         skeleton = AutoModelForImageTextToText.from_config(
             AutoConfig.from_pretrained(reference.name, revision=reference.revision, trust_remote_code=False)
@@ -24,7 +24,7 @@ def quantize_language_model_only(reference: Reference, quantization_config: Bits
 
 
 def copy_loading_state(source: PreTrainedModel, model: PreTrainedModel) -> None:
-    """Copies what transformers noted on the model it loaded, so that trainers and PEFT see it too."""
+    """Copies what transformers recorded on the model it loaded, so that trainers and PEFT see it, too."""
     device_map = getattr(source, "hf_device_map", None)
     if device_map is not None:
         model.hf_device_map = device_map

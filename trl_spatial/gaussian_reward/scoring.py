@@ -2,10 +2,10 @@
 
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,14 +20,14 @@ from .modeling import GaussianRewardModel, GaussianRewardModelConfig
 from .processing import SpatialScoreProcessor, load_processor
 
 
-# A list of this length takes long enough for a progress bar to be welcome.
+# Number of rows from which a progress bar is shown
 PROGRESS_FROM = 200
-# Tokens of a forward pass on a CPU: tensors of more than some megabytes are memory that the system hands out anew, page by
-# page, for every operation.
+# Maximum number of tokens per forward pass on a CPU: for tensors of more than a few megabytes, the system maps new memory, page
+# by page, in every operation.
 MAX_CPU_TOKENS = 4096
 
 T = TypeVar("T")
-Batch = tuple[list[int], BatchFeature]  # the numbers of rows, and what the model reads
+Batch = tuple[list[int], BatchFeature]  # row numbers, and the model's inputs
 
 
 class SpatialScores(NamedTuple):
@@ -39,7 +39,7 @@ class SpatialScores(NamedTuple):
             Mean of each score, float32. Higher is better; a difference of two means is a logit of preference.
         std (`np.ndarray` of shape `(n,)`):
             Standard deviation of each score, float32, positive. It is a learned spread within the pairs of the training
-            data, not a measure of how sure the model is: on images unlike them it may be as small.
+            data, not a measure of the model's confidence: on images unlike them it may be just as small.
     """
 
     mean: np.ndarray
@@ -48,7 +48,7 @@ class SpatialScores(NamedTuple):
 
 class SpatialScore:
     """
-    Scores how well images meet the spatial relations of their prompts.
+    Scores how well images match the spatial relations in their prompts.
 
     Args:
         model ([`GaussianRewardModel`] or [`~peft.PeftModel`]):
@@ -58,7 +58,7 @@ class SpatialScore:
         sample (`bool`, *optional*, defaults to `False`):
             What a call returns as the reward: the mean of each score, or a draw from its Gaussian.
         generator (`torch.Generator`, *optional*):
-            CPU generator of those draws. If `None`, PyTorch's global one.
+            CPU generator for those draws. If `None`, PyTorch's global one.
 
     Example:
 
@@ -80,9 +80,9 @@ class SpatialScore:
         self.processor = processor
         self.sample = sample
         self.generator = generator
-        self.card: Card | None = None  # what is recorded of its training
+        self.card: Card | None = None  # the record of its training
         self.fingerprint: str | None = None  # of the files it was loaded from
-        self.__name__ = "spatial_score"  # under which trainers log a reward function
+        self.__name__ = "spatial_score"  # the name under which trainers log it
 
     @classmethod
     def from_pretrained(
@@ -104,7 +104,7 @@ class SpatialScore:
 
         Args:
             name_or_path (`str` or `Path`):
-                Local folder, `org/name` or `org/name@revision` on the Hub, or `hub/NAME` for a model of your own.
+                Local folder, `org/name` or `org/name@revision` on the Hub, or `hub/NAME` for your own model.
             revision (`str`, *optional*):
                 Branch, tag or commit of the Hub repository.
             dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
@@ -112,7 +112,7 @@ class SpatialScore:
             device (`str` or `torch.device`, *optional*):
                 Where to score. If `None`, the accelerator if there is one.
             backbone (`str` or `Path`, *optional*):
-                Folder or Hub id of the model the adapter was trained on, if it is no longer where it was.
+                Folder or Hub id of the model the adapter was trained on, if it has moved.
             attn_implementation (`str`, *optional*):
                 Attention function of the backbone.
             quantization_config (`~transformers.BitsAndBytesConfig`, *optional*):
@@ -174,9 +174,9 @@ class SpatialScore:
                 One caption per row.
             images (`list`):
                 One image per row: PIL images, local paths, bytes, or rows of an undecoded [`~datasets.Image`] column.
-                They are decoded batch by batch, the next one in a thread while the model runs.
+                They are decoded batch by batch, each in a thread while the model runs on the previous one.
             batch_size (`int`, *optional*, defaults to `8`):
-                The most rows per forward pass. On a CPU it has fewer if they are long, which is faster there. Rows of
+                Maximum number of rows per forward pass. On a CPU, long rows use smaller batches, which is faster there. Rows of
                 similar length share a batch.
             show_progress (`bool`, *optional*):
                 Whether to show a progress bar. If `None`, for 200 rows or more.
@@ -193,8 +193,8 @@ class SpatialScore:
 
     def prepare(self, prompts: list[str], images: list[Any], *, batch_size: int = 8) -> Iterator[Batch]:
         """
-        Yields what the model reads, batch by batch, and the numbers of the rows in each: what of scoring needs no model.
-        Arguments and errors are those of [`~SpatialScore.score`].
+        Yields the row numbers and the model's inputs, batch by batch: the part of scoring that needs no model. Arguments and
+        errors are those of [`~SpatialScore.score`].
         """
         if isinstance(prompts, str) or len(prompts) != len(images):
             raise ValueError(
@@ -209,23 +209,24 @@ class SpatialScore:
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         num_tokens = self.processor.num_tokens(prompts, [_image_size(row, image) for row, image in enumerate(images)])
-        # Longest first: if memory is too small, it shows at once.
+        # Longest first, so that too little memory shows at once.
         order = sorted(range(len(prompts)), key=lambda row: -num_tokens[row])
         while order:
             size = batch_size
             if self.model.device.type == "cpu":
                 size = min(size, max(1, MAX_CPU_TOKENS // num_tokens[order[0]]))
             rows, order = order[:size], order[size:]
+            chosen = [images[row] for row in rows]  # kept alive: a dataset column makes a new object at every access
             decoded: dict[int, Any] = {}  # an image that several rows share is decoded, and encoded, once
-            for row in rows:
-                if id(images[row]) not in decoded:
-                    decoded[id(images[row])] = _decode(row, images[row])
-            yield rows, self.processor([prompts[row] for row in rows], [decoded[id(images[row])] for row in rows])
+            for row, image in zip(rows, chosen, strict=True):
+                if id(image) not in decoded:
+                    decoded[id(image)] = _decode(row, image)
+            yield rows, self.processor([prompts[row] for row in rows], [decoded[id(image)] for image in chosen])
 
     def score_batches(
         self, batches: Iterable[Batch], num_rows: int, *, show_progress: bool | None = None
     ) -> SpatialScores:
-        """The scores of the batches of [`~SpatialScore.prepare`], which have `num_rows` rows together."""
+        """Scores the batches of [`~SpatialScore.prepare`], which have `num_rows` rows in total."""
         mean, log_std = torch.zeros(num_rows), torch.zeros(num_rows)
         is_quiet = num_rows < PROGRESS_FROM if show_progress is None else not show_progress
         with tqdm(total=num_rows, desc="Scoring", unit="image", disable=is_quiet) as progress:
@@ -259,7 +260,7 @@ class SpatialScore:
 
         Args:
             folder (`str` or `Path`):
-                Where to; created if missing.
+                Output folder; created if missing.
         """
         save_checkpoint(self.model, self.processor, folder)
         if self.card is not None:
@@ -275,13 +276,13 @@ class SpatialScore:
 
         Args:
             folder (`str` or `Path`):
-                Where to; created if missing.
+                Output folder; created if missing.
 
         Raises:
             `ValueError`: If there is no adapter, or the backbone is quantized.
         """
         if not isinstance(self.model, PeftModel):
-            raise ValueError("There is no adapter to merge: this model is whole already. `save_pretrained` copies it.")
+            raise ValueError("There is no adapter to merge: this model is already whole. `save_pretrained` copies it.")
         if getattr(self.model.get_base_model(), "is_quantized", False):
             raise ValueError(
                 "Merging into quantized weights would change the scores. Load the adapter without "
@@ -293,30 +294,36 @@ class SpatialScore:
 
 def ahead(items: Iterator[T]) -> Generator[T, None, None]:
     """
-    Yields the items, each of which is made in a thread while the one before is in use: never more than one is waiting. To end
-    early, close it: the item that is being made is the last one.
+    Yields the items, making each in a thread while the one before is in use; at most one is waiting. Close it to end early: it
+    then waits for the item in progress and makes no more.
     """
     end: Any = object()
-    coming = _in_thread(lambda: next(items, end))
+    coming = _Ahead(lambda: next(items, end))
     try:
         while (item := coming.result()) is not end:
-            coming = _in_thread(lambda: next(items, end))
+            coming = _Ahead(lambda: next(items, end))
             yield item
     finally:
-        wait([coming])
+        coming.join()
 
 
-def _in_thread(make: Callable[[], T]) -> "Future[T]":
-    future: Future[T] = Future()
+class _Ahead(threading.Thread, Generic[T]):
+    """A thread that makes an item, and ends before the item is used. A daemon: it may wait for a request."""
 
-    def work() -> None:
+    def __init__(self, make: Callable[[], T]):
+        super().__init__(name="ahead", daemon=True)
+        self._make, self._future = make, Future[T]()
+        self.start()
+
+    def run(self) -> None:
         try:
-            future.set_result(make())
+            self._future.set_result(self._make())
         except BaseException as error:
-            future.set_exception(error)
+            self._future.set_exception(error)
 
-    threading.Thread(target=work, name="ahead", daemon=True).start()  # a daemon: it may wait for a request
-    return future
+    def result(self) -> T:
+        self.join()
+        return self._future.result()
 
 
 def _image_size(row: int, image: Any) -> tuple[int, int]:

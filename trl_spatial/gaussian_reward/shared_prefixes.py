@@ -1,8 +1,8 @@
-"""Tokens that rows of a batch begin with are computed once: the instruction of all rows, the image of rows that share it.
+"""Computes tokens that rows of a batch begin with only once: the instruction of all rows, the image of rows that share it.
 
-The rows become one sequence without padding, cut into segments: the common beginning of all rows, then for each image what
-its rows have in common, then the rest of each row. A token attends to its own segment and to those its row begins with, so
-that every row has the score it has alone.
+The rows become one sequence without padding, cut into segments: the prefix of all rows; then, for each image, what its rows
+have in common, followed by the rest of each row. A token attends to its own segment and to those its row begins with, so every
+row gets the score it would get alone.
 """
 
 import copy
@@ -18,7 +18,7 @@ from .positions import image_text_positions
 
 
 SHARED_SDPA = "sdpa_with_shared_prefixes"
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # whose language models do nothing but attend across tokens
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # in their language models, only attention mixes tokens
 
 
 class Segment(NamedTuple):
@@ -29,7 +29,7 @@ class Segment(NamedTuple):
         length (`int`):
             Number of its tokens.
         parents (`tuple[int, ...]`):
-            The segments that its rows begin with, in their order.
+            The segments that its rows begin with, in order.
     """
 
     length: int
@@ -42,9 +42,9 @@ class SegmentBatch(NamedTuple):
 
     Args:
         queries (`torch.LongTensor` of shape `(num_segments, length)`):
-            Where their tokens are in the sequence; padding repeats the last one.
+            Positions of their tokens in the sequence; padding repeats the last one.
         keys (`torch.LongTensor` of shape `(num_segments, num_keys)`):
-            Where the tokens of their parents and their own are; padding is 0.
+            Positions of their parents' tokens and their own; padding is 0.
         mask (`torch.BoolTensor` of shape `(num_segments, 1, length, num_keys)`):
             Which of these keys each query attends to.
     """
@@ -60,9 +60,9 @@ class SharedRows(NamedTuple):
 
     Args:
         source (`torch.LongTensor` of shape `(num_tokens,)`):
-            Where each token of the sequence is in the flattened batch.
+            Position in the flattened batch of each token of the sequence.
         place (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-            Where each token of the batch is in the sequence; 0 for padding.
+            Position in the sequence of each token of the batch; 0 for padding.
         segments (`list[Segment]`):
             The parts of the sequence, in its order.
     """
@@ -74,13 +74,13 @@ class SharedRows(NamedTuple):
 
 def use_shared_prefixes(backbone: PreTrainedModel) -> None:
     """
-    Makes the language model of a Qwen-VL model that attends with sdpa fit for [`SharedRows`]. Other models, and other
-    attention functions, are left as they are.
+    Makes the language model of a Qwen-VL model with sdpa attention work on [`SharedRows`]. Other models, and other attention
+    functions, are not changed.
     """
     if backbone.config.model_type not in FAMILIES:
         return
     language_model = backbone.language_model
-    config = copy.copy(language_model.config)  # the backbone's own is what a copy of it is built from
+    config = copy.copy(language_model.config)  # copies of the backbone are built from its own, which must not change
     # Qwen3-VL has no windows, nor a field for them.
     if config._attn_implementation != "sdpa" or getattr(config, "use_sliding_window", False):
         return
@@ -94,7 +94,7 @@ def encode_rows(
     backbone: PreTrainedModel, is_wanted: torch.Tensor, *, pixel_values: torch.Tensor, **batch: torch.Tensor
 ) -> torch.Tensor:
     """
-    Computes hidden states of a batch, shared beginnings once if [`use_shared_prefixes`] made the backbone fit.
+    Computes hidden states of a batch, and shared prefixes only once if [`use_shared_prefixes`] was applied to the backbone.
 
     Args:
         backbone ([`~transformers.PreTrainedModel`]):
@@ -104,7 +104,7 @@ def encode_rows(
         pixel_values (`torch.Tensor` of shape `(total_patches, patch_dim)`):
             Patches of all images.
         batch (`dict[str, torch.Tensor]`):
-            What else a [`GaussianRewardModel`] reads.
+            The other inputs of a [`GaussianRewardModel`].
 
     Returns:
         `torch.Tensor` of shape `(num_wanted, hidden_size)`: the hidden states of the last layer, in the order of the batch.
@@ -170,7 +170,7 @@ def share_prefixes(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, images: list[int], image_token_id: int
 ) -> SharedRows:
     """
-    Finds what rows have in common.
+    Finds the prefixes that rows have in common.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
@@ -180,7 +180,7 @@ def share_prefixes(
         images (`list[int]`):
             Number of the image of each row.
         image_token_id (`int`):
-            The token of a piece of an image, which differs from image to image.
+            The token of a piece of an image, whose content differs from image to image.
     """
     columns = [mask.nonzero().flatten() for mask in attention_mask]
     rows = [ids[places].tolist() for ids, places in zip(input_ids, columns, strict=True)]
@@ -189,7 +189,7 @@ def share_prefixes(
     segments: list[Segment] = []
 
     def add(members: list[int], start: int, end: int, parents: tuple[int, ...]) -> tuple[int, ...]:
-        """Adds tokens of rows that have them in common. Returns the parents of what follows."""
+        """Adds a segment that the rows have in common. Returns the parents of the segments that follow it."""
         if start == end:
             return parents
         first = sum(segment.length for segment in segments)
@@ -215,7 +215,7 @@ def share_prefixes(
 
 def _common_length(rows: list[list[int]]) -> int:
     """Number of tokens that all rows begin with."""
-    low, high = min(rows), max(rows)  # what these two have in common all have that lie between
+    low, high = min(rows), max(rows)  # rows that sort between these two share what the two have in common
     return next((i for i, (one, other) in enumerate(zip(low, high, strict=False)) if one != other), len(low))
 
 
@@ -224,8 +224,8 @@ def batch_segments(segments: list[Segment]) -> tuple[list[SegmentBatch], torch.T
     Batches segments of similar length, so that attention needs few calls, however many rows there are.
 
     Returns:
-        The batches, and a `torch.LongTensor` of shape `(num_tokens,)`: where each token of the sequence is among the queries
-        of all batches, one after another.
+        The batches, and a `torch.LongTensor` of shape `(num_tokens,)`: the position of each token of the sequence among the
+        queries of all batches, one after another.
     """
     lengths = [segment.length for segment in segments]
     places = torch.arange(sum(lengths)).split(lengths)
@@ -253,7 +253,7 @@ def batch_segments(segments: list[Segment]) -> tuple[list[SegmentBatch], torch.T
 
 
 def _are_similar(length: int, longest: int, num_keys: int, most_keys: int) -> bool:
-    """Whether a segment may be padded to another: at most a third of what is computed for it is in vain."""
+    """Returns whether a segment may be padded to another, which wastes at most about a third of what is computed for it."""
     return 0.8 * longest <= length <= longest and 0.8 * most_keys <= num_keys <= 1.25 * most_keys
 
 

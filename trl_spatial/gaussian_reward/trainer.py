@@ -37,25 +37,27 @@ from .data import (
 from .kinds import SPATIAL_SCORE
 from .losses import gaussian_bradley_terry_loss
 from .model_card import build_card, training_settings
-from .model_setup import copy_trained_parameters, resolve_model, restore_fp32
+from .model_setup import copy_trained_parameters, resolve_model, resolved_settings, restore_fp32
 from .modeling import GaussianRewardModel, keep_input_types
 from .processing import SpatialScoreProcessor
 
 
 logger = get_logger(__name__)
 
-NUM_SAMPLES = 4  # pairs in the picture of the card
+NUM_SAMPLES = 4  # pairs in the card's picture
+# Metrics of every evaluation, apart from its speed
+METRICS = ("loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward", "mean_std", "num_tokens")
 
 
 class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
     """
-    Trainer for reward models that give an image a Gaussian score for its prompt, as introduced in [Enhancing Spatial
+    Trainer for reward models that assign a Gaussian score to an image and its prompt, as introduced in [Enhancing Spatial
     Understanding in Image Generation via Reward Modeling](https://huggingface.co/papers/2602.24233).
 
     This class is a [`~trl.RewardTrainer`] for pairs of images. It inherits all of its attributes and methods.
 
-    Checkpoints, resuming and signals are those of [`~training.base.BaseTrainer`], uploads (`push_to_hub`, `hub_strategy`)
-    those of [`~training.hub.HubTrainer`].
+    See [`~training.base.BaseTrainer`] for checkpoints, resuming and signals, and [`~training.hub.HubTrainer`] for uploads
+    (`push_to_hub`, `hub_strategy`).
 
     Example:
 
@@ -79,10 +81,10 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
             - A string, being the *model id* of an image-text model on huggingface.co, or a path to a *directory* with
               one. The reward model is built on it by [`GaussianRewardModel.from_backbone`] with the keyword arguments
               in `args.model_init_kwargs`. If `dtype` is not specified there, it defaults to the checkpoint's if
-              `peft_config` is given, and else to `float32`, as full training in bfloat16 would lose small updates. A
+              `peft_config` is given, and otherwise to `float32`, as full training in bfloat16 would lose small updates. A
               whole reward model, merged or fully trained, is trained further.
             - A [`GaussianRewardModel`] object.
-            - A [`~peft.PeftModel`] object of one, loaded with `is_trainable=True`.
+            - A [`~peft.PeftModel`] that wraps one, loaded with `is_trainable=True`.
         args ([`GaussianRewardConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
         data_collator ([`~transformers.DataCollator`], *optional*):
@@ -90,10 +92,11 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
             [`DataCollatorForSpatialPreference`].
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Dataset to use for training, with the columns of [`prepare_pairs`]: `prompt`, `chosen`, `rejected`, and
-            optionally `margin` and `perturbed_prompt`. An [`~datasets.IterableDataset`] needs `max_steps` and starts
-            again when it ends, in the same order.
+            optionally `margin` and `perturbed_prompt`. An [`~datasets.IterableDataset`] needs `max_steps` and restarts
+            in the same order when it ends.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], [`~datasets.DatasetDict`], [`~datasets.IterableDatasetDict`] or `dict[str, Dataset | IterableDataset]`):
-            Dataset to use for evaluation. It must meet the same requirements as `train_dataset`.
+            Dataset to use for evaluation. It must meet the same requirements as `train_dataset`. Several processes fill up the last
+            batch of an [`~datasets.IterableDataset`], whose length is unknown, with pairs that then count twice.
         processing_class ([`SpatialScoreProcessor`], *optional*):
             Processor used to process the data. If `None`, it is loaded from the model's name with [`load_processor`],
             with `args.min_pixels` and `args.max_pixels`. It is saved with every checkpoint.
@@ -110,7 +113,7 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
             A tuple containing the optimizer class and keyword arguments to use. Overrides `optim` and `optim_args` in
             `args`.
         preprocess_logits_for_metrics (`Callable[[torch.Tensor, torch.Tensor], torch.Tensor]`, *optional*):
-            A function that preprocess the predictions right before caching them at each evaluation step.
+            A function that preprocesses the predictions right before caching them at each evaluation step.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             Quantization configuration used when loading the model from a model identifier. Combine with `peft_config`
             for QLoRA training.
@@ -122,6 +125,11 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
     _tag_names = ["trl", "reward-trainer", "spatial-score"]
     _name = "Gaussian Reward"
     _kinds = (SPATIAL_SCORE,)
+    # The meaning of the head's weights and which pairs come next depend on these, too.
+    _fixed_arguments = (
+        *BaseTrainer._fixed_arguments,
+        "head_hidden_sizes", "log_std_min", "log_std_max", "use_reverse_pairs", "dataloader_num_workers",
+    )  # fmt: skip
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the number of pairs of the whole update
 
     def __init__(
@@ -146,7 +154,7 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
         peft_config: PeftConfig | None = None,
     ):
         if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path  # "" of a model built in Python
+            name = model if isinstance(model, str) else model.config._name_or_path  # "" for a model built in Python
             args = GaussianRewardConfig(f"{Path(name).name.partition('@')[0]}-GaussianReward".removeprefix("-"))
         elif not isinstance(args, GaussianRewardConfig):
             raise TypeError(f"`args` must be a `GaussianRewardConfig`, got `{type(args).__name__}`.")
@@ -170,7 +178,7 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
             or DataCollatorForSpatialPreference(processing_class, torch.bfloat16 if args.bf16 else torch.float32),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processing_class.tokenizer,  # the parent asks it for its pad token
+            processing_class=processing_class.tokenizer,  # the parent reads its pad token
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -184,15 +192,27 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
             name: (len(part.rows) if isinstance(part, PreferencePairs) else None, splits[name])
             for name, part in _named(self.eval_dataset).items()
         }
+        if self._evaluated and compute_metrics is None:
+            self._check_metric()
         restore_fp32(self.model, trained)
         keep_input_types(self.model)
         self._check_trainable()
 
+    def _check_metric(self) -> None:
+        """Checks before training, not after the first evaluation, that `metric_for_best_model` will be reported."""
+        metric = self.args.metric_for_best_model
+        prefixes = [name.removeprefix("eval").lstrip("_") for name in self._evaluated]
+        metrics = [f"{prefix}_{name}".lstrip("_") for prefix in prefixes for name in METRICS]
+        if metric is not None and metric.removeprefix("eval_") not in metrics:
+            raise ValueError(
+                f"`metric_for_best_model` is {metric!r}, but the evaluation will report {', '.join(metrics)}. Use one of them."
+            )
+
     def _check_trainable(self) -> None:
-        """Makes sure that the parts which start at random are trained."""
+        """Checks that the randomly initialized parts are trained."""
         if not all(any(p.requires_grad for p in module.parameters()) for module in self._new_modules()):
             raise ValueError(
-                "The head or the reward token is frozen and would stay at its random start. Use "
+                "The head or the reward token is frozen and would keep its random initialization. Use "
                 "`peft_config=spatial_score_lora_config()`, or add `modules_to_save=['head', 'reward_token']` to your "
                 "own; load a trained adapter with `is_trainable=True`."
             )
@@ -203,6 +223,14 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
         model = model.get_base_model() if isinstance(model, PeftModel) else model
         return [model.head, model.backbone.get_input_embeddings().reward_token]
 
+    def _resolved_settings(self) -> dict[str, Any]:
+        return resolved_settings(
+            self.accelerator.unwrap_model(self.model),
+            self.processing_class,
+            self.train_dataset,
+            num_workers=self.args.dataloader_num_workers,
+        )
+
     def _prepare_dataset(
         self,
         dataset: Dataset | IterableDataset | PreferencePairs,
@@ -212,7 +240,7 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
     ) -> PreferencePairs | IterableDataset:
         if args.skip_bad_rows and args.should_save and dataset_name == "train":
             _bad_rows_file(args).parent.mkdir(parents=True, exist_ok=True)
-            _bad_rows_file(args).write_text("")  # it lists the rows of this run
+            _bad_rows_file(args).write_text("")  # it lists only rows of this run
         return prepare_pairs(
             dataset,
             self._processor,
@@ -260,7 +288,7 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
         return optimizer
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
-        """Number of pairs of an update, or of a batch that is evaluated, over all processes."""
+        """Counts the pairs of an update, or of a batch in evaluation, over all processes."""
         num_pairs = sum(len(batch["input_ids"]) // 2 for batch in batch_samples)
         return self.accelerator.gather(torch.tensor(num_pairs, device=device)).sum()
 
@@ -288,14 +316,14 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
             losses = losses + self.args.center_rewards_coefficient * (chosen_mean + rejected_mean) ** 2
         if num_items_in_batch is None:
             loss = losses.mean()
-        else:  # batches differ in size, and every pair counts alike; gradients are averaged over the processes
+        else:  # batches differ in size, but every pair counts the same; gradients are averaged over the processes
             loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
 
         with torch.no_grad():
             mean_std = (chosen_log_std.exp() + rejected_log_std.exp()) / 2
             self._record_metrics(mode, losses, chosen_mean, rejected_mean, mean_std, inputs["attention_mask"])
             if mode == "eval" and self._takes_samples:
-                # the first batch of the first process are the first pairs
+                # the first batch of the first process holds the first pairs
                 scores = (chosen_mean, chosen_log_std.exp(), rejected_mean, rejected_log_std.exp())
                 self._samples = torch.stack(scores, dim=1)[:NUM_SAMPLES].float().tolist()
                 self._takes_samples = False
@@ -361,7 +389,7 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
             logger.warning(f"Left out {num_bad_rows} rows of streams, listed in {_bad_rows_file(self.args)}.")
         return output
 
-    # Everything `SpatialScore.from_pretrained` needs in one folder, and no pickled training arguments
+    # Saves everything that `SpatialScore.from_pretrained` needs in one folder, and no pickled training arguments
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
@@ -401,16 +429,17 @@ class GaussianRewardTrainer(BaseTrainer, RewardTrainer):
 
 
 def _copy_for_parent(args: GaussianRewardConfig) -> GaussianRewardConfig:
-    """A copy, as the parent writes to its arguments. It has no `model_init_kwargs`, about which the parent would warn."""
+    """Copies the arguments, which the parent changes, without `model_init_kwargs`, about which it would warn."""
     own = copy.copy(args)
     own.accelerator_config = copy.copy(args.accelerator_config)
+    own.accelerator_config.dispatch_batches = False  # or image patches would be distributed as if each were a row
     own.gradient_checkpointing_kwargs = copy.copy(args.gradient_checkpointing_kwargs)
     own.model_init_kwargs = None
     return own
 
 
 def _named(eval_dataset: Any) -> dict[str, Any]:
-    """The evaluated datasets by the prefixes of their metrics."""
+    """Returns the evaluation datasets by the prefix of their metrics."""
     if isinstance(eval_dataset, dict):
         return {f"eval_{name}": part for name, part in eval_dataset.items()}
     return {} if eval_dataset is None else {"eval": eval_dataset}

@@ -1,6 +1,6 @@
 """Attention of Qwen's vision towers without FlashAttention: all windows, or images, of one size in one call.
 
-Left to itself, transformers attends to one window at a time: 5,600 calls for eight images of 512 × 512 pixels.
+By itself, transformers attends to one window at a time: 5,600 calls for eight images of 512 × 512 pixels.
 """
 
 import copy
@@ -14,22 +14,22 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 
-# transformers hands a batch of images on as one sequence, uncut, only if "flash" is in the name.
+# transformers passes on a batch of images as one uncut sequence only if "flash" is in the name.
 PACKED_SDPA = "sdpa_in_flash_layout"
 HAS_WINDOWS = {"qwen2_vl": False, "qwen2_5_vl": True, "qwen3_vl": False}  # the families with such a tower
 
 
 class Packing(NamedTuple):
     """
-    How a sequence is made of segments that attend to themselves only.
+    The structure of a sequence of segments that attend only to themselves.
 
     Args:
         groups (`tuple[tuple[int, int], ...]`):
             Number of segments and their length, for each length that occurs.
         order (`torch.LongTensor` of shape `(sequence_length,)`, *optional*):
-            Places of the patches, segment by segment and group by group. If `None`, they are in that order already.
+            Positions of the patches, segment by segment and group by group. If `None`, they are already in that order.
         inverse (`torch.LongTensor` of shape `(sequence_length,)`, *optional*):
-            The way back.
+            The inverse of `order`.
     """
 
     groups: tuple[tuple[int, int], ...]
@@ -39,13 +39,13 @@ class Packing(NamedTuple):
 
 def use_packed_sdpa(backbone: PreTrainedModel) -> None:
     """
-    Lets the vision tower of a Qwen-VL model that attends with sdpa attend to all windows, or images, of one size in one
-    call. Other models, and other attention functions, are left as they are.
+    Makes the vision tower of a Qwen-VL model with sdpa attention attend to all windows, or images, of one size in one call.
+    Other models, and other attention functions, are not changed.
     """
     if backbone.config.model_type not in HAS_WINDOWS or backbone.visual.config._attn_implementation != "sdpa":
         return
     tower = backbone.visual
-    config = copy.copy(tower.config)  # the backbone's own is what a copy of it is built from
+    config = copy.copy(tower.config)  # copies of the backbone are built from its own, which must not change
     config._attn_implementation = PACKED_SDPA
     tower.config = config
     for block in tower.blocks:
@@ -56,11 +56,11 @@ def use_packed_sdpa(backbone: PreTrainedModel) -> None:
 
 class ImageLayout(NamedTuple):
     """
-    Where the patches of an image are.
+    The layout of an image's patches.
 
     Args:
         position_ids (`torch.LongTensor` of shape `(num_patches, 2)`):
-            Row and column of each.
+            Row and column of each patch.
         window_index (`torch.LongTensor` of shape `(num_tokens,)`):
             Tokens, which are squares of patches, window by window. Empty in a tower without windows.
         window_lengths (`torch.LongTensor` of shape `(num_windows,)`):
@@ -88,7 +88,7 @@ def _image_layout(grid: tuple[int, int, int], merge_size: int, window: tuple[int
 def _add_packings(
     has_windows: bool, tower: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]] | None:
-    """Computes, once per forward pass and on the CPU, what every block of the tower needs to know about the images."""
+    """Computes, once per forward pass and on the CPU, what all blocks of the tower need to know about the images."""
     config = tower.config
     if config._attn_implementation != PACKED_SDPA:
         return None
@@ -96,15 +96,15 @@ def _add_packings(
     grid = kwargs["grid_thw"].cpu()
     window = (config.window_size, config.patch_size) if has_windows else None
     layouts = [_image_layout(tuple(image), merge_size, window) for image in grid.tolist()]
-    lengths = (grid[:, 1] * grid[:, 2]).repeat_interleave(grid[:, 0])  # of the images
-    image = torch.arange(len(lengths)).repeat_interleave(lengths)  # of each patch
+    lengths = (grid[:, 1] * grid[:, 2]).repeat_interleave(grid[:, 0])  # patches per frame of an image
+    image = torch.arange(len(lengths)).repeat_interleave(lengths)  # number of each patch's frame
     added: dict[str, Any] = {"position_ids": torch.cat([layout.position_ids for layout in layouts]).to(device)}
     if has_windows:
         starts = (grid.prod(-1) // merge_size**2).cumsum(0).roll(1).tolist()
         starts[0] = 0
         window_index = torch.cat([layout.window_index + start for layout, start in zip(layouts, starts, strict=True)])
         window_lengths = torch.cat([layout.window_lengths for layout in layouts])
-        # Windows of one size are made neighbours, so that they need not be gathered in every block.
+        # Put windows of one size next to each other, so that they need not be gathered in every block.
         token_lengths = window_lengths.repeat_interleave(window_lengths // merge_size**2)
         window_index = window_index[token_lengths.argsort(descending=True, stable=True)]
         window_lengths = window_lengths.sort(descending=True, stable=True).values
@@ -120,11 +120,11 @@ def _add_packings(
 
 def pack(segment: torch.Tensor, lengths: torch.Tensor, device: torch.device) -> Packing:
     """
-    Finds the packing of a sequence.
+    Makes the packing of a sequence.
 
     Args:
         segment (`torch.LongTensor` of shape `(sequence_length,)`):
-            Number of the segment of each patch.
+            Number of each patch's segment.
         lengths (`torch.LongTensor` of shape `(num_segments,)`):
             Length of each segment.
         device (`torch.device`):
@@ -152,13 +152,13 @@ def packed_sdpa(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """
-    Attention within the segments of a sequence, in transformers' interface, with one call for each length of a segment.
+    Attention within the segments of a sequence, in transformers' interface, with one call per segment length.
 
     Args:
         query, key, value (`torch.Tensor` of shape `(1, num_heads, sequence_length, head_dim)`):
             The whole sequence.
         cu_seq_lens_q (`Packing`):
-            Its segments. FlashAttention gets their boundaries here.
+            Its segments, passed where FlashAttention gets their boundaries.
 
     Returns:
         `torch.Tensor` of shape `(1, sequence_length, num_heads, head_dim)`, and no attention weights.

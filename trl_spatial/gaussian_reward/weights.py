@@ -24,8 +24,8 @@ def check_no_missing_keys(name_or_path: str | Path, missing_keys: Iterable[str])
 
 def check_types(files: Iterable[Path]) -> None:
     """
-    Checks by their headers that files of weights are whole and hold floating-point numbers: transformers would cast
-    integers, which are 0 for nearly every weight, without a word.
+    Checks by their headers that files of weights are complete and hold floating-point numbers: transformers would silently
+    cast integers, which are 0 for nearly every weight.
 
     Raises:
         `ValueError`: If a file is cut off or damaged, or holds another type.
@@ -42,7 +42,7 @@ def check_types(files: Iterable[Path]) -> None:
 
 
 def check_finite(name_or_path: str | Path, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Raises a `ValueError` that names the first weight with a NaN or an infinity. Quantized weights are not looked at."""
+    """Raises a `ValueError` that names the first weight with a NaN or an infinity. Quantized weights are not checked."""
     for name, tensor in weights:
         if tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.is_meta and tensor.numel():
             # not `isfinite().all()`, which would allocate as many bytes as the tensor has elements

@@ -1,1 +1,1 @@
-"""From a prompt to an image: every image has a random generator of its own."""
+"""From prompts to images, each with its own random generator."""

@@ -1,4 +1,4 @@
-"""Drawing the prompts of a dataset: in batches, shared between processes, the same images every time."""
+"""Drawing the prompts of a dataset: in batches, split between processes, with the same images every time."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class DrawnBatch:
 
     images: list[Image.Image]
     indices: list[int]  # numbers of the images among those of all processes, ascending: row * num_images + image
-    rows: list[dict[str, Any]]  # of each image
+    rows: list[dict[str, Any]]  # the row of each image
 
 
 def draw_rows(
@@ -37,9 +37,9 @@ def draw_rows(
     Image `j` of row `i` starts from the noise of `(seed, i, j)`, whatever the batch size and the number of processes,
     so that images of two generators differ by the generators alone.
 
-    Each process takes its share of all rows, and yields it in their order. If drawing `is_collective`, it needs all
+    Each process draws its share of all images, and yields it in order. If drawing `is_collective`, it needs all
     processes, as a sharded model does: those with fewer batches than others draw one more, which is dropped.
-    `progress` is the name of a progress bar. A generator that does not give one image per prompt is a `ValueError`.
+    `progress` is the name of a progress bar. Raises `ValueError` if the generator does not return one image per prompt.
     """
     indices = range(rank, len(rows) * num_images, world_size)
     # Process 0 has the most images.

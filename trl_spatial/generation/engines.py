@@ -8,26 +8,31 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from importlib.util import find_spec
 from itertools import chain, groupby
-from typing import Any
+from typing import Any, TypeVar
 
+import psutil
 import pyarrow as pa
 import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from ..endpoints.spending import Spend
 from .jobs import DrawingError, DrawnImage, ImageJob, Painter
 from .painters import check_spec, make_painter
 from .settings import published_family
 
 
+Item = TypeVar("Item")
+
 ENGINES = ("local", "ray")
-_MAX_ATTEMPTS = 4  # at a unit whose worker dies: its image may be what kills it
+_MAX_ATTEMPTS = 4  # at a unit whose worker dies: its image may be the cause
 _LOOPBACK = "127.0.0.1"
-_OBJECT_STORE = 512 * 2**20  # bytes for images on their way, of a cluster that is started here
+_OBJECT_STORE = 512 * 2**20  # bytes for images in transit, in a cluster started here
+_SECONDS_TO_END = 10  # for the workers of a cluster started here to exit
 
 
 def draw_jobs(
@@ -37,18 +42,19 @@ def draw_jobs(
     engine: str = "local",
     num_workers: int | None = None,
     address: str | None = None,
+    spend: Spend | None = None,
     progress: bool = True,
 ) -> Iterator[DrawnImage]:
     """
-    Draws images and yields each as soon as it is there, in any order. On the CPU both engines give the same files.
+    Draws images and yields each as soon as it is ready, in any order. On the CPU, both engines give the same files.
 
-    Jobs of the same prompt should be neighbours: they are drawn by the same worker, which encodes the prompt once.
+    Jobs with the same prompt should be next to each other: the same worker then draws them, and encodes the prompt once.
 
     Args:
         spec (`Mapping[str, Any]`):
             The generator, as [`~generation.painters.make_painter`] takes it.
         jobs (`Sequence[ImageJob]`):
-            What is still to be drawn.
+            The images that are still to be drawn.
         engine (`str`, *optional*, defaults to `"local"`):
             `"local"`: this process; if it is one of several that accelerate launched, each draws its share of the jobs and
             yields that only. `"ray"`: workers of a Ray cluster, which load the model once each. A worker that dies is
@@ -59,6 +65,9 @@ def draw_jobs(
             Address of an existing Ray cluster, such as `"auto"` or `"HOST:6379"`, whose machines have this package and the
             variables for its keys. If not set, the cluster that this process is connected to, or else one on this machine
             that listens on loopback and ends with the iteration.
+        spend ([`~endpoints.Spend`], *optional*):
+            To which the caller adds the cost of each image. Once its limit is reached, no further image is begun, and the iteration
+            ends; with the engine `"local"`, after those that a server is drawing and that have to be paid.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
 
@@ -72,6 +81,22 @@ def draw_jobs(
     """
     if engine not in ENGINES:
         raise ValueError(f"The engine is {engine!r}. Use one of {', '.join(ENGINES)}.")
+    _check_jobs(jobs, engine, num_workers, address)
+    painter = make_painter(spec)
+    if engine == "ray":
+        if find_spec("ray") is None:
+            raise ImportError('The engine "ray" needs Ray: `pip install "trl-spatial[ray]"`.')
+        images, total = _while_affordable(_draw_with_ray(spec, painter, jobs, num_workers, address), spend), len(jobs)
+    else:
+        state = process_state()
+        units = _split(jobs, painter.batch_size)[state.process_index :: state.num_processes]
+        share = chain.from_iterable(units)
+        images, total = painter.stream(_while_affordable(share, spend)), sum(map(len, units))
+        progress = progress and state.is_local_main_process
+    return _show_progress(images, total, painter.name) if progress else images
+
+
+def _check_jobs(jobs: Sequence[ImageJob], engine: str, num_workers: int | None, address: str | None) -> None:
     if engine == "local" and (num_workers is not None or address is not None):
         raise ValueError(
             "`num_workers` and `address` belong to the engine 'ray'. For several GPUs without Ray, start the command with "
@@ -79,32 +104,18 @@ def draw_jobs(
         )
     if num_workers is not None and num_workers < 1:
         raise ValueError(f"`num_workers` is {num_workers}. It must be at least 1.")
-    seen: set[str] = set()
-    for job in jobs:
-        if job.id in seen:
-            raise ValueError(f"Two images have the id {job.id!r}.")
-        seen.add(job.id)
-    painter = make_painter(spec)
-    if engine == "ray":
-        if find_spec("ray") is None:
-            raise ImportError('The engine "ray" needs Ray: `pip install "trl-spatial[ray]"`.')
-        images, total = _draw_with_ray(spec, painter, jobs, num_workers, address), len(jobs)
-    else:
-        state = process_state()
-        units = _split(jobs, painter.batch_size)[state.process_index :: state.num_processes]
-        images, total = painter.stream(chain.from_iterable(units)), sum(map(len, units))
-        progress = progress and state.is_local_main_process
-    return _show_progress(images, total, painter.name) if progress else images
+    if twice := [id for id, number in Counter(job.id for job in jobs).items() if number > 1]:
+        raise ValueError(f"Two images have the id {twice[0]!r}.")
 
 
 def process_state() -> PartialState:
-    """This process among those that accelerate launched; on machines without an accelerator they talk over the CPU."""
+    """Returns this process's place among those that accelerate launched; without an accelerator, they communicate on the CPU."""
     return PartialState(cpu=torch.accelerator.current_accelerator(check_available=True) is None)
 
 
 def estimate(spec: Mapping[str, Any], num_images: int) -> dict[str, Any]:
     """
-    Estimates what drawing images takes. It needs no network, no key and no GPU.
+    Estimates what drawing images costs. It needs no network, no key and no GPU.
 
     Args:
         spec (`Mapping[str, Any]`):
@@ -130,6 +141,12 @@ def estimate(spec: Mapping[str, Any], num_images: int) -> dict[str, Any]:
     return numbers
 
 
+def _while_affordable(items: Iterable[Item], spend: Spend | None) -> Iterator[Item]:
+    iterator = iter(items)
+    while (spend is None or not spend.is_reached) and (item := next(iterator, None)) is not None:
+        yield item
+
+
 def _show_progress(images: Iterator[DrawnImage], total: int, name: str) -> Iterator[DrawnImage]:
     with tqdm(total=total, desc=name, unit="image") as bar:
         for image in images:
@@ -138,7 +155,7 @@ def _show_progress(images: Iterator[DrawnImage], total: int, name: str) -> Itera
 
 
 def _split(jobs: Iterable[ImageJob], size: int) -> list[list[ImageJob]]:
-    """Splits jobs into units of work of up to `size`. Neighbours of the same prompt stay together, however many they are."""
+    """Splits jobs into units of work of up to `size`. Adjacent jobs with the same prompt stay together, however many."""
     units: list[list[ImageJob]] = []
     for _, group in groupby(jobs, key=lambda job: job.prompt):
         same = list(group)
@@ -162,7 +179,7 @@ def _draw_with_ray(
         resources = ray.cluster_resources()
         num_gpus = 1 if painter.uses_gpu and resources.get("GPU", 0) >= 1 else 0
         most = int(resources["GPU"] if num_gpus else resources.get("CPU", 1))
-        # A block per unit: a block is what a worker is given, and what is done again if the worker dies.
+        # A block per unit: a block is what a worker is given, and what is redone if the worker dies.
         rows = [{"jobs": json.dumps([asdict(job) for job in unit])} for unit in units]
         data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Worker,
@@ -184,8 +201,8 @@ def _draw_with_ray(
 
 class _Attempts:
     """
-    How often each unit was begun. Ray replaces a worker that dies and gives it the same unit for ever, even if that is what
-    kills it.
+    Counts how often each unit was begun. Ray replaces a worker that dies and retries the same unit forever, even if that unit
+    is what kills it.
     """
 
     def __init__(self) -> None:
@@ -198,10 +215,10 @@ class _Attempts:
 
 
 class _Worker:
-    """What runs on a worker of Ray: it makes its painter once and draws units of jobs."""
+    """A Ray worker: makes its painter once and draws units of jobs."""
 
     def __init__(self, spec: str, attempts: Any):
-        torch.set_num_threads(1)  # as on any other machine
+        torch.set_num_threads(1)  # the same on every machine
         self.painter = make_painter(json.loads(spec))
         self.attempts = attempts
 
@@ -211,7 +228,7 @@ class _Worker:
                 for image in self._draw([ImageJob(**job) for job in json.loads(unit)]):
                     record = asdict(image)
                     yield _make_table(record.pop("png"), record)
-            except Exception as error:  # sent instead of raised: Ray would wrap it, and drop what is finished
+            except Exception as error:  # sent instead of raised: Ray would wrap it, and drop finished images
                 message = str(error) if isinstance(error, DrawingError) else f"{type(error).__name__}: {error}"
                 yield _make_table(None, {"error": message})
 
@@ -238,7 +255,7 @@ def _read_table(table: pa.Table) -> Iterator[DrawnImage]:
 
 @contextmanager
 def _cluster(address: str | None, num_workers: int | None) -> Iterator[Any]:
-    """Ray, connected to a cluster. What is started or connected here ends with it."""
+    """Yields Ray, connected to a cluster. What the context starts or connects ends with it."""
     import ray
     import ray.data
     import ray.util
@@ -253,7 +270,7 @@ def _cluster(address: str | None, num_workers: int | None) -> Iterator[Any]:
         settings.enter_context(_kept_signal_handler())
         settings.enter_context(_no_stderr())
         if address is None:
-            # Otherwise Ray would replace 127.0.0.1 by the address of the machine, and let anyone in.
+            # Otherwise Ray would replace 127.0.0.1 with the address of the machine, and let anyone in.
             settings.enter_context(_changed(ray._private.ray_constants.__dict__, ENABLE_RAY_CLUSTER=False))
             variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # the same for its processes
             options |= {
@@ -267,12 +284,25 @@ def _cluster(address: str | None, num_workers: int | None) -> Iterator[Any]:
     try:
         if address is None and ray.util.get_node_ip_address() != _LOOPBACK:
             raise RuntimeError(
-                f"Ray {ray.__version__} does not keep to loopback, where nobody else could give its workers orders. Start a "
-                "cluster yourself, `ray start --head`, and name its address."
+                f"Ray {ray.__version__} does not stay on loopback, so others could send its workers commands. Start a "
+                "cluster yourself, `ray start --head`, and pass its address."
             )
         yield ray
     finally:
+        workers = _worker_processes() if address is None else []
         ray.shutdown()
+        # Some hang on exit, on a mutex that Ray locks twice, and would keep their memory.
+        for process in psutil.wait_procs(workers, timeout=_SECONDS_TO_END)[1]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def _worker_processes() -> list[psutil.Process]:
+    """Worker processes of the cluster that this process started."""
+    with suppress(psutil.NoSuchProcess):
+        raylets = [process for process in psutil.Process().children() if process.name() == "raylet"]
+        return [worker for raylet in raylets for worker in raylet.children(recursive=True)]
+    return []
 
 
 @contextmanager
@@ -289,7 +319,7 @@ def _changed(mapping: MutableMapping[str, Any], **values: Any) -> Iterator[None]
 
 @contextmanager
 def _kept_signal_handler() -> Iterator[None]:
-    # Ray sets a handler of SIGTERM, which only the main thread can do.
+    # Ray sets a SIGTERM handler, which only the main thread can do.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -302,7 +332,7 @@ def _kept_signal_handler() -> Iterator[None]:
 
 @contextmanager
 def _no_stderr() -> Iterator[None]:
-    # Ray's C++ part reports there that it was told to be quiet.
+    # Ray's C++ part reports on stderr that it was told to be quiet.
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

@@ -1,4 +1,4 @@
-"""Who draws an image: a diffusers pipeline, the renderer of scenes, or any other callable of this form."""
+"""Image generators: a diffusers pipeline, the renderers of scenes, or any other callable of this form."""
 
 from typing import Any, Protocol
 
@@ -14,17 +14,16 @@ class ImageGenerator(Protocol):
 
     def __call__(self, prompts: list[str], generators: list[torch.Generator]) -> list[Image.Image]:
         """
-        Draws an RGB image for each prompt. The generators are on the CPU, such as
-        [`~generation.seeds.image_generator`] makes.
+        Draws an RGB image for each prompt. The generators are on the CPU, such as those from
+        [`~generation.seeds.image_generator`].
         """
         ...
 
 
 class PipelineGenerator:
     """
-    Draws with a text-to-image pipeline of diffusers as it is: device, precision, adapters and progress bar are the
-    caller's. Other arguments of its call, such as `height`, `num_inference_steps` and `guidance_scale`, are the
-    `settings`.
+    Draws with a text-to-image pipeline of diffusers as it is: device, precision, adapters and progress bar are up to the
+    caller. `settings` are further arguments of its call, such as `height`, `num_inference_steps` and `guidance_scale`.
     """
 
     def __init__(self, pipeline: Any, **settings: Any):
@@ -37,9 +36,9 @@ class PipelineGenerator:
 
 class SceneGenerator:
     """
-    Draws scenes of coloured shapes exactly as their descriptions say, on `image_size` by `image_size` pixels: a
-    generator that makes no mistakes. It is a `ValueError` if a prompt does not describe a scene in the words of
-    [`~scenes.describe_scene`], and a [`~scenes.LayoutError`] if no arrangement satisfies it.
+    Draws scenes of colored shapes exactly as their descriptions say, on `image_size` by `image_size` pixels: a
+    generator that makes no mistakes. Raises `ValueError` if a prompt does not describe a scene in the words of
+    [`~scenes.describe_scene`], and [`~scenes.LayoutError`] if no arrangement satisfies it.
     """
 
     def __init__(self, image_size: int = 64):
@@ -79,6 +78,6 @@ class TabletopGenerator:
         return [self.render(prompt, generator).image for prompt, generator in zip(prompts, generators, strict=True)]
 
     def render(self, prompt: str, generator: torch.Generator) -> Rendering:
-        """Draws one image, and says what is where in it."""
+        """Draws one image, and returns it with what is where in it."""
         seed = int(torch.randint(2**63 - 1, (), generator=generator))
         return render_tabletop(parse_tabletop(prompt), seed=seed, scene=scene_of(prompt), image_size=self.image_size)

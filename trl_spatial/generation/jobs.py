@@ -1,4 +1,4 @@
-"""Images as jobs: what is to be drawn, what became of it, and the interface of whoever draws."""
+"""Images as jobs: what to draw, the result, and the interface of the painters that draw it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,19 +41,19 @@ class ImageJob:
 @dataclass(frozen=True)
 class DrawnImage:
     """
-    What became of a job.
+    The result of a job.
 
     Args:
         id (`str`):
-            The job's.
+            The job's id.
         png (`bytes`, *optional*):
             The image, an RGB file in PNG format; `None` if it was refused.
         refusal (`str`, *optional*):
             Why there is no image: a server objected, the image was marked as not safe for work, or no arrangement satisfies
-            the scene. To be recorded, not tried again.
+            the scene. It should be recorded and not retried.
         recipe (`dict`):
-            All that the image depends on beside its prompt, as JSON: model and commit, settings, seed and the device of the
-            noise, scheduler, dtype, size, versions of libraries.
+            Everything that the image depends on besides its prompt, as JSON: model and commit, settings, seed and the device of
+            the noise, scheduler, dtype, size, versions of libraries.
         seconds (`float`):
             How long it took.
         cost (`float`):
@@ -80,9 +80,9 @@ class Painter(ABC):
         name (`str`):
             Name of the generator in errors.
         batch_size (`int`):
-            Number of jobs that are best given at once: as many as are drawn together, or as take a moment.
+            Best number of jobs to give at once: as many as are drawn together, or as take a moment.
         uses_gpu (`bool`):
-            Whether it needs a GPU of its own where there is one.
+            Whether it needs its own GPU, if there is one.
     """
 
     name: str
@@ -92,7 +92,7 @@ class Painter(ABC):
     @abstractmethod
     def stream(self, jobs: Iterable[ImageJob]) -> Iterator[DrawnImage]:
         """
-        Draws images and yields each as soon as it is there, in any order.
+        Draws images and yields each as soon as it is ready, in any order.
 
         Raises:
             [`DrawingError`]: If an image could not be drawn.
@@ -111,7 +111,7 @@ class Painter(ABC):
         return list(self.stream(jobs))
 
     def error(self, jobs: Sequence[ImageJob], cause: Exception) -> DrawingError:
-        """The error to raise when something went wrong with the image of a job, or with one of several drawn together."""
+        """Makes the error to raise when the image of a job, or one of several drawn together, has failed."""
         names = ", ".join(job.id for job in jobs)
         return DrawingError(f"{self.name} could not draw the image {names}: {type(cause).__name__}: {cause}")
 

@@ -1,4 +1,4 @@
-"""Who paints the images of jobs: a diffusers pipeline, a renderer of scenes, or a model behind a server."""
+"""Painters of the images of jobs: a diffusers pipeline, a renderer of scenes, or a model behind a server."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,7 +20,7 @@ from .seeds import image_generator
 from .settings import FAMILIES, FamilySettings, find_pipeline, published_family
 
 
-# Worlds that are drawn without a model, by the name that a recipe gives them. Each takes an image size in pixels.
+# Renderers, which draw without a model, by their name in a recipe. Each takes an image size in pixels.
 RENDERERS: dict[str, Callable[..., ImageGenerator]] = {"flat": SceneGenerator, "tabletop": TabletopGenerator}
 DTYPES = ("float32", "bfloat16", "float16")
 FLAGGED = "The image was marked as not safe for work."
@@ -75,7 +75,7 @@ class PipelinePainter(Painter):
         family = published_family(str(name_or_path))
         if family is not None:
             _merge(family, overrides)  # an error now rather than after the download
-        # of a local folder only the name: recipes are published, and the rest of the path is nobody's business
+        # only the name of a local folder: recipes are published, and the rest of the path is nobody's business
         self.name = Path(name_or_path).resolve().name if Path(name_or_path).exists() else str(name_or_path)
         self.batch_size = batch_size
         self.uses_gpu = device is None or device.startswith("cuda")
@@ -92,7 +92,7 @@ class PipelinePainter(Painter):
                 self._load()
             try:
                 drawn = self._draw_batch(batch)
-            except Exception as error:  # whatever a model raises: the image has to be named
+            except Exception as error:  # whatever a model raises, the error has to name the image
                 raise self.error(batch, error) from error
             yield from drawn
 
@@ -116,7 +116,7 @@ class PipelinePainter(Painter):
         adapter = None if self._lora is None else _load_lora(pipeline, self._lora)
         pipeline.to(self._device)
         pipeline.set_progress_bar_config(disable=True)
-        # The call of every pipeline encodes through this method, so images stay what the call gives.
+        # The call of every pipeline encodes through this method, so its images stay the same.
         pipeline.encode_prompt = _Memory(pipeline.encode_prompt, _NUM_ENCODED_PROMPTS)
         self._recipe = {
             "model": self.name.partition("@")[0],
@@ -144,7 +144,7 @@ class PipelinePainter(Painter):
         flags = output.get("nsfw_content_detected") or [False] * len(jobs)
         drawn = []
         for job, noise, image, is_flagged in zip(jobs, noises, output.images, flags, strict=True):
-            # with the size that the image has: some pipelines round
+            # with the image's actual size: some pipelines round
             recipe = {**self._recipe, "width": image.width, "height": image.height, **describe_noise(job, noise)}
             png, refusal = (None, FLAGGED) if is_flagged else (encode_png(image), None)
             drawn.append(DrawnImage(job.id, png, refusal, recipe, seconds, 0.0))
@@ -152,7 +152,7 @@ class PipelinePainter(Painter):
 
 
 def _load_lora(pipeline: Any, name: str) -> str:
-    """Loads LoRA weights into a pipeline, and returns what to call them in public: no folder but its name."""
+    """Loads LoRA weights into a pipeline, and returns their public name, which for a folder omits the rest of the path."""
     reference = find_reference(name, kind="model")
     check_repository(reference, kind="model")
     with explain_errors(f"Loading the LoRA weights {reference}"):
@@ -169,7 +169,7 @@ class RendererPainter(Painter):
             The renderer, such as [`~generation.generators.SceneGenerator`].
     """
 
-    batch_size = 32  # a fraction of a second
+    batch_size = 32  # takes a fraction of a second
 
     def __init__(self, world: ImageGenerator):
         self.world = world
@@ -192,7 +192,7 @@ class RendererPainter(Painter):
                 recipe |= {"width": image.width, "height": image.height}
             except LayoutError as error:
                 png, refusal = None, str(error)
-            except Exception as error:  # whatever a renderer raises: the image has to be named
+            except Exception as error:  # whatever a renderer raises, the error has to name the image
                 raise self.error([job], error) from error
             yield DrawnImage(job.id, png, refusal, recipe, time.perf_counter() - start, 0.0)
 
@@ -208,7 +208,7 @@ class ImageEndpoint(Protocol):
         ...
 
     def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-        """Runs a function on threads: the number of an item, and what the function returned or raised for it."""
+        """Runs a function on threads; yields the number of each item, and what the function returned or raised for it."""
         ...
 
 
@@ -346,7 +346,7 @@ def check_spec(spec: Mapping[str, Any]) -> str:
 
 
 def _make_endpoint_painter(spec: Mapping[str, Any]) -> EndpointPainter:
-    from ..endpoints import Endpoint, Prices  # imports the client only where there is a server to ask
+    from ..endpoints import Endpoint, Prices  # imports the client only if there is a server to ask
 
     given = {key: spec[key] for key in ("api_key_env", "concurrency", "timeout_s") if key in spec}
     prices = Prices(per_image=spec.get("price_per_image", 0.0))
@@ -359,7 +359,9 @@ def _check(spec: Mapping[str, Any], keys: Mapping[str, Any], required: str) -> N
         raise ValueError(f"The generator {dict(spec)} lacks `{required}`.")
     for key, value in spec.items():
         if key not in keys:
-            raise ValueError(f"The generator {_label(spec)} has the unknown key {key!r}. Known are {', '.join(keys)}.")
+            raise ValueError(
+                f"The generator {_label(spec)} has the unknown key {key!r}. Available: {', '.join(keys)}."
+            )
         if not isinstance(value, keys[key]) or isinstance(value, bool):
             kinds = keys[key] if isinstance(keys[key], tuple) else (keys[key],)
             wanted = " or ".join(kind.__name__ for kind in kinds)
@@ -373,13 +375,13 @@ def _label(spec: Mapping[str, Any]) -> str:
 def _merge(family: FamilySettings, overrides: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := sorted(overrides.keys() - family.arguments.keys()):
         raise ValueError(
-            f"Pipelines of {family.name} are not given `{unknown[0]}`. They take {', '.join(family.arguments)}."
+            f"Pipelines of {family.name} do not take `{unknown[0]}`. They take {', '.join(family.arguments)}."
         )
     return {**family.arguments, **overrides}
 
 
 class _Memory:
-    """Calls a function once for equal arguments, while they are among the last few."""
+    """Caches the results of a function for the arguments that were used last."""
 
     def __init__(self, function: Callable[..., Any], size: int):
         self.function, self.size = function, size
@@ -407,7 +409,7 @@ def _batched(jobs: Iterable[ImageJob], size: int) -> Iterator[list[ImageJob]]:
 
 @contextmanager
 def _one_thread(device: torch.device) -> Iterator[None]:
-    # On the CPU sums depend on how many threads share them, and images would depend on the machine.
+    # On the CPU, sums depend on the number of threads, so images would depend on the machine.
     if device.type != "cpu":
         yield
         return

@@ -1,4 +1,4 @@
-"""How each family of pipelines is called: the settings of its published models, what they cost, and on which terms."""
+"""How each family of pipelines is called: the settings of its published models, their cost, and their license terms."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,19 +23,19 @@ class FamilySettings:
 
     Args:
         name (`str`):
-            What people call it.
+            Its usual name.
         pipeline_class (`str`):
             Class in diffusers. The `_class_name` in a pipeline's model_index.json says which family it belongs to.
         arguments (`Mapping[str, Any]`):
-            Arguments of the pipeline's call beside prompts and generators. A recipe may change these and no others.
+            Arguments of the pipeline's call besides prompts and generators. A recipe may change these and no others.
         repositories (`tuple[str, ...]`):
             The published models on the Hub that the rest describes. Other models of the same class may have other terms.
         licence (`str`):
-            Name of their licence.
+            Name of their license.
         output_terms (`str`):
-            What the licence says about the use of images.
+            What the license says about the use of images.
         seconds_per_image (`float`, *optional*):
-            Time of one image with these arguments on an H100. `None` where it was never measured.
+            Time of one image with these arguments on an H100. `None` if it was never measured.
     """
 
     name: str
@@ -48,7 +48,7 @@ class FamilySettings:
 
     def seconds(self, overrides: Mapping[str, Any]) -> float | None:
         """
-        Estimates the time of one image on an H100: in proportion to the steps and to the pixels.
+        Estimates the time of one image on an H100, in proportion to the steps and to the pixels.
 
         Args:
             overrides (`Mapping[str, Any]`):
@@ -97,7 +97,7 @@ FAMILIES = (
         ),
         licence="Tencent Hunyuan Community License",
         output_terms=(
-            "Images may not be used to improve models other than Tencent Hunyuan's, and the licence does not extend to the "
+            "Images may not be used to improve models other than Tencent Hunyuan's, and the license does not extend to the "
             "European Union, the United Kingdom and South Korea."
         ),
     ),
@@ -149,7 +149,7 @@ def find_pipeline(name_or_path: str | Path, *, revision: str | None = None) -> t
             As for [`settings_for`].
 
     Returns:
-        `tuple`: where it is, at a commit if it is on the Hub, so that whatever is read later belongs together; and the
+        `tuple`: where it is, at a commit if it is on the Hub, so that whatever is read later is consistent; and the
         settings.
 
     Raises:
@@ -177,7 +177,7 @@ def find_pipeline(name_or_path: str | Path, *, revision: str | None = None) -> t
 
 def published_family(name: str) -> FamilySettings | None:
     """
-    Returns the family whose published model has this name on the Hub, without asking the Hub: for estimates and licences.
+    Returns the family whose published model has this name on the Hub, without asking the Hub: for estimates and licenses.
 
     Args:
         name (`str`):

@@ -3,9 +3,10 @@
 - A name is a local path, `ORG/NAME`, `ORG/NAME@REVISION`, or `hub/NAME` under the user's own namespace.
 - Loading runs no code: weights are read from safetensors, and a repository with a pickle or a script is refused before
   anything is downloaded.
-- An upload is one commit, all or nothing. It holds the files of the model and no others; a local path or a token in one of
-  them stops it.
-- A card is filled from what a run recorded in `card.json`; what was not measured is left out.
+- An upload is one commit, all or nothing. It contains only the files of the model, and is refused if one of them holds
+a
+  local path or a token.
+- A card is filled in from what a run recorded in `card.json`; what was not measured is left out.
 
 `hub_cards/README.md` shows the commands.
 """

@@ -1,12 +1,14 @@
-"""Model and dataset cards: a template from `hub_cards/`, filled in with the record of a run."""
+"""Model and dataset cards: templates from `hub_cards/`, filled in with the record of a run."""
 
 import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
 from huggingface_hub import (
     EvalResult,
@@ -43,6 +45,12 @@ def card_template(name: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise FileNotFoundError(f"There is no card template {name} in {package / 'hub_cards'} or beside {package}.")
+
+
+@cache
+def _compile(name: str) -> jinja2.Template:
+    """The template of that name. It is compiled once: that takes longer than to fill it in at each checkpoint."""
+    return jinja2.Template(card_template(name).read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ class Card:
                 for item in content.pop("results", [])
             ]
             return cls(**content, results=results)
-        except (ValueError, RecursionError, TypeError, AttributeError) as error:  # no JSON object with these fields
+        except (ValueError, RecursionError, TypeError, AttributeError) as error:  # not a JSON object with these fields
             raise ValueError(f"{file} is not the card of a run ({error}). Remove it and write a README.md.") from error
 
     def save(self, folder: str | Path, *, model_id: str | None = None) -> None:
@@ -106,7 +114,7 @@ class Card:
         folder = Path(folder)
         has_samples = (folder / SAMPLES_FILE).is_file()
         for name, content in self.files(model_id or folder.absolute().name, has_samples=has_samples).items():
-            partial = folder / f".{name}.partial"  # an interruption leaves the file as it was
+            partial = folder / f".{name}.partial"  # an interruption leaves the old file intact
             partial.write_bytes(content)
             partial.replace(folder / name)
 
@@ -138,19 +146,21 @@ class Card:
             model_name=model_name if self.results else None,
             eval_results=[self._model_index_entry(result) for result in self.results] or None,
         )
-        card = ModelCard.from_template(
-            data,
-            template_path=str(card_template(self.template)),
-            model_id=model_id,
-            model_name=model_name,
-            base_model=self.base_model,
-            dataset=self.dataset,
-            results=[_row(result) for result in self.results],
-            samples=SAMPLES_FILE if has_samples else None,
-            paper=PAPER,
-            **self.values,
+        values = (
+            data.to_dict()
+            | self.values
+            | dict(
+                card_data=data.to_yaml(),
+                model_id=model_id,
+                model_name=model_name,
+                base_model=self.base_model,
+                dataset=self.dataset,
+                results=[_row(result) for result in self.results],
+                samples=SAMPLES_FILE if has_samples else None,
+                paper=PAPER,
+            )
         )
-        return str(card)
+        return str(ModelCard(_compile(self.template).render(values)))
 
     def _model_index_entry(self, result: Result) -> EvalResult:
         args = {
@@ -200,7 +210,7 @@ def task_id(metric: str, split: str | None = None) -> str:
 
 
 def _row(result: Result) -> dict[str, str]:
-    """A result as the cells of a table."""
+    """Formats a result as the cells of a table row."""
     interval = "" if result.interval is None else "{:.4g} to {:.4g}".format(*result.interval)
     number = "" if result.num_samples is None else f"{result.num_samples:,} {result.unit or 'samples'}"
     return {

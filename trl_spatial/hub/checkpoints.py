@@ -13,7 +13,7 @@ from .safety import read_settings
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name
 _MODEL_NAMES = ("base_model_name_or_path", "_name_or_path", "name_or_path")
-# What transformers writes for a tokenizer or a processor.
+# Written by transformers for a tokenizer or a processor.
 PROCESSOR_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -102,7 +102,7 @@ def collect_files(
 
 
 def list_kept(folder: str | Path, files: Iterable[str]) -> list[str]:
-    """Names of what is in a folder and not among `files`: files, and with a `/` at the end folders that are kept whole."""
+    """Lists what is in a folder but not in `files`; folders without any of these files end with a `/`."""
     folder, files = Path(folder), set(files)
     kept = []
     for path in sorted(folder.iterdir()):
@@ -117,7 +117,7 @@ def list_kept(folder: str | Path, files: Iterable[str]) -> list[str]:
 
 
 def _is_own_file(path: Path, folder: Path) -> bool:
-    """Whether a path is a file that lies in the folder, is not hidden, and is no link to somewhere else."""
+    """Whether a path is a file in the folder that is not hidden and not a link out of it."""
     is_hidden = any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
     return not is_hidden and path.is_file() and path.resolve().is_relative_to(folder.resolve())
 
@@ -131,7 +131,10 @@ def _matches(path: Path, patterns: Iterable[str]) -> bool:
 
 
 def _without_local_names(file: Path, base_model: str | None) -> Path | bytes:
-    """A file of settings, in which the Hub id of the base model, or nothing, replaces its local path."""
+    """
+    Replaces the local path of the base model in a settings file by its Hub id, or removes it if there is none. Returns
+    the new content, or `file` if nothing has changed.
+    """
     settings = read_settings(file)
     is_changed = _replace_local_names(settings, base_model)
     return (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode() if is_changed else file
@@ -176,7 +179,7 @@ def _card_files(
     pictures: dict[str, Path | bytes] = {SAMPLES_FILE: samples} if _is_own_file(samples, folder) else {}
     if card is None or (readme.is_file() and not (recorded and recorded.has_made(readme))):
         if not readme.is_file():
-            raise ValueError(f"{folder} has no README.md. Write one that says what the model is and how it was made.")
+            raise ValueError(f"{folder} has no README.md. Write one that describes the model and how it was made.")
         return {"README.md": readme, **pictures}
     if base_model is not None:
         card = replace(card, base_model=base_model)

@@ -1,4 +1,4 @@
-"""Errors of the Hub as messages that say what to do, and retries."""
+"""Turns errors of the Hub into messages that say what to do, and retries calls."""
 
 import errno
 import time
@@ -23,7 +23,7 @@ logger = logging.get_logger(__name__)
 T = TypeVar("T")
 
 LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token from the settings of your account on the Hub."
-# Disk, quota and the largest size of a file: what a download or a converted dataset runs into.
+# Disk, quota or file size limit exceeded, by a download or by the conversion of a dataset.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _TRANSIENT = {408, 429, 500, 502, 503, 504}
 _MAX_TRIES, _LONGEST_WAIT = 6, 300.0
@@ -47,7 +47,10 @@ def is_connection_error(error: BaseException) -> bool:
 
 @contextmanager
 def explain_errors(action: str) -> Iterator[None]:
-    """Turns the Hub's errors into a [`HubError`] that says what to do. `action` is for the message: `"Uploading to org/name"`."""
+    """
+    Turns the Hub's errors into a [`HubError`] that says what to do; others get a note of what failed. `action` is for the
+    message: `"Uploading to org/name"`.
+    """
     try:
         yield
     except HubError:
@@ -56,12 +59,13 @@ def explain_errors(action: str) -> Iterator[None]:
         status = status_of(error)
         code = "" if status is None else f" (HTTP {status})"
         raise HubError(f"{action} failed{code}: {_advice(error)}") from error
-    except OSError as error:
-        if not _is_full(error):
+    except Exception as error:
+        if not isinstance(error, OSError) or not _is_full(error):
+            error.add_note(f"{action} failed.")
             raise
         raise HubError(
-            f"{action} failed: there is no room left on the disk ({error}). Free some, or let HF_HOME name a folder on a "
-            "larger one. Finished files are kept, and the same command continues from there."
+            f"{action} failed: there is no space left on the disk ({error}). Free some, or set HF_HOME to a folder on a "
+            "larger one. Finished files are kept; run the same command again to continue."
         ) from error
 
 
@@ -75,7 +79,7 @@ def call_with_retries(function: Callable[..., T], *args: Any, has_fallback: bool
         try:
             return function(*args, **kwargs)
         except (HTTPError, ConnectionError, LocalEntryNotFoundError) as caught:
-            # what the Hub said when it was asked for a file that is not in the cache
+            # for a file missing from the cache, the cause is the Hub's own error
             error = caught.__cause__ if isinstance(caught, LocalEntryNotFoundError) and caught.__cause__ else caught
             is_transient = status_of(error) in _TRANSIENT or (
                 is_connection_error(error) and not isinstance(error, OfflineModeIsEnabled) and not has_fallback
@@ -100,7 +104,7 @@ def _retry_after(error: BaseException) -> float | None:
 
 
 def _is_full(error: BaseException) -> bool:
-    # datasets wraps what it meets, or finds out beforehand that there is too little room
+    # datasets wraps the original error, or checks the free space first and raises its own
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
@@ -118,23 +122,23 @@ def _advice(error: BaseException) -> str:
     if isinstance(error, RevisionNotFoundError):
         return "it has no such revision. After the @ comes a branch, a tag or a commit."
     if isinstance(error, RepositoryNotFoundError):
-        return f"there is no such repository, or your token may not see it. {LOG_IN}"
+        return f"there is no such repository, or your token has no access to it. {LOG_IN}"
     if status == 401:
         return f"the Hub does not know your token. {LOG_IN}"
     if status == 403:
         return (
-            "your token may not do this. Use a token with the role `write`, and a namespace that you may write to "
+            "your token may not do this. Use a token with the role `write`, and a namespace that you can write to "
             "(--namespace)."
         )
     if status == 429:
         wait = _retry_after(error)
         later = "" if wait is None else f"; try again in {wait:g} s"
-        return f"the Hub limits how often you may ask{later}. The same command continues from there."
+        return f"the Hub's rate limit was reached{later}. Run the same command again to continue."
     if isinstance(error, HfHubHTTPError) and status is not None:
         return str(error).splitlines()[0]
     if isinstance(error, LocalEntryNotFoundError):
         return (
             "it is not in the cache, and the Hub cannot be reached (HF_HUB_OFFLINE is set, or there is no network). Load "
-            "it once while you are online."
+            "it once while online."
         )
-    return f"the Hub cannot be reached ({error}). The same command continues from there."
+    return f"the Hub cannot be reached ({error}). Run the same command again to continue."

@@ -1,4 +1,4 @@
-"""Names of datasets and models: local paths and repositories on the Hub."""
+"""Names of datasets and models: local paths, and repositories on the Hub."""
 
 import os
 import re
@@ -17,6 +17,7 @@ logger = logging.get_logger(__name__)
 
 NAMESPACE_VARIABLE = "TRL_SPATIAL_NAMESPACE"
 OWN_NAMESPACE = "hub"  # `hub/NAME` is NAME under the user's namespace
+SHIPPED_MODELS = Path(__file__).parents[1] / "tiny_models"
 FORMS = "a local path, ORG/NAME or ORG/NAME@REVISION on the Hub, or hub/NAME for NAME under your own namespace"
 _PART = r"[A-Za-z0-9_-][\w.-]*"
 _REFERENCE = re.compile(rf"(?P<namespace>{_PART})/(?P<name>{_PART})(?:@(?P<revision>\S+))?")
@@ -37,7 +38,7 @@ class Reference:
 
     Args:
         name (`str`):
-            Local path, or the id of a repository, `"org/name"`.
+            Absolute local path, or the id of a repository, `"org/name"`.
         revision (`str`, *optional*):
             Branch, tag or commit of the repository.
         is_local (`bool`):
@@ -55,7 +56,8 @@ class Reference:
 def find_reference(name: str | Path, *, kind: str, revision: str | None = None) -> Reference:
     """
     Resolves the name of a dataset or a model. An existing file or folder takes precedence over a repository of that name,
-    and needs no network.
+    and needs no network. A model that ships with this package is found wherever the package is installed: an adapter that was
+    trained on it records the path of another installation, `.../trl_spatial/tiny_models/NAME`.
 
     Args:
         name (`str` or `Path`):
@@ -72,10 +74,17 @@ def find_reference(name: str | Path, *, kind: str, revision: str | None = None) 
         `HubError`: If `hub/NAME` is asked for and there is no namespace.
     """
     if str(name) and Path(name).exists():
-        return Reference(str(name), None, is_local=True)
+        # absolute, because a model trained on this one records the path and may be loaded from another folder
+        return Reference(str(Path(name).absolute()), None, is_local=True)
+    shipped = SHIPPED_MODELS / Path(name).name
+    if kind == "model" and Path(name).parts[-3:-1] == SHIPPED_MODELS.parts[-2:] and shipped.is_dir():
+        logger.warning(f"{name} is not there. Using {shipped}, the model of this name in this installation.")
+        return Reference(str(shipped), None, is_local=True)
     match = _REFERENCE.fullmatch(str(name))
     if match is None:
-        raise UnknownReferenceError(f"There is no file or folder {name}. Name a {kind} by {FORMS}.")
+        raise UnknownReferenceError(
+            f"There is no file or folder {str(name) or 'with an empty name'}. Name a {kind} by {FORMS}."
+        )
     if revision is not None and match["revision"] not in (None, revision):
         raise ValueError(f"{name} asks for the revision {match['revision']!r}, but {revision!r} was given too.")
     return Reference(_repository_id(match, kind), match["revision"] or revision, is_local=False)

@@ -1,4 +1,4 @@
-"""Files that are never loaded, and files that are never uploaded."""
+"""Refuses to load files that could run code, and to upload files that hold secrets or local paths."""
 
 import getpass
 import json
@@ -18,9 +18,9 @@ from .references import Reference
 
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill")
-# Pickles that trainers write beside a model, and that are not read to load it.
+# Pickles that trainers save beside a model; loading the model does not read them.
 _TRAINING_STATE = ("training_args.bin", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
-_SETTINGS = ("config.json", "model_index.json")  # ends of their names
+_SETTINGS = ("config.json", "model_index.json")  # suffixes of file names
 CODE_SUFFIXES = (".py", ".so", ".dll", ".pyd", ".pyc")
 _TEXT_SUFFIXES = (".json", ".jsonl", ".md", ".txt", ".yaml", ".yml", ".jinja", ".py", ".toml", ".csv")
 # Not searched for paths: a vocabulary may have the token "/root".
@@ -33,7 +33,7 @@ _PATHS = re.compile(r"(?<![\w./:])/[\w.@+-]+(?:/[\w.@+-]+)+")
 _SYSTEM_FOLDERS = ("/bin/", "/dev/", "/etc/", "/proc/", "/sys/", "/usr/")
 _TOKEN_VARIABLES = re.compile(r"(TOKEN|API_?KEY|SECRET|PASSWORD)$")
 _SHORTEST_SECRET = 8
-_LARGEST_HEADER = 100_000_000  # bytes, as safetensors has it
+_LARGEST_HEADER = 100_000_000  # bytes; the limit of safetensors
 
 
 class UnsafeRepositoryError(ValueError):
@@ -61,12 +61,12 @@ def check_repository(reference: Reference, *, kind: str) -> None:
             files = _files_beside_weights(Path(reference.name))
             _refuse_code(reference, kind, list(files), files)
         return
-    # Offline only repositories in the cache can be loaded, which were checked when they were downloaded.
+    # Offline, only cached repositories can be loaded; they were checked when they were downloaded.
     if constants.is_offline_mode():
         return
     with explain_errors(f"Loading {reference}"):
         try:
-            # `list_repo_files` waits long for a Hub that cannot be reached
+            # not `list_repo_files`, which waits long for an unreachable Hub
             info: Any = call_with_retries(
                 HfApi().repo_info, reference.name, repo_type=kind, revision=reference.revision, has_fallback=True
             )
@@ -83,7 +83,10 @@ def check_repository(reference: Reference, *, kind: str) -> None:
 
 
 def _files_beside_weights(folder: Path) -> dict[str, Path]:
-    """Files of a model's folder and of the parts of a pipeline in it, without the state of a training, which is not loaded."""
+    """
+    Lists the files in the folder of a model, or of a pipeline and its components, by relative name. Training state is
+    left out, because it is not loaded.
+    """
     files = {}
     for part in [folder, *(path for path in folder.glob("*") if path.name[0] != "." and path.is_dir())]:
         if any(part.glob("*.safetensors")) or any(part.glob("*config.json")) or (part / "model_index.json").is_file():
@@ -119,7 +122,7 @@ def _refuse_code(reference: Reference, kind: str, names: list[str], files: Mappi
 
 
 def _names_code(settings: Any) -> bool:
-    """Whether settings, or settings in them, have an entry `auto_map`."""
+    """Whether settings have an `auto_map` entry, at any depth."""
     if isinstance(settings, list):
         return any(map(_names_code, settings))
     return isinstance(settings, dict) and ("auto_map" in settings or any(map(_names_code, settings.values())))
@@ -129,7 +132,7 @@ def read_settings(file: Path) -> dict[str, Any]:
     """Reads a JSON file of settings; a `ValueError` if it is not a JSON object."""
     try:
         settings = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
+    except (ValueError, RecursionError) as error:  # invalid JSON or UTF-8, or nested too deeply
         raise ValueError(f"{file} is damaged: {error}. Save or download the folder again.") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{file} is damaged: it is not a JSON object. Save or download the folder again.")
@@ -171,12 +174,12 @@ def _own_paths(private: tuple[Path, ...]) -> list[str]:
     paths = {str(form) for folder in folders for form in (folder, folder.absolute(), folder.resolve())}
     user = getpass.getuser()
     paths |= {f"/home/{user}", f"/Users/{user}", f"C:\\Users\\{user}"}
-    # `/` and relative names are found everywhere and say nothing
+    # `/` and relative paths would match almost any text
     return sorted(path for path in paths if len(path) > 1 and Path(path).is_absolute())
 
 
 def _find_path(text: str, paths: list[str]) -> str | None:
-    """A folder of the user that the text names, or any other path in it that exists on this machine."""
+    """Returns the first of `paths` that occurs in the text, or any other path in it that exists on this machine."""
     if found := next((path for path in paths if path in text), None):
         return found
     named = (match[0] for match in _PATHS.finditer(text))
@@ -184,7 +187,7 @@ def _find_path(text: str, paths: list[str]) -> str | None:
 
 
 def _readable_part(name: str, source: Path | bytes) -> str:
-    """The text of a file: all of a text file, and the metadata of a safetensors file."""
+    """Returns the text of a text file, the metadata of a safetensors file, and `""` for any other file."""
     if name.endswith(".safetensors"):
         return _safetensors_metadata(name, source)
     if not name.endswith(_TEXT_SUFFIXES):

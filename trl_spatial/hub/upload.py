@@ -1,4 +1,4 @@
-"""Uploads in a single commit: an interruption leaves the repository as it was."""
+"""Uploads in a single commit, so that an interruption leaves the repository unchanged."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from .errors import call_with_retries, explain_errors, status_of
 from .safety import check_public
 
 
-# Created by the Hub itself, or replaced by every upload.
+# Created by the Hub, or replaced by every upload.
 _HUB_FILES = (".gitattributes", "README.md")
 
 
@@ -67,7 +67,7 @@ def push_files(
             )
 
         def commit() -> str:
-            # new operations for every try: the client refuses those that it has used before
+            # the client refuses operations that it has used before, so each try needs new ones
             operations: list[Any] = [
                 CommitOperationAdd(name, source if isinstance(source, bytes) else str(source))
                 for name, source in names.items()
@@ -85,7 +85,7 @@ def _other_files(api: HfApi, repo_id: str, repo_type: str, revision: str | None,
     try:
         there = call_with_retries(api.list_repo_files, repo_id, repo_type=repo_type, revision=revision)
     except HfHubHTTPError as error:
-        if status_of(error) == 404:  # made a moment ago, and still without a commit
+        if status_of(error) == 404:  # just created, no commit yet
             return []
         raise
     return [name for name in there if name not in names and name not in _HUB_FILES]

@@ -1,1 +1,1 @@
-"""Who answers about an image: rules, detectors, checkers of scenes."""
+"""Judges of images: rules, detectors, vision-language models, and scene checkers."""

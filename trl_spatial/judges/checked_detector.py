@@ -1,4 +1,4 @@
-"""An object detector that has shown that it finds something: one that finds nothing looks like bad images."""
+"""An object detector with a self-test: rewards from one that detects nothing look like those of bad images."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from ..preferences.images import load_image
 from .geneval import Detection, confident_objects, geneval_name
 
 
-# images → what is in each; one with a true attribute `takes_classes` also gets the classes to look for in each
+# images → objects in each; with the attribute `takes_classes`, if true, it also gets the classes to look for in each
 Detector = Callable[..., Sequence[Sequence[Detection]]]
 
 # A portrait of Rear Admiral Grace Hopper by the U.S. Navy, in the public domain (Wikimedia Commons, Grace_Hopper.jpg).
@@ -21,11 +21,11 @@ SELF_TEST_LABEL = "person"
 
 
 class SilentDetectorError(RuntimeError):
-    """A detector finds nothing where there is something: every reward would be next to 0."""
+    """A detector finds nothing where there is something; every reward would be close to 0."""
 
 
 def check_detections(results: Any, num_images: int) -> list[Sequence[Detection]]:
-    """What a detector has returned; a `TypeError` if that is not a list of [`Detection`] for each image."""
+    """Returns a detector's results; raises a `TypeError` unless there is a list of [`Detection`] for each image."""
     results = list(results)
     wrong = [found for detections in results for found in detections if not isinstance(found, Detection)]
     if wrong or len(results) != num_images:
@@ -38,17 +38,17 @@ def check_detections(results: Any, num_images: int) -> list[Sequence[Detection]]
 
 class CheckedDetector:
     """
-    A detector that is shown a photograph when this object is made, and watched afterwards.
+    A detector that is tested on a photograph at first, and monitored afterwards.
 
-    It must find the photograph's object above `threshold`, or this is a `SilentDetectorError`. The photograph beside
-    itself has two of them: if fewer are found above `counting_threshold`, a warning says so, because prompts about
-    numbers would then be judged as if the objects were not there. By default it is a photograph of a person that comes
-    with the package: detectors of photographs may well not know a drawing. A detector of other pictures may name one of its
-    own, with what it shows, as the attribute `self_test`.
+    It must find the photograph's object above `threshold`; otherwise, a `SilentDetectorError` is raised. Two copies of
+    the photograph side by side show two of them: if fewer are found above `counting_threshold`, there is a warning,
+    because prompts about numbers would then be judged as if the objects were missing. By default it is a photograph of
+    a person that comes with the package, since detectors of photographs may not recognize a drawing. A detector of
+    other pictures can provide its own, with a label, as the attribute `self_test`.
 
     If the detector has an attribute `labels`, the names of its classes, a class that it does not know is an error
-    rather than an object that is never found. If it finds nothing in the first `silence_limit` images, it is taken for
-    broken.
+    rather than an object that is never found. If it finds nothing in the first `silence_limit` images, it is
+    considered broken.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class CheckedDetector:
         self.threshold = threshold
         self.counting_threshold = counting_threshold
         self.silence_limit = silence_limit
-        self._num_silent: int | None = 0  # images without any object so far; `None` once there was one
+        self._num_silent: int | None = 0  # images without any object so far; `None` once an object was found
         labels = getattr(detector, "labels", None)
         self._labels = None if labels is None else {geneval_name(label) for label in labels}
         own_image, own_label = getattr(detector, "self_test", (SELF_TEST_IMAGE, SELF_TEST_LABEL))
@@ -82,9 +82,9 @@ class CheckedDetector:
 
     def __call__(self, images: list[Image.Image], classes: Sequence[Sequence[str]]) -> list[Sequence[Detection]]:
         """
-        What is in each image, of `classes` in each if the detector has to be told what to look for. A `SilentDetectorError` if
-        nothing was found in the first `silence_limit` images, and a `TypeError` if the detector does not return a list of
-        [`Detection`] for each.
+        Detects the objects in each image; `classes` are what to look for in each, for a detector that takes classes.
+        Raises a `SilentDetectorError` if nothing was found in the first `silence_limit` images, and a `TypeError` if
+        the detector does not return a list of [`Detection`] for each image.
         """
         results = self._detect(images, classes)
         for found in results:
@@ -92,7 +92,7 @@ class CheckedDetector:
         return results
 
     def check_class(self, name: str) -> None:
-        """Raises a `ValueError` with the names most like it if the detector does not know a class."""
+        """Raises a `ValueError` that suggests similar names if the detector does not know a class."""
         if self._labels is None or geneval_name(name) in self._labels:
             return
         near = ", ".join(get_close_matches(geneval_name(name), self._labels, n=5, cutoff=0.5))
@@ -146,8 +146,8 @@ class CheckedDetector:
         number = sum(score > self.counting_threshold for score in scores)
         if number < 2:
             warnings.warn(
-                f"The detector does not count: of two {label}s beside each other it finds {number} above "
+                f"The detector does not count: of two {label}s side by side, it finds {number} above "
                 f"`counting_threshold` {self.counting_threshold} (scores {', '.join(f'{s:.2f}' for s in scores[:4]) or 'none'}). "
-                "Prompts about numbers will be judged as if objects were missing. Take a detector whose scores reach it, lower "
-                "it where the rules are not to be GenEval's own, or leave out such prompts."
+                "Prompts about numbers will be judged as if objects were missing. Use a detector whose scores reach it, lower "
+                "it if you do not need GenEval's own rules, or leave out such prompts."
             )

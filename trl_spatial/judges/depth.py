@@ -1,4 +1,4 @@
-"""How near everything in an image is, by models that estimate depth."""
+"""Depth estimation with models of transformers."""
 
 from typing import Any
 
@@ -10,18 +10,18 @@ from transformers import AutoImageProcessor, AutoModelForDepthEstimation, DepthA
 from .detection import load_with_processor
 
 
-# Others say in no configuration whether near is large, or see a padded image.
+# Other models do not record whether larger values are nearer, or pad their input.
 DEPTH_CONFIGS = (DepthAnythingConfig, DPTConfig)
-_NEAREST = 0.1  # meters; without a limit, one pixel next to 0 would leave no difference to the others
+_NEAREST = 0.1  # meters; without a lower limit, one pixel close to 0 would flatten the rest of the map
 
 
 class DepthEstimator:
     """
     Estimates depth with a model of transformers: Depth Anything (1 and 2, relative or metric) or DPT.
 
-    As in T2I-CompBench, each image's values are stretched from 0, what is farthest, to 255, what is nearest. Relative models
-    estimate 1 / distance; the distances of metric ones, from 0.1 meters on, are turned into it. Weights and errors are as for
-    [`~judges.detection.TransformersDetector`].
+    As in T2I-CompBench, each image's values are stretched from 0 (farthest) to 255 (nearest). Relative models estimate
+    1 / distance; the distances of metric ones are clipped to at least 0.1 meters and inverted. Weights and errors are
+    as for [`~judges.detection.TransformersDetector`].
 
     Args:
         name (`str`):
@@ -42,25 +42,28 @@ class DepthEstimator:
             AutoModelForDepthEstimation,
             AutoImageProcessor,
             DEPTH_CONFIGS,
-            what="an estimator of depth, such as Depth Anything or DPT",
+            what="a depth estimator, such as Depth Anything or DPT",
             dtype=torch.float32,
             device=device,
         )
-        # a DPT's configuration does not have it
+        # DPT's configuration does not have this field
         self._is_metric = getattr(self.model.config, "depth_estimation_type", "relative") == "metric"
 
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """Depth of each pixel of an RGB image: float32 of shape `(height, width)`, 0 to 255, near is large; 0 if all is equal."""
+        """
+        Estimates the depth of each pixel of an RGB image: float32 of shape `(height, width)`, from 0 to 255 (nearest),
+        or all 0 if the depth is constant.
+        """
         inputs = self.processor(images=image, return_tensors="pt").to(self.model.device)
         outputs = self.model(**inputs)
-        if self._is_metric:  # before the map is resized, which may pass zero
+        if self._is_metric:  # invert before resizing, whose interpolation may overshoot zero
             outputs.predicted_depth = 1 / outputs.predicted_depth.clamp(min=_NEAREST)
         (result,) = self.processor.post_process_depth_estimation(outputs, target_sizes=[(image.height, image.width)])
         return stretch(result["predicted_depth"].float().cpu().numpy())
 
 
 def stretch(values: np.ndarray) -> np.ndarray:
-    """Values of any shape from their least to their largest as 0 to 255; 0 if all are equal."""
+    """Rescales values of any shape to the range from 0 to 255; all 0 if they are equal."""
     low, high = float(values.min()), float(values.max())
     return np.zeros_like(values) if low == high else (values - low) / (high - low) * 255

@@ -1,4 +1,4 @@
-"""Models of transformers for GenEval's rules: they detect objects, and name their colors."""
+"""Models of transformers for GenEval's rules: object detectors and color classifiers."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from ..hub.errors import explain_errors
 from .geneval import COLORS, THRESHOLD, Detection, geneval_name
 
 
-# GenEval's, whose logits are averaged
+# GenEval's templates; the logits of a color are averaged over them
 COLOR_TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 
 
@@ -51,8 +51,8 @@ class TransformersDetector:
             Its classes, in GenEval's names where they differ.
 
     Raises:
-        `ValueError`: If there is no such model, it is no object detector, weights are missing, or the repository holds
-            pickles or code.
+        `ValueError`: If there is no such model, it is not an object detector, weights are missing, or the repository
+            holds pickles or code.
         `OSError`: If the folder holds no model in safetensors.
     """
 
@@ -88,14 +88,14 @@ class TransformersDetector:
         self, images: Sequence[Image.Image], classes: Sequence[Sequence[str]] | None = None
     ) -> list[list[Detection]]:
         """
-        What is in each RGB image, of any size, with a score of more than `threshold`; boxes are in its pixels. Whatever `classes`
-        are asked for, it finds all that it knows.
+        Detects the objects with a score above `threshold` in each RGB image, of any size; boxes are in pixels of that
+        image. `classes` are ignored: it looks for all classes that it knows.
         """
         return in_batches(images, self.batch_size, self._detect)
 
     @torch.no_grad()
     def _detect(self, images: Sequence[Image.Image]) -> list[list[Detection]]:
-        """Objects in images of one size."""
+        """Detects objects in a batch of images of equal size."""
         inputs = self.processor(images=list(images), return_tensors="pt").to(self.model.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         outputs = self.model(**inputs)
@@ -115,7 +115,7 @@ class TransformersDetector:
 class ZeroShotColors:
     """
     Names the color of an object by zero-shot image classification, as GenEval does with CLIP ViT-L/14, in GenEval's
-    words. Other than there, the crop has its background: boxes have no mask to cut it out.
+    words. Unlike there, the crop includes its background, because boxes have no mask to cut it out.
 
     The model is CLIP or SigLIP; its name, device and weights, and the errors, are as for [`TransformersDetector`].
     """
@@ -132,13 +132,13 @@ class ZeroShotColors:
         )
         config = self.model.config
         self._padding: dict[str, Any] = {"padding": True}
-        if config.model_type.startswith("siglip"):  # trained on texts of one length
+        if config.model_type.startswith("siglip"):  # trained with texts padded to this length
             length = config.text_config.max_position_embeddings
             self._padding = {"padding": "max_length", "max_length": length, "truncation": True}
 
     @torch.no_grad()
     def __call__(self, crop: Image.Image, class_name: str) -> str:
-        """The color, one of `COLORS`, of the object of a class that fills a crop."""
+        """Returns the color, one of `COLORS`, of the object that fills a crop."""
         texts = [template.format(color=color, name=class_name) for color in COLORS for template in COLOR_TEMPLATES]
         inputs = self.processor(text=texts, images=[crop], return_tensors="pt", **self._padding).to(self.model.device)
         logits = self.model(**inputs).logits_per_image  # (1, num_colors * num_templates)
@@ -164,15 +164,15 @@ def in_batches(
 
 
 def class_names(config: Any) -> dict[int, str]:
-    """Names of a model's classes by their numbers, in GenEval's words where they differ."""
-    # COCO's numbering has gaps, which checkpoints call N/A
+    """Returns number → name of a model's classes, in GenEval's words where they differ."""
+    # checkpoints name the gaps in COCO's numbering N/A
     return {int(index): geneval_name(label) for index, label in config.id2label.items() if label != "N/A"}
 
 
 def load_with_processor(
     name: str, model_class: Any, processor_class: Any, mapping: Any, *, what: str, dtype: torch.dtype, device: Any
 ) -> Any:
-    """A model in evaluation mode, as [`~endpoints.local_chat.load_model`] loads it, and its processor."""
+    """Loads a model in evaluation mode, as [`~endpoints.local_chat.load_model`] does, and its processor."""
     reference, _, model = load_model(name, model_class, mapping, what=what, device=device, dtype=dtype)
     with explain_errors(f"Loading the processor of {reference}"):
         processor = processor_class.from_pretrained(

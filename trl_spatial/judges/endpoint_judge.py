@@ -1,4 +1,4 @@
-"""A vision-language model behind a server that says which relations hold in an image."""
+"""Judges relations in an image with a vision-language model on a server."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -59,7 +59,7 @@ class EndpointJudge:
         except BadAnswer as error:
             return [JudgedRelation("cannot_tell", error.raw, error.served_model)] * len(relations)
         given = answer.data["answers"]
-        if len(given) > len(relations):  # which belongs to which?
+        if len(given) > len(relations):  # no way to match them to the relations
             given = []
         given = given + ["cannot_tell"] * (len(relations) - len(given))
         return [JudgedRelation(said, answer.text, answer.served_model) for said in given]

@@ -1,4 +1,4 @@
-"""Exact judges of the flat world: what is in its pictures is read from the pixels, without a model."""
+"""Exact judges for the flat world: they read objects, colors and depth from the pixels, without a model."""
 
 from collections.abc import Sequence
 
@@ -13,14 +13,14 @@ from .geneval import Detection
 
 
 NO_COLOR = "none"
-_IGNORED = {"a", "an", "the", "small", "large"}  # sizes are not judged
-# Least pixels, in each direction, of two outlines that overlap rather than touch.
+_IGNORED = {"a", "an", "the", "small", "large"}  # articles, and sizes, which are not judged
+# Pixels, in each direction, by which two outlines must overlap to do more than touch.
 _LEAST_OVERLAP = 2
 SELF_TEST_SIZE = 256
 
 
 def draw_pair(left: Entity, right: Entity) -> Image.Image:
-    """A picture of two things, one on the left and one on the right."""
+    """Draws a picture of two things, one on the left and one on the right."""
     sides = (Relation("at", (left,), "left edge"), Relation("at", (right,), "right edge"))
     return render_scene(SceneGraph((left, right), sides), seed=0, image_size=SELF_TEST_SIZE)
 
@@ -47,7 +47,7 @@ class FlatDetector:
     def __call__(
         self, images: Sequence[Image.Image], classes: Sequence[Sequence[str]] | None = None
     ) -> list[list[Detection]]:
-        """What is in each RGB image, of 24 pixels or more."""
+        """Detects the objects, of `classes` if given, in each RGB image of at least 24 pixels."""
         asked = [None] * len(images) if classes is None else classes
         return [self._find(image, names) for image, names in zip(images, asked, strict=True)]
 
@@ -67,8 +67,8 @@ class FlatColors:
 
     def __call__(self, crop: Image.Image, class_name: str) -> str:
         """
-        The color of an object that fills a crop, as the flat world calls it; `"none"` if there is no color. Pixels outside
-        the outline of the shape that the class names do not count.
+        Returns the flat world's name of the color of the object that fills a crop, or `"none"` if there is none. Only
+        pixels inside the outline of the shape in `class_name` count.
         """
         labels = segment(np.asarray(crop.convert("RGB"))).labels
         shape = next((shape for shape in SHAPES if shape in class_name.lower()), "square")
@@ -79,8 +79,8 @@ class FlatColors:
 
 class FlatDepth:
     """
-    The depth of pictures of the flat world, by who hides whom: 0 for the background, then a step for each object of a stack, up to
-    255 for the uppermost of the highest stack.
+    Depth of pictures of the flat world, from which object hides which: 0 for the background, then one step per object
+    of a stack, up to 255 for the top of the highest stack.
 
     Each shape counts as a square card around its outline. So the mean depth in an object's box compares the order in which the
     objects lie, not how much of its box a shape fills.
@@ -89,7 +89,9 @@ class FlatDepth:
     name = "flat"
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """Depth of each pixel of an RGB image: float32 of shape `(height, width)`, 0 to 255, near is large."""
+        """
+        Returns the depth of each pixel of an RGB image: float32 `(height, width)`, 0 (background) to 255 (nearest).
+        """
         objects = _known(image)
         levels = _levels(objects, image)
         depth = np.zeros((image.height, image.width), dtype=np.float32)
@@ -104,7 +106,10 @@ def _known(image: Image.Image) -> list[LocatedObject]:
 
 
 def _box(located: LocatedObject, image: Image.Image) -> tuple[float, float, float, float]:
-    """Of the outline, in pixels, within the image. The canvas is the smallest square around the image."""
+    """
+    Returns the bounding box of an outline, in pixels, clipped to the image. Positions are relative to the canvas, the
+    smallest square around the image.
+    """
     side = max(image.size)
     edges = []
     for sign in (-1, 1):
@@ -120,7 +125,7 @@ def _is_called(located: LocatedObject, name: str) -> bool:
 
 
 def _levels(objects: Sequence[LocatedObject], image: Image.Image) -> list[int]:
-    """How many lie below each object, one upon the other."""
+    """Returns the level of each object: the length of the longest stack of objects below it."""
     side = max(image.size)
     x, y = ((np.arange(length) + 0.5 + (side - length) / 2) / side for length in image.size)
     outlines = [
@@ -134,7 +139,7 @@ def _levels(objects: Sequence[LocatedObject], image: Image.Image) -> list[int]:
         for lower in range(len(objects))
         if upper != lower and _hides(upper, lower, objects, outlines)
     ]
-    for _ in objects:  # the longest way down
+    for _ in objects:  # no stack is longer than this
         for upper, lower in hides:
             levels[upper] = min(max(levels[upper], levels[lower] + 1), len(objects))
     return levels

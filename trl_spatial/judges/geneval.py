@@ -1,4 +1,4 @@
-"""GenEval's rules: whether detected boxes are what a prompt's specification asks for. Nothing here looks at pixels."""
+"""GenEval's rules: whether detected boxes meet a prompt's specification. Nothing here reads pixels."""
 
 import json
 import math
@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 
 
-THRESHOLD = 0.3  # scores above it count
-COUNTING_THRESHOLD = 0.9  # in prompts about numbers, where a doubtful box is one too many
-MAX_OBJECTS = 16  # of a class
-POSITION_MARGIN = 0.1  # share of both sizes that two centers must be apart
-POSITION_DOMINANCE = 0.5  # share of the offset that must be left on an axis
-_LEAST_OFFSET = 1e-3  # pixels; with less left on both axes, two boxes are in one place
+THRESHOLD = 0.3  # detections with a higher score count
+COUNTING_THRESHOLD = 0.9  # for counting prompts, where one doubtful box makes the count wrong
+MAX_OBJECTS = 16  # per class
+POSITION_MARGIN = 0.1  # share of the summed sizes that is subtracted from the offset of two centers
+POSITION_DOMINANCE = 0.5  # share of the distance that the rest must exceed on an axis
+_LEAST_OFFSET = 1e-3  # pixels; with a smaller rest on both axes, two boxes are in the same place
 RELATIONS = ("left of", "right of", "above", "below")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-# What detectors call classes of GenEval, written without spaces.
+# Detectors' names of GenEval's classes, without spaces → GenEval's names.
 _SYNONYMS = {
     "aeroplane": "airplane",
     "cellphone": "cell phone",
@@ -56,7 +56,7 @@ class Detection:
         box (`tuple[float, float, float, float]`):
             Left, top, right and bottom edge in pixels, y down.
         mask (`np.ndarray` of shape `(height, width)` and type `bool`, *optional*):
-            Its pixels among the image's, of detectors that say so. Not compared.
+            Its pixels in the image, from detectors that provide them. Not compared.
     """
 
     label: str
@@ -67,10 +67,10 @@ class Detection:
 
 @dataclass(frozen=True)
 class Requirement:
-    """What a specification says of one class."""
+    """What a specification requires of one class."""
 
     class_name: str  # in GenEval's words
-    count: int  # how many there should be; of an excluded class, from how many on there are too many
+    count: int  # how many there should be; for an excluded class, the number from which there are too many
     color: str | None = None  # one of `COLORS`
     position: tuple[str, int] | None = None  # one of `RELATIONS`, and the index of the requirement it refers to
 
@@ -107,13 +107,13 @@ class Specification:
 @dataclass(frozen=True)
 class GenEvalResult:
     """
-    What an image shows of its specification.
+    The result of judging an image by its specification.
 
     Args:
         correct (`bool`):
             GenEval's verdict: whether everything is as specified.
         reason (`str`):
-            What is not, one line each in the words of GenEval's program; empty if `correct`.
+            What is not as specified, one line each, in the words of GenEval's program; empty if `correct`.
         partial (`float`):
             Share of what is asked for that is there, 0 to 1; 1 if and only if `correct`. See [`judge`].
     """
@@ -189,7 +189,7 @@ def _read_position(position: Any, index: int, where: str) -> tuple[str, int] | N
         return None
     try:
         relation, target = position
-        target = int(target)  # a column of strings has "0"
+        target = int(target)  # a column of strings holds "0"
     except (TypeError, ValueError):
         relation, target = None, -1
     if relation not in RELATIONS or not 0 <= target < index:
@@ -201,7 +201,7 @@ def _read_position(position: Any, index: int, where: str) -> tuple[str, int] | N
 
 def relative_positions(box: Box, target: Box) -> set[str]:
     """
-    How one box lies to another one, by GenEval's rule.
+    Returns the relations of one box to another, by GenEval's rule.
 
     With the offset `o` of the centers, `o' = max(|o| - 0.1 (size + size of the target), 0) · sign(o)` on each axis is what is
     left of it, and a relation holds where `o' / ‖o‖` is beyond 0.5 on its axis. So at most one relation holds on each axis,
@@ -212,7 +212,7 @@ def relative_positions(box: Box, target: Box) -> set[str]:
             Left, top, right and bottom edge, y down, of the box and of the one it is compared with.
 
     Returns:
-        `set[str]`: those of `RELATIONS` that hold; of concentric boxes none.
+        `set[str]`: those of `RELATIONS` that hold; empty for concentric boxes.
     """
     dx, width = (box[0] + box[2] - target[0] - target[2]) / 2, abs(box[2] - box[0]) + abs(target[2] - target[0])
     dy, height = (box[1] + box[3] - target[1] - target[3]) / 2, abs(box[3] - box[1]) + abs(target[3] - target[1])
@@ -221,7 +221,7 @@ def relative_positions(box: Box, target: Box) -> set[str]:
     relations: set[str] = set()
     if max(rest_x, rest_y) < _LEAST_OFFSET:
         return relations
-    # What is left has the sign of the offset: only its size is compared, without dividing by a distance of 0.
+    # The rest has the sign of the offset, so its size is compared; multiplying avoids dividing by a distance of 0.
     if rest_x > POSITION_DOMINANCE * distance:
         relations.add("left of" if dx < 0 else "right of")
     if rest_y > POSITION_DOMINANCE * distance:
@@ -230,7 +230,9 @@ def relative_positions(box: Box, target: Box) -> set[str]:
 
 
 def confident_objects(detections: Iterable[Detection], threshold: float) -> dict[str, list[Detection]]:
-    """Detections above a score, by GenEval's name of their class: the most confident first, at most `MAX_OBJECTS` a class."""
+    """
+    Groups detections above a score by GenEval's name of their class: most confident first, at most `MAX_OBJECTS` each.
+    """
     objects: dict[str, list[Detection]] = defaultdict(list)
     for detection in sorted(detections, key=lambda found: -found.score):
         same = objects[geneval_name(detection.label)]
@@ -319,7 +321,10 @@ def _match(
     shares: list[float],
     reasons: list[str],
 ) -> list[Detection] | None:
-    """The objects of a requirement, or `None` if they are not as it says; adds shares of color and position, and reasons."""
+    """
+    Returns the objects that meet a requirement, or `None` if it fails. Appends the shares for color and position to
+    `shares`, and what failed to `reasons`.
+    """
     failures = []
     if len(found) < requirement.count:
         failures.append(f"expected {requirement.class_name}>={requirement.count}, found {len(found)}")
@@ -344,7 +349,7 @@ def _match(
 def _position_failures(
     name: str, relation: str, found: Sequence[Detection], targets: Sequence[Detection] | None
 ) -> list[str]:
-    """The first pair of an object and a target that is not in the relation; nothing if all are."""
+    """Describes the first object and target that are not in the relation; empty if all pairs are."""
     if targets is None:
         return [f"no target for {name} to be {relation}"]
     for detection in found:

@@ -1,4 +1,4 @@
-"""Objects and their masks, by models of instance segmentation, as GenEval finds them."""
+"""Detects objects and their masks with models of instance segmentation, as GenEval does."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from .detection import class_names, in_batches, load_with_processor
 from .geneval import THRESHOLD, Detection
 
 
-# Others are asked in another way (OneFormer) or see a padded image (EoMT).
+# Other models need a task input (OneFormer) or pad the image (EoMT).
 SEGMENTATION_CONFIGS = (Mask2FormerConfig, MaskFormerConfig)
 
 
@@ -60,7 +60,7 @@ class SegmentationDetector:
             AutoModelForUniversalSegmentation,
             AutoImageProcessor,
             SEGMENTATION_CONFIGS,
-            what="a model of instance segmentation, such as Mask2Former or MaskFormer",
+            what="an instance segmentation model, such as Mask2Former or MaskFormer",
             dtype=torch.float32,
             device=device,
         )
@@ -70,12 +70,12 @@ class SegmentationDetector:
     def __call__(
         self, images: Sequence[Image.Image], classes: Sequence[Sequence[str]] | None = None
     ) -> list[list[Detection]]:
-        """What is in each RGB image, of any size, with masks; whatever `classes` are asked for, it finds all that it knows."""
+        """Detects the objects and their masks in each RGB image, of any size. `classes` are ignored."""
         return in_batches(images, self.batch_size, self._detect)
 
     @torch.no_grad()
     def _detect(self, images: Sequence[Image.Image]) -> list[list[Detection]]:
-        """Objects in images of one size, which need no padding."""
+        """Detects objects in a batch of images of equal size, which need no padding."""
         inputs = self.processor(images=list(images), return_tensors="pt").to(self.model.device)
         outputs = self.model(**inputs)
         pairs = zip(images, outputs.class_queries_logits, outputs.masks_queries_logits, strict=True)
@@ -85,8 +85,8 @@ class SegmentationDetector:
         self, image: Image.Image, class_logits: torch.Tensor, mask_logits: torch.Tensor
     ) -> list[Detection]:
         """
-        Objects of one image, from logits of shapes `(num_queries, num_classes + 1)`, the last of them "no object", and
-        `(num_queries, rows, columns)`.
+        Makes detections, most confident first, from the logits of one image: classes `(num_queries, num_classes + 1)`,
+        the last of them "no object", and masks `(num_queries, rows, columns)`.
         """
         chances = class_logits.softmax(-1)[:, :-1]
         num_queries, num_classes = chances.shape
@@ -94,7 +94,7 @@ class SegmentationDetector:
         found = []
         for chance, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             query, label = divmod(place, num_classes)
-            if chance <= self.threshold or label not in self._names:  # a mask only lowers the score
+            if chance <= self.threshold or label not in self._names:  # the mask's factor can only lower the score
                 continue
             logits = torch.nn.functional.interpolate(
                 mask_logits[None, None, query], (image.height, image.width), mode="bilinear", align_corners=False

@@ -1,4 +1,4 @@
-"""Judges of boxes, depth and colors by their names, as a command line gives them."""
+"""Loads detectors, depth estimators and color classifiers by the names that a command line gives."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..endpoints import Prices, Spend
 from ..hub.errors import explain_errors
-from ..hub.functions import is_function, load_function
+from ..hub.functions import errors_of, is_function, load_function
 from ..hub.references import UnknownReferenceError, find_reference
 from .checked_detector import check_detections
 from .geneval import THRESHOLD, Detection
@@ -26,7 +26,7 @@ _FORMS = (
 @dataclass(frozen=True)
 class ModelSettings:
     """
-    How a model that is named on the command line is run.
+    Settings for running a model that is named on the command line.
 
     Args:
         device (`str` or `torch.device`, *optional*):
@@ -57,7 +57,7 @@ class ClassDetector(Protocol):
 
     def __call__(self, images: Sequence[Image.Image], classes: Sequence[Sequence[str]] | None = None) -> Any:
         """
-        Looks for objects.
+        Detects objects.
 
         Args:
             images (`Sequence[PIL.Image.Image]` of length `n`):
@@ -66,8 +66,8 @@ class ClassDetector(Protocol):
                 What to look for in each image.
 
         Returns:
-            `list[list[Detection]]` of length `n`: What is in each image. Where classes are taken, the label is one of them,
-            as it was given.
+            `list[list[Detection]]` of length `n`: The objects in each image. If the detector takes classes, each label
+                is one of them, spelled as given.
         """
         ...
 
@@ -88,12 +88,12 @@ class FunctionDetector:
         self.name = name
         self.takes_classes = bool(getattr(function, "takes_classes", False))
         self.labels = getattr(function, "labels", None)
-        self._function = function
+        self._function = errors_of(f"The detector {name} raised this error.")(function)
 
     def __call__(
         self, images: Sequence[Image.Image], classes: Sequence[Sequence[str]] | None = None
     ) -> list[list[Detection]]:
-        """See [`ClassDetector`]; a `TypeError` if the function returns something else."""
+        """See [`ClassDetector`]; raises a `TypeError` if the function returns something else."""
         found = self._function(list(images), classes) if self.takes_classes else self._function(list(images))
         return [list(detections) for detections in check_detections(found, len(images))]
 
@@ -123,7 +123,7 @@ def load_detector(spec: str, device: Any = None, *, threshold: float = THRESHOLD
     if is_function(spec):
         return FunctionDetector(spec, load_function(spec, what="detector", hint=f"Name {_FORMS}."))
     config = _load_config(spec, "detector")
-    # transformers takes seconds to import: not for the other forms
+    # imported here because it takes seconds, and the other forms do not need it
     from .detection import TransformersDetector
     from .instances import SEGMENTATION_CONFIGS, SegmentationDetector
     from .open_vocabulary import OPEN_VOCABULARY_CONFIGS, OpenVocabularyDetector
@@ -155,8 +155,9 @@ def load_depth(spec: str, device: Any = None) -> Callable[[Image.Image], np.ndar
 
         return FlatDepth()
     if is_function(spec):
-        return load_function(spec, what="estimator of depth", hint=f"Name {_FORMS}.")
-    _check_reference(spec, "estimator of depth")
+        function = load_function(spec, what="depth estimator", hint=f"Name {_FORMS}.")
+        return errors_of(f"The depth estimator {spec} raised this error.")(function)
+    _check_reference(spec, "depth estimator")
     from .depth import DepthEstimator
 
     return DepthEstimator(spec, device=device)
@@ -164,7 +165,7 @@ def load_depth(spec: str, device: Any = None) -> Callable[[Image.Image], np.ndar
 
 def load_colors(spec: str, device: Any = None) -> Callable[[Image.Image, str], str]:
     """
-    Loads who names the colors of objects.
+    Loads a color classifier by its name.
 
     Args:
         spec (`str`):
@@ -181,8 +182,9 @@ def load_colors(spec: str, device: Any = None) -> Callable[[Image.Image, str], s
 
         return FlatColors()
     if is_function(spec):
-        return load_function(spec, what="namer of colors", hint=f"Name {_FORMS}.")
-    _check_reference(spec, "namer of colors")
+        function = load_function(spec, what="color classifier", hint=f"Name {_FORMS}.")
+        return errors_of(f"The color classifier {spec} raised this error.")(function)
+    _check_reference(spec, "color classifier")
     from .detection import ZeroShotColors
 
     return ZeroShotColors(spec, device=device)
@@ -196,7 +198,7 @@ def _check_reference(spec: str, what: str) -> Any:
 
 
 def _load_config(spec: str, what: str) -> Any:
-    """The configuration of a model, whose class says what the model is."""
+    """Loads the configuration of a model; its class identifies the kind of model."""
     reference = _check_reference(spec, what)
     from transformers import AutoConfig
 

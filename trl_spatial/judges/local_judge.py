@@ -1,4 +1,4 @@
-"""A vision-language model on this machine that says which relations hold in an image."""
+"""Judges relations in an image with a local vision-language model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -57,16 +57,18 @@ class LocalJudge:
         _, logits = self._vision.first_logits(picture, f"{question} {_INSTRUCTION}")
         yes, no = (logits[self._words[word]].logsumexp(0) for word in ("Yes", "No"))
         chance = torch.sigmoid(yes - no).item()
-        answer: RelationAnswer = "cannot_tell"  # also where the model gives no number
+        answer: RelationAnswer = "cannot_tell"  # also if the chance is NaN
         if abs(chance - 0.5) > self.margin:
             answer = "yes" if chance > 0.5 else "no"
         return JudgedRelation(answer, f"P(Yes) = {chance:.4f}", self.model)
 
     def _tokens_of(self, word: str) -> list[int]:
-        """The tokens that are the word, in its spellings."""
+        """
+        Returns the ids of the tokens that are the whole word, with or without a leading space, capitalized or not.
+        """
         spellings = [form.format(text) for form in _SPELLINGS for text in (word, word.lower())]
         ids = [self._vision.tokenize(spelling) for spelling in spellings]
         tokens = {tokens[0] for tokens in ids if len(tokens) == 1}
         if not tokens:
-            raise ValueError(f"{self.model} cannot judge: {word!r} is no token of its tokenizer.")
+            raise ValueError(f"{self.model} cannot judge: {word!r} is not a token of its tokenizer.")
         return sorted(tokens)

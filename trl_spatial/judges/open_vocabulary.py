@@ -1,4 +1,4 @@
-"""Objects of any class that can be named, by zero-shot detectors."""
+"""Detects objects of any class that can be named, with zero-shot detectors."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,10 +28,10 @@ class OpenVocabularyDetector:
     Finds objects of the classes that it is asked for: Grounding DINO, MM Grounding DINO, OWL-ViT or OWLv2. A
     [`~judges.loading.ClassDetector`] that takes classes.
 
-    Every box has one of the classes asked for. Grounding DINO reads them as one text; a box's score is that of its best
-    token, and its class the one whose tokens have the best mean, so that words which two classes share decide nothing. OWL reads
-    "a photo of a" and the class, each by itself. Images go through it one by one: a result does not depend on those beside it.
-    Weights and errors are as for [`~judges.detection.TransformersDetector`].
+    Every box has one of the given classes. Grounding DINO reads them as one text; a box's score is that of its best
+    token, and its class is the one whose tokens have the best mean, so that words shared by two classes do not decide.
+    OWL reads "a photo of a" with each class separately. Images are processed one by one, so that no result depends on
+    other images. Weights and errors are as for [`~judges.detection.TransformersDetector`].
 
     Args:
         name (`str`):
@@ -68,14 +68,15 @@ class OpenVocabularyDetector:
         self, images: Sequence[Image.Image], classes: Sequence[Sequence[str]] | None = None
     ) -> list[list[Detection]]:
         """
-        What is in each RGB image, of any size, of the classes asked for, the most confident first.
+        Detects objects of the given classes in each RGB image, of any size, most confident first.
 
         Raises:
-            `ValueError`: If there are no classes for each image, or they are more or longer than the model reads.
+            `ValueError`: If there is not a list of classes for each image, or they are more or longer than the model
+                reads.
         """
         if classes is None or len(classes) != len(images):
             raise ValueError(
-                f"{self.name} has to be told what to look for: give a list of `classes` for each of the {len(images)} images."
+                f"{self.name} must be told what to look for: pass a list of `classes` for each of the {len(images)} images."
             )
         return [
             self._sorted(image, *self._find(image, list(dict.fromkeys(names)))) if names else []
@@ -85,7 +86,10 @@ class OpenVocabularyDetector:
     def _sorted(
         self, image: Image.Image, labels: list[str], scores: torch.Tensor, boxes: torch.Tensor
     ) -> list[Detection]:
-        """Objects above the threshold, from scores `(num_queries,)` and boxes `(num_queries, 4)` in pixels."""
+        """
+        Makes detections, most confident first, of the objects above the threshold, from scores `(num_queries,)` and
+        boxes `(num_queries, 4)` in pixels.
+        """
         limits = torch.tensor([image.width, image.height] * 2, device=boxes.device)
         rows = zip(labels, scores.tolist(), boxes.clamp(min=0).minimum(limits).tolist(), strict=True)
         found = [
@@ -96,8 +100,8 @@ class OpenVocabularyDetector:
         return sorted(found, key=lambda detection: -detection.score)
 
     def _ground(self, image: Image.Image, names: list[str]) -> tuple[list[str], torch.Tensor, torch.Tensor]:
-        """Labels, scores and boxes of all queries of Grounding DINO."""
-        phrases = [" ".join(name.lower().replace(".", " ").split()) for name in names]  # a full stop ends a class
+        """Runs Grounding DINO; returns the label, score and box of every query."""
+        phrases = [" ".join(name.lower().replace(".", " ").split()) for name in names]  # a period ends a class
         inputs = self.processor(images=image, text=". ".join(phrases) + ".", return_tensors="pt")
         spans = self._spans(phrases, inputs["input_ids"][0].tolist())
         outputs = self.model(**inputs.to(self.model.device))
@@ -110,7 +114,7 @@ class OpenVocabularyDetector:
         return [names[index] for index in means.argmax(1).tolist()], scores, boxes * size
 
     def _spans(self, phrases: list[str], read: list[int]) -> list[list[int]]:
-        """Places of the tokens of each class in the text that Grounding DINO reads."""
+        """Returns the positions of the tokens of each class in the text that Grounding DINO reads."""
         text, spans = ". ".join(phrases) + ".", []
         encoding = self.processor.tokenizer(text)
         limit = self.model.config.max_text_len
@@ -129,7 +133,7 @@ class OpenVocabularyDetector:
         return spans
 
     def _match(self, image: Image.Image, names: list[str]) -> tuple[list[str], torch.Tensor, torch.Tensor]:
-        """Labels, scores and boxes of all queries of OWL."""
+        """Runs OWL; returns the label, score and box of the queries above the threshold."""
         texts = [_OWL_TEMPLATE.format(name) for name in names]
         limit = self.model.config.text_config.max_position_embeddings
         for name, tokens in zip(names, self.processor.tokenizer(texts)["input_ids"], strict=True):

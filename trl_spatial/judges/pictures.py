@@ -1,4 +1,4 @@
-"""Images in the size in which judges look at them, and as servers take them."""
+"""Scales images to the size that judges see, and encodes them for servers."""
 
 import base64
 from io import BytesIO
@@ -12,11 +12,13 @@ from .geneval import Detection
 
 
 _LARGEST_PNG = 2**19  # bytes; larger pictures are sent as JPEG
-_HIDDEN = (153, 153, 153)  # GenEval's grey for what is not the object
+_HIDDEN = (153, 153, 153)  # GenEval's gray for pixels outside the object
 
 
 def check_side(max_side: int) -> int:
-    """The longer side of an image in pixels, at most. Raises a `ValueError` if it is none."""
+    """
+    Checks and returns a maximum for the longer side of images, in pixels. Raises a `ValueError` if it is below 1.
+    """
     if max_side < 1:
         raise ValueError(f"`max_side` must be at least 1, got {max_side}.")
     return max_side
@@ -51,7 +53,7 @@ def user_message(image: Any, text: str, max_side: int) -> dict[str, Any]:
 
 
 def image_parts(image: Any, max_side: int) -> list[dict[str, Any]]:
-    """The parts of a message that are images: one, or those of a list."""
+    """Returns the image parts of a message, for one image or a list of them."""
     images = image if isinstance(image, list) else [image]
     return [{"type": "image_url", "image_url": {"url": encode_image(each, max_side)}} for each in images]
 
@@ -84,19 +86,19 @@ def _save(picture: Image.Image, kind: str, **settings: Any) -> bytes:
 
 def crop_object(image: Image.Image, detection: Detection) -> Image.Image:
     """
-    Cuts an object out of an image, for those who name its color.
+    Cuts an object out of an image, so that its color can be named.
 
     Args:
         image (`PIL.Image.Image`):
             The RGB image.
         detection ([`~judges.geneval.Detection`]):
-            The object. If it has a mask, all other pixels become grey, as in GenEval.
+            The object. If it has a mask, all other pixels become gray, as in GenEval.
 
     Returns:
         `PIL.Image.Image`: The part of the image in its box, at least one pixel.
     """
     left, top, right, bottom = detection.box
-    # at least the pixel that the box begins in, and nothing outside the image
+    # at least the pixel in which the box begins, and within the image
     left, top = min(max(int(left), 0), image.width - 1), min(max(int(top), 0), image.height - 1)
     right, bottom = min(max(round(right), left + 1), image.width), min(max(round(bottom), top + 1), image.height)
     if detection.mask is not None:

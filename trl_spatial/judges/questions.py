@@ -1,4 +1,4 @@
-"""Yes/no questions about relations, for whoever judges an image: a model behind a server, a local one, a person."""
+"""Yes/no questions about relations, for any judge of an image: a model on a server, a local model, or a person."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 RelationAnswer = Literal["yes", "no", "cannot_tell"]
 ANSWERS: tuple[RelationAnswer, ...] = ("yes", "no", "cannot_tell")
 
-# What is said of the first argument after "is", as the relations' rules mean it.
+# What follows "is" in a statement about the first argument, worded like the rule of the relation.
 _PREDICATES = {
     "left_of": "to the left of the {1}, as the viewer sees it",
     "right_of": "to the right of the {1}, as the viewer sees it",
@@ -31,13 +31,13 @@ _PREDICATES = {
 @dataclass(frozen=True)
 class JudgedRelation:
     """
-    What a judge says of one relation in one image.
+    The answer of a judge about one relation in one image.
 
     Args:
         answer (`str`):
             `"yes"`, `"no"` or `"cannot_tell"`.
         raw (`str`):
-            What the judge gave, word for word.
+            The judge's answer, word for word.
         served_model (`str`, *optional*):
             The model that answered; `None` if its server does not say.
     """
@@ -68,7 +68,7 @@ class RelationJudge(Protocol):
 
 def relation_statement(relation: Mapping[str, Any]) -> str:
     """
-    Says a relation in plain English, in the viewer's directions.
+    States a relation in plain English, with directions as the viewer sees them.
 
     Args:
         relation (`Mapping[str, Any]`):
@@ -101,14 +101,14 @@ def relation_question(relation: Mapping[str, Any]) -> str:
 
 def negated_question(relation: Mapping[str, Any]) -> str:
     """
-    The twin of [`relation_question`]: its answer is "no" where the other's is "yes". A judge that says "yes" to both did not
-    look.
+    The twin of [`relation_question`]: its answer is "no" if the other's is "yes". A judge that says "yes" to both has
+    not looked at the image.
     """
     return f"Is it false that {relation_statement(relation)}?"
 
 
 def _parts(relation: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Subject, verb and predicate."""
+    """Returns subject, verb and predicate of the statement of a relation."""
     name, arguments = relation["relation"], [str(argument) for argument in relation["arguments"]]
     try:
         if name == "at":
@@ -121,7 +121,7 @@ def _parts(relation: Mapping[str, Any]) -> tuple[str, str, str]:
         predicate = _PREDICATES[name].format(*arguments)
     except (KeyError, IndexError, ValueError):
         raise ValueError(
-            f"{name}({', '.join(arguments)}) is no relation. Known are {', '.join([*_PREDICATES, 'at'])}, of two things or "
+            f"{name}({', '.join(arguments)}) is not a relation. Available: {', '.join([*_PREDICATES, 'at'])}, of two things or "
             "more, `at` of a thing and a region."
         ) from None
     if name == "row_order":

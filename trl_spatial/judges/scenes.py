@@ -1,4 +1,4 @@
-"""What images show of the scenes they were asked for, by the scenes' rules."""
+"""Compares images with the scenes that they should show, by the rules of the scenes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,8 +31,8 @@ def check_images(images: Sequence[Any], graphs: Sequence[SceneGraph]) -> list[Sc
 
 def share_shown(check: SceneCheck, graph: SceneGraph) -> float:
     """
-    Share of a scene's relations that an image satisfies, from 0 to 1; a relation of an object that is missing, or
-    there more than once, is not. Of a scene without relations, the share of the objects that are there once.
+    Share of a scene's relations that an image satisfies, from 0 to 1; a relation of an object that is missing or
+    duplicated is not satisfied. For a scene without relations, the share of the objects that occur exactly once.
     """
     if graph.relations:
         return sum(result.verdict == Verdict.SATISFIED for result in check.relations) / len(graph.relations)
@@ -48,16 +48,16 @@ def summarize_checks(
     checks: Sequence[SceneCheck], clusters: Sequence | np.ndarray | None = None
 ) -> dict[str, Interval]:
     """
-    Summarises what the images of a generator show, with 95 % intervals: `"spatial_accuracy"`, the share of the images
-    in which every named object is there once and every relation holds; `"objects_present"`, the share in which the
-    objects are there, wherever they stand; and, if there are such images, `"relations_correct"`, the share of these in
+    Summarizes what the images of a generator show, with 95 % intervals: `"spatial_accuracy"`, the share of the images
+    in which every named object occurs once and every relation holds; `"objects_present"`, the share in which the
+    objects occur once, wherever they are; and, if there are such images, `"relations_correct"`, the share of these in
     which the relations hold.
 
     `clusters` are the prompts of the images, or their numbers, where several images share one: they succeed and fail
     together, so the intervals draw whole prompts. If not set, the images count as independent.
     """
     if not checks:
-        raise ValueError("`checks` is empty: there is nothing to summarise.")
+        raise ValueError("`checks` is empty: there is nothing to summarize.")
     correct = np.array([check.is_correct for check in checks])
     present = np.array([has_objects(check) for check in checks])
     keys = None if clusters is None else np.asarray(clusters)

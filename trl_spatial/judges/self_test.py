@@ -1,4 +1,4 @@
-"""Short tests of judges before an evaluation: one that does not look makes a table that looks like any other."""
+"""Short tests of judges before an evaluation: one that ignores the image makes a table that looks like any other."""
 
 import re
 import warnings
@@ -19,7 +19,7 @@ from .vision import VisionModel
 
 
 SPELLINGS = ("Yes", " Yes", "yes", " yes", "No", " No", "no", " no")
-# Each is in one picture, in this order from left to right.
+# Objects of the two pictures, from left to right; no object is in both.
 _PICTURES = (
     (Entity("red", "circle"), Entity("blue", "diamond")),
     (Entity("green", "diamond"), Entity("yellow", "circle")),
@@ -27,7 +27,7 @@ _PICTURES = (
 _YES_NO = " Left and right are as you see them. Answer with one word, Yes or No."
 _CHOICE = " Left and right are as you see them.\nA. {}\nB. {}\nC. {}\nD. {}\nAnswer with the letter of the right answer alone."
 _SHAPES = _CHOICE.format("a circle", "a square", "a triangle", "a diamond")
-# Question → right answer about the first picture and about the second.
+# Question → correct answers for the first and the second picture.
 _QUESTIONS = {
     f"Is there a red circle in the picture?{_YES_NO}": ("yes", "no"),
     f"Is there a yellow circle in the picture?{_YES_NO}": ("no", "yes"),
@@ -38,25 +38,25 @@ _QUESTIONS = {
     f"Which shape is on the left side of the picture?{_SHAPES}": ("A", "D"),
     f"Which shape is on the right side of the picture?{_SHAPES}": ("D", "A"),
 }
-_LETTERS = ("A", "D")  # that are right somewhere
-_CONCLUSION = 100  # characters at the end of the last line, in which an answer may be
-_ENOUGH = 0.75  # share of right answers from which there is no warning
-_FEWEST = 4  # equal answers that are a habit
-_LEAST_MOVE = 0.01  # of the chance of "Yes" from a picture without a thing to one with it
-_LEAST_MASS = 0.01  # of "Yes" and "No" together
-# Parts of the photograph of a person, shares of its sides: left, top, right, bottom.
+_LETTERS = ("A", "D")  # the correct answers that are letters
+_CONCLUSION = 100  # characters at the end of the last line in which to look for an answer
+_ENOUGH = 0.75  # share of correct answers; below it there is a warning
+_FEWEST = 4  # as many equal answers, and no other, show that the judge ignores the question
+_LEAST_MOVE = 0.01  # change of the chance of "Yes" between a picture without a thing and one with it
+_LEAST_MASS = 0.01  # chance of "Yes" plus that of "No"
+# Regions of the photograph of a person, as shares of its sides: left, top, right, bottom.
 _CHEST, _CORNER = (0.35, 0.7, 0.65, 1.0), (0.8, 0.0, 1.0, 0.25)
 
 
 class JudgeError(ValueError):
-    """A judge does not judge: it says the same whatever it is shown, or nothing that can be read."""
+    """A judge answers the same whatever it is shown, or in no readable form."""
 
 
 @dataclass(frozen=True)
 class _Reply:
     question: str
     right: str
-    said: str | None  # "yes", "no", a letter, or `None` if it cannot be read
+    said: str | None  # "yes", "no", a letter, or `None` if unreadable
     raw: str
 
     @property
@@ -66,8 +66,8 @@ class _Reply:
 
 def check_vision(model: VisionModel, *, kinds: Collection[str] = ("text",)) -> None:
     """
-    Asks a vision-language model about two drawn pictures. What is right about one is wrong about the other. A warning gives the
-    share of right answers if it is below three quarters.
+    Asks a vision-language model about two drawn pictures; an answer that is correct for one is wrong for the other.
+    Warns with the share of correct answers if it is below three quarters.
 
     Args:
         model ([`~judges.vision.VisionModel`]):
@@ -97,8 +97,8 @@ def check_detector(
     detector: ClassDetector, *, threshold: float = THRESHOLD, counting_threshold: float | None = None
 ) -> None:
     """
-    Shows a detector a photograph of a person, and the one of the flat world a drawing, as
-    [`~judges.checked_detector.CheckedDetector`] does. A warning says if it does not count.
+    Tests a detector on a photograph of a person, or the flat world's on a drawing, as
+    [`~judges.checked_detector.CheckedDetector`] does. Warns if it fails to count.
 
     Args:
         detector ([`~judges.loading.ClassDetector`]):
@@ -108,7 +108,7 @@ def check_detector(
             own, or else `threshold`.
 
     Raises:
-        [`JudgeError`]: If it does not find what there is, or cannot know it.
+        [`JudgeError`]: If it does not find the object, or does not know its class.
         `TypeError`: If it does not return a list of [`~judges.geneval.Detection`] for each image.
     """
     if counting_threshold is None:
@@ -119,10 +119,10 @@ def check_detector(
         raise JudgeError(f"{detector.name} fails the self-test of detectors. {error}") from error
 
 
-def check_depth(depth: Callable[[Image.Image], np.ndarray], name: str = "The estimator of depth") -> None:
+def check_depth(depth: Callable[[Image.Image], np.ndarray], name: str = "The depth estimator") -> None:
     """
-    Shows an estimator of depth a photograph of a person and a drawing in which a circle hides a part of a square. A warning
-    says if the person is farther than the corner behind them.
+    Tests an estimator of depth on a photograph of a person and on a drawing in which a circle hides a part of a
+    square. Warns if the person is farther than the corner behind them.
 
     Args:
         depth (`Callable`):
@@ -131,8 +131,8 @@ def check_depth(depth: Callable[[Image.Image], np.ndarray], name: str = "The est
             Its name, for errors.
 
     Raises:
-        [`JudgeError`]: If a map has another shape than its image, values that are no numbers from 0 to 255, or if both maps
-            are constant.
+        [`JudgeError`]: If a map has another shape than its image, values that are not numbers from 0 to 255, or if
+            both maps are constant.
     """
     photograph = load_image(SELF_TEST_IMAGE)
     front, behind = Entity("red", "circle"), Entity("blue", "square")
@@ -161,8 +161,8 @@ def check_depth(depth: Callable[[Image.Image], np.ndarray], name: str = "The est
     chest, corner = (_mean_within(maps[0], part) for part in (_CHEST, _CORNER))
     if chest < corner:
         warnings.warn(
-            f"{name} takes the person in the self-test's photograph ({chest:.0f} of 255) for farther than the corner behind "
-            f"({corner:.0f}). Near should be large: it may be the other way round, or a weak judge."
+            f"{name} sees the person in the self-test's photograph ({chest:.0f} of 255) as farther away than the corner behind "
+            f"({corner:.0f}). Near should be large: the values may be inverted, or it is a weak judge."
         )
 
 
@@ -181,8 +181,11 @@ def _ask(model: VisionModel, picture: Image.Image, question: str, right: str) ->
 
 
 def _read(raw: str, right: str) -> str | None:
-    """The word that a reply begins with or, where it explains itself, the only one of them at its end."""
-    word = re.compile(r"\b[A-D]\b(?!\s+[a-z])" if right in _LETTERS else r"\b(?i:yes|no)\b")  # "A circle" is no letter
+    """
+    Reads an answer of the same kind as `right`: the one that the reply begins with or, if it explains itself first,
+    the only one at its end; `None` if there is neither.
+    """
+    word = re.compile(r"\b[A-D]\b(?!\s+[a-z])" if right in _LETTERS else r"\b(?i:yes|no)\b")  # not "A circle"
     if start := re.match(rf"\W*({word.pattern})", raw):
         return _spell(start[1])
     found = {_spell(each) for each in word.findall(raw.strip().rpartition("\n")[2][-_CONCLUSION:])}
@@ -199,8 +202,8 @@ def _check_replies(name: str, replies: list[_Reply]) -> None:
         other = next(reply for reply in replies if reply.said is None)
         raise JudgeError(
             f"{name} fails the self-test: of its {len(replies)} answers about two pictures, {len(readable)} can be read. To "
-            f"{other.question!r} it said {other.raw[:200]!r}. It may not be made to follow instructions, or its chat template "
-            "is another's."
+            f"{other.question!r} it said {other.raw[:200]!r}. It may not be trained to follow instructions, or its chat template "
+            "may belong to another model."
         )
     for is_choice in (False, True):
         said = {reply.said for reply in readable if reply.is_choice == is_choice}
@@ -208,36 +211,36 @@ def _check_replies(name: str, replies: list[_Reply]) -> None:
         if len(said) == 1 and number >= _FEWEST:
             asked = "to choose among A to D" if is_choice else "for yes or no"
             raise JudgeError(
-                f"{name} fails the self-test: asked {asked} {number} times, it always said {said.pop()}, though the right "
-                "answers differ. Every table would be about that habit."
+                f"{name} fails the self-test: asked {asked} {number} times, it always said {said.pop()}, although the correct "
+                "answers differ. Every table would only measure that habit."
             )
     pairs = list(zip(replies[::2], replies[1::2], strict=True))
     if all(first.said == second.said for first, second in pairs):
         raise JudgeError(
             f"{name} fails the self-test: it gave the same answers about two different pictures, so it does not look at "
-            "them. Check that it takes images, and that its server passes them on."
+            "them. Check that it accepts images and that its server passes them on."
         )
     share = sum(reply.said == reply.right for reply in replies) / len(replies)
     if share < _ENOUGH:
         warnings.warn(
-            f"{name} is a weak judge: it answers {share:.0%} of {len(replies)} easy questions about two drawn pictures rightly."
+            f"{name} is a weak judge: it answers {share:.0%} of {len(replies)} easy questions about two drawn pictures correctly."
         )
 
 
 def _check_chances(model: VisionModel, pictures: list[Image.Image]) -> None:
-    """Whether the chance of "Yes" moves between a picture with a thing and one without."""
+    """Checks that the chance of "Yes" depends on whether the thing is shown; warns if it is not higher then."""
     moves = []
     for question, (first, _) in list(_QUESTIONS.items())[:2]:
         chances = [_chance_of_yes(model, picture, question) for picture in pictures]
         moves.append(chances[0] - chances[1] if first == "yes" else chances[1] - chances[0])
     if max(map(abs, moves)) < _LEAST_MOVE:
         raise JudgeError(
-            f"{model.name} fails the self-test: its chance of Yes moves by {max(map(abs, moves)):.4f} at most between a picture "
+            f"{model.name} fails the self-test: its chance of Yes changes by at most {max(map(abs, moves)):.4f} between a picture "
             "that shows a thing and one that does not, so it does not look at them."
         )
     if min(moves) <= 0:
         warnings.warn(
-            f"{model.name} is a weak judge: its chance of Yes moves by {', '.join(f'{move:+.2f}' for move in moves)} from a "
+            f"{model.name} is a weak judge: its chance of Yes changes by {', '.join(f'{move:+.2f}' for move in moves)} from a "
             "picture without a thing to one with it."
         )
 
@@ -253,6 +256,6 @@ def _chance_of_yes(model: VisionModel, picture: Image.Image, question: str) -> f
     if total < _LEAST_MASS:
         raise JudgeError(
             f"{model.name} fails the self-test: asked for Yes or No, the chances of the two together are {total:.4f}. It "
-            "may not be made to follow instructions, or has no tokens for these words."
+            "may not be trained to follow instructions, or has no tokens for these words."
         )
     return masses["yes"] / total

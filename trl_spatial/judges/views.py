@@ -1,4 +1,4 @@
-"""Slightly changed views of an image. A detector that one of them unsettles was not sure."""
+"""Slightly changed views of an image. A verdict that changes between views is not reliable."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ def _shrink_and_enlarge(image: Image.Image) -> Image.Image:
     return image.resize(small, Image.Resampling.LANCZOS).resize(image.size, Image.Resampling.LANCZOS)
 
 
-# SpatialBench-UC's, all of the size of the image and with everything in its place
+# The views of SpatialBench-UC; all keep the size of the image and the position of everything in it
 VIEWS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "brighter": lambda image: _change_brightness(image, 1.1),
     "darker": lambda image: _change_brightness(image, 0.9),
@@ -46,4 +46,4 @@ def apply(name: str, image: Image.Image) -> Image.Image:
 
 def _check(name: str) -> None:
     if name not in VIEWS:
-        raise ValueError(f"There is no view {name!r} of an image. Known are {', '.join(VIEWS)}.")
+        raise ValueError(f"There is no view {name!r} of an image. Available: {', '.join(VIEWS)}.")

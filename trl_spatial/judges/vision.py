@@ -1,4 +1,4 @@
-"""Vision-language models, on this machine or behind a server, that answer questions about images."""
+"""Vision-language models, local or on a server, that answer questions about images."""
 
 import hashlib
 import math
@@ -18,7 +18,7 @@ from ..endpoints import Answer, Endpoint
 from ..endpoints.local_chat import load_model
 from ..endpoints.threads import map_in_order
 from ..hub.errors import explain_errors
-from ..hub.functions import is_function, load_function
+from ..hub.functions import errors_of, is_function, load_function
 from ..hub.references import Reference
 from ..preferences.images import load_image
 from .loading import ModelSettings
@@ -26,7 +26,7 @@ from .pictures import check_side, image_parts, load_picture
 
 
 _MOST_TOKENS = 2048
-_NUM_TOP_LOCAL, _NUM_TOP_ENDPOINT = 50, 20  # servers give 20 at most
+_NUM_TOP_LOCAL, _NUM_TOP_ENDPOINT = 50, 20  # servers return at most 20
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -61,7 +61,7 @@ class VisionModel(Protocol):
             text (`str`):
                 The question.
             max_tokens (`int`, *optional*), temperature (`float`, *optional*):
-                Of the sampling. If not set, the model's. A temperature of 0 takes the most likely token each time.
+                Sampling settings. If not set, the model's. A temperature of 0 takes the most likely token each time.
             vote (`int`, *optional*, defaults to `0`):
                 Number of the answer, where the same is asked several times.
 
@@ -105,8 +105,8 @@ class EndpointVision:
     """
     A vision-language model behind a server. A [`VisionModel`].
 
-    Of [`~VisionModel.probabilities`] it knows the 20 most likely tokens that a server names at most, and of each spelling that
-    it may be a token: less than a model on this machine does.
+    For [`~VisionModel.probabilities`] it only has the up to 20 most likely tokens that a server returns, and assumes
+    that each spelling is a single token; a local model knows more.
 
     Args:
         endpoint ([`~endpoints.Endpoint`]):
@@ -119,7 +119,7 @@ class EndpointVision:
         self.endpoint = endpoint
         self.max_side = check_side(max_side)
         self.name = endpoint.model
-        self._last = threading.local()  # several questions in a row are about one image
+        self._last = threading.local()  # image of the last message: consecutive questions are often about the same one
 
     def answer(
         self,
@@ -130,16 +130,16 @@ class EndpointVision:
         temperature: float | None = None,
         vote: int = 0,
     ) -> Answer:
-        """See [`~VisionModel.answer`]; raises what [`~endpoints.Endpoint.chat`] raises, too."""
+        """See [`~VisionModel.answer`]; also raises the errors of [`~endpoints.Endpoint.chat`]."""
         messages = [self._message(image, text)]
         return self.endpoint.chat(messages, max_tokens=max_tokens, temperature=temperature, vote=vote)
 
     def probabilities(self, image: Any, text: str, spellings: Sequence[str]) -> Answer:
-        """See [`~VisionModel.probabilities`]; raises what [`~endpoints.Endpoint.chat`] raises, too."""
+        """See [`~VisionModel.probabilities`]; also raises the errors of [`~endpoints.Endpoint.chat`]."""
         answer = self.endpoint.chat(
             [self._message(image, text)], max_tokens=1, temperature=0.0, top_logprobs=_NUM_TOP_ENDPOINT
         )
-        assert answer.top_logprobs  # else there is an error
+        assert answer.top_logprobs  # otherwise `chat` has raised
         chances = {token: math.exp(logprob) for token, logprob in answer.top_logprobs[0].items()}
         return _with_data(answer, chances, {spelling: [spelling] for spelling in spellings})
 
@@ -210,7 +210,9 @@ class LocalVision:
         return Answer(words, None, self.name, num_read, len(tokens), 0.0, is_cached=False)
 
     def probabilities(self, image: Any, text: str, spellings: Sequence[str]) -> Answer:
-        """See [`~VisionModel.probabilities`]; of the 50 most likely tokens and the first of each spelling."""
+        """
+        See [`~VisionModel.probabilities`]; covers the 50 most likely tokens and the first token of each spelling.
+        """
         num_read, logits = self.first_logits(image, text)
         chances = logits.softmax(0)  # (vocab_size,)
         ids = {spelling: self.tokenize(spelling) for spelling in spellings}
@@ -231,7 +233,7 @@ class LocalVision:
 
     def first_logits(self, image: Any, text: str) -> tuple[int, torch.Tensor]:
         """
-        What the answer's first token may be.
+        Returns the logits of the first token of the answer.
 
         Args:
             image (any image), text (`str`):
@@ -246,7 +248,7 @@ class LocalVision:
         return num_read, output.logits[0][0].float()
 
     def tokenize(self, text: str) -> list[int]:
-        """The tokens of a text."""
+        """Returns the ids of the tokens of a text."""
         return self._processor.tokenizer.encode(text, add_special_tokens=False)
 
     def _load(self, image: Any) -> list[Image.Image]:
@@ -260,8 +262,8 @@ class LocalVision:
     def _generate(
         self, pictures: Sequence[Image.Image], text: str, seed: int, settings: dict[str, Any]
     ) -> tuple[int, Any]:
-        """Number of tokens read, and what the model generates."""
-        # one question at a time: an answer must not depend on those beside it
+        """Returns the number of input tokens, and the output of the model's `generate`."""
+        # one question at a time: an answer must not depend on the others in a batch
         images = [{"type": "image", "image": picture} for picture in pictures]
         content = [*images, {"type": "text", "text": text}]
         inputs = self._processor.apply_chat_template(
@@ -293,7 +295,7 @@ class FunctionVision:
 
     def __init__(self, name: str):
         self.name = name
-        self._function = load_function(name, what="judge")
+        self._function = errors_of(f"The judge {name} raised this error.")(load_function(name, what="judge"))
 
     def answer(
         self,
@@ -307,7 +309,7 @@ class FunctionVision:
         """See [`~VisionModel.answer`]; the settings of the sampling are not passed on."""
         words = self._function(load_image(image), text)
         if not isinstance(words, str):
-            raise ValueError(f"{self.name} returned {words!r:.80}, which is no text.")
+            raise ValueError(f"{self.name} returned {words!r:.80}, which is not text.")
         return Answer(words, None, self.name, 0, 0, 0.0, is_cached=False)
 
     def probabilities(self, image: Any, text: str, spellings: Sequence[str]) -> Answer:
@@ -357,7 +359,9 @@ def _with_data(answer: Answer, probabilities: dict[str, float], tokens: dict[str
 
 
 def _seed(pictures: Sequence[Image.Image], text: str, vote: int) -> int:
-    """A seed of what is asked: with one seed for all, the answers to different questions would not be independent."""
+    """
+    Derives a seed from the question: with one seed for all, answers to different questions would not be independent.
+    """
     sizes = " ".join(str(picture.size) for picture in pictures)
     pixels = b"".join(picture.tobytes() for picture in pictures)
     return int.from_bytes(hashlib.sha256(f"{vote} {sizes} {text}".encode() + pixels).digest()[:7], "big")
@@ -365,7 +369,7 @@ def _seed(pictures: Sequence[Image.Image], text: str, vote: int) -> int:
 
 def load_processor(reference: Reference, config: Any) -> Any:
     """
-    The processor of a model, without its half for videos, which needs torchvision.
+    Loads the processor of a model, without its part for videos, which needs torchvision.
 
     Raises:
         `ValueError`: If it cannot be loaded, or has no chat template.
@@ -382,5 +386,5 @@ def load_processor(reference: Reference, config: Any) -> Any:
             reference.name, revision=reference.revision, trust_remote_code=False
         )
     if processor.chat_template is None:
-        raise ValueError(f"The processor of {reference} has no chat template. Take a model that is made to chat.")
+        raise ValueError(f"The processor of {reference} has no chat template. Use a chat model.")
     return processor

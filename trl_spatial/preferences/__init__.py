@@ -1,1 +1,1 @@
-"""What a row of a preference dataset is: its columns, its images, and what can be wrong with them."""
+"""Rows of a preference dataset: their columns and images, and what can be wrong with them."""

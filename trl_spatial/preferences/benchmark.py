@@ -1,7 +1,7 @@
-"""The part of a preference dataset that scorers are compared on."""
+"""The split of a preference dataset on which scorers are compared."""
 
 SPLIT = "benchmark"
-# number → how many changes the pairs have that it is about; `None`: any number
+# metric → numbers of changes of the pairs that it covers; `None`: all pairs
 NUMBERS: dict[str, frozenset[int] | None] = {
     "accuracy": None,
     "accuracy, 1 change": frozenset({1}),

@@ -53,7 +53,7 @@ def _is_list_of(key: str) -> Callable[[Any], bool]:
     def accepts(feature: Any) -> bool:
         if isinstance(feature, (List, LargeList)):
             item = feature.feature
-            # a list that is empty in every row has items of type null
+            # if the list is empty in every row, its items have type null
             return _is_text(item) or _dtype(item) == "null" or (isinstance(item, dict) and key in item)
         # datasets before 4.0 wrote a list of mappings as a mapping of lists
         return isinstance(feature, dict) and isinstance(feature.get(key), (List, LargeList))
@@ -85,7 +85,7 @@ COLUMNS = {column.name: column for column in _COLUMNS}
 
 def check_columns(features: Mapping[str, Any], split: str) -> tuple[list[str], list[Finding]]:
     """
-    Compares the columns of a split with those of a preference dataset. A type of `None` is not known, and not checked.
+    Compares the columns of a split with those of a preference dataset. A type of `None` is unknown, and not checked.
 
     Returns:
         `tuple[list[str], list[Finding]]`: the columns that are there and of the right type, in the order of `COLUMNS`,
@@ -129,7 +129,7 @@ def pick_columns(features: Mapping[str, Any], use_reverse_pairs: bool | None, sp
 
 
 def _absent_column(name: str, split: str, features: Mapping[str, Any], *, is_required: bool = False) -> Finding:
-    """The finding that a column is not there: an error if it is required, otherwise a note."""
+    """Returns the finding for a missing column: an error if it is required, otherwise a note."""
     column, place = COLUMNS[name], Place(split, column=name)
     if not column.is_required and not is_required:
         return Finding("absent_column", place, "the column", f"is not there; {column.purpose}.")

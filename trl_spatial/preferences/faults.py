@@ -1,4 +1,4 @@
-"""What can be wrong with a preference dataset, and the place where it is."""
+"""What can be wrong with a preference dataset, and where."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -7,23 +7,23 @@ import pyarrow as pa
 from PIL import Image as PILImage
 
 
-# Kind of finding → how grave it is, and what the report calls it. An error makes the dataset unfit for training.
+# Kind of finding → its severity and its heading in the report. An error makes the dataset unfit for training.
 KINDS: dict[str, tuple[str, str]] = {
     "missing_column": ("error", "required columns that are missing"),
-    "wrong_type": ("error", "columns of a wrong type"),
+    "wrong_type": ("error", "columns of the wrong type"),
     "empty_split": ("error", "splits without rows"),
     "bad_prompt": ("error", "prompts that are missing or cannot be used"),
     "bad_margin": ("error", "margins that are not finite numbers"),
     "too_long": ("error", "rows with too many tokens"),
     "bad_image": ("error", "images that are missing or damaged"),
-    "same_images": ("error", "pairs of one and the same image"),
-    "same_prompts": ("error", "perturbed prompts that are the prompt itself"),
+    "same_images": ("error", "pairs of the same image"),
+    "same_prompts": ("error", "perturbed prompts that equal the prompt"),
     "wrong_level": ("error", "levels that are not the number of operations"),
     "no_relations": ("error", "empty lists of relations"),
     "shared_image": ("error", "images that are in two splits"),
-    "duplicate_row": ("warning", "rows that are there twice"),
+    "duplicate_row": ("warning", "rows that occur twice"),
     "shared_prompt": ("warning", "prompts that are in two splits"),
-    "absent_column": ("note", "optional columns that are not there"),
+    "absent_column": ("note", "optional columns that are missing"),
     "unknown_column": ("note", "columns that are not checked"),
 }
 

@@ -1,4 +1,4 @@
-"""Reading datasets from local files. Errors name the damaged file, and no file outside the dataset's folder is read."""
+"""Loads datasets from local files. Errors name the damaged file, and no file outside the dataset's folder is read."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ from .faults import shorten
 # suffix, in lower case → builder of datasets
 FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 _CSV_OPTIONS = {
-    # text as it is written: the words NA and null, the numeral 007
+    # keep text as written: the words NA and null, the numeral 007
     "keep_default_na": False,
     "na_values": [""],
     "converters": dict.fromkeys(PROMPT_COLUMNS, str),
@@ -57,21 +57,21 @@ def load_files(path: Path, *, config_name: str | None = None, streaming: bool = 
     if not path.is_file() and not path.is_dir():
         raise ValueError(f"{path} is neither a regular file nor a folder.")
     level = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # datasets would log what the error says
+    logging.set_verbosity(logging.CRITICAL)  # datasets would also log the error
     try:
         splits = _load(path, config_name, streaming)
         if not streaming:
             for rows in splits.values():
-                rows.data.validate(full=True)  # readers take bytes that are not UTF-8 for text
+                rows.data.validate(full=True)  # readers accept text that is not valid UTF-8
     except OutsideError:
         raise
-    except Exception as error:  # every reader has its own: ArrowInvalid, StopIteration, KeyError, BadZipFile, ...
+    except Exception as error:  # readers raise all kinds: ArrowInvalid, StopIteration, KeyError, BadZipFile, ...
         while error.__cause__ is not None:
             error = error.__cause__  # type: ignore[assignment]
         if isinstance(error, (MemoryError, PermissionError)) or (
             isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, EOFError)) and error.errno
         ):
-            raise error from None  # the machine's fault, not the file's: a full disk
+            raise error from None  # not the file's fault: a full disk, for example
         raise ValueError(_explain(path, error)) from error
     finally:
         logging.set_verbosity(level)
@@ -91,7 +91,7 @@ def check_splits_paths(splits: Any, folders: Sequence[Path], name: str) -> Any:
 def _check_stream(rows: IterableDataset, folders: Sequence[Path], name: str) -> IterableDataset:
     features = rows.features
     for column, kind in (features or {}).items():
-        if isinstance(kind, Image):  # not to be opened before it is checked
+        if isinstance(kind, Image):  # check the path before the file is opened
             rows = rows.cast_column(column, Image(decode=False))
 
     def check(row: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def check_paths(rows: Dataset, folders: Sequence[Path], name: str) -> None:
 
 def _check_path(path: str, folders: Sequence[Path], name: str, column: str) -> None:
     roots = tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
-    # a stream of files on the Hub names them so
+    # how a stream names files on the Hub
     is_in_repository = path.split("::")[-1].startswith(f"hf://datasets/{name}@") and ".." not in path
     if not is_in_repository and ("://" in path or not os.path.realpath(path).startswith(roots)):
         raise OutsideError(
@@ -146,7 +146,7 @@ def _named_files(array: pa.Array) -> Iterator[str]:
 
 
 def _named_files_of(value: Any) -> Iterator[str]:
-    """[`_named_files`] of one cell of a stream."""
+    """Does what [`_named_files`] does, for one cell of a stream."""
     if isinstance(value, Mapping) and "path" in value and value.keys() <= {"bytes", "path"}:
         if value.get("bytes") is None and isinstance(value["path"], str) and value["path"]:
             yield value["path"]
@@ -163,7 +163,7 @@ def _load(path: Path, config_name: str | None, streaming: bool) -> Any:
     files = list(path.rglob("*"))
     for file in files:
         if file.exists() and not file.is_file() and not file.is_dir():
-            raise ValueError(f"{file} is not a regular file")  # reading a pipe would wait for ever
+            raise ValueError(f"{file} is not a regular file")  # reading a pipe would block forever
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         _check_saved(path)
         loaded = load_from_disk(path)
@@ -173,22 +173,23 @@ def _load(path: Path, config_name: str | None, streaming: bool) -> Any:
             if streaming
             else splits
         )
-    has_configs = _check_card(path)  # datasets does not combine those with options
+    has_configs = _check_card(path)  # datasets does not combine configurations with reader options
     types = {file.suffix.lower() for file in files} & FILE_TYPES.keys()
     options = _CSV_OPTIONS if types == {".csv"} and not has_configs else {}
-    if has_configs:  # datasets 5.2 would take the cached rows of any other folder of the same name
+    if has_configs:  # datasets 5.2 would reuse cached rows of another folder with the same name
         options = {"cache_dir": str(Path(HF_DATASETS_CACHE) / "by_content" / _digest_of(path, files))}
-    return load_dataset(str(path), name=config_name, streaming=streaming, **options)
+    # absolute, because datasets uses the folder's name, and `.` has none
+    return load_dataset(os.path.abspath(path), name=config_name, streaming=streaming, **options)
 
 
 def _digest_of(folder: Path, files: Sequence[Path]) -> str:
-    """A name that changes with the files of a folder."""
+    """Returns a name that changes with the path, size and modification time of any file of a folder."""
     facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files) if file.is_file()]
     return hashlib.sha256(repr((str(folder.resolve()), facts)).encode()).hexdigest()[:16]
 
 
 def _check_saved(folder: Path) -> None:
-    """Checks that what `save_to_disk` lists lies beside the list."""
+    """Checks that all files that `save_to_disk` listed are in the folder of the list."""
     parts = [folder]
     if (folder / "dataset_dict.json").is_file():
         names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
@@ -200,7 +201,9 @@ def _check_saved(folder: Path) -> None:
 
 
 def _check_card(folder: Path) -> bool:
-    """Checks the files that a card's front matter names as configurations; whether there are any."""
+    """
+    Checks the file names of the configurations in a card's front matter; returns whether there are any configurations.
+    """
     has_configs = False
     for file in (folder / "README.md", folder / ".huggingface.yaml"):
         if not file.is_file():
@@ -244,7 +247,7 @@ def _explain(path: Path, error: BaseException) -> str:
 
 
 def _find_damage(file: Path) -> str | None:
-    """What is wrong with a file, to be read after its name, or `None` if no reason is found."""
+    """Says what is wrong with a file, in words that follow its name, or returns `None` if nothing is found."""
     data = file.read_bytes()
     if not data:
         return " is empty"
@@ -267,7 +270,7 @@ def _find_damage(file: Path) -> str | None:
             json.loads(text)
             return None
         except json.JSONDecodeError as error:
-            if not error.msg.startswith("Extra data"):  # that is how a file of JSON lines fails
+            if not error.msg.startswith("Extra data"):  # the error for JSON lines
                 return f", line {error.lineno}: {shorten(lines[error.lineno - 1])} is not JSON ({error.msg})"
     for number, line in enumerate(lines, start=1):
         if line.strip() and (fault := _fault_of_line(line)):

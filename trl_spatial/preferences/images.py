@@ -1,4 +1,4 @@
-"""The one way in which images are read: training, scoring, validation and publishing see the same pixels."""
+"""The only code that reads images, so that training, scoring, validation and publishing see the same pixels."""
 
 import hashlib
 import os
@@ -12,16 +12,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 
-# Formats that hold pixels and nothing else. Pillow would also start Ghostscript for a PostScript file named .png.
+# Formats that hold only pixels. Without this list, Pillow would run Ghostscript on a PostScript file named .png.
 FORMATS: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 if find_spec("PIL.AvifImagePlugin") is not None:  # since Pillow 11.3
     FORMATS += ("AVIF",)
-MAX_PIXELS = 48 * 2**20  # the photographs of most cameras; decoding takes up to 20 bytes a pixel, 1 GB
-MAX_ASPECT_RATIO = 200  # of the longer side of an image to the shorter: the limit of Qwen's image processor
+MAX_PIXELS = 48 * 2**20  # enough for most cameras; decoding takes up to 20 bytes per pixel, 1 GB
+MAX_ASPECT_RATIO = 200  # longer side to shorter side; the limit of Qwen's image processor
 
+# Pixels copied at once. The memory of larger copies would be returned to the system, and cleared again, each time.
+_STRIP = 2**16
 _PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # color space of an ICC profile → Pillow's mode
 
 
@@ -51,26 +53,36 @@ def open_image(image: Any) -> Image.Image:
 
 def load_image(image: Any) -> Image.Image:
     """
-    Decodes an image, in any form that [`open_image`] takes, to what a viewer shows, in RGB: upright by its EXIF orientation,
-    because left must be the viewer's left; on white where it is transparent; in sRGB if it has a color profile; 16-bit grey
-    scaled to 8 bits; the first frame of several, with a warning.
+    Decodes an image, in any form that [`open_image`] takes, to what a viewer shows, in RGB: upright by its EXIF
+    orientation, because left must be the viewer's left; on white where it is transparent; in sRGB if it has a color
+    profile; 16-bit gray scaled to 8 bits; the first frame of several, with a warning.
 
     Raises:
         `ValueError`: As in [`open_image`], or if the pixels cannot be decoded, do not match the file's checksums, or are
         floating-point numbers, for which white is undefined.
     """
     opened = open_image(image)
+    pixels = decode_image(opened, is_own=opened is not image)
+    return pixels.copy() if pixels is opened else pixels
+
+
+def decode_image(opened: Image.Image, *, is_own: bool) -> Image.Image:
+    """
+    Decodes what [`open_image`] has opened as [`load_image`] does. The result may be `opened` itself. Checksums are only read of
+    `is_own` images, which nobody has begun to read.
+    """
     try:
-        if opened.format == "PNG" and opened is not image:
-            opened.verify()  # the checksums, which decoding skips; it uses the image up
-            opened = open_image(image)
+        if is_own and isinstance(opened, PngImagePlugin.PngImageFile):
+            assert opened.fp is not None
+            opened.fp.seek(opened.tile[0][2] - 8)  # start of the first chunk of pixels
+            PngImagePlugin.ChunkStream(opened.fp).verify()  # decoding does not verify checksums
         if opened.format != "MPO" and getattr(opened, "is_animated", False):  # MPO: a photograph and its previews
             name = getattr(opened, "filename", "") or "An image"
-            warnings.warn(f"{name} has {getattr(opened, 'n_frames', 2)} frames; only one is used.", stacklevel=2)
+            warnings.warn(f"{name} has {getattr(opened, 'n_frames', 2)} frames; only one is used.", stacklevel=3)
         opened.load()
         pixels = _to_rgb(opened)
         orientation = _orientation(opened)
-    except Exception as error:  # each decoder has its own: OSError, SyntaxError, struct.error, zlib.error, ...
+    except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, zlib.error, ...
         raise ValueError(f"cannot be decoded ({error})") from error
     if orientation != 1:
         pixels.getexif()[ExifTags.Base.Orientation] = orientation
@@ -81,12 +93,15 @@ def load_image(image: Any) -> Image.Image:
 def image_digest(image: Image.Image) -> bytes:
     """Hash of the size and the pixels of an image from [`load_image`]: files that show the same picture share it."""
     digest = hashlib.blake2b(f"{image.width}x{image.height}".encode(), digest_size=16)
-    digest.update(image.tobytes())
+    height = max(_STRIP // image.width, 1)
+    for top in range(0, image.height, height):
+        strip = image.crop((0, top, image.width, min(top + height, image.height)))
+        digest.update(strip.tobytes())
     return digest.digest()
 
 
 def _as_file(image: Any) -> Any:
-    """The path or the binary file object that holds an image, which need not be trusted."""
+    """Returns the path, or a binary file object, of an image; the input is not trusted."""
     if isinstance(image, dict):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if image is None or (isinstance(image, str) and not image):
@@ -127,12 +142,12 @@ def _open_file(file: Any) -> Image.Image:
         ) from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"is too large: shrink it to at most {MAX_PIXELS // 10**6} million pixels") from error
-    except Exception as error:  # each format has its own: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # formats raise all kinds: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"cannot be opened ({error})") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """The decoded pixels as 8 bits of sRGB, on white."""
+    """Converts a decoded image to 8-bit sRGB on white."""
     profile = image.info.get("icc_profile")
     is_grey = image.mode.startswith(("1", "I", "L")) and image.mode != "LAB"
     alpha = None
@@ -143,7 +158,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         alpha = image.getchannel("A")
     if profile:
         image = _to_srgb(image, profile, "L" if is_grey else "CMYK" if image.mode == "CMYK" else "RGB")
-    image = image.convert("RGB")
+    if image.mode != "RGB":
+        image = image.convert("RGB")
     if alpha is None:
         return image
     canvas = Image.new("RGB", image.size, "white")
@@ -152,7 +168,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_to_8_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Grey of 16 bits as 8 bits, and its opacity if one of its values stands for transparent."""
+    """
+    Scales 16-bit gray to 8 bits; also returns its alpha channel if one of its values means transparent, else `None`.
+    """
     values = np.asarray(image)
     low, high = values.min(), values.max()
     if image.mode == "F":
@@ -160,7 +178,7 @@ def _scale_to_8_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | Non
     if low < 0 or high > 65535 or (image.mode == "I" and 0 < high < 256):
         raise ValueError(f"its values, {low} to {high}, do not look like 16 bits; convert them to 8 bits")
     tags = getattr(image, "tag_v2", {})
-    white = 2 ** tags.get(258, (16,))[0] - 1 if image.mode != "I" else 65535  # BitsPerSample: TIFF has 12 bits, too
+    white = 2 ** tags.get(258, (16,))[0] - 1 if image.mode != "I" else 65535  # BitsPerSample: TIFF also has 12 bits
     grey = (values.astype(np.uint32) * 255 + white // 2) // white
     if tags.get(262) == 0:  # PhotometricInterpretation: 0 is white
         grey = 255 - grey
@@ -170,7 +188,7 @@ def _scale_to_8_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | Non
 
 
 def _to_srgb(image: Image.Image, profile: bytes, mode: str) -> Image.Image:
-    """Colors by an ICC profile; as they are, with a warning, if the profile is broken or of another color space."""
+    """Applies an ICC profile; if it is broken or of another color space, warns and leaves the colors as they are."""
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         if _PROFILE_MODES.get(source.profile.xcolor_space) != mode:
@@ -185,6 +203,6 @@ def _to_srgb(image: Image.Image, profile: bytes, mode: str) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception as error:  # whatever reading damaged EXIF data ends in
+    except Exception as error:  # damaged EXIF data raises all kinds
         warnings.warn(f"An image has damaged EXIF data, which is ignored ({error}).", stacklevel=2)
         return 1

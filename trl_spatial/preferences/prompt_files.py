@@ -1,4 +1,4 @@
-"""Prompts to train or evaluate on, read in batches: there may be millions."""
+"""Reads prompts to train or evaluate on, in batches, because there may be millions."""
 
 import hashlib
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def read_lines(path: Path) -> DatasetDict:
         raise FileNotFoundError(f"There is no file {path}. It should hold the prompts, one per line.")
     chunks = []
     try:
-        # lines end at \n, \r and \r\n; `str.splitlines` would also cut at U+2028 and the like
+        # lines end at \n, \r and \r\n; `str.splitlines` would also split at U+2028 and the like
         with path.open(encoding="utf-8-sig") as file:
             lines = (line.rstrip("\n") for line in file if line.strip())
             while batch := list(islice(lines, _BATCH_SIZE)):
@@ -53,7 +53,7 @@ def clean_prompts(prompts: Dataset, source: str) -> Dataset:
     The rows with their column `prompt` as [`clean_prompt`] gives it. `source` is what errors call the dataset.
 
     Raises:
-        `ValueError`: If a prompt is none; the message names the row.
+        `ValueError`: If a prompt is invalid; the message names the row.
     """
     if all(cleaned == texts for texts, cleaned in _cleaned_batches(prompts, source)):
         return prompts
@@ -76,7 +76,7 @@ def _cleaned_batches(prompts: Dataset, source: str) -> Iterator[tuple[list[str],
 
 
 def _one_column(chunks: list[pa.Array]) -> Dataset:
-    # datasets would pickle the whole table for its fingerprint, which takes four times its memory
+    # without this fingerprint, datasets would pickle the whole table to make one, at four times its memory
     digest = hashlib.blake2b(digest_size=8)
     for chunk in chunks:
         for buffer in filter(None, chunk.buffers()):

@@ -1,9 +1,9 @@
-"""What a prompt may be, and the one form in which every command and trainer reads it."""
+"""Checks and cleans prompts, in the same way for every command and trainer."""
 
 from typing import Any
 
 
-MAX_PROMPT_CHARACTERS = 20_000  # tokenizing takes quadratic time: a prompt of a megabyte would take hours
+MAX_PROMPT_CHARACTERS = 20_000  # tokenization takes quadratic time: a prompt of a megabyte would take hours
 
 
 def clean_prompt(prompt: Any) -> str:

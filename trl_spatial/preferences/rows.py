@@ -1,4 +1,4 @@
-"""What makes a row of a preference dataset unusable: the one table for training and for validation."""
+"""Finds unusable rows of a preference dataset, by the same rules in training and in validation."""
 
 import filecmp
 import json
@@ -16,7 +16,7 @@ from PIL import Image as PILImage
 
 from .columns import IMAGE_COLUMNS, PROMPT_COLUMNS
 from .faults import Finding, Place, shorten
-from .images import image_digest, load_image, open_image
+from .images import decode_image, image_digest, open_image
 from .prompts import clean_prompt
 
 
@@ -75,12 +75,13 @@ def look_at_image(value: Any, *, decode: bool) -> ImageFacts | ValueError:
     """The facts of an image, or why it cannot be used. Without `decode` only its header is read."""
     try:
         opened = open_image(value)
+        mode = opened.mode
         if not decode:
-            return ImageFacts(*opened.size, opened.mode)
-        image = load_image(value)
+            return ImageFacts(*opened.size, mode)
+        image = decode_image(opened, is_own=opened is not value)
     except ValueError as error:
         return error
-    return ImageFacts(*image.size, opened.mode, image_digest(image))
+    return ImageFacts(*image.size, mode, image_digest(image))
 
 
 def find_faults(

@@ -1,11 +1,10 @@
-"""Reward functions of GRPO training: what an image is worth for its prompt. A [`SpatialScore`] is one itself. Names are imported
-when they are used."""
+"""Reward functions for GRPO training; a [`SpatialScore`] is one, too. Names are imported when first used."""
 
 from importlib import import_module
 from typing import Any
 
 
-TOKEN_VARIABLE = "TRL_SPATIAL_SERVER_TOKEN"  # of the environment: what a reward server asks for
+TOKEN_VARIABLE = "TRL_SPATIAL_SERVER_TOKEN"  # environment variable: the token of a reward server
 _MODULES = {
     ".judges.checked_detector": ["SilentDetectorError"],
     ".judges.geneval": [

@@ -1,4 +1,4 @@
-"""GenEval's rules as a reward, over any detector: what the paper compares a learned reward with."""
+"""GenEval's rules as a reward, with any detector: the baseline with which the paper compares a learned reward."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ from ..judges.pictures import crop_object
 from ..preferences.images import load_image
 
 
-# the crop of an object, its class → its color
+# (crop of an object, its class) → its color
 ColorClassifier = Callable[[Image.Image, str], str]
 
 
@@ -30,7 +30,7 @@ class GenEvalReward:
     """
     Rewards an image by GenEval's rules for the objects, numbers, colors and positions that its prompt asks for.
 
-    The benchmark detects with a Mask2Former and shows its color classifier an object without its background; this takes the
+    The benchmark uses a Mask2Former and shows its color classifier an object without its background; this reward takes the
     boxes of any detector. GenEval's thresholds, 0.3 and 0.9 for numbers, were chosen for that Mask2Former: two other
     detectors found 1 and 0 of 15 scenes right at 0.9, and 15 and 12 at 0.3. Compare numbers of one detector only.
 
@@ -45,7 +45,7 @@ class GenEvalReward:
             Takes the crop of an object and its class, returns its color, one of `geneval.COLORS`; such as
             [`~judges.detection.ZeroShotColors`]. Needed for prompts with colors only.
         kind (`str`, *optional*, defaults to `"partial"`):
-            `"partial"` is the share of what is asked for that is there, see [`~judges.geneval.judge`]; `"strict"` the
+            `"partial"` is the share of the requirements that are met, see [`~judges.geneval.judge`]; `"strict"` the
             benchmark's verdict, 1.0 or 0.0.
         threshold (`float`, *optional*, defaults to `0.3`):
             Score above which a detection counts.
@@ -53,7 +53,7 @@ class GenEvalReward:
             The same for prompts tagged `counting`. If `None`, the detector's own `counting_threshold` if it has one;
             otherwise `threshold` for `"partial"`, and GenEval's `geneval.COUNTING_THRESHOLD` of 0.9 for `"strict"`.
         batch_size (`int`, *optional*, defaults to `16`):
-            How many images the detector gets at once.
+            Number of images passed to the detector at a time.
         self_test_image, self_test_label, silence_limit:
             As `image`, `label` and `silence_limit` of [`~judges.checked_detector.CheckedDetector`].
 
@@ -118,7 +118,7 @@ class GenEvalReward:
         if counting_threshold is None:
             official = COUNTING_THRESHOLD if kind == "strict" else threshold
             counting_threshold = float(getattr(detector, "counting_threshold", official))
-        self.__name__ = "geneval" if kind == "partial" else "geneval_strict"  # under which trainers log it
+        self.__name__ = "geneval" if kind == "partial" else "geneval_strict"  # the name in the trainers' logs
         self.color_classifier = color_classifier
         self.kind = kind
         self.threshold = threshold
@@ -144,17 +144,17 @@ class GenEvalReward:
         **columns: Any,
     ) -> list[float | None]:
         """
-        The reward function that the trainer calls. Other columns of the dataset are ignored.
+        Rewards images; the trainer calls this. Other columns of the dataset are ignored.
 
         Args:
             prompts (`list[str]`), images (`list`):
-                A prompt for each image, and the images, in any form that [`~preferences.images.load_image`] takes.
+                One prompt per image, and the images, in any form that [`~preferences.images.load_image`] takes.
             include, exclude (`list[list[dict]]`, *optional*), tag (`list[str]`, *optional*):
-                Columns of the dataset, as of GenEval's `evaluation_metadata.jsonl`: what each image should show, what it
-                should not, and the task.
+                Columns of the dataset, as in GenEval's `evaluation_metadata.jsonl`: what each image should show, what
+                it should not, and the task.
             metadata (`list[str]`, *optional*):
-                In place of these three: a column of whole rows of that file, as JSON. Not read where there is `include`
-                or `exclude`.
+                Instead of these three: a column with whole rows of that file, as JSON. Ignored if `include` or
+                `exclude` is given.
 
         Returns:
             `list[float | None]`: One reward per image; `None` where there is no specification.

@@ -1,4 +1,4 @@
-"""A reward function by its name, as a command line or a YAML file gives it."""
+"""Loads a reward function by the name that a command line or a YAML file gives."""
 
 import os
 import re
@@ -39,8 +39,8 @@ def load_reward(
             - `geneval:DETECTOR`: [`GenEvalReward`] with a detector of transformers, named as a checkpoint is, any other as
               `module:function` or `module:Class`, or `flat`, for datasets with the columns of GenEval's
               `evaluation_metadata.jsonl`; `geneval:DETECTOR,CLASSIFIER` if there are colors in it, with a model of zero-shot
-              image classification such as CLIP, a function, or `flat`; `geneval-strict:` in place of `geneval:` for the
-              benchmark's verdict in place of shares. A module of your own cannot be called `geneval`;
+              image classification such as CLIP, a function, or `flat`; `geneval-strict:` instead of `geneval:` for the
+              benchmark's verdict instead of shares. A module of your own cannot be called `geneval`;
             - `module:function`: a function `(prompts, images, **columns) -> list[float | None]` of a module that Python
               finds, the current folder included, or a class, whose object is created once, without arguments, and called.
         device (`str` or `torch.device`, *optional*):
@@ -49,7 +49,7 @@ def load_reward(
             Attention function of a [`SpatialScore`], as in its `from_pretrained`.
 
     Raises:
-        `ValueError`: If the name has none of these forms, or what it names is not there.
+        `ValueError`: If the name has none of these forms, or does not exist.
         `ConnectionError`: If a server cannot be reached or does not know the token.
     """
     if name == "rules":
@@ -65,14 +65,14 @@ def load_reward(
         find_reference(name, kind="model")
     except UnknownReferenceError as error:
         raise ValueError(f"There is no reward {name!r}. Name {_FORMS}.") from error
-    # transformers takes seconds to import: not for the other forms
+    # imported here because it takes seconds, and the other forms do not need it
     from ..gaussian_reward.scoring import SpatialScore
 
     return SpatialScore.from_pretrained(name, device=device, attn_implementation=attn_implementation)
 
 
 def _load_geneval(name: str, models: str, kind: Literal["partial", "strict"], device: Any) -> GenEvalReward:
-    # a folder whose name has a comma is that folder
+    # the name of a folder may contain a comma
     detector_name, comma, classifier_name = (models, "", "") if Path(models).exists() else models.partition(",")
     for model in (detector_name, classifier_name) if comma else (detector_name,):
         try:

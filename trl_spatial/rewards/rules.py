@@ -1,4 +1,4 @@
-"""The checker of scenes as a reward: exact, on the small world of coloured shapes."""
+"""The scene checker as an exact reward, for the flat world of colored shapes."""
 
 from functools import lru_cache
 from typing import Any
@@ -20,21 +20,21 @@ class SceneRules:
     """
 
     def __init__(self) -> None:
-        self.__name__ = "rules"  # under which trainers log a reward function
+        self.__name__ = "rules"  # the name in the trainers' logs
 
     def __call__(
         self, prompts: list[str], images: list[Any], scene: list[str | None] | None = None, **columns: Any
     ) -> list[float | None]:
         """
-        The reward function that the trainer calls. Other columns of the dataset are ignored.
+        Rewards images; the trainer calls this. Other columns of the dataset are ignored.
 
         Args:
             prompts (`list[str]`), images (`list`):
-                A prompt for each image, and the images, of at least 24 pixels, in any form that
+                One prompt per image, and the images, of at least 24 pixels, in any form that
                 [`~preferences.images.load_image`] takes.
             scene (`list[str]`, *optional*):
                 Column of the dataset: the scene of each prompt in the words of [`~scenes.describe_scene`], or `None`
-                where there is none. Without the column the prompts themselves are read.
+                where there is none. Without this column, the prompts themselves are read.
 
         Returns:
             `list[float | None]`: One reward per image; `None` where the prompt has no scene or is not in these words.
@@ -52,7 +52,7 @@ class SceneRules:
         ]
 
 
-# The images of a group have one prompt.
+# Cached, because the images of a group share their prompt.
 @lru_cache(maxsize=1024)
 def _read_prompt(prompt: str) -> SceneGraph | None:
     try:

@@ -1,4 +1,4 @@
-"""An exact small world: scene graphs, their words, their pictures, and a checker that reads the pictures."""
+"""An exact small world: scene graphs, their descriptions, their images, and a checker that reads the images."""
 
 from .checking import RelationCheck, SceneCheck, check_scene, locate_objects
 from .dataset import describe_changes, make_preference_dataset, make_prompt_dataset

@@ -1,4 +1,4 @@
-"""Comparing an image with a scene graph, from its pixels alone."""
+"""Compares an image with a scene graph, from its pixels alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ __all__ = ["RelationCheck", "SceneCheck", "check_scene", "locate_objects"]
 
 @dataclass(frozen=True)
 class RelationCheck:
-    """What one relation of a graph is in an image, and the measurement behind the verdict, in canvas units."""
+    """The verdict on one relation of a graph in an image, and the measurement behind it, in canvas units."""
 
     relation: Relation
     verdict: Verdict
@@ -27,11 +27,11 @@ class RelationCheck:
 @dataclass(frozen=True)
 class SceneCheck:
     """
-    What an image shows of a scene graph: a check per relation, everything found, the largest first, and entities that are missing,
-    there more than once, or not named. `remark` says what an image without objects is: blank or noise.
+    What an image shows of a scene graph: a check per relation, all objects found, largest first, and entities that are
+    missing, duplicated, or not named. `remark` says what an image without objects is: blank or noise.
 
-    Sizes are not judged: no two objects of a graph differ in nothing but their size word, so that a wrong size never
-    makes an image show another scene.
+    Sizes are not judged: no two objects of a graph differ only in their size word, so a wrong size never turns an
+    image into one of another scene.
     """
 
     relations: list[RelationCheck]
@@ -43,7 +43,7 @@ class SceneCheck:
 
     @property
     def is_correct(self) -> bool:
-        """Whether every entity is there exactly once and every relation is satisfied."""
+        """Whether every entity occurs exactly once and every relation is satisfied."""
         return not (self.missing or self.duplicated) and all(c.verdict == Verdict.SATISFIED for c in self.relations)
 
     @property

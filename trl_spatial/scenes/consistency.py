@@ -1,4 +1,4 @@
-"""Whether relations can hold together, by their logic alone: for things of any kind, which no renderer can place."""
+"""Checks by logic alone whether relations can hold together: for things of any kind, which no renderer can place."""
 
 from collections.abc import Iterable
 from itertools import pairwise
@@ -7,13 +7,13 @@ from .graph import Relation, SceneGraph, Thing
 from .relations import RELATIONS
 
 
-# A fact: the name of a relation of two things, and the things.
+# Name of a relation of two things, and the two things.
 Fact = tuple[str, Thing, Thing]
 
 _ORDERS = ("left_of", "right_of", "above", "below", "front_of", "behind")
-# What a relation implies beside its inverse.
+# Relation → another relation, besides its inverse, that it implies.
 _IMPLIED = {"on": "above", "under": "below"}
-# What cannot be where one thing is in the other, or touches it.
+# Relation → relations that cannot hold between the same two things.
 _EXCLUDED = {
     "inside": (*_ORDERS, "on", "under", "near", "next_to", "far_from"),
     "on": ("far_from", "inside", "contains"),
@@ -23,7 +23,7 @@ _COLUMNS, _ROWS = {"left": 0, "center": 1, "right": 2}, {"top": 0, "center": 1, 
 
 def canonical_relation(relation: Relation) -> tuple[str, ...]:
     """
-    The one form of all relations that say the same, such as `left_of(a, b)` and `right_of(b, a)`.
+    Return the canonical form of equivalent relations, such as `left_of(a, b)` and `right_of(b, a)`.
 
     Args:
         relation ([`~scenes.Relation`]):
@@ -95,7 +95,7 @@ def _stated_facts(graph: SceneGraph) -> set[Fact]:
 
 
 def _close(facts: set[Fact]) -> set[Fact]:
-    """All facts that follow, inverses included."""
+    """Return the closure of the facts: all that follow from them, inverses included."""
     while True:
         new = {(_IMPLIED[name], a, b) for name, a, b in facts if name in _IMPLIED}
         new |= {(inverse, b, a) for name, a, b in facts if (inverse := RELATIONS[name].inverse)}
@@ -106,7 +106,7 @@ def _close(facts: set[Fact]) -> set[Fact]:
             for other, start, c in facts
             if (other, start) == (name, b)
         }
-        # what is in a container has its directions to everything outside
+        # a thing in a container is in the same direction of other things as the container
         new |= {
             (name, inner, b)
             for relation, inner, outer in facts
@@ -125,7 +125,7 @@ def _has_one_support(facts: set[Fact]) -> bool:
 
 
 def _has_nested_containers(facts: set[Fact]) -> bool:
-    """Whether of two containers of a thing one is in the other."""
+    """Whether of any two containers of a thing, one is in the other."""
     inside = {(a, b) for name, a, b in facts if name == "inside"}
     return all(b == c or (b, c) in inside or (c, b) in inside for a, b in inside for other, c in inside if other == a)
 

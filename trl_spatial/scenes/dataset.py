@@ -1,8 +1,9 @@
-"""Datasets of scenes: pairs of rendered images that differ in one to three relations, and prompts alone."""
+"""Datasets of scenes: pairs of rendered images that differ in one to three relations, and prompts without images."""
 
 import hashlib
-import io
 import itertools
+import struct
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -15,12 +16,12 @@ from .graph import COLORS, SPLITS, Relation, SceneGraph
 from .layout import place_together
 from .perturbation import Operation, perturb, sample_graph
 from .relations import RELATIONS
-from .rendering import MIN_IMAGE_SIZE, render_layout, sample_style
+from .rendering import MIN_IMAGE_SIZE, draw_layouts, sample_style
 from .shapes import SHAPES
 from .wording import LENGTHS, describe_scene
 
 
-# What drew the images. It names the renderer and no version, so that the same seed gives the same data.
+# Generator named in the rows. It has no version, so that the same seed gives the same data.
 GENERATOR = "trl_spatial.scenes"
 
 _RELATION = {"relation": Value("string"), "arguments": List(Value("string"))}
@@ -114,7 +115,7 @@ def make_preference_dataset(
     return Dataset.from_generator(
         _generate_pairs,
         features=FEATURES,
-        # datasets keeps what it made, by these arguments: another version of the world must not find the old pairs
+        # these arguments are the key of datasets' cache: another version of the world must not find the old pairs
         gen_kwargs={"shards": shards, "seed": seed, "options": options | {"world": _fingerprint()}},
         num_proc=len(shards) if len(shards) > 1 else None,
         split=split,
@@ -181,7 +182,7 @@ def _make_prompt(seed: list[int], num_objects, num_relations, length, world: dic
         try:
             graph = sample_graph(rng, num_objects=objects, num_relations=count, **world)
         except ValueError:
-            continue  # no consistent graph in this draw; the next one may have one
+            continue  # this draw has no consistent graph; the next one may
         wording, drawn = int(rng.integers(2**31)), LENGTHS[rng.integers(2)]
         return {
             "prompt": describe_scene(graph, seed=wording, length=length or drawn),
@@ -226,7 +227,7 @@ def _check_scenes(split, num_objects, num_relations, relations, length) -> None:
 
 @cache
 def _fingerprint() -> str:
-    """Hash of the source code that pairs depend on."""
+    """Hash the source code that pairs depend on."""
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
@@ -242,7 +243,7 @@ def _generate_pairs(shards: list[list[int]], seed: int, options: dict) -> Iterat
 def _make_pair(
     index, seed, *, split, levels, num_objects, num_relations, relations, length, image_size, both_directions
 ) -> list[dict]:
-    """Rows of one pair: one, or two with both directions."""
+    """Make the rows of one pair: one row, or two with `both_directions`."""
     pair_seed = int(np.random.SeedSequence([seed, list(SPLITS).index(split), index]).generate_state(1, np.uint32)[0])
     rng = np.random.default_rng(pair_seed)
     level = levels[rng.integers(len(levels))]
@@ -250,7 +251,7 @@ def _make_pair(
     if rng.random() < 0.5:
         graphs, layouts, operations = graphs[::-1], layouts[::-1], _reverse(operations)
     style = sample_style(graphs[0].entities, rng)
-    images = [_encode(render_layout(layout, style, image_size)) for layout in layouts]
+    images = [{"bytes": _encode_png(pixels), "path": None} for pixels in draw_layouts(layouts, style, image_size)]
     wording, chosen_length = int(rng.integers(2**31)), length or LENGTHS[rng.integers(2)]
     texts = [describe_scene(graph, seed=wording, length=chosen_length) for graph in graphs]
     rows = [_row(texts, images, graphs[0], wording, level, operations, pair_seed)]
@@ -264,7 +265,7 @@ def _reverse(operations: list[Operation]) -> list[Operation]:
 
 
 def _sample_pair(rng, level, num_objects, num_relations, relations, split):
-    """A graph and its perturbation, a layout of each, and the operations."""
+    """Draw a graph and its perturbation; return both, a layout of each, and the operations."""
     for _ in range(100):
         objects, count = _draw_sizes(rng, num_objects, (max(num_relations[0], level), num_relations[1]))
         try:
@@ -272,7 +273,7 @@ def _sample_pair(rng, level, num_objects, num_relations, relations, split):
             perturbed, operations = perturb(graph, rng, level)
             return [graph, perturbed], place_together([graph, perturbed], rng), operations
         except ValueError:
-            continue  # no consistent graph, no valid change or no room in this draw; the next one may
+            continue  # this draw has no consistent graph, valid change or layout; the next one may
     raise ValueError(
         f"No pair with {level} changes, {num_objects} objects and {num_relations} relations of kinds {list(relations)} "
         "was found. Allow more objects, fewer relations or more kinds."
@@ -282,16 +283,32 @@ def _sample_pair(rng, level, num_objects, num_relations, relations, split):
 def _draw_sizes(
     rng: np.random.Generator, num_objects: tuple[int, int], num_relations: tuple[int, int]
 ) -> tuple[int, int]:
-    """Numbers of objects and of relations: enough objects that so many different pairs exist."""
+    """Draw the numbers of objects and relations, if possible with a different pair of objects for each relation."""
     count = int(rng.integers(num_relations[0], num_relations[1] + 1))
     least = next(n for n in itertools.count(num_objects[0]) if n * (n - 1) // 2 >= count or n == num_objects[1])
     return int(rng.integers(least, num_objects[1] + 1)), count
 
 
-def _encode(image) -> dict:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
-    return {"bytes": buffer.getvalue(), "path": None}
+def _encode_png(pixels: np.ndarray) -> bytes:
+    """
+    Encode an array `(height, width, 3)`, uint8, as a PNG file without filters. Pillow would choose a filter for each
+    row of pixels, which takes as long as the compression and, for flat shapes and noise that is the same in all
+    channels, makes the file larger.
+    """
+    height, width, _ = pixels.shape
+    lines = np.empty((height, 1 + 3 * width), np.uint8)
+    lines[:, 0] = 0  # no filter
+    lines[:, 1:] = pixels.reshape(height, -1)
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),  # 8 bits of red, green and blue
+        (b"IDAT", zlib.compress(lines.data, level=1)),
+        (b"IEND", b""),
+    )
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def _row(

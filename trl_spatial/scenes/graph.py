@@ -1,4 +1,4 @@
-"""Scene graphs: which objects there are and how they stand to each other."""
+"""Scene graphs: objects and the relations between them."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from .relations import RELATIONS
 from .shapes import SHAPES
 
 
-# Saturated colors that no two of which mix to a third along an edge of any length; the backgrounds are nearly grey.
+# Saturated colors, told apart by hue; backgrounds are nearly gray. A seam between two of them can look like a third.
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 32, 36),
     "orange": (246, 140, 20),
@@ -23,7 +23,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "purple": (132, 44, 200),
     "pink": (244, 76, 180),
 }
-# Half the width of an object, in canvas units, by its size word.
+# Size word → range of half the width of an object, in canvas units.
 RADII: dict[str | None, tuple[float, float]] = {"small": (0.07, 0.09), "large": (0.15, 0.18), None: (0.09, 0.13)}
 
 
@@ -66,7 +66,7 @@ class Entity:
 @dataclass(frozen=True, order=True)
 class Phrase:
     """
-    An object of a scene that is known by its name alone, in anybody's words.
+    An object of a scene that is known only by its name, in free text.
 
     Args:
         text (`str`):
@@ -77,14 +77,14 @@ class Phrase:
 
     @property
     def look(self) -> str:
-        """The name, whatever its capital letters."""
+        """The name in lower case."""
         return self.text.lower()
 
     def __str__(self) -> str:
         return self.text
 
 
-# An object of a scene, of any world: it can be hashed, its string is its name, and no two of a scene have the same `look`.
+# An object of a scene in any world: hashable, its string is its name, and no two in a scene have the same `look`.
 Thing: TypeAlias = Any
 
 
@@ -156,12 +156,12 @@ class SceneGraph:
 
     @property
     def split(self) -> str:
-        """Split of the scene. It depends on what the objects are alone, which a perturbation leaves as it is: no
-        set of objects is ever in two splits."""
+        """Split of the scene. It depends only on the set of objects, which a perturbation does not change, so no set
+        of objects is ever in two splits."""
         return split_of(self.entities)
 
 
-# What a relation becomes in the mirror, left and right exchanged; all others stay as they are.
+# Relations and sides that a mirror exchanges; all others stay the same.
 _MIRRORED_RELATIONS = {"left_of": "right_of", "right_of": "left_of"}
 _MIRRORED_SIDES = {"left": "right", "right": "left"}
 

@@ -1,12 +1,11 @@
-"""Placing a scene graph on the canvas: difference constraints, solved exactly.
+"""Places a scene graph on the canvas by solving difference constraints exactly.
 
 Every relation is a choice between a few lists of bounds on differences of coordinates, and so is keeping two objects
-apart. For one choice of each, the tightest implied bounds decide whether a layout exists, and any coordinate inside its
-implied interval extends to a whole layout: drawing them one by one never has to be undone (Dechter, Meiri and Pearl,
-"Temporal constraint networks", 1991).
+apart. For one choice of each, the tightest implied bounds decide whether a layout exists, and any coordinate inside
+its implied interval extends to a complete layout, so that drawing them one by one never has to backtrack (Dechter,
+Meiri and Pearl, "Temporal constraint networks", 1991).
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,10 +16,10 @@ from .placements import CANVAS, Bound, Slot, X, Y
 from .relations import RELATIONS
 
 
-# Distance between objects that no relation lets touch, and between objects and the border, in canvas units.
+# Minimum distance between objects that do not overlap, and between an object and the border, in canvas units.
 CLEARANCE = 0.035
 BORDER = 0.015
-# Branches to try before a graph counts as too crowded; a solvable graph of six objects needs a few dozen.
+# Branches to try before a graph is considered too crowded; a solvable graph of six objects needs a few dozen.
 MAX_BRANCHES = 1500
 
 
@@ -39,20 +38,25 @@ class PlacedObject:
 
 
 class DifferenceSystem:
-    """Upper bounds on all differences of coordinates, kept as tight as what was added implies."""
+    """Upper bounds on all differences of coordinates, kept as tight as the added bounds imply."""
 
     def __init__(self, upper: list[list[list[float]]]):
-        # upper[axis][i][j]: the most that position[j] - position[i] may be, for num_objects + 1 positions. Of so few numbers,
-        # lists are twice as fast as arrays.
+        # upper[axis][i][j]: upper bound of position[j] - position[i], for num_objects + 1 positions. For so few
+        # numbers, lists are twice as fast as arrays.
         self.upper = upper
 
     @classmethod
-    def empty(cls, num_objects: int) -> "DifferenceSystem":
-        size = range(num_objects + 1)
-        return cls([[[0.0 if i == j else math.inf for j in size] for i in size] for _ in (X, Y)])
+    def within_borders(cls, margins: Sequence[float]) -> "DifferenceSystem":
+        """Return the system of positions that each keep a margin, of at most a half, to all sides of the canvas."""
+        ends = [*margins, 0.0]  # the last position is that of `CANVAS`
+        starts = [*[1.0 - margin for margin in margins], 0.0]
+        rows = [[start - end for start in starts] for end in ends]
+        for i, row in enumerate(rows):
+            row[i] = 0.0
+        return cls([rows, rows[:]])
 
     def copy(self) -> "DifferenceSystem":
-        return DifferenceSystem([[row[:] for row in rows] for rows in self.upper])
+        return DifferenceSystem([rows[:] for rows in self.upper])  # `add` replaces rows and never changes them
 
     def add(self, bound: Bound) -> bool:
         """Add a bound; `False` if it contradicts the others."""
@@ -63,29 +67,32 @@ class DifferenceSystem:
         beyond = rows[lower]
         if beyond[upper] < minimum:
             return False
-        for row in rows:
+        for number, row in enumerate(rows):
             reach = row[upper] - minimum
-            if reach < row[lower]:  # else nothing behind `lower` comes nearer either
-                row[:] = [old if old <= reach + more else reach + more for old, more in zip(row, beyond, strict=True)]
+            if reach < row[lower]:  # otherwise no bound through `lower` gets tighter either
+                rows[number] = [
+                    old if old <= (new := reach + more) else new for old, more in zip(row, beyond, strict=False)
+                ]
         return True
 
-    def implies(self, bound: Bound) -> bool:
-        axis, lower, upper, minimum = bound
-        return -minimum >= self.upper[axis][upper][lower]
+    def implies(self, alternative: Sequence[Bound]) -> bool:
+        """Whether all these bounds already hold."""
+        return all(-minimum >= self.upper[axis][upper][lower] for axis, lower, upper, minimum in alternative)
 
-    def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """Draw positions `(num_objects, 2)`: each coordinate uniform in what the ones before leave it."""
+    def draw(self, rng: np.random.Generator) -> list[tuple[float, float]]:
+        """Draw the position of every object: each coordinate uniform in the interval that the earlier ones leave."""
         num_objects = len(self.upper[X]) - 1
-        positions = np.empty((num_objects, 2))
+        positions = [[0.0, 0.0] for _ in range(num_objects)]
         for axis in (X, Y):
             rows = self.upper[axis]
-            for index in rng.permutation(num_objects).tolist():
+            order, shares = rng.permutation(num_objects).tolist(), rng.random(num_objects).tolist()
+            for index, share in zip(order, shares, strict=True):
                 low, high = -rows[index][CANVAS], rows[CANVAS][index]
-                value = low + (high - low) * rng.random()
-                self.add(Bound(axis, CANVAS, index, value))
-                self.add(Bound(axis, index, CANVAS, -value))
-                positions[index, axis] = value
-        return positions
+                value = positions[index][axis] = low + (high - low) * share
+                if index != order[-1]:
+                    self.add(Bound(axis, CANVAS, index, value))
+                    self.add(Bound(axis, index, CANVAS, -value))
+        return [(x, y) for x, y in positions]
 
 
 def sample_radii(graphs: Sequence[SceneGraph], rng: np.random.Generator, freedom: float = 1.0) -> dict[Entity, float]:
@@ -97,7 +104,7 @@ def sample_radii(graphs: Sequence[SceneGraph], rng: np.random.Generator, freedom
     Raises:
         [`LayoutError`]: if a size word and a relation, or two relations, ask for different sizes.
     """
-    # many objects have to be smaller to leave room for each other
+    # more objects have to be smaller, to leave room for each other
     crowding = min(1.0, (4.5 / len(graphs[0].entities)) ** 0.5)
     ranges = {
         entity: RADII[entity.size] if entity.size else tuple(max(r * crowding, 0.075) for r in RADII[None])
@@ -126,15 +133,20 @@ def place_scene(graph: SceneGraph, radii: dict[Entity, float], rng: np.random.Ge
     Raises:
         [`LayoutError`]: if no layout satisfies the graph.
     """
-    entities = list(graph.entities)
+    positions = _solve(graph, radii, rng).draw(rng)
+    placed = [PlacedObject(e, x, y, radii[e]) for e, (x, y) in zip(graph.entities, positions, strict=True)]
+    return [placed[i] for i in _drawing_order(graph, rng)]
+
+
+def _solve(graph: SceneGraph, radii: dict[Entity, float], rng: np.random.Generator) -> DifferenceSystem:
+    """Return consistent bounds for the layouts of a graph; raises a [`LayoutError`] if none are found."""
+    entities = graph.entities
     index = {entity: i for i, entity in enumerate(entities)}
     sizes = [radii[entity] for entity in entities]
-    system = DifferenceSystem.empty(len(entities))
-    for i, radius in enumerate(sizes):
-        for axis in (X, Y):
-            system.add(Bound(axis, CANVAS, i, radius + BORDER))
-            if not system.add(Bound(axis, i, CANVAS, radius + BORDER - 1.0)):
-                raise LayoutError(f"The {entities[i]} of radius {radius:.2f} is larger than the canvas.")
+    for entity, radius in zip(entities, sizes, strict=True):
+        if radius + BORDER > 0.5:
+            raise LayoutError(f"The {entity} of radius {radius:.2f} is larger than the canvas.")
+    system = DifferenceSystem.within_borders([radius + BORDER for radius in sizes])
     choices, apart = [], {(i, j) for j in range(len(entities)) for i in range(j)}
     for relation in graph.relations:
         kind = RELATIONS[relation.name]
@@ -142,32 +154,30 @@ def place_scene(graph: SceneGraph, radii: dict[Entity, float], rng: np.random.Ge
         choices.append(kind.place(slots, relation.region))
         if kind.is_overlapping:
             apart.discard(tuple(sorted(slot.number for slot in slots)))
-    choices.sort(key=len)  # what has no alternative comes first and narrows the rest
+    choices.sort(key=len)  # choices without an alternative come first and narrow the rest
     for i, j in sorted(apart):
         distance = sizes[i] + sizes[j] + CLEARANCE
         choices.append([[Bound(axis, *pair, distance)] for axis in (X, Y) for pair in ((i, j), (j, i))])
     solved = choose_alternatives(system, choices, rng, [MAX_BRANCHES])
     if solved is None:
         raise LayoutError(f"No layout satisfies {[str(relation) for relation in graph.relations]} at once.")
-    positions = solved.draw(rng)
-    placed = [PlacedObject(e, float(x), float(y), r) for e, (x, y), r in zip(entities, positions, sizes, strict=True)]
-    return [placed[i] for i in _drawing_order(graph, index, rng)]
+    return solved
 
 
 def choose_alternatives(system: DifferenceSystem, choices: list, rng: np.random.Generator, budget: list[int]):
-    """Depth-first search for one alternative of every choice that are consistent together."""
+    """Search depth-first for one alternative of every choice such that all are consistent."""
     if not choices:
         return system
     alternatives, *rest = choices
-    # nothing to choose where one alternative already holds
-    if any(all(map(system.implies, alternative)) for alternative in alternatives):
+    # no choice is needed if one alternative already holds
+    if any(map(system.implies, alternatives)):
         return choose_alternatives(system, rest, rng, budget)
     order = rng.permutation(len(alternatives)).tolist() if len(alternatives) > 1 else [0][: len(alternatives)]
     for k in order:
         budget[0] -= 1
         if budget[0] < 0:
             return None
-        trial = system if k == order[-1] else system.copy()  # whoever called has no use for it if the last one fails
+        trial = system if k == order[-1] else system.copy()  # the caller discards `system` if the last one fails
         if all(map(trial.add, alternatives[k])):
             solved = choose_alternatives(trial, rest, rng, budget)
             if solved is not None:
@@ -175,14 +185,14 @@ def choose_alternatives(system: DifferenceSystem, choices: list, rng: np.random.
     return None
 
 
-def _drawing_order(graph: SceneGraph, index: dict[Entity, int], rng: np.random.Generator) -> list[int]:
-    """Indices of the entities, those behind first; an object takes part in one overlap at most."""
-    depth = dict(enumerate(rng.random(len(index))))
+def _drawing_order(graph: SceneGraph, rng: np.random.Generator) -> list[int]:
+    """Return the indices of the entities from back to front; an object takes part in one overlap at most."""
+    depth = dict(enumerate(rng.random(len(graph.entities))))
     for relation in graph.relations:
         if relation.name in ("front_of", "inside"):
-            depth[index[relation.arguments[0]]] = 2.0
+            depth[graph.entities.index(relation.arguments[0])] = 2.0
         elif relation.name in ("behind", "contains"):
-            depth[index[relation.arguments[1]]] = 2.0
+            depth[graph.entities.index(relation.arguments[1])] = 2.0
     return sorted(depth, key=depth.__getitem__)
 
 
@@ -197,7 +207,7 @@ def place_together(
         [`LayoutError`]: if no layout was found.
     """
     for draw in range(num_draws):
-        # every other draw is from all sizes: "far from" needs a large object between more often than a small one
+        # every other draw is from all sizes: "far from" more often needs a large object in between than a small one
         radii = sample_radii(graphs, rng, freedom=1.0 - draw / num_draws if draw % 2 else 1.0)
         try:
             return [place_scene(graph, radii, rng) for graph in graphs]
@@ -210,7 +220,14 @@ def place_together(
 def is_placeable(graphs: Sequence[SceneGraph], rng: np.random.Generator) -> bool:
     """Whether every one of several graphs over the same objects has a layout with one draw of the objects' sizes."""
     try:
-        place_together(graphs, rng, num_draws=1)
+        radii = sample_radii(graphs, rng)
+        for graph in graphs:
+            _solve(graph, radii, rng)
+            # draw as `place_scene` would, so that seeds give the same scenes as in versions that placed objects here
+            for _ in (X, Y):
+                rng.permutation(len(radii))
+                rng.random(len(radii))
+            rng.random(len(radii))
     except LayoutError:
         return False
     return True

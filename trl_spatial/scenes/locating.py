@@ -1,14 +1,14 @@
-"""Finding the colored shapes of an image: pixels → pieces of one color → outlines.
+"""Locates the colored shapes of an image: pixels → pieces of one color → outlines.
 
-Nothing here knows how an image was made. Pixels are assigned to palette colors by hue, connected pixels form pieces, and
-to every piece an outline is fitted, also where another object hides a part of it.
+Nothing here depends on how an image was made. Pixels are assigned to palette colors by hue, connected pixels form
+pieces, and an outline is fitted to every piece, even if another object hides part of it.
 """
 
 from dataclasses import dataclass, replace
 
 import numpy as np
+import scipy  # loads `ndimage` when it is first used
 from PIL import Image
-from scipy import ndimage
 
 from .graph import COLORS
 from .relations import LocatedObject
@@ -16,24 +16,24 @@ from .segmentation import BACKGROUND, LUMA_AXIS, SEAM, Segmentation, dilate, is_
 from .shapes import SHAPES, signed_distance
 
 
-# What does not look like any of `SHAPES`.
+# Shape of an object that fits none of `SHAPES`.
 UNKNOWN = "unknown"
-# Larger images are reduced and smaller ones enlarged, so that an object is some ten to forty pixels wide.
+# Larger images are reduced and smaller ones enlarged, so that objects are about ten to forty pixels wide.
 SMALLEST_SIDE, LARGEST_SIDE = 64, 112
 MAX_RADIUS = 0.3
-# Least overlap of a piece with the best outline (intersection over union).
+# Minimum overlap (intersection over union) of a piece with its best outline.
 MIN_OVERLAP = 0.75
-# Overlap from which an outline needs no other explanation.
+# From this overlap on, an outline is accepted without trying a partly hidden one.
 CLEAR_OVERLAP = 0.88
-# Else it is taken for half-hidden if this much more overlap is gained: measured, 0.08 is gained at most by objects that are
-# not, 0.16 at least by those that are.
+# Otherwise a partly hidden outline must gain this much overlap. Measured gains: at most 0.08 for fully visible
+# objects, at least 0.16 for partly hidden ones.
 HIDDEN_MARGIN = 0.13
-# Overlap of a sharp image's clearest object. Else a blur is looked for, standard deviations in pixels.
+# Overlap of the clearest object in a sharp image. Below it, these blurs are tried, standard deviations in pixels.
 SHARP_OVERLAP = 0.97
 BLURS = (0.5, 0.8, 1.1, 1.5)
-# What an outline gains by being visible completely: of two that fit, the one that hides less is the likelier.
+# Bonus of a completely visible outline: of two that fit, the one with less of it hidden is more likely.
 _COMPLETENESS_BONUS = 0.08
-# Where an image is not sharp, lightness counts for an edge this much more than chroma: JPEG keeps it at twice the resolution.
+# Weight of lightness over chroma at the edges of blurred images: JPEG stores it at twice the resolution.
 LUMA_WEIGHT = 15.0
 
 
@@ -79,7 +79,9 @@ def locate_objects(image: Image.Image | np.ndarray) -> list[LocatedObject]:
 
 
 def _working_scale(side: int) -> float:
-    """Factor that brings an image of this width to a size at which objects are neither tiny nor slow to fit."""
+    """
+    Return the factor that scales an image of this side to a size at which objects are neither tiny nor slow to fit.
+    """
     return 1 / -(-side // LARGEST_SIDE) if side > LARGEST_SIDE else max(round(SMALLEST_SIDE / side), 1)
 
 
@@ -92,23 +94,23 @@ class _Outline:
     x: float  # center, in pixels
     y: float
     radius: float
-    overlap: float  # of the outline and the piece where nothing can hide either, in [0, 1]
+    overlap: float  # intersection over union with the piece, in [0, 1], ignoring pixels where either can be hidden
     completeness: float
 
 
 @dataclass(frozen=True)
 class _Evidence:
-    """What the pixels around a piece say about its outline, on a crop."""
+    """Evidence of the outline of a piece, on a crop around it."""
 
     x: np.ndarray  # (1, width), centers of the crop's pixels
     y: np.ndarray  # (height, 1)
     coverage: np.ndarray  # (height, width), share of each pixel that the piece covers
-    weight: np.ndarray  # (height, width), 0 where another object can hide the piece
+    weight: np.ndarray  # (height, width), 0 where another object can hide the piece, otherwise 1
     blur: float = 0.0
 
 
 def _estimate_blur(segmentation: Segmentation) -> float:
-    """Blur with which the image's clearest object fits best, a standard deviation in pixels."""
+    """Return the blur, a standard deviation in pixels, with which the clearest object of the image fits best."""
     views = []
     for color, pieces in segmentation.pieces.items():
         for piece in pieces:
@@ -127,7 +129,7 @@ def _estimate_blur(segmentation: Segmentation) -> float:
 
 
 def _fit_pieces(pieces: list[np.ndarray], color: int, segmentation: Segmentation) -> list[tuple[np.ndarray, _Outline]]:
-    """Outlines of the pieces of one color; pieces inside the outline of a larger one are parts of it."""
+    """Fit outlines to the pieces of one color; pieces inside the outline of a larger one are merged into it."""
     fitted = []
     rest = list(pieces)
     while rest:
@@ -145,7 +147,7 @@ def _fit_pieces(pieces: list[np.ndarray], color: int, segmentation: Segmentation
 
 
 def _fit_outline(piece: np.ndarray, color: int, segmentation: Segmentation) -> _Outline:
-    """The outline of a piece in front of everything, or else one of which others hide a part."""
+    """Fit the outline of a piece: one that is fully visible or, if that fits clearly better, a partly hidden one."""
     evidence = _gather_evidence(piece, color, segmentation, margin=3)
     starts = _starts_from_moments(evidence)
     front = _fit_front(evidence, starts)
@@ -163,11 +165,11 @@ def _fit_front(evidence: _Evidence, starts: dict[str, np.ndarray]) -> _Outline:
 def _fit_hidden(
     piece: np.ndarray, color: int, segmentation: Segmentation, starts: dict[str, np.ndarray]
 ) -> list[_Outline]:
-    """Outlines of a piece that others hide a part of; none if none can."""
+    """Fit outlines that other objects partly hide; returns an empty list if nothing can hide the piece."""
     foreign = segmentation.foreign(piece)
     touching = foreign & piece
     border = dilate(piece) & ~piece
-    # what another object surrounds is in front of it
+    # a piece that is surrounded by another object is in front of it
     if not touching.any() or (border & ~foreign).sum() <= 0.2 * border.sum():
         return []
     evidence = _gather_evidence(piece, color, segmentation, int(MAX_RADIUS * max(piece.shape)), foreign)
@@ -180,7 +182,7 @@ def _fit_hidden(
 def _gather_evidence(
     piece: np.ndarray, color: int, segmentation: Segmentation, margin: int, foreign: np.ndarray | None = None
 ) -> _Evidence:
-    """Crop around a piece. Pixels of `foreign` say nothing about its outline, if given."""
+    """Collect the evidence on a crop around a piece. Pixels of `foreign`, if given, say nothing about its outline."""
     top, bottom, left, right = _bounding_box(piece)
     rows, columns = slice(max(top - margin, 0), bottom + margin + 1), slice(max(left - margin, 0), right + margin + 1)
     is_piece, chroma = piece[rows, columns], segmentation.chroma[rows, columns]
@@ -210,7 +212,7 @@ def _gather_evidence(
 def _mix_in_luma(
     coverage: np.ndarray, strength: np.ndarray, luma: np.ndarray, is_piece: np.ndarray, is_plain: np.ndarray
 ) -> np.ndarray:
-    """Coverage `(height, width)` by chroma, and by lightness as well in the piece and the background around it."""
+    """Refine the coverage `(height, width)` by chroma with lightness, in the piece and on the background."""
     around = is_plain & ~dilate(is_piece)
     if not around.any():
         return coverage
@@ -225,18 +227,18 @@ def _mix_in_luma(
 
 
 def _bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """First and last row, first and last column."""
+    """Return the first and last row, and the first and last column, of a mask."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     return int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])
 
 
-# Area of a shape of radius 1, and how far below its center its centroid lies.
+# Area of a shape of radius 1, and the distance of its centroid below its center.
 _AREAS = {"circle": np.pi, "square": 4.0, "triangle": 2.0, "diamond": 2.0}
 _CENTROIDS = {"circle": 0.0, "square": 0.0, "triangle": 1 / 3, "diamond": 0.0}
 
 
 def _starts_from_moments(evidence: _Evidence) -> dict[str, np.ndarray]:
-    """Outline `(1, 3)` of every shape with the piece's area and centroid: exact, blurred or not, where nothing is hidden."""
+    """Return an outline `(1, 3)` per shape with the piece's area and centroid: exact if nothing is hidden."""
     mass = evidence.coverage * evidence.weight
     area = max(float(mass.sum()), 1.0)
     x, y = float((mass * evidence.x).sum()) / area, float((mass * evidence.y).sum()) / area
@@ -248,7 +250,9 @@ def _starts_from_moments(evidence: _Evidence) -> dict[str, np.ndarray]:
 
 
 def _starts_from_box(piece: np.ndarray, touching: np.ndarray) -> np.ndarray:
-    """Outlines `(num_starts, 3)` with the piece's bounding box at every side where nothing can hide it."""
+    """
+    Return outlines `(num_starts, 3)` that agree with the piece's bounding box on every side where nothing can hide it.
+    """
     top, bottom, left, right = _bounding_box(piece)
     is_open = [
         bool(touching[top : top + 2].any()),
@@ -283,16 +287,16 @@ def _centers(low: float, high: float, radius: float, is_low_open: bool, is_high_
 
 
 def _render(evidence: _Evidence, shape: str, outlines: np.ndarray) -> np.ndarray:
-    """Coverage `(num_outlines, height, width)` of outlines `(num_outlines, 3)`."""
+    """Render outlines `(num_outlines, 3)` to coverage `(num_outlines, height, width)`."""
     x, y, radius = (outlines[:, i, None, None] for i in range(3))
     coverage = np.clip(0.5 - signed_distance(shape, evidence.x - x, evidence.y - y, radius), 0.0, 1.0)
     if evidence.blur:
-        ndimage.gaussian_filter(coverage, (0.0, evidence.blur, evidence.blur), truncate=2.5, output=coverage)
+        scipy.ndimage.gaussian_filter(coverage, (0.0, evidence.blur, evidence.blur), truncate=2.5, output=coverage)
     return coverage
 
 
 def _overlap(evidence: _Evidence, rendered: np.ndarray) -> np.ndarray:
-    """Intersection over union `(num_outlines,)` of outlines with the piece."""
+    """Return the intersection over union `(num_outlines,)` of rendered outlines with the piece."""
     coverage = np.clip(evidence.coverage, 0.0, 1.0)
     intersection = (np.minimum(rendered, coverage) * evidence.weight).sum(axis=(1, 2))
     union = (np.maximum(rendered, coverage) * evidence.weight).sum(axis=(1, 2))
@@ -310,7 +314,7 @@ def _best_outline(evidence: _Evidence, shape: str, starts: np.ndarray) -> _Outli
 
 
 def _refine_outline(evidence: _Evidence, outline: _Outline) -> _Outline:
-    """Gauss-Newton steps on the difference between the coverage of an outline and of the piece."""
+    """Take Gauss-Newton steps on the difference of the coverages of outline and piece, as long as they help."""
     steps = 0.25 * np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=np.float32)
     coverage = np.clip(evidence.coverage, 0.0, 1.0) * evidence.weight
     for _ in range(3):
@@ -327,7 +331,7 @@ def _refine_outline(evidence: _Evidence, outline: _Outline) -> _Outline:
 
 
 def _locate(piece: np.ndarray, outline: _Outline, color: int, size: tuple[int, int], scale: float) -> LocatedObject:
-    """The object in canvas units, its mask at the size of the image."""
+    """Convert an outline to an object in canvas units, with its mask at the size of the image."""
     height, width = size
     side = max(height, width)
     rows, columns = ((np.arange(length) + 0.5) * scale for length in size)

@@ -1,7 +1,8 @@
-"""Sampling consistent scene graphs, and changing one to three of their relations."""
+"""Samples consistent scene graphs, and changes some of their relations."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -56,12 +57,14 @@ def sample_graph(
     for _ in range(_ATTEMPTS):
         entities = sample_entities(rng, num_objects, split, size_probability, colors, shapes)
         chosen: list[Relation] = []
+        related: set[frozenset] = set()
         for _ in range(20 * num_relations):
             if len(chosen) == num_relations:
                 break
-            relation = _sample_relation(rng, entities, chosen, relations)
+            relation = _sample_relation(rng, entities, chosen, related, relations)
             if relation is not None:
                 chosen.append(relation)
+                related |= _pairs(relation)
         graph = SceneGraph(entities, tuple(chosen))
         if len(chosen) == num_relations and is_placeable([graph], rng):
             return graph
@@ -71,19 +74,21 @@ def sample_graph(
     )
 
 
-def _sample_relation(rng, entities, chosen, names) -> Relation | None:
-    """Draw one more relation, or `None` if the draw does not fit what is there."""
+def _sample_relation(rng, entities, chosen, related, names) -> Relation | None:
+    """
+    Draw one more relation, or `None` if the draw conflicts with the `chosen` ones, whose [`_pairs`] are `related`.
+    """
     kind = RELATIONS[names[rng.integers(len(names))]]
     mentioned = {entity for relation in chosen for entity in relation.arguments}
-    # objects that nothing is said of come first
-    order = sorted(rng.permutation(len(entities)), key=lambda i: entities[i] in mentioned)
+    # objects without a relation come first
+    order = sorted(rng.permutation(len(entities)).tolist(), key=lambda i: entities[i] in mentioned)
     size = kind.num_arguments
     if len(entities) < size:
         return None
-    arguments = tuple(entities[order[i]] for i in rng.permutation(size))
+    arguments = tuple(entities[order[i]] for i in rng.permutation(size).tolist())
     region = list(REGIONS)[rng.integers(len(REGIONS))] if kind.name == "at" else None
     relation = Relation(kind.name, arguments, region)
-    if _pairs(relation) & {pair for other in chosen for pair in _pairs(other)}:
+    if not related.isdisjoint(_pairs(relation)):
         return None
     if kind.is_overlapping and any(
         RELATIONS[other.name].is_overlapping and set(other.arguments) & set(arguments) for other in chosen
@@ -93,14 +98,14 @@ def _sample_relation(rng, entities, chosen, names) -> Relation | None:
 
 
 def _pairs(relation: Relation) -> set[frozenset]:
-    """What the relation speaks about: pairs of its objects, or its only object."""
+    """Return the pairs of objects that a relation relates, or its only object."""
     if len(relation.arguments) == 1:
         return {frozenset(relation.arguments)}
-    return {frozenset((a, b)) for a in relation.arguments for b in relation.arguments if a != b}
+    return {frozenset(pair) for pair in combinations(relation.arguments, 2)}
 
 
 def _changes(relation: Relation) -> list[Operation]:
-    """All changes of one relation that contradict it."""
+    """Return all changes of one relation that contradict it."""
     kind, arguments = RELATIONS[relation.name], relation.arguments
     if relation.name == "at":
         mirrored = MIRRORED_REGIONS.get(str(relation.region))
@@ -110,7 +115,7 @@ def _changes(relation: Relation) -> list[Operation]:
             if region != relation.region
         ]
     if len(arguments) > 2:
-        # the middle of `between` is its first argument; in a row neighbors exchange
+        # in `between`, exchange the middle (the first argument) with an end; in a row, exchange neighbors
         swaps = [(0, 1), (0, 2)] if relation.name == "between" else [(i, i + 1) for i in range(len(arguments) - 1)]
         changes = []
         for i, j in swaps:
@@ -136,7 +141,7 @@ def perturb(
     is_possible: Callable[[Sequence[SceneGraph], np.random.Generator], bool] = is_placeable,
 ) -> tuple[SceneGraph, list[Operation]]:
     """
-    Change some relations of a graph and hold the rest.
+    Change some relations of a graph and keep the rest.
 
     Every change contradicts the relation it replaces, and the new graph is consistent with the same objects at the same
     sizes: hence no changed relation was implied by the unchanged ones.
@@ -174,7 +179,7 @@ def perturb(
         foremost = next(i for i in order if i in first)
         for i in [foremost, *(i for i in order if i != foremost)][:num_changes]:
             changes = _changes(relations[i])
-            # first the operation, then one of its ways: the many regions of `at` are one `move`
+            # draw the operation first, then one of its changes: the many regions of `at` are one `move`
             kinds = sorted({change.operation for change in changes})
             kind = kinds[rng.integers(len(kinds))]
             ways = [change for change in changes if change.operation == kind]

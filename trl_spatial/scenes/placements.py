@@ -1,7 +1,7 @@
-"""How objects are placed so that a relation holds between them, as bounds on differences of their positions.
+"""Places objects so that a relation holds between them, by bounds on differences of their positions.
 
 Positions are in canvas units: x to the right, y down, both from 0 to 1. A placement maps slots to alternatives, each a list of
-bounds that hold together. Placements demand more than the rules do, so that a placed relation is never a close call.
+bounds that must all hold. Placements demand more than the rules do, so that a placed relation is never a close call.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ CANVAS = -1
 X, Y = 0, 1
 Placement = Callable[[Sequence[Slot], str | None], list[list[Bound]]]
 
-# Every region is a cell of a 3 × 3 grid: (column, row).
+# Region → its cell in a 3 × 3 grid: (column, row).
 REGIONS = {
     "top left corner": (0, 0),
     "top right corner": (2, 0),
@@ -61,7 +61,7 @@ def place_above(slots, region):
 
 
 def place_on(slots, region):
-    # hardly shifted, so that the contact is at the top of round and pointed supports too
+    # hardly any sideways shift, so that even on round and pointed supports the contact is at the top
     a, b = slots
     reach = a.radius + b.radius
     return [_within(Y, a.number, b.number, reach, reach + 0.004) + _within(X, a.number, b.number, -0.02, 0.02)]
@@ -70,13 +70,13 @@ def place_on(slots, region):
 def place_inside(slots, region):
     inner, outer = slots
     if outer.shape == "triangle":
-        return []  # no room
-    # a square's corner stays inside a diamond: |x| + |y| <= radius
+        return []  # too little room
+    # even the corner of a square stays inside a diamond: |x| + |y| <= radius
     slack = max((outer.radius - 2 * inner.radius) / 2 - 0.008, 0.0)
     return [[bound for axis in (X, Y) for bound in _within(axis, outer.number, inner.number, -slack, slack)]]
 
 
-# Share of the object behind that is hidden: enough to see the order, little enough to recognize the object.
+# Share of the object behind that is hidden: enough to show the order, little enough to recognize the object.
 HIDDEN_SHARE = 0.35
 
 
@@ -87,7 +87,7 @@ def place_front_of(slots, region):
     for axis in (X, Y):
         for sign in (-1, 1):
             if (front.shape, behind.shape, axis, sign) == ("square", "triangle", Y, 1):
-                continue  # a square before the foot of a triangle leaves a smaller, whole triangle: it looks like "on"
+                continue  # a square over the base of a triangle leaves a smaller triangle, which looks like "on"
             offset = radius * hiding_offset(front.shape, behind.shape, axis, sign, HIDDEN_SHARE)
             first, second = (behind, front) if sign == 1 else (front, behind)
             along = _within(axis, first.number, second.number, 0.95 * offset, 1.05 * offset)

@@ -1,7 +1,7 @@
-"""The spatial relations: for each its logic, its wording, how to place it and how to check it.
+"""The spatial relations, each with its logic, wordings, placement and rule.
 
-Adding a relation is adding one entry to `RELATIONS`. Positions are in canvas units: x to the right, y down, both from 0
-to 1; left and right are the viewer's, "in front" is nearer to the viewer.
+To add a relation, add an entry to `RELATIONS`. Positions are in canvas units: x to the right, y down, both from 0 to
+1; left and right are the viewer's, "in front" is nearer to the viewer.
 """
 
 import math
@@ -18,7 +18,7 @@ from .shapes import signed_distance
 
 
 class Verdict(StrEnum):
-    """What a rule says about one relation in one image."""
+    """The verdict of a rule on one relation in one image."""
 
     SATISFIED = "satisfied"
     VIOLATED = "violated"
@@ -43,7 +43,7 @@ class LocatedObject:
 
 
 Rule = Callable[[Sequence[LocatedObject], str | None], tuple[Verdict, str]]
-# Rules: located objects → verdict and reason. Between the two thresholds a rule abstains.
+# A rule maps located objects to a verdict and a reason. Between its two thresholds it abstains.
 
 
 def graded(value: float, satisfied_from: float, violated_to: float, text: str) -> tuple[Verdict, str]:
@@ -55,13 +55,13 @@ def graded(value: float, satisfied_from: float, violated_to: float, text: str) -
 
 
 def _gap(a: LocatedObject, b: LocatedObject) -> float:
-    """Distance between the two bounding boxes, 0 where they touch or overlap."""
+    """Distance between two bounding boxes, 0 if they touch or overlap."""
     gap_x, gap_y = (max(abs(p - q) - a.radius - b.radius, 0.0) for p, q in ((a.x, b.x), (a.y, b.y)))
     return math.hypot(gap_x, gap_y)
 
 
 def _enclosed_share(inner: LocatedObject, outer: LocatedObject) -> float:
-    """Share of `inner`'s visible pixels that lie inside `outer`'s outline."""
+    """Share of `inner`'s visible pixels that are inside `outer`'s outline."""
     height, width = inner.mask.shape
     side = max(height, width)
     rows, columns = np.nonzero(inner.mask)
@@ -147,7 +147,7 @@ def _check_between(objects, region):
 
 
 _CELL_CENTERS = (0.0, 0.5, 1.0)
-# The regions a flip turns into each other; the center has no opposite.
+# Region → the opposite one, which a flip turns it into; the center has none.
 MIRRORED_REGIONS = {
     name: next(other for other, cell in REGIONS.items() if cell == (2 - column, 2 - row))
     for name, (column, row) in REGIONS.items()
@@ -157,7 +157,7 @@ MIRRORED_REGIONS = {
 
 def _check_at(objects, region):
     (a,) = objects
-    # distance of the center from the cell's middle line; the outer cells reach to the border
+    # distance of the center from the middle line of a middle cell, or from the outer 0.2 of the canvas for outer cells
     off = max(
         abs(position - _CELL_CENTERS[cell]) - (0.0 if cell == 1 else 0.2)
         for position, cell in zip((a.x, a.y), REGIONS[region], strict=True)
@@ -177,7 +177,7 @@ def _check_row_order(objects, region):
 
 
 def _swapped(function):
-    """The same rule or placement with its two arguments exchanged."""
+    """Return a rule or placement with its two arguments exchanged."""
 
     def swapped(items, region):
         return function(items[::-1], region)

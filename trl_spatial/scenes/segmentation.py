@@ -1,23 +1,23 @@
-"""Pixels → pieces of one color each: the first half of finding the colored shapes of an image."""
+"""Segments an image into pieces of one color: the first step of locating its colored shapes."""
 
 from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # loads `ndimage` when it is first used
 from PIL import Image
-from scipy import ndimage
 
 from .graph import COLORS
 
 
 MIN_IMAGE_SIZE = 24
-# Median difference of neighboring pixels from which an image is noise; independent noise of standard deviation 32 has it.
+# Median difference of neighbors above which an image is noise: that of independent noise of standard deviation 32.
 NOISE_STEP = 30
-# Smaller pieces are specks, in shares of the canvas; the smallest object of the world covers 0.01.
+# Share of the canvas below which a piece is a speck; the smallest object of the world covers 0.01.
 MIN_AREA = 0.003
 _NEIGHBORS = np.ones((3, 3), dtype=bool)
 
-# Plane of the colors without their lightness: an edge pixel lies on the line between its two sides there as well.
+# Projects colors to a plane without lightness; linear, so that edge pixels stay on the line between their two sides.
 _CHROMA_AXES = np.array([[1.0, -0.5, -0.5], [0.0, 0.75**0.5, -(0.75**0.5)]], dtype=np.float32).T
 LUMA_AXIS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 _PALETTE = np.array(list(COLORS.values()), dtype=np.float32) @ _CHROMA_AXES  # (num_colors, 2)
@@ -31,10 +31,10 @@ SEAM = -2  # between two objects, where their colors mix
 class Segmentation:
     """An image whose pixels are assigned to colors, and the connected pieces of each color."""
 
-    chroma: np.ndarray  # (height, width, 2), the background's subtracted
+    chroma: np.ndarray  # (height, width, 2), relative to the background
     labels: np.ndarray  # (height, width), index of the color, `BACKGROUND` or `SEAM`
     pieces: dict[int, list[np.ndarray]]  # index of the color → masks (height, width), the largest first
-    blur: float = 0.0  # of the image, a standard deviation in pixels
+    blur: float = 0.0  # blur of the image, a standard deviation in pixels
     luma: np.ndarray | None = None  # (height, width), lightness, only if the image is not sharp
 
     def foreign(self, piece: np.ndarray) -> np.ndarray:
@@ -59,7 +59,7 @@ class Segmentation:
 
 
 def dilate(mask: np.ndarray, num_steps: int = 1) -> np.ndarray:
-    """The mask and all pixels up to `num_steps` away, diagonals included."""
+    """Return the mask extended by all pixels up to `num_steps` away, diagonals included."""
     for _ in range(num_steps):
         wide = mask.copy()
         wide[:, 1:] |= mask[:, :-1]
@@ -91,13 +91,15 @@ def to_array(image: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def is_noise(pixels: np.ndarray) -> bool:
-    """Whether most neighboring pixels `(height, width, 3)` differ widely, as no picture's do."""
+    """Whether most neighboring pixels `(height, width, 3)` differ more than in any picture."""
     steps = np.abs(np.diff(pixels[::2].astype(np.int16), axis=1))
     return bool(np.median(steps) > NOISE_STEP)
 
 
 def segment(pixels: np.ndarray) -> Segmentation:
-    """The pieces of an image `(height, width, 3)`; seams between two objects are no pieces."""
+    """
+    Segment an image `(height, width, 3)` into pieces of one color; seams between two objects do not count as pieces.
+    """
     chroma = pixels.reshape(-1, 3).astype(np.float32) @ _CHROMA_AXES
     strength = chroma @ _PALETTE_HUES.T  # (num_pixels, num_colors)
     nearest = strength.argmax(axis=1)
@@ -110,7 +112,7 @@ def segment(pixels: np.ndarray) -> Segmentation:
     smallest = max(MIN_AREA * labels.size, 3)
     candidates: list[tuple[int, np.ndarray]] = []
     for color in np.flatnonzero(np.bincount(labels[labels >= 0], minlength=len(_PALETTE)) >= smallest).tolist():
-        numbered, _ = ndimage.label(labels == color, structure=_NEIGHBORS)
+        numbered, _ = scipy.ndimage.label(labels == color, structure=_NEIGHBORS)
         areas = np.bincount(numbered.ravel())
         areas[0] = 0
         order = [number for number in np.argsort(-areas) if areas[number] >= smallest]
@@ -127,8 +129,8 @@ def segment(pixels: np.ndarray) -> Segmentation:
 
 
 def _is_fringe(piece: np.ndarray, color: int, candidates: list[tuple[int, np.ndarray]]) -> bool:
-    """Whether a piece is only the seam between two objects whose colors mix to a third."""
-    if piece.sum() > 0.03 * piece.size or ndimage.binary_erosion(piece, _NEIGHBORS, iterations=2).any():
+    """Whether a piece is only the seam between two objects whose colors mix to its color."""
+    if piece.sum() > 0.03 * piece.size or scipy.ndimage.binary_erosion(piece, _NEIGHBORS, iterations=2).any():
         return False
     border = dilate(piece) & ~piece
     touching = [other for other, mask in candidates if other != color and (border & mask).sum() > 1]
@@ -136,7 +138,7 @@ def _is_fringe(piece: np.ndarray, color: int, candidates: list[tuple[int, np.nda
 
 
 def _is_mixture(color: int, first: int, second: int) -> bool:
-    """Whether mixtures of two palette colors are taken for a third."""
+    """Whether some mixture of the palette colors `first` and `second` is taken for `color`."""
     share = np.linspace(0.0, 1.0, 9)[:, None]
     mixed = share * _PALETTE[first] + (1 - share) * _PALETTE[second]
     return bool(((mixed @ _PALETTE_HUES.T).argmax(axis=1) == color).any())

@@ -1,4 +1,4 @@
-"""The outlines of the world's shapes."""
+"""The shapes of the world and their outlines."""
 
 from functools import cache
 
@@ -25,18 +25,24 @@ def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float | 
     raise ValueError(f"No outline for shape {shape!r}; choose one of {SHAPES}.")
 
 
-def hidden_share(front: str, behind: str, dx: float, dy: float, resolution: int = 200) -> float:
-    """Share of the shape `behind` that `front`, of the same radius and shifted by `(dx, dy)` radii, covers."""
+@cache
+def _points_inside(shape: str, resolution: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    """Return the coordinates of the points of a grid that are inside a shape of radius 1."""
     grid = (np.arange(resolution) + 0.5) / resolution * 2 - 1
-    back = signed_distance(behind, grid, grid[:, None], 1.0) < 0
-    cover = signed_distance(front, grid - dx, grid[:, None] - dy, 1.0) < 0
-    return float((back & cover).sum() / back.sum())
+    rows, columns = np.nonzero(signed_distance(shape, grid, grid[:, None], 1.0) < 0)
+    return grid[columns], grid[rows]
+
+
+def hidden_share(front: str, behind: str, dx: float, dy: float) -> float:
+    """Share of the shape `behind` that `front`, of the same radius and shifted by `(dx, dy)` radii, covers."""
+    x, y = _points_inside(behind)
+    return float((signed_distance(front, x - dx, y - dy, 1.0) < 0).mean())
 
 
 @cache
 def hiding_offset(front: str, behind: str, axis: int, sign: int, share: float) -> float:
     """Shift along an axis (0: x, 1: y), in radii, at which `front` covers a given share of `behind`."""
-    low, high = 0.0, 2.0  # everything or less is covered at 0, nothing at 2
+    low, high = 0.0, 2.0  # the covered share is largest at 0, and 0 at 2
     for _ in range(20):
         middle = (low + high) / 2
         shift = (sign * middle, 0.0) if axis == 0 else (0.0, sign * middle)

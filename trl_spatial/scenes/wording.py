@@ -1,4 +1,4 @@
-"""Putting a scene graph into words, and reading the words back."""
+"""Describes a scene graph in words, and parses the words."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from .shapes import SHAPES
 
 
 LENGTHS = ("short", "long")
-# Each sentence of a long text opens with one of these; none belongs to a relation.
+# Openers of the sentences of a long text; none expresses a relation.
 _OPENERS = ("", "In this picture, ", "Seen from the viewer's side, ", "Also, ", "In addition, ", "At the same time, ")
 _INTRODUCTIONS = (
     "There is {all} in the picture.",
@@ -61,7 +61,7 @@ def describe_scene(graph: SceneGraph, *, seed: int, length: str = "short") -> st
         phrases = RELATIONS[relation.name].phrases
         names = [_mention(entity, mentioned) for entity in relation.arguments]
         text = phrases[phrase % len(phrases)].format(*names, all=_join(names), region=relation.region)
-        # the first sentence has nothing to link to
+        # only the first three openers do not refer to an earlier sentence
         openers = (_OPENERS[:3] if i == 0 else _OPENERS) if length == "long" else _OPENERS[:1]
         sentences.append(openers[opener % len(openers)] + text + ".")
     if length == "long" and closing:
@@ -70,7 +70,7 @@ def describe_scene(graph: SceneGraph, *, seed: int, length: str = "short") -> st
 
 
 def _mention(entity: Entity, mentioned: set[Entity]) -> str:
-    """`a red circle` at first, `the red circle` from then on."""
+    """Return `a red circle` for the first mention, `the red circle` afterwards."""
     name = str(entity)
     if entity in mentioned:
         return f"the {name}"
@@ -83,7 +83,7 @@ def _join(names: Sequence[str]) -> str:
 
 
 def _pattern(phrase: str) -> re.Pattern:
-    """Regular expression of a wording: the blanks become named groups."""
+    """Compile a wording to a regular expression; its blanks become named groups."""
     pattern = re.escape(phrase)
     for i in range(3):
         pattern = pattern.replace(rf"\{{{i}\}}", f"(?P<argument{i}>{_NOUN_PHRASE})")
@@ -93,7 +93,12 @@ def _pattern(phrase: str) -> re.Pattern:
 
 
 _INTRODUCTION_PATTERNS = [_pattern(text) for text in _INTRODUCTIONS]
-_RELATION_PATTERNS = [(kind.name, _pattern(phrase + ".")) for kind in RELATIONS.values() for phrase in kind.phrases]
+# Each with the longest literal part of its wording: searching for it rules out most wordings faster than the pattern.
+_RELATION_PATTERNS = [
+    (kind.name, max(re.split(r"{\w+}", phrase), key=len), _pattern(phrase + "."))
+    for kind in RELATIONS.values()
+    for phrase in kind.phrases
+]
 
 
 def parse_description(text: str) -> SceneGraph:
@@ -123,7 +128,8 @@ def parse_description(text: str) -> SceneGraph:
         if found:
             entities.update(dict.fromkeys(_read_entities(found["all"])))
             continue
-        matches = ((name, pattern.fullmatch(sentence)) for name, pattern in _RELATION_PATTERNS)
+        folded = sentence.casefold()
+        matches = ((name, pattern.fullmatch(sentence)) for name, part, pattern in _RELATION_PATTERNS if part in folded)
         name, found = next((pair for pair in matches if pair[1]), ("", None))
         if found is None:
             raise ValueError(

@@ -1,5 +1,5 @@
-"""The commands, a module each. Importing this package sets what their dependencies read from the environment (see
-[`~cli.prepare_environment`]) and silences notices of theirs that a user can do nothing about."""
+"""The commands, one module each. Importing this package sets environment variables that their dependencies read (see
+[`~cli.prepare_environment`]) and silences notices from those that a user can do nothing about."""
 
 import logging
 import warnings
@@ -7,19 +7,19 @@ import warnings
 from ..cli import prepare_environment
 
 
-prepare_environment()  # before torch is imported, by recipes too
+prepare_environment()  # before torch is imported, also when a recipe imports it
 
-# PEFT asks transformers by the old name.
+# PEFT still uses the old name.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-# Logger → a part of the message.
+# Logger → part of the message to silence.
 _NOTICES = {
-    # PEFT imports bitsandbytes wherever it is installed.
+    # PEFT imports bitsandbytes whenever it is installed.
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
-    # Ids for generating text, which a reward model does not.
+    # About ids for text generation, which a reward model does not do.
     "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
-    # Image processors that diffusers imports for pipelines that take images.
+    # About image processors that diffusers imports for pipelines with image inputs.
     "transformers.utils.import_utils": "requires torchvision (not installed)",
-    # A LoRA of the transformer alone has none for the text encoders.
+    # A LoRA for the transformer alone has no keys for the text encoders.
     "diffusers.loaders.lora_base": "No LoRA keys associated to",
 }
 

@@ -21,7 +21,7 @@ BUILD_EXAMPLES = """\
   # a small dataset of rendered scenes, on a laptop
   trl_spatial data build recipes/data/small.yaml
 
-  # what the paper's own recipe takes: calls, GPU hours, money; nothing is drawn
+  # what the paper's own recipe would take: calls, GPU hours, money; nothing is drawn
   trl_spatial data build recipes/data/spatialreward.yaml --estimate
 
   # stage by stage; people review between filter and export
@@ -34,13 +34,13 @@ BUILD_EXAMPLES = """\
 _HELP = {
     "build": "build a preference dataset from a recipe: all stages",
     "prompts": "first stage: write prompts",
-    "perturb": "second stage: change relations of the prompts",
+    "perturb": "second stage: change relations in the prompts",
     "render": "third stage: draw both images of every pair",
-    "filter": "fourth stage: let judges look at every pair",
-    "review": "fifth stage: a page on which people judge what judges dispute",
+    "filter": "fourth stage: have judges check every pair",
+    "review": "fifth stage: serve a page where people judge the pairs that judges disagree on",
     "export": "sixth stage: write the accepted pairs as a dataset",
-    "stats": "write a page that says what is in the dataset",
-    "status": "say where everything stands, and why what was dropped was dropped",
+    "stats": "write a page that shows what is in the dataset",
+    "status": "show the progress of every stage, and why pairs were dropped",
 }
 _STAGES = ("prompts", "perturb", "render", "filter")
 
@@ -52,20 +52,20 @@ def add_building(commands: argparse._SubParsersAction) -> None:
             action, help=text, description=f"{text[0].upper()}{text[1:]}.", examples=BUILD_EXAMPLES
         )
         parser.add_argument(
-            "store", metavar="STORE", help="Recipe, a YAML file that names the folder of the dataset, or that folder."
+            "store", metavar="STORE", help="Recipe (a YAML file that names the folder of the dataset), or that folder."
         )
         if action in ("build", *_STAGES):
             parser.add_argument(
-                "--estimate", action="store_true", help="Only print what is to be done and what it costs."
+                "--estimate", action="store_true", help="Only print what would be done and what it would cost."
             )
         if action in ("build", "render"):
             parser.add_argument(
                 "--engine",
                 default="local",
                 choices=["local", "ray"],
-                help="Where images are drawn: in this process, or by Ray's workers.",
+                help="Where images are drawn: in this process, or by Ray workers.",
             )
-            parser.add_argument("--num_workers", type=int, help="Workers of Ray; by default one per GPU, or per core.")
+            parser.add_argument("--num_workers", type=int, help="Ray workers; by default one per GPU, or per core.")
             parser.add_argument("--address", help="Ray cluster to use; by default one is started on this machine.")
         if action in ("build", "export"):
             parser.add_argument("--output", help="Folder of the dataset; by default `dataset` in the store.")
@@ -74,7 +74,7 @@ def add_building(commands: argparse._SubParsersAction) -> None:
                 "--format",
                 default="hub",
                 choices=["hub", "flow-factory", "diffusion-dpo"],
-                help="hub: Parquet and a card, for `trl_spatial push`; the others are what those trainers take.",
+                help="hub: Parquet and a card, for `trl_spatial push`; the others are the formats of those trainers.",
             )
         if action == "review":
             _add_review(parser)
@@ -86,10 +86,10 @@ def _add_review(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="Address to listen on; by default this machine only.")
     parser.add_argument("--port", type=int, default=8765, help="Port to listen on.")
     parser.add_argument(
-        "--to_label_studio", metavar="FILE", help="Write the pairs and votes as tasks of Label Studio, and end."
+        "--to_label_studio", metavar="FILE", help="Write the pairs and votes as Label Studio tasks, and exit."
     )
     parser.add_argument(
-        "--from_label_studio", metavar="FILE", help="Add the votes of an export of Label Studio, and end."
+        "--from_label_studio", metavar="FILE", help="Add the votes of a Label Studio export, and exit."
     )
 
 
@@ -153,12 +153,12 @@ def _review(args: argparse.Namespace, store: "BuildStore") -> None:
     items = review_items(store)
     if not items:
         raise ValueError(
-            "There is nothing to review: judges agree on every pair, and no share of them is set aside for people (see "
+            "There is nothing to review: the judges agree on every pair, and no share of pairs is set aside for reviewers (see "
             f"`trl_spatial data status {store.folder}`)."
         )
     with ExitStack() as stack:
         (store.folder / "review").mkdir(exist_ok=True)
-        stack.enter_context(lock_folder(store.folder / "review"))  # its own: other stages may run meanwhile
+        stack.enter_context(lock_folder(store.folder / "review"))  # a separate lock: other stages can run meanwhile
         votes = VoteLog(store.votes_file)
         if args.to_label_studio is not None:
             tasks = to_label_studio(items, votes.current().values())
@@ -188,12 +188,12 @@ def _review(args: argparse.Namespace, store: "BuildStore") -> None:
         )
         for token, name in reviewers.items():
             print(f"{name}: http://{args.host}:{args.port}/?token={token}", flush=True)
-        print("Ctrl-C ends the page; votes are kept.", file=sys.stderr, flush=True)
+        print("Press Ctrl-C to stop; votes are kept.", file=sys.stderr, flush=True)
         serve_review(app, host=args.host, port=args.port)
 
 
 def _reviewer_tokens(store: "BuildStore") -> dict[str, str]:
-    """Token → name of each reviewer; made once, so that an address stays valid."""
+    """Returns token → name of each reviewer; tokens are kept on disk, so that addresses stay valid."""
     path = store.folder / "reviewers.json"
     tokens = {token: name for token, name in read_record(path).items() if name in store.recipe.review.reviewers}
     for name in store.recipe.review.reviewers:

@@ -42,13 +42,13 @@ def _add_make(commands: argparse._SubParsersAction) -> None:
     make = commands.add_parser(
         "make",
         help="make preference pairs of rendered scenes",
-        description="Make preference pairs of rendered scenes, with a train and a test split that share no scene. The "
-        "folder that is written is what `trl_spatial reward --dataset` and `datasets.load_from_disk` take.",
+        description="Make preference pairs of rendered scenes, with a train and a test split that share no scene. Pass the "
+        "folder to `trl_spatial reward --dataset` or `datasets.load_from_disk`.",
         examples=MAKE_EXAMPLES,
     )
     make.add_argument("--num_pairs", type=int, required=True, help="Number of training pairs.")
     make.add_argument("--num_test_pairs", type=int, default=0, help="Number of test pairs; 0: no test split.")
-    make.add_argument("--output", required=True, help="Folder to write; it must be empty or not exist yet.")
+    make.add_argument("--output", required=True, help="Output folder; it must be empty or not exist yet.")
     make.add_argument("--seed", type=int, default=0, help="Seed; the same seed gives the same pairs.")
     make.add_argument("--image_size", type=int, default=64, help="Width and height of the images, in pixels.")
     make.add_argument("--levels", type=int, nargs="+", default=[1, 2, 3], help="Numbers of changed relations.")
@@ -64,7 +64,9 @@ def _add_make(commands: argparse._SubParsersAction) -> None:
         metavar=("LEAST", "LARGEST"),
         help="Relations in a prompt.",
     )
-    make.add_argument("--both_directions", action="store_true", help="Give every pair twice, the second one reversed.")
+    make.add_argument(
+        "--both_directions", action="store_true", help="Write every pair twice, the second time reversed."
+    )
     make.add_argument("--num_proc", type=int, help="Number of processes.")
 
 
@@ -73,7 +75,7 @@ def _add_validate(commands: argparse._SubParsersAction) -> None:
         "validate",
         help="check the rows of a preference dataset and count what is in it",
         description="Check a preference dataset: its columns, every row, every image to its last byte, and whether splits "
-        "share images or prompts. The exit code is 1 if there are errors, 0 if there are at most warnings.",
+        "share images or prompts. The exit code is 1 if there are errors, and 0 if there are only warnings or none.",
         examples=VALIDATE_EXAMPLES,
     )
     validate.add_argument(
@@ -83,12 +85,11 @@ def _add_validate(commands: argparse._SubParsersAction) -> None:
         "on the Hub: ORG/NAME, ORG/NAME@REVISION, or hub/NAME for one of your own.",
     )
     validate.add_argument("--config_name", help="Configuration of a dataset on the Hub.")
-    validate.add_argument("--splits", nargs="+", metavar="SPLIT", help="Splits to look at; by default all.")
-    validate.add_argument("--max_rows", type=int, help="Look at the first rows of each split only; by default at all.")
+    validate.add_argument("--splits", nargs="+", metavar="SPLIT", help="Splits to check; by default all.")
+    validate.add_argument("--max_rows", type=int, help="Check only the first rows of each split; by default all.")
     validate.add_argument(
         "--output",
-        help="Folder for statistics.json, which is what --json prints, and statistics.png; it must be empty or not exist "
-        "yet.",
+        help="Folder for statistics.json (what --json prints) and statistics.png; it must be empty or not exist yet.",
     )
     validate.add_argument("--json", action="store_true", help="Print JSON instead of a report.")
 
@@ -98,10 +99,14 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _make(args: argparse.Namespace) -> None:
+    if args.num_pairs == args.num_test_pairs == 0:
+        raise ValueError(
+            "`--num_pairs` and `--num_test_pairs` are 0: there is nothing to make. Set at least one to a positive number."
+        )
     output = Path(args.output)
     arguments = {name: value for name, value in vars(args).items() if name not in ("output", "num_proc")}
     if read_record(output / "arguments.json") == arguments:
-        print(f"{output} holds these pairs already.")
+        print(f"{output} already holds these pairs.")
         return
     new_folder(args.output)
     from datasets import DatasetDict
@@ -126,7 +131,7 @@ def _make(args: argparse.Namespace) -> None:
             if num_pairs
         }
     )
-    # complete or not there: a run that is killed leaves nothing that the next one would refuse
+    # all or nothing, so that a killed run leaves nothing that the next one would refuse
     partial = output.with_name(f".{output.name}.partial")
     begin_folder(partial)
     dataset.save_to_disk(partial)
@@ -147,7 +152,7 @@ def _validate(args: argparse.Namespace) -> None:
 
     splits = load_dataset_dict(args.dataset, config_name=args.config_name)
     if args.splits:
-        splits = {split: pick_split(splits, split, args.dataset) for split in args.splits}
+        splits = {split: pick_split(splits, split, args.dataset, option="--splits") for split in args.splits}
     report = validate_splits(splits, max_rows=args.max_rows, show_progress=True)
     text = json.dumps(report.to_dict(), indent=1, ensure_ascii=False)
     print(text if args.json else format_report(report, args.dataset), flush=True)

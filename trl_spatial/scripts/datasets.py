@@ -1,4 +1,4 @@
-"""Datasets and prompts by the names that commands take."""
+"""Loads datasets and prompts by the names that commands take."""
 
 import re
 from pathlib import Path
@@ -29,9 +29,9 @@ def load_dataset_dict(
     from ..preferences.files import FILE_TYPES, check_splits_paths, load_files
 
     path = Path(name_or_path)
-    if path.exists():
+    if name_or_path and path.exists():
         return load_files(path, config_name=config_name, streaming=streaming)
-    if path.suffix.lower() in FILE_TYPES:  # a name on the Hub may have a point, but not these
+    if path.suffix.lower() in FILE_TYPES:  # a name on the Hub may contain a dot, but not these suffixes
         raise FileNotFoundError(f"There is no file or folder {name_or_path}.")
     reference = find_reference(name_or_path, kind="dataset")
     check_repository(reference, kind="dataset")
@@ -53,20 +53,28 @@ def hub_dataset_name(name_or_path: str | None) -> str | None:
 
 
 def pick_split(
-    splits: "DatasetDict | IterableDatasetDict", split: str, name_or_path: str
+    splits: "DatasetDict | IterableDatasetDict", split: str, name_or_path: str, *, option: str
 ) -> "Dataset | IterableDataset":
-    """The split named `split`; an error that lists the splits if there is none."""
+    """The split named `split`, as `option` asks; an error that lists the splits if there is none."""
     if split not in splits:
-        raise ValueError(f"{name_or_path} has no split {split!r}; it has {', '.join(map(repr, splits))}.")
+        raise ValueError(
+            f"{name_or_path} has no split {split!r}; it has {', '.join(map(repr, splits))}. Name one with {option}."
+        )
     return splits[split]
 
 
 def load_prompts(
-    source: str, split: str, *, config_name: str | None = None, use_only_split: bool = False
+    source: str,
+    split: str,
+    *,
+    config_name: str | None = None,
+    use_only_split: bool = False,
+    option: str = "--dataset_train_split",
 ) -> "Dataset":
     """
     Load prompts to train or evaluate on: a dataset with a column `prompt`. `source` is a `.txt` file, whose lines are the split
-    `"train"`, `scenes:N`, or a dataset; with `use_only_split`, its only split is taken whatever its name.
+    `"train"`, `scenes:N`, or a dataset; with `use_only_split`, its only split is taken whatever its name. `option` is the one that
+    names the split.
 
     Raises:
         `ValueError`: If there are no prompts or no such split.
@@ -88,12 +96,13 @@ def load_prompts(
         if source.lower().endswith(".txt")
         else load_dataset_dict(source, config_name=config_name)
     )
-    prompts = pick_split(splits, next(iter(splits)) if use_only_split and len(splits) == 1 else split, source)
+    split = next(iter(splits)) if use_only_split and len(splits) == 1 else split
+    prompts = pick_split(splits, split, source, option=option)
     if "prompt" not in prompts.column_names or len(prompts) == 0:
         raise ValueError(
             f"{source} has {len(prompts)} rows and the columns {', '.join(prompts.column_names)}. It needs prompts: a "
             "column `prompt`, or lines of text in a .txt file."
         )
-    # prompts of preference pairs come without their images, which would be decoded for every row
+    # drop the images of preference pairs, which would be decoded for every row
     prompts = prompts.remove_columns([name for name, kind in prompts.features.items() if isinstance(kind, Image)])
     return clean_prompts(prompts, source)

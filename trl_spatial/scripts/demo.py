@@ -11,7 +11,7 @@ EXAMPLES = """\
   # the full demo, about five minutes on two cores
   trl_spatial demo
 
-  # a smaller one in two minutes, into another folder
+  # a smaller one in two minutes, in another folder
   trl_spatial demo --quick --output_dir runs/glance
 
   # other pairs and prompts, and more updates of the generator
@@ -24,7 +24,7 @@ def make_parser(prog: str = "trl_spatial demo") -> SpatialParser:
         DemoSettings,
         prog=prog,
         description="Run the whole method on rendered scenes: train a spatial reward model, fine-tune a tiny FLUX by reinforcement "
-        "learning with it, and judge the images by exact rules. After an interruption the same command continues.",
+        "learning with it, and judge the images by exact rules. After an interruption, run the same command again to continue.",
         examples=EXAMPLES,
     )
 
@@ -56,22 +56,22 @@ def format_results(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"Calibration of P(chosen): expected calibration error {reward_model['expected_calibration_error']:.3f}",
-        f"Flip test: order kept when image and text are mirrored, {flip['same_order']['estimate']:.3f} of pairs; accuracy "
+        f"Flip test: {flip['same_order']['estimate']:.3f} of pairs keep their order when image and text are mirrored; accuracy "
         f"on the mirrored pairs {flip['accuracy']['estimate']:.3f}",
         "",
         f"| tiny FLUX, {generator['num_images']} images of held-out prompts | before | 95 % interval | after | 95 % interval |",
         "|---|---|---|---|---|",
     ]
     titles = {
-        "spatial_accuracy": "spatial accuracy (objects there and rightly placed)",
+        "spatial_accuracy": "spatial accuracy (objects present and correctly placed)",
         "objects_present": "objects present",
-        "relations_correct": "rightly placed, of the images with all objects",
+        "relations_correct": "correctly placed, of the images with all objects",
     }
     before, after = generator["before"], generator["after"]
     lines += [
         f"| {title} | {_cells(before[name])} | {_cells(after[name])} |"
         for name, title in titles.items()
-        if name in before and name in after  # without an image that has all objects, there are none to be placed
+        if name in before and name in after  # a metric is missing if no image has all objects
     ]
     for name, title in {"reward": "mean SpatialScore", "diversity": "diversity (pixel distance)"}.items():
         lines.append(f"| {title} | {before[name]:.3f} | | {after[name]:.3f} | |")

@@ -1,16 +1,19 @@
-"""What the commands that train text-to-image models share: which model, what it is evaluated by, and how a run ends."""
+"""
+Shared by the commands that train text-to-image models: options for the model and its evaluation, and the run itself.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .datasets import load_prompts
-from .parser import ATTENTION_FUNCTIONS, ATTENTION_HELP, argument, quick_imports
+from .parser import ATTENTION_FUNCTIONS, ATTENTION_HELP, argument, check_device, quick_imports
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from diffusers import DiffusionPipeline
+    from peft import LoraConfig
 
     from ..diffusion_grpo.reward_functions import RewardFunction
     from ..diffusion_grpo.runtime.base_config import DiffusionConfig
@@ -19,15 +22,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class EvaluationArguments:
-    """Options that say what is evaluated, by what, and where datasets are; the `help` of each describes it."""
+    """
+    Options that say what is evaluated, by which rewards, where datasets are, and whether the run is only estimated; the `help`
+    of each describes it.
+    """
 
     eval_rewards: list[str] | None = argument(
-        default=None, help="Further reward functions that score the images of evaluation and are not trained on."
+        default=None, help="Additional reward functions that score the evaluation images and are not trained on."
     )
     reward_device: str | None = argument(
         default=None,
-        help="Where SpatialScore checkpoints run, e.g. cuda:1 or cpu. By default the device of the training. In a process "
-        "of its own, a reward is a server: `trl_spatial serve`.",
+        help="Where SpatialScore checkpoints run, e.g. cuda:1 or cpu. By default the training device. To run a reward in its "
+        "own process, use a server: `trl_spatial serve`.",
     )
     reward_attn_implementation: str | None = argument(
         default=None,
@@ -40,12 +46,23 @@ class EvaluationArguments:
     dataset_config: str | None = argument(default=None, help="Configuration of a dataset on the Hub.")
     dataset_train_split: str = argument(default="train", help="Split to train on.")
     dataset_test_split: str = argument(default="test", help="Split to evaluate on, if `eval_strategy` asks for it.")
+    estimate: bool = argument(
+        default=False,
+        help="Print how much GPU memory the run would need, in bf16, int8 and NF4, with and without "
+        "checkpointing and offloading, and exit. No weights are loaded.",
+    )
+
+    @property
+    def reward_names(self) -> list[str]:
+        """Names of all reward functions of the run."""
+        return self.eval_rewards or []
 
     def load_rewards(self, names: list[str], training_args: "DiffusionConfig") -> "list[RewardFunction]":
-        """The reward functions of these names, where and how the options say."""
+        """Loads the reward functions with these names, as the options specify."""
         with quick_imports():
             from ..rewards import load_reward
 
+        check_device("--reward_device", self.reward_device)
         device = self.reward_device or training_args.device
         return [
             load_reward(name, device=device, attn_implementation=self.reward_attn_implementation) for name in names
@@ -64,7 +81,7 @@ class DiffusionModelArguments:
     model_revision: str = argument(default="main", help="Branch, tag or commit of the pipeline on the Hub.")
     dtype: str | None = argument(
         default=None,
-        help="Type of the frozen weights. By default bfloat16 if `bf16` is on, else float32. What is trained is float32.",
+        help="Type of the frozen weights. By default bfloat16 if `bf16` is on, else float32. Trained weights are float32.",
         metadata={"choices": ["bfloat16", "float32"]},
     )
     lora_r: int = argument(default=32, help="LoRA rank.")
@@ -74,25 +91,26 @@ class DiffusionModelArguments:
         help="Whether to quantize the frozen transformer to NF4 (QLoRA); needs LoRA, a GPU and the `quant` extra.",
     )
     load_in_8bit: bool = argument(
-        default=False, help="Whether to quantize the frozen transformer to 8 bits; needs what `load_in_4bit` needs."
+        default=False,
+        help="Whether to quantize the frozen transformer to 8 bits; same requirements as `load_in_4bit`.",
     )
     load_text_encoders_in_4bit: bool = argument(
         default=False,
-        help="Whether to quantize the text encoders but CLIP's to NF4, where encoding prompts is what needs most memory. "
-        "Prompts are then read a little differently: evaluate and use the trained model so, too. Needs the `quant` extra.",
+        help="Whether to quantize the text encoders, except CLIP's, to NF4, if encoding prompts is the memory peak. It changes "
+        "the prompt embeddings slightly: evaluate and use the trained model the same way. Needs the `quant` extra.",
     )
     attention_backend: str | None = argument(
         default=None,
-        help="Attention kernel of the transformer, one of diffusers' `AttentionBackendName` such as _native_cudnn or flash. "
-        "By default PyTorch chooses.",
+        help="Attention kernel of the transformer, one of diffusers' `AttentionBackendName` such as _native_flash or flash. "
+        "By default PyTorch chooses, but never cuDNN's kernel, whose gradients can be wrong.",
     )
     offload_vae: bool = argument(
         default=False,
-        help="Whether the VAE is on the accelerator only while it decodes, as the text encoders are while they encode.",
+        help="Whether to keep the VAE on the accelerator only while it decodes, as the text encoders are while they encode.",
     )
     vae_slicing: bool = argument(default=False, help="Whether the VAE decodes one image at a time.")
     vae_tiling: bool = argument(
-        default=False, help="Whether the VAE decodes an image in tiles. Where they meet, pixels differ a little."
+        default=False, help="Whether the VAE decodes an image in tiles. Pixels differ slightly where the tiles meet."
     )
 
     def __post_init__(self):
@@ -109,6 +127,13 @@ class DiffusionModelArguments:
         """The revision, or none for the default one, which a local folder also has."""
         return None if self.model_revision == "main" else self.model_revision
 
+    @property
+    def peft_config(self) -> "LoraConfig | None":
+        """The adapters that are trained; `None` if all weights are."""
+        from ..diffusion_grpo.policies.lora import attention_lora_config
+
+        return attention_lora_config(rank=self.lora_r, alpha=self.lora_alpha)
+
     def set_up_vae(self, vae: Any) -> None:
         """Sets how an autoencoder of diffusers decodes."""
         if self.vae_slicing:
@@ -117,7 +142,7 @@ class DiffusionModelArguments:
             vae.enable_tiling()
 
     def pipeline_loader(self, training_args: "DiffusionConfig") -> "Callable[[], DiffusionPipeline]":
-        """Checks what can be checked before a model of 24 GB is loaded, and returns what loads it."""
+        """Checks what can be checked before loading a model of 24 GB, and returns a function that loads it."""
         with quick_imports():
             import torch
 
@@ -149,7 +174,7 @@ class DiffusionModelArguments:
 
 
 def load_eval_prompts(script_args: Any, training_args: "DiffusionConfig") -> "Dataset | None":
-    """The prompts of evaluation, if there is to be one, by [`EvaluationArguments`] beside a `dataset`."""
+    """Loads the prompts for evaluation that [`EvaluationArguments`] name; `None` without evaluation."""
     if training_args.eval_strategy == "no":
         return None
     return load_prompts(
@@ -157,7 +182,48 @@ def load_eval_prompts(script_args: Any, training_args: "DiffusionConfig") -> "Da
         script_args.dataset_test_split,
         config_name=None if script_args.eval_dataset else script_args.dataset_config,
         use_only_split=script_args.eval_dataset is not None,
+        option="--dataset_test_split, or other prompts with --eval_dataset",
     )
+
+
+def describe_memory(
+    script_args: EvaluationArguments, model_args: DiffusionModelArguments, training_args: "DiffusionConfig"
+) -> str:
+    """What `--estimate` prints: memory of the run that the arguments describe."""
+    import torch
+
+    from ..diffusion_grpo.runtime.architectures import load_architecture
+    from ..diffusion_grpo.runtime.memory import MemoryModel, describe_options, reward_model_bytes
+
+    # without a GPU here `bf16` is off by default, but the estimated run has one
+    is_bf16 = training_args.bf16 or (training_args.is_bf16_default and training_args.device.type == "cpu")
+    check_device("--reward_device", script_args.reward_device, is_used=False)  # the run may be for another machine
+    reward_device = torch.device(script_args.reward_device or training_args.device)
+    is_elsewhere = script_args.reward_device is not None and (reward_device.type == "cpu" or reward_device.index)
+    model = MemoryModel(
+        load_architecture(model_args.model_name_or_path, revision=model_args.revision),
+        training_args,
+        model_args.peft_config,
+        dtype=getattr(torch, model_args.dtype or ("bfloat16" if is_bf16 else "float32")),
+        reward_bytes=0 if is_elsewhere else reward_model_bytes(script_args.reward_names),
+        text_encoders_in_4bit=model_args.load_text_encoders_in_4bit,
+    )
+    model_args.set_up_vae(model.policy.vae)
+    table = describe_options(model, offload_vae=model_args.offload_vae)
+    return f"{model_args.model_name_or_path}, {table}"
+
+
+def estimate_or_train(
+    script_args: EvaluationArguments,
+    model_args: DiffusionModelArguments,
+    training_args: "DiffusionConfig",
+    build_trainer: "Callable[[], DiffusionTrainer]",
+) -> None:
+    """Trains, or with `--estimate` prints the memory that training would need."""
+    if not script_args.estimate:
+        train(build_trainer())
+    elif training_args.process_index == 0:
+        print(describe_memory(script_args, model_args, training_args))
 
 
 def train(trainer: "DiffusionTrainer") -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from ..cli import run_command
 from .datasets import hub_dataset_name, load_dataset_dict, pick_split
-from .diffusion import DiffusionModelArguments, EvaluationArguments, load_eval_prompts, train
+from .diffusion import DiffusionModelArguments, EvaluationArguments, estimate_or_train, load_eval_prompts
 from .parser import SpatialParser, argument, quick_imports
 from .training_parser import training_parser
 
@@ -16,20 +16,23 @@ if TYPE_CHECKING:
 
 
 EXAMPLES = """\
-  # LoRA on FLUX.1-dev, on pairs of the Hub
+  # LoRA on FLUX.1-dev, on pairs from the Hub
   trl_spatial dpo --dataset ORG/SpatialReward --output_dir FLUX.1-dev-DPO
 
-  # the same from a file, on eight GPUs; what the script does not know is passed to `accelerate launch`
+  # the same from a file, on eight GPUs; options of `accelerate launch` are passed on to it
   trl_spatial dpo --config recipes/dpo_flux.yaml --dataset ORG/SpatialReward --num_processes 8
 
-  # another family, on the pairs that `trl_spatial data build` has exported
+  # another family, on pairs exported by `trl_spatial data build`
   trl_spatial dpo --model_name_or_path stabilityai/stable-diffusion-3.5-medium --guidance_scale 4.5 \\
       --max_sequence_length 256 --dataset pairs --output_dir SD3.5-DPO
 
-  # a reward that only judges the images of evaluation; then the same run continued where it was interrupted
+  # with a reward that only scores the evaluation images; then the same run, continued after an interruption
   trl_spatial dpo --dataset pairs --eval_dataset heldout.txt --eval_strategy steps --eval_steps 50 \\
       --eval_rewards SpatialScore-7B --output_dir out
   trl_spatial dpo --dataset pairs --output_dir out --resume_from_checkpoint true
+
+  # will it fit? a table of the memory that each option needs; nothing is loaded
+  trl_spatial dpo --dataset pairs --output_dir out --estimate
 """
 
 
@@ -40,8 +43,8 @@ class DPOScriptArguments(EvaluationArguments):
     dataset: str = argument(
         help="Preference pairs with the columns prompt, chosen, rejected: a folder written by `datasets` or by "
         "`trl_spatial data make`; a Parquet, JSON Lines or CSV file or a folder of them; ORG/NAME or ORG/NAME@REVISION on the "
-        "Hub, or hub/NAME for your own. If it has the columns chosen_recipe and rejected_recipe, as `trl_spatial data build` "
-        "writes them, an image is seen in the noise that it was drawn from."
+        "Hub, or hub/NAME for your own. If it has the columns chosen_recipe and rejected_recipe, which `trl_spatial data build` "
+        "writes, each image is noised with the noise that it was drawn from."
     )
 
 
@@ -52,8 +55,8 @@ def make_parser(prog: str = "trl_spatial dpo", *, is_brief: bool = False) -> Spa
         is_brief=is_brief,
         prog=prog,
         usage=f"{prog} --dataset PAIRS [--config FILE] [OPTIONS] [OPTIONS OF accelerate launch]",
-        description="Fine-tune a text-to-image model, FLUX.1, Qwen-Image, Stable Diffusion 3 or Z-Image, on preference pairs by "
-        "Diffusion-DPO: nothing is drawn and nothing rewarded.",
+        description="Fine-tune a text-to-image model (FLUX.1, Qwen-Image, Stable Diffusion 3 or Z-Image) on preference pairs with "
+        "Diffusion-DPO, without drawing or scoring images.",
         examples=EXAMPLES,
     )
 
@@ -64,13 +67,14 @@ def build_trainer(
     """The trainer that the arguments describe, with its pairs, rewards and pipeline loaded."""
     with quick_imports():
         from ..diffusion_grpo.dpo.trainer import DiffusionDPOTrainer
-        from ..diffusion_grpo.policies.lora import attention_lora_config
         from ..training.run_folder import check_start
 
     check_start(training_args)
     load_pipeline = model_args.pipeline_loader(training_args)
     splits = load_dataset_dict(script_args.dataset, config_name=script_args.dataset_config)
-    train_dataset = pick_split(splits, script_args.dataset_train_split, script_args.dataset)
+    train_dataset = pick_split(
+        splits, script_args.dataset_train_split, script_args.dataset, option="--dataset_train_split"
+    )
     eval_dataset = load_eval_prompts(script_args, training_args)
     eval_rewards = script_args.load_rewards(script_args.eval_rewards or [], training_args)
     trainer = DiffusionDPOTrainer(
@@ -79,7 +83,7 @@ def build_trainer(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         eval_reward_funcs=eval_rewards or None,
-        peft_config=attention_lora_config(rank=model_args.lora_r, alpha=model_args.lora_alpha),
+        peft_config=model_args.peft_config,
     )
     if model_args.offload_vae:
         trainer.policy.offload_vae(training_args.device)
@@ -91,7 +95,9 @@ def build_trainer(
 def main(
     script_args: DPOScriptArguments, model_args: DiffusionModelArguments, training_args: "DiffusionDPOConfig"
 ) -> None:
-    train(build_trainer(script_args, model_args, training_args))
+    estimate_or_train(
+        script_args, model_args, training_args, lambda: build_trainer(script_args, model_args, training_args)
+    )
 
 
 if __name__ == "__main__":

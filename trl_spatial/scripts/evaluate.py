@@ -16,8 +16,8 @@ from .parser import SpatialParser
 def make_parser(prog: str = "trl_spatial evaluate") -> SpatialParser:
     parser = SpatialParser(
         prog=prog,
-        description="Measure scorers of images on preference pairs, and generators of images on public benchmarks. Every number "
-        "comes with its uncertainty, every answer is kept, and an interrupted run continues.",
+        description="Measure image scorers on preference pairs, and image generators on public benchmarks. Every number "
+        "comes with its uncertainty, every answer is kept, and an interrupted run can be continued.",
         examples=PAIRS_EXAMPLES + IMAGE_EXAMPLES,
     )
     commands = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -26,8 +26,8 @@ def make_parser(prog: str = "trl_spatial evaluate") -> SpatialParser:
     add_compare(commands)
     replay = commands.add_parser(
         "replay",
-        help="make the tables of a run again from its records, without a model",
-        description="Make the tables and the page of a run again from its records: no model is loaded, and no image is needed.",
+        help="rebuild the tables of a run from its records, without a model",
+        description="Rebuild the tables and the page of a run from its records: no model is loaded, and no images are needed.",
         examples="  trl_spatial evaluate replay RUN\n",
     )
     replay.add_argument("run", metavar="RUN", help="Folder of a run of `evaluate pairs` or `evaluate images`.")
@@ -41,8 +41,8 @@ def main(args: argparse.Namespace) -> None:
         "compare": evaluate_images.run_compare,
         "replay": _replay,
     }
-    if find_spec("matplotlib") is None:  # before the work, not after it
-        raise ValueError('The page that is written needs matplotlib: pip install "trl-spatial[evaluate]"')
+    if find_spec("matplotlib") is None:  # fail before the work, not after it
+        raise ValueError('The page of results needs matplotlib: pip install "trl-spatial[evaluate]"')
     actions[args.action](args)
 
 

@@ -1,4 +1,4 @@
-"""The actions of `trl_spatial evaluate` that are about images: `images`, `compare`."""
+"""The actions of `trl_spatial evaluate` for images: `images`, `compare`."""
 
 import argparse
 import math
@@ -13,7 +13,9 @@ import yaml
 from ..evaluation.benchmarks import BENCHMARKS
 from ..evaluation.benchmarks.base import PROTOCOLS, Protocol
 from ..store import PROCESS, cache_folder, lock_folder, write_atomically, write_record
+from ..yaml_text import load_yaml
 from .evaluate_pairs import add_spending, find_prices, free_memory
+from .places import folder_or_name
 
 
 if TYPE_CHECKING:
@@ -31,11 +33,11 @@ IMAGE_EXAMPLES = """\
       --detector facebook/mask2former-swin-small-coco-instance --colors openai/clip-vit-large-patch14 --output_dir after
   trl_spatial evaluate compare before after
 
-  # what it takes, before anything is drawn or asked
+  # estimate the cost before anything is drawn or asked
   trl_spatial evaluate images --benchmark tiif --generator Qwen/Qwen-Image --vision https://HOST/v1#MODEL \\
       --prices MODEL=1.25/10 --output_dir tiif --dry_run
 
-  # images that were drawn elsewhere, in the benchmark's own layout
+  # existing images, in the benchmark's own layout
   trl_spatial evaluate images --benchmark dpg-bench --images FOLDER --vision Qwen/Qwen2.5-VL-7B-Instruct --output_dir dpg
 """
 _ROLE_HELP = {
@@ -43,8 +45,8 @@ _ROLE_HELP = {
     "module:function.",
     "detector": "Detector that finds objects: a folder, a name on the Hub, module:function, or `flat`, the exact rules of rendered "
     "scenes.",
-    "second_detector": "Second detector, of benchmarks that ask two.",
-    "colors": "Model of zero-shot image classification that names colors, module:function, or `flat`.",
+    "second_detector": "Second detector, for benchmarks that use two.",
+    "colors": "Zero-shot image classification model that names colors, module:function, or `flat`.",
     "depth": "Depth model, module:function, or `flat`.",
 }
 
@@ -54,8 +56,8 @@ def add_images(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "images",
         help="measure a generator, or a folder of images, on a public benchmark",
-        description="Measure a generator, or a folder of images, on a public benchmark: by the official program's rules, its bugs "
-        "included, and by rules without them. An interrupted run continues.",
+        description="Measure a generator, or a folder of images, on a public benchmark: by the official program's rules, including "
+        "its bugs, and by rules without them. An interrupted run can be continued.",
         examples=IMAGE_EXAMPLES,
     )
     parser.add_argument(
@@ -69,24 +71,27 @@ def add_images(commands: argparse._SubParsersAction) -> None:
         "--data",
         metavar="FOLDER",
         help="Folder of the benchmark's files, or `example` for a few prompts of our own in its format. By default the files are "
-        "fetched once from where they are published.",
+        "downloaded once from where they are published.",
     )
     parser.add_argument(
         "--generator",
-        help="Who draws: a pipeline on the Hub or in a folder, a renderer of scenes (flat, tabletop), or a YAML file with an entry "
-        "as `trl_spatial data build` takes it.",
+        help="What draws the images: a pipeline on the Hub or in a folder, a renderer of scenes (flat, tabletop), or a YAML file "
+        "with an entry in the format of `trl_spatial data build`.",
     )
     parser.add_argument("--lora", help="LoRA weights for --generator: a folder or a name on the Hub.")
     parser.add_argument(
-        "--images", metavar="FOLDER", help="Folder of images in the benchmark's layout, in place of --generator."
+        "--images",
+        type=folder_or_name,
+        metavar="FOLDER",
+        help="Folder of images in the benchmark's layout, instead of --generator.",
     )
     for role, text in _ROLE_HELP.items():
         parser.add_argument(f"--{role}", metavar="JUDGE", help=text)
     parser.add_argument("--output_dir", required=True, help="Folder of the run.")
-    parser.add_argument("--protocol", default="both", choices=[*PROTOCOLS, "both"], help="Whose rules.")
-    parser.add_argument("--spatial_only", action="store_true", help="Take the spatial part of the prompts only.")
+    parser.add_argument("--protocol", default="both", choices=[*PROTOCOLS, "both"], help="Which rules to apply.")
+    parser.add_argument("--spatial_only", action="store_true", help="Use only the spatial part of the prompts.")
     parser.add_argument("--limit", type=int, help="Number of prompts, evenly spread; by default all.")
-    parser.add_argument("--num_images", type=int, help="Images for each prompt; by default the benchmark's number.")
+    parser.add_argument("--num_images", type=int, help="Images per prompt; by default the benchmark's number.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the images.")
     parser.add_argument(
         "--trained_on",
@@ -96,13 +101,13 @@ def add_images(commands: argparse._SubParsersAction) -> None:
         help="Benchmarks that the generator was trained on, if any.",
     )
     parser.add_argument("--engine", default="local", choices=["local", "ray"], help="Where images are drawn.")
-    parser.add_argument("--num_workers", type=int, help="Workers of Ray; by default one per GPU, or per core.")
+    parser.add_argument("--num_workers", type=int, help="Ray workers; by default one per GPU, or per core.")
     add_spending(parser)
-    parser.add_argument("--dry_run", action="store_true", help="Only print what is to be done and what it takes.")
+    parser.add_argument("--dry_run", action="store_true", help="Only print what would be done and what it would take.")
     parser.add_argument(
         "--skip_self_test",
         action="store_true",
-        help="Do not show the judges pictures whose content is known. A judge that is broken then looks like bad images.",
+        help="Do not test the judges on pictures whose content is known. A broken judge then looks like bad images.",
     )
 
 
@@ -111,11 +116,11 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "compare",
         help="compare runs on the same benchmark, prompt by prompt",
-        description="Compare runs on the same benchmark with the first of them: paired differences with intervals, permutation "
-        "tests corrected for their number, and what speaks against the comparison.",
+        description="Compare runs on the same benchmark with the first one: paired differences with intervals, permutation "
+        "tests corrected for multiple comparisons, and reasons to doubt the comparison.",
         examples="  trl_spatial evaluate compare before after --output_dir comparison\n",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="Folders of `evaluate images`.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="Folders of `evaluate images` runs.")
     parser.add_argument("--output_dir", help="Folder for compare.json, compare.md and report.html.")
 
 
@@ -125,7 +130,9 @@ def run_images(args: argparse.Namespace) -> None:
     from ..evaluation.image_run import ImageRun
     from ..evaluation.judging import ask_judges, unanswered
     from ..evaluation.roles import check_roles, load_judges
+    from ..generation.engines import process_state
     from ..judges.loading import ModelSettings
+    from ..training.processes import fail_together
 
     protocols: tuple[Protocol, ...] = PROTOCOLS if args.protocol == "both" else (args.protocol,)
     folder = Path(args.output_dir)
@@ -136,25 +143,27 @@ def run_images(args: argparse.Namespace) -> None:
         run.prepare(args.data)
         print(describe_estimate(estimate_run(run, protocols, prices)))
         return
+    process_state()
     with ExitStack() as stack:
-        if PROCESS == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock_folder(folder))
-        run.begin(args.data)
-        spend = run.spend(math.inf if args.max_cost is None else args.max_cost)
-        load = partial(
-            load_judges,
-            run.plan.judges,
-            ModelSettings(spend=spend, prices=prices, cache=cache_folder() / "answers.sqlite"),
-            threshold=run.benchmark.detector_threshold,
-            counting_threshold=run.benchmark.counting_threshold,
-            tested_kinds=() if args.skip_self_test else run.question_kinds() or ("text",),
-        )
-        if PROCESS == 0:
-            print(describe_estimate(estimate_run(run, protocols, prices)), flush=True)
-            if run.plan.generator is not None and run.missing_jobs():
-                load()  # a wrong judge is found before anything is drawn; until later its memory is the generator's
-                free_memory()
+        with fail_together("Preparing the run"):
+            if PROCESS == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock_folder(folder))
+            run.begin(args.data)
+            spend = run.spend(math.inf if args.max_cost is None else args.max_cost)
+            load = partial(
+                load_judges,
+                run.plan.judges,
+                ModelSettings(spend=spend, prices=prices, cache=cache_folder() / "answers.sqlite"),
+                threshold=run.benchmark.detector_threshold,
+                counting_threshold=run.benchmark.counting_threshold,
+                tested_kinds=() if args.skip_self_test else run.question_kinds() or ("text",),
+            )
+            if PROCESS == 0:
+                print(describe_estimate(estimate_run(run, protocols, prices)), flush=True)
+                if run.plan.generator is not None and run.missing_jobs():
+                    load()  # find a bad judge before drawing anything; its memory is freed for the generator
+                    free_memory()
         run.generate(engine=args.engine, num_workers=args.num_workers)
         if PROCESS > 0:
             return
@@ -193,11 +202,11 @@ def _read_generator(name: str) -> Mapping[str, Any]:
     spec: Any = {"name": name}
     if name.endswith((".yaml", ".yml", ".json")):
         try:
-            spec = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+            spec = load_yaml(Path(name).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
             raise ValueError(f"The generator {name} cannot be read: {error}") from None
         if not isinstance(spec, dict):
-            raise ValueError(f"{name} holds {spec!r:.80}. It should be a mapping, such as {{name: ORG/MODEL}}.")
+            raise ValueError(f"{name} contains {spec!r:.80}. It should be a mapping, such as {{name: ORG/MODEL}}.")
     kind = check_spec(spec)
     if kind == "pipeline":
         try:

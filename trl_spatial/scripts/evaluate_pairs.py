@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..store import cache_folder, lock_folder
 from .datasets import load_dataset_dict, pick_split
-from .parser import quick_imports
+from .parser import check_device, quick_imports
 
 
 if TYPE_CHECKING:
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from ..evaluation.pair_run import PairRun
     from ..evaluation.pair_set import PairSet
 
-CONTROLS = ("flip", "image_only", "prompt_swap")  # of `evaluation.pair_controls`, which takes seconds to import
+CONTROLS = ("flip", "image_only", "prompt_swap")  # as in `evaluation.pair_controls`, which takes seconds to import
 MMRB2 = "mmrb2:"
 
 PAIRS_EXAMPLES = """\
   # rules and a reward model on rendered scenes
   trl_spatial evaluate pairs --dataset pairs --scorers rules pixels spatialscore:SpatialScore-7B --output_dir runs/pairs
 
-  # a judge behind a server, which may cost 5 dollars; prices are those of a million tokens read and written
+  # a judge behind a server, for at most 5 dollars; prices are per million tokens read and written
   trl_spatial evaluate pairs --dataset ORG/SpatialReward --limit 365 --output_dir runs/judge \\
       --scorers judge-pairwise:https://api.openai.com/v1#gpt-5 --prices gpt-5=1.25/10 --max_cost 5
 
-  # pairs that people chose between, fetched with the program of the benchmark's authors
+  # pairs with human preferences, downloaded with the benchmark authors' program
   trl_spatial evaluate pairs --dataset mmrb2:MMRB2 --scorers pickscore spatialscore:SpatialScore-7B --output_dir runs/mmrb2
 """
 
@@ -37,8 +37,8 @@ def add_pairs(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "pairs",
         help="measure how often scorers order the two images of a pair correctly",
-        description="Measure how often scorers of images order the two images of a preference pair correctly, with intervals, paired "
-        "tests and controls. Every answer is kept in the output folder; the same command continues an interrupted run, and further "
+        description="Measure how often image scorers order the two images of a preference pair correctly, with intervals, paired "
+        "tests and controls. Every answer is kept in the output folder; the same command continues an interrupted run, and more "
         "scorers can be added to it.",
         examples=PAIRS_EXAMPLES,
     )
@@ -58,34 +58,34 @@ def add_pairs(commands: argparse._SubParsersAction) -> None:
         metavar="NAME[:MODEL]",
         help="Scorers: rules, pixels, spatialscore:MODEL, clipscore, pickscore, image-reward, hpsv2:FOLDER, hpsv3:MODEL, "
         "hpsv3++:FOLDER, geneval:MODEL, vqascore:MODEL, unified-reward:MODEL, judge-pairwise:MODEL, judge-pointwise:MODEL, or a "
-        "function module:function. Of vqascore, unified-reward and the judges, MODEL may be http://HOST:PORT/v1#MODEL.",
+        "function module:function. For vqascore, unified-reward and the judges, MODEL may be http://HOST:PORT/v1#MODEL.",
     )
     parser.add_argument("--output_dir", required=True, help="Folder of the run: a new one, or one to continue.")
-    parser.add_argument("--limit", type=int, help="Number of pairs, the first ones; by default all.")
+    parser.add_argument("--limit", type=int, help="Use only the first pairs, this many; by default all.")
     parser.add_argument(
         "--controls",
         nargs="+",
         choices=CONTROLS,
         default=list(CONTROLS),
-        help="Other ways in which each pair is shown: mirrored, without a prompt, with the prompt of another pair.",
+        help="Additional ways to show each pair: mirrored, without a prompt, with the prompt of another pair.",
     )
     parser.add_argument(
-        "--no_controls", action="store_const", const=[], dest="controls", help="Show pairs as they are only."
+        "--no_controls", action="store_const", const=[], dest="controls", help="Only show pairs as they are."
     )
-    parser.add_argument("--batch_size", type=int, default=8, help="Pairs that a scorer is given at once.")
+    parser.add_argument("--batch_size", type=int, default=8, help="Number of pairs passed to a scorer at a time.")
     parser.add_argument("--device", help="Device, e.g. cuda:1; by default the first GPU if there is one.")
     add_spending(parser)
 
 
 def add_spending(parser: argparse.ArgumentParser) -> None:
-    """Adds the options about what models behind servers cost."""
-    parser.add_argument("--max_cost", type=float, help="Limit on what models behind servers cost, in US dollars.")
+    """Adds the options about the cost of models behind servers."""
+    parser.add_argument("--max_cost", type=float, help="Limit on the cost of models behind servers, in US dollars.")
     parser.add_argument(
         "--prices",
         nargs="+",
         default=[],
         metavar="MODEL=INPUT/OUTPUT",
-        help="US dollars for a million tokens that a model behind a server reads, and writes.",
+        help="US dollars per million tokens that a model behind a server reads and writes.",
     )
 
 
@@ -93,13 +93,14 @@ def main(args: argparse.Namespace) -> None:
     """Runs the action."""
     if args.batch_size < 1:
         raise ValueError(f"--batch_size is {args.batch_size}. It must be at least 1.")
+    check_device("--device", args.device)
     specs = list(dict.fromkeys(args.scorers))
     with quick_imports():
         from ..evaluation.pair_run import PairRun, read_run
         from ..evaluation.pair_tables import make_results
         from ..evaluation.scorers import find_scorer
 
-    for spec in specs:  # before the work, not after it
+    for spec in specs:  # fail before the work, not after it
         find_scorer(spec)
     prices = {spec: find_prices(spec.partition(":")[2], args.prices, args.max_cost is not None) for spec in specs}
     pairs = _load_pairs(args)
@@ -132,7 +133,9 @@ def _load_pairs(args: argparse.Namespace) -> "PairSet":
 
     if args.dataset.startswith(MMRB2):
         return PairSet(load_mmrb2(args.dataset.removeprefix(MMRB2)), args.dataset, limit=args.limit)
-    rows = pick_split(load_dataset_dict(args.dataset, config_name=args.config_name), args.split, args.dataset)
+    rows = pick_split(
+        load_dataset_dict(args.dataset, config_name=args.config_name), args.split, args.dataset, option="--split"
+    )
     path, reference = Path(args.dataset), find_reference(args.dataset, kind="dataset")
     return PairSet(
         rows,
@@ -148,7 +151,7 @@ def _measure(run: "PairRun", spec: str, args: argparse.Namespace, spend: "Spend"
     from ..evaluation.scorers import make_scorer
 
     if not run.tasks(spec, args.controls):
-        print(f"{spec}: measured before", file=sys.stderr)
+        print(f"{spec}: already measured", file=sys.stderr)
         return
     cache = cache_folder() / "answers.sqlite"
     scorer = make_scorer(spec, device=args.device, spend=spend, cache=cache, prices=prices)
@@ -177,7 +180,7 @@ def find_prices(reference: str, given: list[str], is_limited: bool) -> "Prices |
             read, written = map(float, numbers.split("/"))
         except ValueError:
             raise ValueError(
-                f"--prices {text} is not of the form MODEL=INPUT/OUTPUT, such as gpt-5=1.25/10."
+                f"--prices {text} does not have the form MODEL=INPUT/OUTPUT, such as gpt-5=1.25/10."
             ) from None
         known[model] = Prices(input_per_million=read, output_per_million=written)
     if not reference.startswith(("http://", "https://")):
@@ -185,6 +188,6 @@ def find_prices(reference: str, given: list[str], is_limited: bool) -> "Prices |
     model = reference.partition("#")[2]
     if is_limited and model not in known:
         raise ValueError(
-            f"--max_cost needs the price of {model}: --prices {model}=INPUT/OUTPUT, 0/0 if it costs nothing."
+            f"--max_cost needs the price of {model}: --prices {model}=INPUT/OUTPUT, or 0/0 if it is free."
         )
     return known.get(model)

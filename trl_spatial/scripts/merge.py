@@ -21,7 +21,7 @@ def make_parser(prog: str = "trl_spatial merge") -> SpatialParser:
         examples=EXAMPLES,
     )
     parser.add_checkpoint_arguments("Checkpoint with an adapter")
-    parser.add_argument("--output", required=True, help="Folder to write; it must be empty or not exist yet.")
+    parser.add_argument("--output", required=True, help="Output folder; it must be empty or not exist yet.")
     return parser
 
 

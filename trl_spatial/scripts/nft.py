@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING
 
 from ..cli import run_command
-from .online import OnlineModelArguments, OnlineScriptArguments, build_online_trainer, estimate_or_train
+from .diffusion import estimate_or_train
+from .online import OnlineModelArguments, OnlineScriptArguments, build_online_trainer
 from .parser import SpatialParser, quick_imports
 from .training_parser import training_parser
 
@@ -17,18 +18,18 @@ EXAMPLES = """\
   # LoRA on FLUX.1-dev, a SpatialScore model as the reward
   trl_spatial nft --dataset prompts.txt --rewards SpatialScore-7B --output_dir FLUX.1-dev-NFT
 
-  # the same from a file, on eight GPUs; what the script does not know is passed to `accelerate launch`
+  # the same from a file, on eight GPUs; options of `accelerate launch` are passed on to it
   trl_spatial nft --config recipes/nft_flux.yaml --dataset ORG/SpatialPrompts --num_processes 8
 
-  # scouts: 96 cheap images of each prompt say which 12 + 12 are worth drawing
+  # scouts: 96 cheap images per prompt decide which 12 + 12 are worth drawing
   trl_spatial nft --config recipes/nft_flux.yaml --dataset ORG/SpatialPrompts --num_processes 8 \\
       --num_scouts 96 --scout_steps 2 --top_k 12 --gradient_accumulation_steps 36
 
-  # a held-out reward beside the trained one, which this method learns to please faster than GRPO
+  # a held-out reward in addition to the trained one, which this method exploits faster than GRPO
   trl_spatial nft --dataset prompts.txt --rewards SpatialScore-7B --output_dir out --eval_dataset heldout.txt \\
       --eval_strategy steps --eval_steps 50 --eval_rewards my_rewards:aesthetics
 
-  # prompts and rules of the small world of shapes; then the same run continued where it was interrupted
+  # prompts and rules of the small world of shapes; then the same run, continued after an interruption
   trl_spatial nft --dataset scenes:1000 --rewards rules --output_dir out
   trl_spatial nft --dataset scenes:1000 --rewards rules --output_dir out --resume_from_checkpoint true
 
@@ -45,8 +46,8 @@ def make_parser(prog: str = "trl_spatial nft", *, is_brief: bool = False) -> Spa
         prog=prog,
         usage=f"{prog} --dataset PROMPTS --rewards REWARD [REWARD ...] [--config FILE] [OPTIONS] "
         "[OPTIONS OF accelerate launch]",
-        description="Fine-tune a text-to-image model, FLUX.1, Qwen-Image, Stable Diffusion 3 or Z-Image, by DiffusionNFT: sample "
-        "groups of images for a prompt without noise in the steps, reward them, and move the model towards the better ones.",
+        description="Fine-tune a text-to-image model (FLUX.1, Qwen-Image, Stable Diffusion 3 or Z-Image) with DiffusionNFT: sample "
+        "groups of images for a prompt without noise in the steps, score them, and move the model towards the better ones.",
         examples=EXAMPLES,
     )
 

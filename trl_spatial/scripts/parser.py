@@ -15,11 +15,13 @@ import yaml
 from trl.scripts.utils import TrlParser
 
 from ..cli import nearest
+from ..yaml_text import load_yaml
+from .places import TYPES
 
 
 MAX_CONFIG_BYTES = 2**20
 ATTENTION_FUNCTIONS = ["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
-ATTENTION_HELP = "Attention function of the backbone; by default sdpa. FlashAttention needs its package, a GPU and weights in half precision."
+ATTENTION_HELP = "Attention function of the backbone; by default sdpa. FlashAttention needs its package, a GPU and half-precision weights."
 
 
 @contextmanager
@@ -39,11 +41,36 @@ def quick_imports() -> Iterator[None]:
             gc.enable()
 
 
+def check_device(option: str, name: str | None, *, is_used: bool = True) -> None:
+    """
+    Checks that the value of an option is a PyTorch device and, if it `is_used` on this machine, that the device exists here.
+    The `ValueError` lists the available devices.
+    """
+    if name is None:
+        return
+    with quick_imports():
+        import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count()
+    if accelerator is None:
+        advice = "cpu: PyTorch sees no GPU on this machine" if is_used else "cpu, or for example cuda:1"
+    else:
+        advice = f"cpu or {' or '.join(f'{accelerator.type}:{index}' for index in range(count))}"
+    try:
+        device = torch.device(name)
+        is_here = device.type == "cpu" or (
+            accelerator is not None and device.type == accelerator.type and (device.index or 0) < count
+        )
+        is_known = is_here or not is_used
+    except RuntimeError:  # "Expected one of cpu, cuda, ipu, …"
+        is_known = False
+    if not is_known:
+        raise ValueError(f"`{option}` is {name!r}. Use {advice}.")
+
+
 def argument(*, help: str, default: Any = MISSING, metadata: dict[str, Any] | None = None) -> Any:
-    """
-    A field of a dataclass of options, as transformers' `HfArg` makes it. To import that one takes longer than to print a help
-    text.
-    """
+    """A field of a dataclass of options, as from transformers' `HfArg`, but without that slow import."""
     return field(default=default, metadata={"help": help, **(metadata or {})})
 
 
@@ -72,16 +99,23 @@ class SpatialParser(TrlParser):
             "--config",
             metavar="FILE",
             default=argparse.SUPPRESS,
-            help="YAML file of options without their dashes; options on the command line win. A mapping under `env` "
-            "sets environment variables.",
+            help="YAML file of options without their dashes; options on the command line take precedence. A mapping under "
+            "`env` sets environment variables.",
         )
         self.add_argument(
             "--namespace",
             metavar="ORG",
             default=argparse.SUPPRESS,
-            help="User or organization on the Hub that `hub/` stands for in names. By default TRL_SPATIAL_NAMESPACE of the "
-            "environment, else the logged-in user.",
+            help="User or organization on the Hub that `hub/` stands for in names. By default the environment variable "
+            "TRL_SPATIAL_NAMESPACE, or else the logged-in user.",
         )
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """As the parent's; an option that names a file or a folder gets its type from [`~scripts.places.TYPES`]."""
+        action = super().add_argument(*names, **options)
+        if action.type in (None, str) and action.nargs != 0:
+            action.type = TYPES.get(action.dest, action.type)
+        return action
 
     def add_checkpoint_arguments(self, what: str) -> None:
         """Add the options that say which reward model is loaded."""
@@ -119,7 +153,7 @@ class SpatialParser(TrlParser):
             *values, unknown = self.parse_args_into_dataclasses(
                 args, return_remaining_strings=True, look_for_args_file=False
             )
-        except ValueError as error:  # a dataclass refuses its values
+        except ValueError as error:  # a dataclass rejected its values
             self.error(str(error))
         if unknown:
             self.error(f"unexpected argument {unknown[0]!r}")
@@ -154,12 +188,14 @@ class SpatialParser(TrlParser):
         return launch_args, script_args
 
     def error(self, message: str) -> NoReturn:
-        # argparse prints the usage first: hundreds of options for a training command
+        # argparse would print the usage first: hundreds of options for a training command
         print(f"{self.prog}: error: {message}\n{self.prog} --help lists the options", file=sys.stderr)
         raise SystemExit(2)
 
     def _chosen_parser(self, args: list[str]) -> "SpatialParser":
-        """The parser of the subcommand, such as `data make`, that `args` begin with; else this one."""
+        """
+        Return the parser of the action that `args` begin with, as in `data make`, or this one if there are no actions.
+        """
         word = next((token for token in args if not token.startswith("-")), None)
         parsers: Any = next((a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)), None)
         if parsers is None or word is None:
@@ -170,8 +206,9 @@ class SpatialParser(TrlParser):
 
     def _read_config(self, args: list[str]) -> tuple[list[str], dict[str, Any], str]:
         """
-        Take `--config FILE` and `--namespace ORG` out of `args` and read the file: the other arguments, the file's mapping and
-        its path. The namespace goes to the environment, where `trl_spatial.hub` looks for it.
+        Take `--config FILE` and `--namespace ORG` out of `args` and read the file. Returns the other arguments, the
+        mapping in the file, and its path. The namespace and the variables of `env` are set in the environment, where
+        `trl_spatial.hub` reads the namespace.
         """
         first = argparse.ArgumentParser(prog=self.prog, add_help=False, allow_abbrev=False)
         first.error = self.error  # type: ignore[method-assign]
@@ -199,13 +236,14 @@ class SpatialParser(TrlParser):
 
     def _load_yaml(self, path: str) -> dict[str, Any]:
         try:
-            if Path(path).exists() and not Path(path).is_file():  # reading a pipe or a device may never end
+            if Path(path).exists() and not Path(path).is_file():  # reading a pipe or a device might never end
                 self.error(f"{path} is not a file")
             if Path(path).stat().st_size > MAX_CONFIG_BYTES:
                 self.error(f"{path} is larger than {MAX_CONFIG_BYTES:,} bytes: it is not a file of options")
-            config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            config = load_yaml(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-            self.error(f"{path} cannot be read: {error}")
+            reason = error.strerror if isinstance(error, OSError) else error
+            self.error(f"{path}, the file of --config, cannot be read: {reason}")
         if not isinstance(config, dict):
             self.error(f"{path}: expected a mapping from options to values")
         return config
@@ -213,18 +251,24 @@ class SpatialParser(TrlParser):
     def _check(
         self, args: list[str], config: dict[str, Any], path: str, launcher: argparse.ArgumentParser | None
     ) -> list[str]:
-        """Refuse unknown flags and YAML keys, and make the YAML file's values the defaults; returns the launcher's keys."""
+        """Reject unknown flags and YAML keys; make the YAML values the defaults. Returns the launcher's keys."""
         launcher_keys: set[str] = set()
         if launcher is not None:
             launcher_keys = {"accelerate_config", *vars(launcher.parse_args(["SCRIPT"]))}
             launcher_keys -= {"training_script", "training_script_args"}
         flags = {*self._option_string_actions}
         flags |= {flag for key in launcher_keys for flag in (f"--{key}", f"--{key.replace('_', '-')}")}
+        lists: set[str] = set()
         for token in args:
             flag = token.split("=")[0]
+            option = self._option_string_actions.get(flag)
+            if option is not None and option.nargs in ("+", "*"):
+                if option.dest in lists:  # argparse would keep the second list and drop the first
+                    self.error(f"{flag} is given twice; give all of its values once: {flag} VALUE VALUE")
+                lists.add(option.dest)
             if flag.startswith("--") and flag != "--" and " " not in flag and flag not in flags:
                 self.error(f"unknown option {flag}{nearest(flag, flags)}")
-        # `--use_peft` and `--no_use_peft` share a name: the first is meant
+        # `--use_peft` and `--no_use_peft` share a name, which means the first
         options = {option.dest: option for option in reversed(self._actions)}
         own_keys = options.keys() - {"help", "config", "namespace", "action"}
         for key in config:
@@ -235,11 +279,11 @@ class SpatialParser(TrlParser):
         return [key for key in config if key not in own]
 
     def _as_given(self, option: argparse.Action, value: Any, where: str) -> Any:
-        """A value of the YAML file, checked and converted as if it had been given on the command line."""
+        """Check and convert a value of the YAML file as if it had been given on the command line."""
         number = option.nargs
         hints = [get_type_hints(dataclass_type).get(option.dest) for dataclass_type in self.dataclass_types]
         kinds = {get_origin(member) or member for hint in hints for member in (hint, *get_args(hint))}
-        if number is None and type(value) in kinds & {dict, list}:  # as of `str | dict` and `str | list[str]`
+        if number is None and type(value) in kinds & {dict, list}:  # as for `str | dict` and `str | list[str]`
             return value
         if number == 0:
             return value if isinstance(value, bool) else self.error(f"{where}: expected true or false, got {value!r}")
@@ -247,6 +291,8 @@ class SpatialParser(TrlParser):
             return None
         takes_many = number in ("+", "*") or isinstance(number, int)
         values = value if isinstance(value, list) and takes_many else [value]
+        # as a shell does
+        values = [os.path.expanduser(item) if isinstance(item, str) and item[:2] == "~/" else item for item in values]
         if not all(isinstance(item, str | int | float | datetime.date | None) for item in values):
             self.error(f"{where}: expected {'values' if takes_many else 'one value'}, got {value!r}")
         if len(values) != number if isinstance(number, int) else number == "+" and not values:
@@ -259,7 +305,7 @@ class SpatialParser(TrlParser):
             hint = " (YAML reads a bare yes, no, on or off as true or false: quote it)"
             problem = "a value is missing" if None in values else error.message
             self.error(f"{where}: {problem}{hint if isinstance(value, bool) else ''}")
-        # an option that takes `null` reads the word as None; for another one, `null` is no text
+        # an option that accepts `null` has read the word as None; any other one would take it as text
         if None in values and given != [None]:
             self.error(f"{where}: a value is missing")
         return given if takes_many else given[0]

@@ -19,10 +19,10 @@ EXAMPLES = """\
   trl_spatial push SpatialScore-7B --to hub/SpatialScore-7B
   trl_spatial push FLUX.1-dev-SpatialScore --to ORG/FLUX.1-dev-SpatialScore --private
 
-  # a dataset: Parquet with the images in it, and a card
+  # a dataset: Parquet, images included, and a card
   trl_spatial push pairs --to hub/SpatialReward --license apache-2.0
 
-  # list what would be uploaded and what would stay
+  # list what would be uploaded and what would not
   trl_spatial push SpatialScore-7B --to ORG/SpatialScore-7B --dry-run
 """
 
@@ -33,19 +33,19 @@ def make_parser(prog: str = "trl_spatial push") -> SpatialParser:
         usage=f"{prog} RUN --to NAME [OPTIONS]",
         description="Upload a folder to the Hub with a card that says how it was made and measured: a SpatialScore checkpoint, LoRA "
         "weights or a pipeline, a dataset, a Space. Only the files that belong to such a folder are uploaded; training states "
-        "and other files stay here, and a file with a token or a local path is refused. After an interruption the same "
-        "command continues the upload.",
+        "and other files stay here, and a file with a token or a local path is rejected. After an interruption, run the same "
+        "command again to continue.",
         examples=EXAMPLES,
     )
-    parser.add_argument("run", metavar="RUN", help="Folder: of a training, a merged model, a dataset, a Space.")
+    parser.add_argument("run", metavar="RUN", help="Folder of a training run, a merged model, a dataset or a Space.")
     repository = "Repository: ORG/NAME, or hub/NAME for NAME under your own namespace."
     parser.add_argument("--to", required=True, metavar="NAME", help=repository)
-    parser.add_argument("--private", action="store_true", help="Make the repository private, if it is new.")
+    parser.add_argument("--private", action="store_true", help="Make the repository private if it is new.")
     parser.add_argument(
         "--dry-run",
         "--dry_run",
         action="store_true",
-        help="Show what would be uploaded and what would stay, and upload nothing.",
+        help="Show what would be uploaded and what would not, and upload nothing.",
     )
     parser.add_argument(
         "--replace",
@@ -54,13 +54,13 @@ def make_parser(prog: str = "trl_spatial push") -> SpatialParser:
     )
     parser.add_argument(
         "--base_model",
-        help="Hub id of the base model, if RUN was trained on a local copy of it: ORG/NAME or hub/NAME.",
+        help="Hub id of the base model, if RUN was trained from a local copy of it: ORG/NAME or hub/NAME.",
     )
-    parser.add_argument("--license", help="License for the card, as the Hub abbreviates it, for example apache-2.0.")
+    parser.add_argument("--license", help="License for the card, as a Hub license identifier such as apache-2.0.")
     parser.add_argument(
         "--config_name", default="default", help="For a dataset: name of its configuration in the repository."
     )
-    parser.add_argument("--max_shard_size", default="500MB", help="For a dataset: largest size of a Parquet shard.")
+    parser.add_argument("--max_shard_size", default="500MB", help="For a dataset: maximum size of a Parquet shard.")
     return parser
 
 
@@ -91,7 +91,7 @@ def push_folder(args: argparse.Namespace, repo_id: str, kind: "Kind") -> None:
     files = collect_files(args.run, repo_id, kind=kind, base_model=base_model, license=args.license)
     if lacks_base_model(files):
         raise ValueError(
-            f"{args.run} is an adapter of a local copy of its base model, so nobody else could load it. Name the base model on "
+            f"{args.run} is an adapter for a local copy of its base model, so nobody else could load it. Name the base model on "
             "the Hub with --base_model ORG/NAME, or push a whole model: `trl_spatial merge --model "
             f"{args.run} --output MERGED`."
         )
@@ -118,7 +118,7 @@ def push_dataset(args: argparse.Namespace, repo_id: str) -> None:
     from ..data.kinds import FURTHER_CONFIGURATIONS, NOTES_FILE
 
     splits = export.prepare_splits(load_dataset_dict(args.run), args.run)
-    # of a dataset that `trl_spatial data export` has written
+    # written by `trl_spatial data export`
     notes = Path(args.run) / NOTES_FILE
     others = {
         name: export.prepare_splits(load_dataset_dict(args.run, config_name=name), args.run)

@@ -21,7 +21,7 @@ EXAMPLES = """\
   # the paper's recipe: LoRA on Qwen2.5-VL-7B, 32 pairs per update
   trl_spatial reward --dataset ORG/SpatialReward --output_dir SpatialScore-7B
 
-  # the same from a file, on eight GPUs; what the script does not know goes to `accelerate launch`
+  # the same from a file, on eight GPUs; options of `accelerate launch` are passed on to it
   trl_spatial reward --config recipes/reward_spatialscore.yaml --dataset ORG/SpatialReward --num_processes 8
   trl_spatial reward --config recipes/reward_spatialscore.yaml --dataset ORG/SpatialReward \\
       --accelerate_config recipes/accelerate/fsdp2.yaml
@@ -61,8 +61,8 @@ class RewardModelArguments:
     model_revision: str = argument(default="main", help="Branch, tag or commit of the backbone on the Hub.")
     dtype: str | None = argument(
         default=None,
-        help="Type of the backbone's weights. By default the checkpoint's with LoRA, and float32 in full training, whose "
-        "small steps are lost in bfloat16 weights.",
+        help="Type of the backbone's weights. By default the checkpoint's with LoRA, and float32 in full training, because "
+        "bfloat16 weights lose its small steps.",
         metadata={"choices": ["auto", "bfloat16", "float16", "float32"]},
     )
     attn_implementation: str | None = argument(
@@ -71,7 +71,7 @@ class RewardModelArguments:
     use_peft: bool = argument(
         default=True,
         help="Whether to train LoRA (--no_use_peft: full training of the language model). The head and the reward token are "
-        "trained in either case.",
+        "always trained.",
     )
     lora_r: int = argument(default=64, help="LoRA rank.")
     lora_alpha: int = argument(default=128, help="LoRA alpha.")
@@ -123,9 +123,11 @@ def build_trainer(
     trainer = GaussianRewardTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=pick_split(splits, script_args.dataset_train_split, script_args.dataset),
+        train_dataset=pick_split(
+            splits, script_args.dataset_train_split, script_args.dataset, option="--dataset_train_split"
+        ),
         eval_dataset=(
-            pick_split(splits, script_args.dataset_test_split, script_args.dataset)
+            pick_split(splits, script_args.dataset_test_split, script_args.dataset, option="--dataset_test_split")
             if training_args.eval_strategy != "no"
             else None
         ),

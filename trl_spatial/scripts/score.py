@@ -14,7 +14,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ..cli import run_command
 from .datasets import load_dataset_dict, pick_split
-from .parser import SpatialParser, quick_imports
+from .parser import SpatialParser, check_device, quick_imports
+from .places import new_file
 
 
 if TYPE_CHECKING:
@@ -27,10 +28,10 @@ EXAMPLES = """\
   # rank images for one prompt
   trl_spatial score --model ORG/SpatialScore-7B --prompt "a red cup to the left of a blue book" a.png b.png c.png
 
-  # score pairs of a prompt and an image; each line of pairs.jsonl: {"prompt": "...", "image": "a.png"}
+  # score pairs of a prompt and an image; each line of pairs.jsonl is {"prompt": "...", "image": "a.png"}
   trl_spatial score --model SpatialScore-7B --input pairs.jsonl --output scores.jsonl
 
-  # one column of images of a dataset
+  # one image column of a dataset
   trl_spatial score --model SpatialScore-7B --input ORG/SpatialReward --split test --image_column chosen --json
 """
 
@@ -39,11 +40,11 @@ def make_parser(prog: str = "trl_spatial score") -> SpatialParser:
     parser = SpatialParser(
         prog=prog,
         usage=f"{prog} --model MODEL (--prompt PROMPT IMAGE [IMAGE ...] | --input INPUT) [OPTIONS]",
-        description="Score images for prompts: the mean of the score says how well the image shows the objects and their "
-        "places. Its standard deviation is the spread the model gives the score, not a measure of how sure it is.",
+        description="Score images for prompts: the mean of the score says how well the image matches the prompt's objects and "
+        "their positions. The standard deviation is the spread that the model gives the score, not a measure of its confidence.",
         examples=EXAMPLES,
     )
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="Image files, scored for --prompt and ranked.")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="Image files to score for --prompt and rank.")
     parser.add_argument(
         "--model",
         required=True,
@@ -54,7 +55,7 @@ def make_parser(prog: str = "trl_spatial score") -> SpatialParser:
     parser.add_argument("--prompt", help="Text that the images were made from.")
     parser.add_argument(
         "--input",
-        help="Prompts and images: a .jsonl, .json, .csv or .parquet file (paths of images are relative to it), a dataset "
+        help="Prompts and images: a .jsonl, .json, .csv or .parquet file (image paths are relative to it), a dataset "
         "folder, or a dataset on the Hub (ORG/NAME, ORG/NAME@REVISION, hub/NAME).",
     )
     parser.add_argument("--input_config", help="Configuration of --input, if it is a dataset on the Hub.")
@@ -68,7 +69,7 @@ def make_parser(prog: str = "trl_spatial score") -> SpatialParser:
     )
     parser.add_attention_argument()
     parser.add_argument("--json", action="store_true", help="Print JSON lines instead of a table.")
-    parser.add_argument("--output", help="File to write the scores to, as JSON lines.")
+    parser.add_argument("--output", type=new_file, help="File to write the scores to, as JSON lines.")
     return parser
 
 
@@ -76,20 +77,23 @@ def main(args: argparse.Namespace) -> None:
     if (args.prompt is None) == (args.input is None):
         raise ValueError("Give either --prompt and image files, or --input.")
     if args.input is not None and args.images:
-        raise ValueError(f"With --input no image files are expected, got {args.images[0]}.")
+        raise ValueError(f"With --input, no image files are expected, but got {args.images[0]}.")
     if args.prompt is not None and not args.images:
         raise ValueError("--prompt needs at least one image file.")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch_size is {args.batch_size}. Use at least 1.")
+    check_device("--device", args.device)
     if args.prompt is not None:
         rows: Sequence[Row] = [(number, args.prompt, image, image) for number, image in enumerate(args.images)]
     else:
         rows = InputRows(args.input, args.split, args.prompt_column, args.image_column, config_name=args.input_config)
 
-    if args.output is not None:  # before the work, not after it
+    if args.output is not None:  # fail before the work, not after it
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         with open(args.output, "a", encoding="utf-8"):
             pass
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that shows ASCII only must not end the run
+        if hasattr(stream, "reconfigure"):  # an ASCII-only terminal must not end the run
             stream.reconfigure(errors="backslashreplace")
 
     with quick_imports():
@@ -136,7 +140,7 @@ def score_input(args: argparse.Namespace, scorer: "SpatialScore", rows: Sequence
 
 
 def show_scores(args: argparse.Namespace, records: Iterable[dict[str, Any]]) -> None:
-    """Prints records, which are read several times."""
+    """Prints records; iterates over them several times."""
     num_rows, num_bad = 0, 0
     shown: list[str] = []
     for record in records:
@@ -159,8 +163,8 @@ def show_scores(args: argparse.Namespace, records: Iterable[dict[str, Any]]) -> 
 
 class ScoreFile:
     """
-    JSON lines of rows' scores, in a file that is open for reading and writing. They are read in the order of the rows, and written
-    in any; in memory are only the places of the lines.
+    The scores of rows, as JSON lines in a file open for reading and writing. Lines are written in any order and read
+    in the order of the rows; only their positions are in memory.
     """
 
     def __init__(self, file: IO[bytes], num_rows: int):
@@ -191,11 +195,11 @@ def to_line(record: dict[str, Any]) -> str:
 
 
 def keep_scored(args: argparse.Namespace, rows: Sequence[Row], model: str) -> None:
-    """Leaves in --output what an interrupted run has scored: no bad rows, no line that was cut off."""
+    """Removes from --output what an interrupted run did not score: bad rows, and a last line that was cut off."""
     output = Path(args.output)
     partial = output.with_name(
         f".{output.name}.{os.getpid()}.partial"
-    )  # the old file stays until the new one is whole
+    )  # the old file stays until the new one is complete
     try:
         with (
             output.open(encoding="utf-8", newline="\n") as old,
@@ -221,7 +225,9 @@ def check_line(line: str, args: argparse.Namespace, rows: Sequence[Row], model: 
     except (ValueError, KeyError, TypeError, IndexError):
         is_same = False
     if not is_same:
-        raise ValueError(f"{args.output} holds other rows than {args.input}. Delete it, or name another file.")
+        raise ValueError(
+            f"{args.output} holds rows other than those of {args.input}. Delete it, or name another file."
+        )
     if earlier != model:
         raise ValueError(f"{args.output} holds scores of {earlier}, not of {model}. Delete it, or name another file.")
     return record
@@ -240,7 +246,9 @@ class InputRows(Sequence):
     ):
         from datasets import Image
 
-        rows = pick_split(load_dataset_dict(name_or_path, config_name=config_name), split, name_or_path)
+        rows = pick_split(
+            load_dataset_dict(name_or_path, config_name=config_name), split, name_or_path, option="--split"
+        )
         for option, column in (("--prompt_column", prompt_column), ("--image_column", image_column)):
             if column not in rows.column_names:
                 raise ValueError(
@@ -276,7 +284,16 @@ def score_records(scorer: "SpatialScore", rows: Sequence[Row], model: str, *, ba
         scores = scorer.score(prompts, images, batch_size=batch_size)
     except ValueError as error:
         if len(rows) == 1:
-            return [{**known[0], "error": str(error).replace("images[0]", str(names[0]), 1), "model": model}]
+            message = str(error)  # it counts rows within this call, which has only one
+            name = "The image" if names[0] == f"row {numbers[0]}" else str(names[0])
+            for own, shown in (
+                ("images[0]", name),
+                ("The prompt of row 0", "The prompt"),
+                ("prompts[0]", "The prompt"),
+            ):
+                if message.startswith(own):
+                    message = shown + message.removeprefix(own)
+            return [{**known[0], "error": message, "model": model}]
         half = len(rows) // 2
         return [
             record
@@ -290,13 +307,13 @@ def score_records(scorer: "SpatialScore", rows: Sequence[Row], model: str, *, ba
 
 
 def print_table(records: Iterable[dict[str, Any]]) -> None:
-    """Prints the records that have a score: once they are read for the widths of the columns, once to be printed."""
+    """Prints the records that have a score. Iterates over them twice: for the widths of the columns, then to print."""
     columns: list[str] = []
     widths: list[int] = []
     for record in records:
         if "error" in record:
             continue
-        if not columns:  # one prompt for all rows is in the command line already
+        if not columns:  # a prompt shared by all rows is already on the command line
             hidden = {"row", "model"} | ({"prompt"} if "rank" in record else set())
             columns = [name for name in record if name not in hidden]
             widths = [len(name) for name in columns]

@@ -9,15 +9,15 @@ from pathlib import Path
 from ..cli import run_command
 from ..rewards import TOKEN_VARIABLE
 from ..serving.limits import Limits
-from .parser import SpatialParser, quick_imports
+from .parser import SpatialParser, check_device, quick_imports
 from .space import check_port
 
 
 EXAMPLES = """\
-  # on a GPU of its own; only this machine can reach it. `trl_spatial grpo --rewards http://127.0.0.1:8000` asks it
+  # on its own GPU, only reachable from this machine; train with `trl_spatial grpo --rewards http://127.0.0.1:8000`
   trl_spatial serve --model SpatialScore-7B --device cuda:1
 
-  # for other machines: with a token, which the training reads from TRL_SPATIAL_SERVER_TOKEN
+  # for other machines: with a token, which training reads from TRL_SPATIAL_SERVER_TOKEN
   trl_spatial serve --model hub/SpatialScore-7B --host 0.0.0.0 --token-file token.txt
 """
 
@@ -27,7 +27,7 @@ def make_parser(prog: str = "trl_spatial serve") -> SpatialParser:
         prog=prog,
         usage=f"{prog} --model MODEL [OPTIONS]",
         description="Score images over HTTP: POST /score, GET /health, and a page at /. Requests that arrive together are scored "
-        "together. The connection is not encrypted: beyond a network that you trust, put a proxy with TLS in front.",
+        "together. The connection is not encrypted: outside a trusted network, put a TLS proxy in front.",
         examples=EXAMPLES,
     )
     parser.add_checkpoint_arguments("Checkpoint, with an adapter or merged")
@@ -39,18 +39,18 @@ def make_parser(prog: str = "trl_spatial serve") -> SpatialParser:
         "--token-file",
         "--token_file",
         metavar="FILE",
-        help=f"File with the token that requests need. By default {TOKEN_VARIABLE} of the environment; if there is none, no "
-        "token is needed.",
+        help=f"File with the token that requests need. By default the environment variable {TOKEN_VARIABLE}; if neither is "
+        "set, no token is needed.",
     )
     parser.add_argument("--max_batch_size", type=int, default=16, help="Images per forward pass.")
-    parser.add_argument("--max_queue", type=int, default=256, help="Images that may wait.")
+    parser.add_argument("--max_queue", type=int, default=256, help="Maximum number of waiting images.")
     for name, what in (
-        ("max_images", "Images of a request."),
-        ("max_bytes", "Bytes of a request."),
-        ("max_image_bytes", "Bytes of an image file."),
-        ("max_pixels", "Pixels of an image."),
-        ("max_prompt_length", "Characters of a prompt."),
-        ("max_held_bytes", "Bytes of all requests together: bodies and decoded images."),
+        ("max_images", "Maximum images per request."),
+        ("max_bytes", "Maximum bytes per request."),
+        ("max_image_bytes", "Maximum bytes per image file."),
+        ("max_pixels", "Maximum pixels per image."),
+        ("max_prompt_length", "Maximum characters per prompt."),
+        ("max_held_bytes", "Maximum bytes of all requests together: bodies and decoded images."),
     ):
         parser.add_argument(f"--{name}", type=int, default=getattr(Limits, name), help=what)
     return parser
@@ -60,7 +60,8 @@ def main(args: argparse.Namespace) -> None:
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
         raise ValueError('The server needs fastapi and uvicorn: pip install "trl-spatial[serve]"')
     token = read_token(args.token_file)
-    check_port(args.host, args.port)  # loading the model may take minutes
+    check_device("--device", args.device)
+    check_port(args.host, args.port)  # fail before loading the model, which may take minutes
 
     with quick_imports():
         from .. import SpatialScore
@@ -78,14 +79,16 @@ def main(args: argparse.Namespace) -> None:
     )
     app = create_app(
         scorer,
-        model_name=Path(args.model).absolute().name if Path(args.model).exists() else args.model,  # no local path
+        model_name=Path(args.model).absolute().name if Path(args.model).exists() else args.model,  # hides local paths
         token=token,
         max_batch_size=args.max_batch_size,
         max_queue=args.max_queue,
         limits=limits,
     )
     if token is None and args.host not in ("127.0.0.1", "localhost", "::1"):
-        print(f"Anybody who reaches {args.host} may ask: set a token with --token-file or {TOKEN_VARIABLE}.")
+        print(
+            f"Anyone who can reach {args.host} can use the server: set a token with --token-file or {TOKEN_VARIABLE}."
+        )
     make_server(app, host=args.host, port=args.port).run()
 
 

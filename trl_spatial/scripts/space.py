@@ -1,4 +1,4 @@
-"""`trl_spatial space`: a page that ranks images for a prompt, as a Space to upload or served from here."""
+"""`trl_spatial space`: a page that ranks images for a prompt, as a Space to upload or served from this machine."""
 
 import argparse
 import os
@@ -17,10 +17,10 @@ EXAMPLES = """\
   # a folder to upload to the Hub as a Gradio Space
   trl_spatial space build space --model ORG/SpatialScore-7B --title "Which image is right?"
 
-  # the same page on this machine, for a checkpoint that was just trained
+  # the same page on this machine, for a newly trained checkpoint
   trl_spatial space serve --model SpatialScore-7B
 
-  # a Space that was built and changed, before it is uploaded
+  # a built and edited Space, before uploading it
   trl_spatial space serve --dir space --port 8000
 """
 
@@ -28,8 +28,8 @@ EXAMPLES = """\
 def make_parser(prog: str = "trl_spatial space") -> SpatialParser:
     parser = SpatialParser(
         prog=prog,
-        description="A page that ranks images by how well they show a prompt: built as a Hugging Face Space, or served "
-        "from here.",
+        description="A page that ranks images by how well they match a prompt: built as a Hugging Face Space, or served "
+        "from this machine.",
         examples=EXAMPLES,
     )
     commands = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -39,7 +39,7 @@ def make_parser(prog: str = "trl_spatial space") -> SpatialParser:
         description="Write a Gradio Space: app.py, requirements.txt and README.md.",
         examples=EXAMPLES,
     )
-    build.add_argument("folder", metavar="DIR", help="Folder to write; it must be empty or not exist yet.")
+    build.add_argument("folder", metavar="DIR", help="Output folder; it must be empty or not exist yet.")
     build.add_argument(
         "--model", required=True, help="Reward model on the Hub: ORG/NAME, ORG/NAME@REVISION or hub/NAME."
     )
@@ -47,12 +47,12 @@ def make_parser(prog: str = "trl_spatial space") -> SpatialParser:
     serve = commands.add_parser(
         "serve",
         help="serve the page from this machine",
-        description="Serve the page from this machine, to this machine only unless --host says otherwise. It works "
-        "without a network if the model is here.",
+        description="Serve the page from this machine, only to this machine unless --host says otherwise. It works "
+        "without a network if the model is local.",
         examples=EXAMPLES,
     )
-    serve.add_argument("--model", help="Checkpoint: a folder or a name of the Hub; by default what --dir says.")
-    serve.add_argument("--dir", help="Folder of a Space, whose app.py to run instead of the package's.")
+    serve.add_argument("--model", help="Checkpoint: a folder or a name on the Hub; by default that of --dir.")
+    serve.add_argument("--dir", help="Folder of a Space whose app.py to run instead of the package's.")
     serve.add_argument("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 lets other machines in.")
     serve.add_argument("--port", type=int, default=7860, help="Port to listen on.")
     return parser
@@ -72,13 +72,13 @@ def main(args: argparse.Namespace) -> None:
 def serve(model: str | None, space: str | None, host: str, port: int) -> None:
     """Run the app of a Space, or the package's, until it is interrupted."""
     if model is None and space is None:
-        raise ValueError("Give --model, a folder or a name of the Hub, or --dir, the folder of a Space.")
+        raise ValueError("Give --model, a folder or a name on the Hub, or --dir, the folder of a Space.")
     if find_spec("gradio") is None:
         raise ValueError('The page needs gradio: pip install "trl-spatial[space]"')
     app = Path(__file__).parents[1] / "space" / "app.py" if space is None else Path(space) / "app.py"
     if not app.is_file():
         raise ValueError(f"{space} has no app.py: `trl_spatial space build` writes the folder of a Space.")
-    check_port(host, port)  # loading the model may take minutes
+    check_port(host, port)  # fail before loading the model, which may take minutes
     os.environ.update(
         GRADIO_ANALYTICS_ENABLED="False",
         GRADIO_SERVER_NAME=host,

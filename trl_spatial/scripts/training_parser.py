@@ -1,8 +1,8 @@
 """
-The parser of a command that trains, and its help without what takes seconds to import.
+The parser of a training command, with help that needs no slow imports.
 
-Its configuration is a dataclass that inherits from transformers', whose import imports torch. The options that this package declares
-are read from the source for the help.
+The configuration is a dataclass that inherits from transformers', whose import imports torch. For the help, the
+options that this package declares are read from the source.
 """
 
 import ast
@@ -38,9 +38,9 @@ def training_parser(dataclass_types: Iterable[type], config: str, *, is_brief: b
         return SpatialParser([*dataclass_types, config_class], **kwargs)
     parser = SpatialParser(dataclass_types, **kwargs)
     group = parser.add_argument_group(
-        "options of the training",
-        "These are its own. It takes those of transformers' TrainingArguments too, such as --output_dir, --max_steps,\n"
-        "--save_steps and --resume_from_checkpoint: `--help_all` lists all of them, `accelerate launch --help` the launcher's.",
+        "training options",
+        "Listed here are the package's own. Those of transformers' TrainingArguments work too, such as --output_dir, --max_steps,\n"
+        "--save_steps and --resume_from_checkpoint: `--help_all` lists them all, `accelerate launch --help` the launcher's.",
     )
     for option, (default, text) in declared_options(module, name).items():
         group.add_argument(f"--{option}", metavar=option.upper(), default=default, help=text)
@@ -69,7 +69,7 @@ def declared_options(module: str, name: str) -> dict[str, tuple[Any, str]]:
 
 
 def _default_and_help(call: ast.Call) -> tuple[Any, str]:
-    """Of `field(default=..., metadata={"help": ...})` or `option(default, help, ...)`."""
+    """Return default and help of `field(default=..., metadata={"help": ...})` or `option(default, help, ...)`."""
     keywords = {keyword.arg: keyword.value for keyword in call.keywords}
     if "metadata" not in keywords:
         default, text = call.args[:2]

@@ -1,4 +1,4 @@
-"""The endpoint: what may be asked, who may ask, and what is answered."""
+"""The HTTP application of the server: routes, authorization and answers."""
 
 import asyncio
 import hmac
@@ -23,9 +23,9 @@ from .limits import Limits
 from .rows import Row, ScoreAnswer, decode_rows, num_decoded_bytes, read_rows
 
 
-# Requests whose images are being decoded at one time: converting takes memory of its own.
+# Requests whose images are decoded at the same time; limited, because conversion takes additional memory.
 _MAX_DECODING = 8
-_CLOSING_TIME = 1.5  # seconds that the batch being scored has at the end
+_CLOSING_TIME = 1.5  # seconds for the batch being scored to finish at shutdown
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -33,22 +33,19 @@ _PAGE = """<!doctype html>
 <style>body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 44rem; margin: 2rem auto; padding: 0 1rem }}
 td, th {{ text-align: left; padding: .2rem 1rem .2rem 0 }} pre {{ background: #f3f3f3; padding: 1rem; overflow: auto }}</style>
 </head><body><h1>{model}</h1>
-<p>Scores how well images show the spatial relations of their prompts.</p>
+<p>Scores how well images match the spatial relations in their prompts.</p>
 <table>{rows}</table>
-<h2>Ask it</h2>
+<h2>Request</h2>
 <pre>POST /score
 {{"prompts": ["a red cup to the left of a blue book"], "images": ["BASE64 OF A PNG, JPEG OR OTHER IMAGE FILE"]}}</pre>
-<p>It answers <code>{{"mean": [0.42], "std": [0.1], "errors": [null]}}</code>. As a reward in training:
+<p>The answer is <code>{{"mean": [0.42], "std": [0.1], "errors": [null]}}</code>. As a reward in training:
 <code>trl_spatial grpo --rewards ADDRESS_OF_THIS_PAGE</code>.</p>
 </body></html>
 """
 
 
 class Endpoint:
-    """
-    What the pages of [`create_app`] answer. Once `closing` is set, the server cannot wait any longer: requests whose images have no
-    score yet are answered with 503.
-    """
+    """The request handlers of [`create_app`]. Once `closing` is set, waiting requests are answered with 503."""
 
     def __init__(self, batcher: Batcher, *, model_name: str, token: str | None, limits: Limits):
         self.batcher, self.model_name, self.token, self.limits = batcher, model_name, token, limits
@@ -86,7 +83,7 @@ class Endpoint:
 
     async def score(self, request: Request) -> ScoreAnswer:
         self._check_token(request, is_needed=True)
-        # before anything is read: what is turned away should cost little
+        # before reading the body, so that a rejected request costs little
         if self.batcher.num_waiting >= self.batcher.max_queue:
             raise self._busy()
         with self._intake.hold() as hold:
@@ -107,7 +104,9 @@ class Endpoint:
         return _make_answer(rows, scores)
 
     async def _wait(self, request: Request, futures: list[Future[tuple[float, float]]]) -> list[Any]:
-        """Scores or errors of images, unless the client hangs up or the server ends."""
+        """
+        Waits for the scores, or errors, of images; raises if the client disconnects or the server shuts down first.
+        """
         scores: asyncio.Future[list[Any]] = asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
         ends: list[asyncio.Future[Any]] = [
             asyncio.create_task(_wait_for_hanging_up(request)),
@@ -127,11 +126,11 @@ class Endpoint:
         given = request.headers.get("Authorization")
         if self.token is None or (given is None and not is_needed):
             return
-        # the time of the comparison says nothing about the token
+        # `compare_digest` takes the same time for any wrong token
         if given is None or not hmac.compare_digest(given.encode(), f"Bearer {self.token}".encode()):
             raise Refusal(
                 401,
-                "This server needs its token: send the header `Authorization: Bearer TOKEN`.",
+                "This server requires its token: send the header `Authorization: Bearer TOKEN`.",
                 WWW_Authenticate="Bearer",
             )
 
@@ -139,7 +138,9 @@ class Endpoint:
         num_waiting = self.batcher.num_waiting
         seconds = math.ceil(num_waiting * (self.batcher.counts.seconds_per_image or 0.0))
         return Refusal(
-            503, f"{num_waiting} images are waiting already: ask later.", Retry_After=str(min(max(seconds, 1), 60))
+            503,
+            f"{num_waiting} images are already waiting: try again later.",
+            Retry_After=str(min(max(seconds, 1), 60)),
         )
 
 
@@ -167,13 +168,13 @@ def create_app(
         scorer ([`SpatialScore`]):
             Scores the images, in one thread; another prepares the next batch.
         model_name (`str`):
-            What the model is called, for everybody to read: no local path.
+            Name of the model, which is public: no local path.
         token (`str`, *optional*):
             The bearer token that `POST /score` needs. If `None`, everybody who reaches the server may ask.
         max_batch_size (`int`, *optional*, defaults to `16`), max_queue (`int`, *optional*, defaults to `256`):
             Images per forward pass, and images that may wait.
         limits ([`Limits`], *optional*):
-            What requests may hold. If `None`, the defaults.
+            Limits of requests. If `None`, the defaults.
 
     Raises:
         `ValueError`: If a number is not positive, or a request may hold more images than may wait.
@@ -201,7 +202,7 @@ def create_app(
         yield
         await run_in_threadpool(batcher.close, _CLOSING_TIME)
 
-    # no pages of FastAPI's own: they load scripts from elsewhere
+    # no documentation pages of FastAPI, which load scripts from a CDN
     app = FastAPI(title="trl_spatial serve", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.endpoint = endpoint
     app.get("/health")(endpoint.health)
@@ -214,7 +215,7 @@ def create_app(
 
     @app.exception_handler(ClientDisconnect)
     async def hang_up(request: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=400)  # which nobody reads
+        return Response(status_code=400)  # nobody reads it
 
     return app
 
@@ -235,7 +236,7 @@ def _make_answer(rows: list[Row], scores: list[Any]) -> ScoreAnswer:
         mean, std, error = None, None, row.error
         if error is None:
             score = next(remaining)
-            if isinstance(score, ValueError):  # in words, about this row, which was scored alone: as row 0
+            if isinstance(score, ValueError):  # its message calls this row 0, because the row was scored alone
                 error = re.sub(r"(\brow |images\[|prompts\[)0\b", rf"\g<1>{number}", str(score))
             elif isinstance(score, BaseException):
                 error = f"could not be scored ({type(score).__name__})"

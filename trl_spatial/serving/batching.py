@@ -1,4 +1,4 @@
-"""Joins the images of several requests into batches for one model."""
+"""Combines the images of several requests into batches for one model."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from ..gaussian_reward.scoring import ahead
 
 
 Scores = Sequence[tuple[float, float]]
-Row = tuple[str, Any, "Future[tuple[float, float]]"]  # prompt, image and their score
+Row = tuple[str, Any, "Future[tuple[float, float]]"]  # prompt, image, and mean and standard deviation of the score
 
 
 class QueueFullError(RuntimeError):
@@ -22,8 +22,8 @@ class QueueFullError(RuntimeError):
 @dataclass
 class Counts:
     """
-    What a [`Batcher`] has done since it was made: `images` with a score, `failures`, batches that were scored, and the `seconds`
-    that took.
+    What a [`Batcher`] has done since it was made: `images` with a score, `failures`, scored `batches`, and the
+    `seconds` that they took.
     """
 
     images: int = 0
@@ -64,16 +64,16 @@ class Batcher:
         self.max_queue = max_queue
         self.counts = Counts()
         self._waiting: deque[Row] = deque()
-        self._num_batches = 0  # that are being prepared or scored
-        self._ahead: list[Row] = []  # those in batches that are prepared, or about to be, and not being scored yet
+        self._num_batches = 0  # batches being prepared or scored
+        self._ahead: list[Row] = []  # rows of batches that were taken from the queue and are not being scored yet
         self._changed = threading.Condition()
-        self.is_closed = False  # whether it takes no more images
+        self.is_closed = False  # whether it accepts no more images
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self._thread.start()
 
     @property
     def num_waiting(self) -> int:
-        """Images that wait."""
+        """Number of images that wait."""
         return len(self._waiting) + sum(not row[2].cancelled() for row in self._ahead)
 
     def submit(self, prompts: list[str], images: list[Any]) -> list[Future[tuple[float, float]]]:
@@ -96,7 +96,7 @@ class Batcher:
         return futures
 
     def cancel(self, futures: Iterable[Future[tuple[float, float]]]) -> None:
-        """Takes images out of the queue that nobody asks for any longer. A batch that is being scored is not stopped."""
+        """Removes images that are no longer wanted from the queue. A batch that is being scored is not stopped."""
         with self._changed:
             for future in futures:
                 future.cancel()
@@ -121,7 +121,7 @@ class Batcher:
                 self._changed.notify()
 
     def _batches(self) -> Iterator[tuple[list[Row], Any]]:
-        """Batches of what waits, prepared, or the errors that preparing them raised."""
+        """Yields batches of waiting rows, each with the prepared batch or the error that preparing it raised."""
         while True:
             with self._changed:
                 self._changed.wait_for(self._is_time)
@@ -133,7 +133,9 @@ class Batcher:
             yield rows, self._try_to_prepare(rows)
 
     def _is_time(self) -> bool:
-        """Whether to take a batch: a full one ahead, what there is when nothing else is to be done."""
+        """
+        Whether to take a batch: a full one at any time; a partial one, or none at all on closing, only when idle.
+        """
         is_idle = self._num_batches == 0
         return len(self._waiting) >= self.max_batch_size or (is_idle and (bool(self._waiting) or self.is_closed))
 
@@ -155,7 +157,7 @@ class Batcher:
                 self.counts.failures += 1
                 rows[0][2].set_exception(error)
                 return
-            # one image must not cost the others their scores: each by itself
+            # score each row alone, so that one bad image does not cost the others their scores
             for row in rows:
                 self._score_rows([row], self._try_to_prepare([row]))
             return

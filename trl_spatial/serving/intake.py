@@ -1,4 +1,4 @@
-"""How much of the clients' data is in memory at once, and how long a body may take to arrive."""
+"""Limits the memory that requests hold, and the time that a body may take to arrive."""
 
 import asyncio
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from .limits import Limits
 
 
 BODY_TIMEOUT = 10.0  # seconds for the body of a request ...
-MIN_BODY_RATE = 64 * 2**10  # ... and one more for each so many bytes that have arrived
+MIN_BODY_RATE = 64 * 2**10  # ... plus one second for every this many bytes received
 
 
 class Refusal(Exception):
@@ -27,11 +27,11 @@ class Hold:
     def __init__(self) -> None:
         self.num_bytes = 0
         self.start = asyncio.get_running_loop().time()
-        self.timeout: asyncio.Timeout | None = None  # while its body arrives
+        self.timeout: asyncio.Timeout | None = None  # set while the body arrives
         self.is_evicted = False
 
     def rate(self, now: float) -> float:
-        """Bytes a second of a body so far, in favour of one that has just begun."""
+        """Bytes per second of a body so far, biased in favor of one that has just begun."""
         return (self.num_bytes + 2**18) / (now - self.start + 0.1)
 
 
@@ -58,7 +58,7 @@ class Intake:
         room, with 413 if there never will be.
         """
         if hold.num_bytes + num_bytes > self.limits.max_held_bytes:
-            raise Refusal(413, "The images have too many pixels together: send fewer at a time.")
+            raise Refusal(413, "Together, the images have too many pixels: send fewer at a time.")
         now = asyncio.get_running_loop().time()
         while self.num_bytes + num_bytes > self.limits.max_held_bytes:
             slowest = min(self._arriving, key=lambda other: other.rate(now), default=hold)
@@ -66,7 +66,8 @@ class Intake:
                 raise _no_room()
             slowest.is_evicted = True
             assert slowest.timeout is not None
-            slowest.timeout.reschedule(now)
+            if not slowest.timeout.expired():  # a moment ago, and its request does not know yet
+                slowest.timeout.reschedule(now)
             self._arriving.remove(slowest)
             self._release(slowest)
         hold.num_bytes += num_bytes
@@ -101,9 +102,7 @@ class Intake:
         except TimeoutError:
             if hold.is_evicted:
                 raise _no_room() from None
-            raise Refusal(
-                408, f"Only {len(body)} bytes of the request have arrived in time.", Connection="close"
-            ) from None
+            raise Refusal(408, f"Only {len(body)} bytes of the request arrived in time.", Connection="close") from None
         finally:
             self._arriving.discard(hold)
         return body
@@ -114,4 +113,6 @@ class Intake:
 
 
 def _no_room() -> Refusal:
-    return Refusal(503, "The server holds as many images as it may: ask later.", Retry_After="1", Connection="close")
+    return Refusal(
+        503, "The server holds as many images as it can: try again later.", Retry_After="1", Connection="close"
+    )

@@ -1,19 +1,19 @@
-"""What requests may hold. Nothing here needs the extra `serve`: the command reads the defaults."""
+"""Limits of requests. Imports nothing of the extra `serve`, because the command reads the defaults without it."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What requests may hold."""
+    """Limits of requests."""
 
     max_images: int = 64
-    max_image_bytes: int = 64 * 2**20  # of an image file
+    max_image_bytes: int = 64 * 2**20  # per image file
     max_bytes: int = 128 * 2**20
-    # as many as a scorer here takes; a small file can hold very many pixels
+    # the limit of a local scorer; even a small file can hold very many pixels
     max_pixels: int = 48 * 2**20
     max_prompt_length: int = 20_000
-    # of all requests together, from the first byte of the body until the answer: bodies and decoded images
+    # bodies and decoded images of all requests together, from the first byte of a body until its answer
     max_held_bytes: int = 2**31
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""From the JSON of a request to prompts and images: what is wrong with one row costs that row alone."""
+"""Reads prompts and images from the JSON of a request; a fault in one row affects that row alone."""
 
 import base64
 import json
@@ -15,7 +15,7 @@ from .intake import Refusal
 from .limits import Limits
 
 
-_DATA_URI = re.compile(r"data:[\w/+.;=-]*,")  # before the base64, as browsers write it
+_DATA_URI = re.compile(r"data:[\w/+.;=-]*,")  # the prefix that browsers write before the base64
 
 
 class ScoreRequest(BaseModel):
@@ -56,7 +56,7 @@ def read_rows(body: bytes | bytearray, limits: Limits) -> list[Row]:
     too many rows.
     """
     try:
-        # by the standard library: pydantic's parser refuses half a surrogate pair, which would cost the other rows their scores
+        # not pydantic's parser, which would reject the whole request for a lone surrogate in one row
         request = ScoreRequest.model_validate(json.loads(body))
     except ValidationError as error:
         fault = error.errors(include_input=False, include_url=False)[0]

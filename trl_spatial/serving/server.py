@@ -1,4 +1,4 @@
-"""The server around the application: how long it waits for clients, how many it lets in, and how it ends."""
+"""The server around the application: timeouts for clients, the limit on connections, and shutdown."""
 
 import asyncio
 import logging
@@ -11,18 +11,18 @@ from fastapi import FastAPI
 from uvicorn.protocols.http import h11_impl
 
 
-HEAD_TIMEOUT = 10.0  # seconds in which a client must send the head of a request, or read an answer
+HEAD_TIMEOUT = 10.0  # seconds for a client to send the head of a request, or to read an answer
 MAX_CONNECTIONS = 512
-_BACKLOG = 256  # connections that are accepted at once
-_ROOM_DELAY = 0.02  # seconds in which the head of an honest request is read
-ANSWER_TIME = 6.0  # seconds after SIGTERM in which what was asked before is answered
-_GRACE = 8  # and after which the server ends whatever clients do; the application takes one or two more
+_BACKLOG = 256  # connections waiting to be accepted
+_ROOM_DELAY = 0.02  # seconds, enough to read the head of an honest request
+ANSWER_TIME = 6.0  # seconds after SIGTERM in which pending requests are answered
+_GRACE = 8  # seconds after which the server ends whatever clients do; the application takes one or two more
 
 
 class Connection(h11_impl.H11Protocol):
     """
-    A connection that does not wait for its client without end. When there are too many, a newcomer takes the place of one
-    that has kept the server waiting: of the client with the most such connections, the one that has waited longest.
+    A connection that may be closed while it waits for its client. When there are too many, a new one replaces one that
+    has kept the server waiting: of the client with the most such connections, the one that has waited longest.
     """
 
     since: float  # when it became the client's turn
@@ -54,7 +54,7 @@ class Connection(h11_impl.H11Protocol):
         victim = max(
             candidates, key=lambda other: (counts[other.client and other.client[0]], -other.since), default=self
         )
-        self.connections.discard(victim)  # the event loop notices its end later
+        self.connections.discard(victim)  # the event loop removes it only later
         victim.transport.abort()
 
     def on_response_complete(self) -> None:
@@ -68,10 +68,10 @@ class Connection(h11_impl.H11Protocol):
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state in (h11_impl.h11.IDLE, h11_impl.h11.SEND_RESPONSE):
             super().send_400_response(msg)
-        else:  # an answer has been given already
+        else:  # an answer has already been sent
             self.transport.abort()
         if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.disconnected = True  # what the application answers would be a second answer
+            self.cycle.disconnected = True  # the application's answer would be a second one
             self.cycle.message_event.set()
 
     def shutdown(self) -> None:
@@ -82,7 +82,7 @@ class Connection(h11_impl.H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """A server that ends connections whose client keeps it waiting, and itself ends in time."""
+    """A server that closes connections whose client keeps it waiting, and shuts down in time."""
 
     async def on_tick(self, counter: int) -> bool:
         latest = asyncio.get_running_loop().time() - HEAD_TIMEOUT
@@ -121,7 +121,7 @@ def make_server(app: FastAPI, *, host: str, port: int) -> Server:
 
 
 def _drop_query(record: logging.LogRecord) -> bool:
-    """A query string may hold a token."""
+    """Logging filter that cuts off query strings, which may hold a token; lets every record pass."""
     if isinstance(record.args, tuple) and len(record.args) > 2:
         client, method, path, *rest = record.args
         record.args = (client, method, str(path).partition("?")[0], *rest)

@@ -1,7 +1,7 @@
 """
-A page that ranks images by how well they show the spatial relations of a prompt.
+A page that ranks images by how well they match the spatial relations in a prompt.
 
-`python app.py` runs it. `MODEL_ID` below says which model scores; an environment variable of that name wins.
+`python app.py` runs it. `MODEL_ID` below is the model that scores; an environment variable of that name takes precedence.
 """
 
 import html
@@ -31,13 +31,13 @@ IMAGE_TYPES = [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"]
 INTRODUCTION = """
 # {title}
 
-Which image shows the prompt best? Write a prompt that says where things are, add images made from it, and press Score.
+Which image matches the prompt best? Write a prompt that says where things are, add images made from it, and press Score.
 Model: {model}
 """
 EXPLANATION = """
-**Higher is better.** The mean says how well the objects of the prompt stand where the prompt puts them. The standard
-deviation (±) is the spread that the model learnt on its training pairs: it does not warn of images or prompts that are
-unlike those. P(better than next) is how probable the model finds it that an image is preferred to the one ranked below it.
+**Higher is better.** The mean says how well the positions of the objects match the prompt. The standard
+deviation (±) is the spread that the model learned from its training pairs: it does not warn of images or prompts that are
+unlike those. P(better than next) is the model's probability that an image is preferred to the one ranked below it.
 Scores compare images of the same prompt, not images of different prompts. Left and right are the
 viewer's: left is the left side of the image.
 """
@@ -116,7 +116,7 @@ def check_inputs(prompt: str, paths: list[str]) -> None:
     elif not paths:
         problem = "There are no images: add at least one."
     elif len(paths) > MAX_IMAGES:
-        problem = f"{len(paths)} images are too many: take at most {MAX_IMAGES} at a time."
+        problem = f"{len(paths)} images are too many: add at most {MAX_IMAGES} at a time."
     if problem:
         raise gr.Error(problem, print_exception=False)
 
@@ -137,7 +137,7 @@ def rank_images(scorer: SpatialScore, prompt: str, paths: list[str]) -> list[Ran
 
 
 def name_files(message: str, paths: list[str]) -> str:
-    """HTML of an error of [`SpatialScore.score`], with the names of files for the numbers of rows and for paths."""
+    """HTML of an error of [`SpatialScore.score`], with file names in place of row numbers and paths."""
     message = re.sub(r"images\[(\d+)\]", lambda match: paths[int(match[1])], message)
     for path in paths:
         message = message.replace(path, Path(path).name)
@@ -197,7 +197,7 @@ def describe_model(model: str) -> str:
 
 
 def build_app(model: str) -> gr.Blocks:
-    """Builds the page, with the model loaded: a name of the Hub or a local folder. A `ValueError` if it cannot be loaded."""
+    """Loads the model, a Hub id or a local folder, and builds the page. Raises `ValueError` if it cannot be loaded."""
     scorer = SpatialScore.from_pretrained(model)
 
     def score(prompt: str, files: list[str] | None) -> tuple[list[tuple[str, str]], str, str]:

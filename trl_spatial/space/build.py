@@ -25,7 +25,7 @@ gradio>=6.30,<7
 def build_space(folder: str | Path, model_id: str, title: str | None = None) -> None:
     """
     Writes a Space, `app.py`, `requirements.txt` and `README.md`, into a folder, which is created if missing. Its reward model is
-    `org/name`, `org/name@revision`, or `hub/NAME`, which is its title too unless another is given.
+    `org/name`, `org/name@revision`, or `hub/NAME`, whose name is also the title unless another is given.
 
     Raises:
         `ValueError`: If the model is a local path or its name not one of the Hub, or the title is not one line of text.
@@ -33,7 +33,7 @@ def build_space(folder: str | Path, model_id: str, title: str | None = None) -> 
     model = find_reference(model_id, kind="model")
     if model.is_local:
         raise ValueError(
-            f"{model_id} is on this machine, where a Space cannot read it. Push the model to the Hub and give its id there "
+            f"{model_id} is on this machine, so a Space cannot read it. Push the model to the Hub and give its id there "
             f"(ORG/NAME), or serve the page from here: trl_spatial space serve --model {model_id}"
         )
     title = model.name.split("/")[1] if title is None else title.strip()
@@ -51,7 +51,7 @@ def build_space(folder: str | Path, model_id: str, title: str | None = None) -> 
 
 
 def fill_constants(source: str, **constants: str) -> str:
-    """Sets constants in the source of a module, which has a line `NAME = "..."` for each; a `ValueError` if it has none or several."""
+    """Sets constants in the source of a module. Raises `ValueError` unless it has exactly one line `NAME = "..."` for each."""
     lines = source.splitlines(keepends=True)
     for name, value in constants.items():
         places = [index for index, line in enumerate(lines) if line.startswith(f'{name} = "')]
@@ -74,7 +74,7 @@ def build_card(model: Reference, title: str) -> str:
         app_file="app.py",
         license="apache-2.0",
         models=[model.name],
-        short_description="Rank images by how well they show a prompt's layout",
+        short_description="Rank images by how well they match a prompt's layout",
     )
     template = card_template("space.md")
     return str(SpaceCard.from_template(card_data, template_path=str(template), title=title, model=model))

@@ -1,1 +1,1 @@
-"""What the trainers share: what they upload, and what they leave in their output folder."""
+"""Code shared by the trainers: uploads, and the output folder of a run."""

@@ -1,15 +1,16 @@
-"""What both trainers share: a run's folder, complete checkpoints, resuming, finite numbers and signals."""
+"""Code shared by all trainers: a run's folder, complete checkpoints, resuming, finite numbers and signals."""
 
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, has_length, rotate_checkpoints
@@ -19,6 +20,7 @@ from ..store import begin_folder, lock_folder, mark_complete
 from .hub import HubTrainer
 from .interruption import Interruption
 from .machines import check_shared_folder
+from .processes import fail_together
 from .run_folder import (
     begin_weights,
     find_start,
@@ -27,6 +29,7 @@ from .run_folder import (
     new_run,
     num_updates_of,
     read_run,
+    recorded_adapters,
     recorded_arguments,
     write_run,
 )
@@ -42,24 +45,32 @@ class BaseTrainer(HubTrainer):
     """
     A [`~transformers.Trainer`] whose runs can be interrupted anywhere.
 
-    - A run has a folder of its own, with its identity in `run.json`. A used folder is refused unless the run resumes, and
-      so is a second process that writes to it.
+    - A run has its own folder, with its identity in `run.json`. A used folder is refused unless the run resumes, and so is
+      a second process that writes to it.
     - Checkpoints and final weights are marked when they are complete. Others are never resumed from.
     - A resumed run uses the options that it is given, or refuses them by name. The card states what was used, and when.
-    - A loss, gradient or weight that is not finite ends the training; such weights are never saved.
-    - SIGTERM and SIGINT end the training after the current update, with a checkpoint.
+    - A loss, gradient or weight that is not finite ends training; such weights are never saved.
+    - SIGTERM and SIGINT end training after the current update, with a checkpoint.
+    - In its process, PyTorch does not choose cuDNN's attention kernel, whose gradients can be wrong.
 
-    A subclass gives `_save`, `_save_samples` and `_build_card`.
+    A subclass implements `_resolved_settings`, `_save`, `_save_samples` and `_build_card`.
     """
 
     # Arguments that a resumed run cannot change: the order of the data and the optimizer's state depend on them.
-    _fixed_arguments: tuple[str, ...] = ("seed", "data_seed", "optim", "optim_args", "train_sampling_strategy")
+    # Adapters with another scale or in other places make another model, and so does another chat template.
+    # A model's name may change because its folder was renamed, and its quantization to save memory: both cause a warning.
+    _fixed_arguments: tuple[str, ...] = (
+        "seed", "data_seed", "optim", "optim_args", "train_sampling_strategy", "peft_config", "chat_template",
+    )  # fmt: skip
     _run: dict[str, Any] = {}
     _checkpoint: str | None = None
     _steps_in_epoch = 1
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        # On Hopper, PyTorch prefers cuDNN's kernel since 2.11. Its backward pass gave NaN on small FLUX transformers, and read out
+        # of bounds on the full-size one (H200, PyTorch 2.11). Code that names that kernel still gets it.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self._interruption = Interruption(self._largest)
         self.add_callback(self._interruption)
 
@@ -103,21 +114,35 @@ class BaseTrainer(HubTrainer):
     def _start_run(self, resume: str | bool | None) -> tuple[str | None, dict[str, Any]]:
         folder = self.args.output_dir
         checkpoint = find_start(folder, resume)
-        kind = "adapter" if getattr(self.accelerator.unwrap_model(self.model), "peft_config", None) else "full"
+        adapters = getattr(self.accelerator.unwrap_model(self.model), "peft_config", None)
+        kind = "adapter" if adapters else "full"
         run = read_run(checkpoint) if checkpoint else {}
         if run and run["kind"] != kind:
             raise ValueError(
-                f"{checkpoint} is of a training of kind {run['kind']!r}, not {kind!r}. Keep `peft_config`."
+                f"{checkpoint} is from a training run of kind {run['kind']!r}, not {kind!r}. Keep `peft_config`."
             )
-        arguments = recorded_arguments(self.args)
+        trainer = type(self).__name__
+        if (other := run.get("trainer", trainer)) != trainer:  # runs of version 0.1 do not record it
+            raise ValueError(
+                f"{checkpoint} was saved by a `{other}`, and this is a `{trainer}`. Resume with that one, or name another "
+                "`output_dir`; this one can start from its weights."
+            )
+        arguments = recorded_arguments(self.args) | recorded_adapters(adapters or {}) | self._resolved_settings()
         if checkpoint and run:
             run["changes"] += self._check_changes(run["arguments"], arguments, num_updates_of(checkpoint))
-        run = (run or new_run(folder, kind)) | {"arguments": arguments}
+        run = (run or new_run(folder, kind)) | {"trainer": trainer, "arguments": arguments}
         write_run(folder, run)
         return checkpoint, run
 
+    def _resolved_settings(self) -> dict[str, Any]:
+        """
+        Settings of the loaded model and data that `args` may leave to defaults, as JSON values keyed by the options that set
+        them.
+        """
+        raise NotImplementedError
+
     def _check_changes(self, then: dict[str, Any], now: dict[str, Any], step: int) -> list[dict[str, Any]]:
-        """The changed arguments with their old values, or an error that names one that cannot be changed."""
+        """Returns the changed arguments with their old values. Raises an error that names one that cannot be changed."""
         changed = [name for name in now if name in then and then[name] != now[name]]
         is_stateful = any(values.get("lr_scheduler_type") in _STATEFUL_SCHEDULES for values in (then, now))
         fixed = {*self._fixed_arguments, *(("learning_rate", "lr_scheduler_type") if is_stateful else ())}
@@ -133,6 +158,12 @@ class BaseTrainer(HubTrainer):
     # Position in the data
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> tuple:
+        if has_length(dataloader) and len(dataloader) == 0:
+            raise ValueError(
+                f"`train_dataset` gives {len(self.train_dataset)} examples, fewer than the {self._train_batch_size} of a batch on each of "
+                f"{args.world_size} processes, and `dataloader_drop_last` leaves them out: nothing would be trained. Set it to "
+                "False, or lower `per_device_train_batch_size`."
+            )
         values = super().set_initial_training_values(args, dataloader)
         num_epochs, updates_per_epoch, num_examples, num_samples, batch_size, self._steps_in_epoch, max_steps = values
         done, self._start = 0, None
@@ -140,7 +171,7 @@ class BaseTrainer(HubTrainer):
             done = num_updates_of(self._checkpoint)
             self._start = self._find_start(dataloader, done, updates_per_epoch)
             epoch, batches = self._start
-            # Updates it would have taken with the batches of today
+            # Updates it would have taken with the current batch size
             seen = epoch * updates_per_epoch + batches // args.gradient_accumulation_steps
             if args.max_steps < 0:
                 max_steps += done - seen
@@ -155,7 +186,7 @@ class BaseTrainer(HubTrainer):
         return start if self._start is None else self._start
 
     def _position(self) -> dict[str, Any]:
-        """Where the run is in its data: the epoch, and how many of its rows all processes have seen."""
+        """The run's position in its data: the epoch, and how many of its rows all processes together have seen."""
         total = round(self.state.epoch * self._steps_in_epoch)
         is_finite = has_length(self.train_dataset)
         epoch, batches = divmod(total, self._steps_in_epoch) if is_finite else (0, total)
@@ -163,7 +194,7 @@ class BaseTrainer(HubTrainer):
         return {"epoch": epoch, "rows": rows, "num_rows": len(self.train_dataset) if is_finite else None}
 
     def _find_start(self, dataloader: Any, num_updates: int, updates_per_epoch: int) -> tuple[int, int]:
-        """Epoch and number of batches of it to skip. Rows are counted, as the batch size may have changed."""
+        """Returns the epoch, and how many of its batches to skip. Counts rows, as the batch size may have changed."""
         position = self._run.get("position")
         if position is None or self.args.ignore_data_skip:
             epoch, updates = divmod(num_updates, updates_per_epoch)
@@ -173,7 +204,7 @@ class BaseTrainer(HubTrainer):
         if position["rows"] % (batch * self.args.gradient_accumulation_steps):
             sizes = ", ".join(f"`{name}` {getattr(self.args, name)}" for name in _BATCH_ARGUMENTS)
             raise ValueError(
-                f"The run stopped after {position['rows']} rows of an epoch, which is no whole number of updates with "
+                f"The run stopped after {position['rows']} examples of an epoch, which is not a whole number of updates with "
                 f"{sizes} and {self.args.world_size} processes{self._old_sizes(_BATCH_ARGUMENTS)}. Use the old values."
             )
         return position["epoch"], position["rows"] // batch
@@ -186,10 +217,10 @@ class BaseTrainer(HubTrainer):
         now = len(self.train_dataset) if has_length(self.train_dataset) else None
         if number != now:
             raise ValueError(
-                f"`train_dataset` has {now} rows and had {number} in the run so far. Resume with the same dataset."
+                f"`train_dataset` gives {now} examples and gave {number} in the run so far. Resume with the same dataset."
             )
 
-    # What is configured now is used, and not what the checkpoint's optimizer remembers.
+    # Uses the current configuration, not the one stored with the checkpoint's optimizer.
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         groups = self.optimizer.param_groups
         configured = [{name: value for name, value in group.items() if name != "params"} for group in groups]
@@ -210,7 +241,7 @@ class BaseTrainer(HubTrainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
-        # With fp16 the gradient scaler leaves out updates whose gradients overflow.
+        # With fp16, the gradient scaler skips updates whose gradients overflow.
         if not self.args.fp16 and norm is not None and not math.isfinite(norm):
             self._stop_not_finite(f"The norm of the gradient is {float(norm)}")
         if not torch.isfinite(self._tr_loss):
@@ -227,50 +258,79 @@ class BaseTrainer(HubTrainer):
     def _stop_not_finite(self, what: str) -> None:
         checkpoint = last_complete_checkpoint(self.args.output_dir)
         raise ValueError(
-            f"{what} at update {self.state.global_step + 1}. Nothing was saved of it; the last good checkpoint is "
-            f"{checkpoint or 'none'}. Lower `learning_rate`, or look for odd rows and rewards."
+            f"{what} at update {self.state.global_step + 1}. Nothing from it was saved; the last good checkpoint is "
+            f"{checkpoint or 'none'}. Lower `learning_rate`, or look for unusual rows and rewards."
         )
 
     # Saving
+
+    @contextmanager
+    def _saving(self, folder: Path) -> Iterator[None]:
+        """Context for writing a folder. An error, such as a full disk, names the folder and the last complete checkpoint."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch's and safetensors' writers raise their own
+            checkpoint = last_complete_checkpoint(self.args.output_dir)
+            raise OSError(
+                f"Saving to {folder} failed: {str(error).rstrip('.')}. The last complete checkpoint is {checkpoint or 'none'}. "
+                "Make room on the disk, then continue with `resume_from_checkpoint` true."
+            ) from error
+
+    def _save_together(
+        self, doing: str = "Saving a checkpoint", *, exchanges_weights: bool = False
+    ) -> AbstractContextManager:
+        """
+        Context in which all processes save, see [`~training.processes.fail_together`]. `exchanges_weights` says that weights are
+        written, for which processes with sharded weights wait for each other.
+        """
+        is_shared_out = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return fail_together(doing, is_collective=exchanges_weights and is_shared_out)
 
     def _save_checkpoint(self, model, trial) -> None:
         args = self.args
         run_dir = Path(self._get_output_dir(trial))
         folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if args.should_save:
-            begin_folder(folder)
-        self.accelerator.wait_for_everyone()
+        with self._save_together(), self._saving(folder):
+            if args.should_save:
+                begin_folder(folder)
         # The parent would upload this checkpoint and delete older ones before it is complete.
         changes: dict[str, Any] = {"save_total_limit": None, "push_to_hub": False}
         if self._interruption.signum:
             changes["save_only_model"] = False
-        with _changed(args, changes):
-            super()._save_checkpoint(model, trial)
-        self._save_training_state(folder)
+        with self._save_together(exchanges_weights=True), self._saving(folder):
+            with _changed(args, changes):
+                super()._save_checkpoint(model, trial)
+            self._save_training_state(folder)
         self.accelerator.wait_for_everyone()
-        if args.should_save:
-            if self._run:
-                write_run(folder, self._run | {"position": self._position()})
-            mark_complete(folder)
-        if args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
-        if args.should_save:
-            rotate_checkpoints(str(run_dir), args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        with self._save_together(), self._saving(folder):
+            if args.should_save:
+                if self._run:
+                    write_run(folder, self._run | {"position": self._position()})
+                mark_complete(folder)
+        with self._save_together("Uploading a checkpoint or deleting an older one"):
+            if args.push_to_hub:
+                self._push_from_checkpoint(str(folder))
+            if args.should_save:
+                rotate_checkpoints(
+                    str(run_dir), args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+                )
 
     def _save_training_state(self, folder: Path) -> None:
-        """Saves what else a checkpoint needs. All processes call it."""
+        """Saves whatever else a checkpoint needs. Called by all processes."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Saves the model and its card. Weights that were saved there before, in this form or the other, are replaced when
-        the new ones are on disk; the folder is then marked complete.
+        Saves the model and its card. Weights that were saved there before, in either form, are replaced once the new ones
+        are on disk; the folder is then marked complete.
         """
         self._check_finite_weights()
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         if _internal_call and output_dir is not None:  # into a checkpoint, which is marked later
-            self._export(folder)
-            if self.args.should_save:
-                self._save_card(folder)
+            # Of its own, as the parent's next step may be to wait for the others
+            with self._save_together("Saving the weights", exchanges_weights=True):
+                self._export(folder)
+                if self.args.should_save:
+                    self._save_card(folder)
             return
         with ExitStack() as stack:
             partial = folder / ".partial"
@@ -278,7 +338,8 @@ class BaseTrainer(HubTrainer):
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(lock_folder(folder))
                 partial = begin_weights(folder)
-            self._export(partial)
+            with self._saving(folder):
+                self._export(partial)
             if self.args.should_save:
                 files = move_weights(partial, folder)
                 self._save_card(folder)
@@ -287,11 +348,11 @@ class BaseTrainer(HubTrainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _export(self, folder: Path) -> None:
-        """Writes the weights for users. All processes call it."""
+        """Writes the weights for users. Called by all processes."""
         super().save_model(str(folder), _internal_call=True)
 
     def _save_samples(self, folder: Path) -> None:
-        """Writes the picture of the card, if there is one."""
+        """Writes the card's picture, if there is one."""
         raise NotImplementedError
 
     def _save_card(self, folder: Path) -> None:
@@ -309,11 +370,11 @@ class BaseTrainer(HubTrainer):
     def _finalize_training(self, trial, num_train_samples, start_time) -> TrainOutput:
         if not self._interruption.signum:
             return super()._finalize_training(trial, num_train_samples, start_time)
-        # Not the parent's way: with `save_total_limit=1` it would delete the checkpoint that was just saved.
+        # Not the parent's method: with `save_total_limit=1`, it would delete the checkpoint that was just saved.
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         self.is_in_train = False
         if self.is_world_process_zero():
-            sys.stderr.write("interrupted; the same command with --resume_from_checkpoint true continues\n")
+            sys.stderr.write("interrupted; run the same command with --resume_from_checkpoint true to continue\n")
         raise SystemExit(128 + self._interruption.signum)
 
 

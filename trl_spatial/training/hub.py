@@ -1,13 +1,16 @@
-"""What a trainer uploads: the model and its card, while it trains and when it is done."""
+"""Uploads of a trainer: the model and its card, during training and at the end."""
 
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
@@ -19,9 +22,11 @@ from ..hub.checkpoints import Kind, collect_files, find_kind, is_local_name, lac
 from ..hub.errors import HubError
 from ..hub.references import find_repository
 from ..hub.upload import create_repository, push_files
+from .processes import fail_together
 
 
 logger = get_logger(__name__)
+_version = cache(version)  # which reads it from a file each time
 
 
 class HubTrainer(Trainer):
@@ -29,11 +34,11 @@ class HubTrainer(Trainer):
     A [`~transformers.Trainer`] that uploads what it trains.
 
     It uploads what [`~hub.checkpoints.collect_files`] collects: weights as safetensors, their settings and a card; no pickle,
-    no local path, no state of the training. So no folder on the Hub, `last-checkpoint` included, resumes a training: that takes
-    the local checkpoint. With `save_total_limit`, saving waits until the checkpoint before is uploaded, as its folder may be
-    deleted.
+    no local path, no training state. So training cannot resume from a folder on the Hub, not even `last-checkpoint`, but only
+    from a local checkpoint. With `save_total_limit`, saving waits until the previous checkpoint is uploaded, as its folder may
+    be deleted.
 
-    A subclass gives `_build_card` and `_kinds`, the kinds of folder that it saves.
+    A subclass implements `_build_card` and sets `_kinds`, the kinds of folder that it saves.
 
     Attributes:
         dataset_name (`str`, *optional*):
@@ -48,46 +53,51 @@ class HubTrainer(Trainer):
     _kinds: tuple[Kind, ...]
 
     def _build_card(self) -> Card:
-        """What the subclass knows of the model so far, `settings` among its values."""
+        """Builds the card with what the subclass knows about the model so far, including `settings` among its values."""
         raise NotImplementedError
 
     def _card(self) -> Card:
-        """The card, with what all trainings know too."""
+        """Completes the card with what all trainers know."""
         card = self._build_card()
         device = self.args.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        # the time is unknown while training goes on, and after it was resumed
+        # the time is unknown during training, and after it was resumed
         seconds = next((log["train_runtime"] for log in self.state.log_history if "train_runtime" in log), None)
         values = {
             "settings": {name: value for name, value in card.values["settings"].items() if value is not None},
             "trainer_name": type(self).__name__,
             "hardware": f"{self.args.world_size} × {name}",
             "training_time": None if seconds is None or self._is_resumed else format_seconds(seconds),
-            "versions": {package: version(package) for package in card.values["versions"]},
+            "versions": {package: _version(package) for package in card.values["versions"]},
         }
         tags = sorted({"generated_from_trainer", *card.front_matter.get("tags", ()), *self._tag_names})
         return replace(
             card,
             front_matter=card.front_matter | {"tags": tags},
             values=card.values | values,
-            # a local path says nothing to others
+            # a local path means nothing to others
             base_model=None if not card.base_model or is_local_name(card.base_model) else card.base_model,
             dataset=self.dataset_name,
         )
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         args = self.args
+        token = args.hub_token if token is None else token
+        private = args.hub_private_repo if private is None else private
+        # At the start of all processes; later one may upload by itself
+        with fail_together("Creating the repository on the Hub") if args.push_to_hub else nullcontext():
+            if self.is_world_process_zero():
+                name = args.hub_model_id or Path(args.output_dir).absolute().name
+                self.hub_model_id = find_repository(name, kind="model", token=token)
+                create_repository(self.hub_model_id, private=private, token=token)
+        if args.push_to_hub:
+            (self.hub_model_id,) = broadcast_object_list([self.hub_model_id])
         if not self.is_world_process_zero():
             return
-        token = args.hub_token if token is None else token
-        name = args.hub_model_id or Path(args.output_dir).absolute().name
-        self.hub_model_id = find_repository(name, kind="model", token=token)
-        private = args.hub_private_repo if private is None else private
-        create_repository(self.hub_model_id, private=private, token=token)
         self.push_in_progress = None
         if args.hub_strategy == HubStrategy.CHECKPOINT:
             logger.warning(
-                "With `hub_strategy='checkpoint'` the folder `last-checkpoint` on the Hub holds the model alone: what "
+                "With `hub_strategy='checkpoint'` the folder `last-checkpoint` on the Hub holds only the model: what "
                 "training resumes from is not uploaded. Resume from `output_dir`."
             )
 
@@ -150,8 +160,8 @@ class HubTrainer(Trainer):
         files = collect_files(folder, self.hub_model_id, kind=find_kind(folder, self._kinds))
         if lacks_base_model(files):
             logger.warning_once(
-                "The model was trained on a local copy of its base model, whose path is not uploaded: who loads it has to "
-                "name the base model. `trl_spatial push RUN --base_model ORG/NAME` says it for them."
+                "The model was trained from a local copy of its base model, whose path is not uploaded: anyone who loads it has to "
+                "name the base model. `trl_spatial push RUN --base_model ORG/NAME` adds the name."
             )
         return hf_api().run_as_future(
             push_files,
@@ -165,8 +175,8 @@ class HubTrainer(Trainer):
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The parent uploads from `output_dir`, whose files the next save would change under the upload, and with the
-        # model it uploads pickles: the training arguments, the states of the optimizer and of the random numbers.
+        # The parent uploads from `output_dir`, whose files the next save would change during the upload, and it uploads
+        # pickles with the model: the training arguments, the states of the optimizer and of the random generators.
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         if self.args.save_total_limit is not None:
@@ -192,7 +202,7 @@ class HubTrainer(Trainer):
 
 
 def dataset_split(dataset: Any) -> str | None:
-    """Name of the split that a dataset is, or `None`."""
+    """Name of a dataset's split, or `None`."""
     return str(dataset.split) if isinstance(dataset, Dataset) and dataset.split is not None else None
 
 

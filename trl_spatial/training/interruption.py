@@ -1,4 +1,4 @@
-"""Ending a training at a signal, with its state saved."""
+"""Ending training on a signal, with its state saved."""
 
 import os
 import signal
@@ -11,14 +11,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_SAME = 2.0  # seconds: a terminal and a launcher both pass on one Ctrl-C
+_SAME = 2.0  # seconds in which signals count as one: a terminal and a launcher both pass on a Ctrl-C
 
 
 class Interruption(TrainerCallback):
     """
-    At SIGTERM or SIGINT, ends the training after the current update, with a checkpoint. A second signal ends the process
-    at once. As a context it replaces the handlers of the main thread. `agree` takes a number and returns the largest of all
-    processes; `signum` is the signal that all of them have agreed on, or 0.
+    On SIGTERM or SIGINT, ends training after the current update, with a checkpoint. A second signal ends the process at
+    once. As a context, it replaces the main thread's handlers. `agree` takes a number and returns the largest of all
+    processes'; `signum` is the signal that all of them have agreed on, or 0.
     """
 
     def __init__(self, agree: Callable[[int], int]):

@@ -1,4 +1,4 @@
-"""The settings of 4-bit weights, one for both trainers."""
+"""The settings of 4-bit weights, shared by the trainers."""
 
 from collections.abc import Callable
 from typing import TypeVar

@@ -1,8 +1,7 @@
-"""The output folder of a training run: whose it is, where the run resumes, and which weights it holds."""
+"""The output folder of a training run: which run it belongs to, where the run resumes, and which weights it holds."""
 
 import json
 import logging
-import os
 import re
 import shutil
 import uuid
@@ -10,12 +9,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig, PeftConfig
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..hub.cards import CARD_FILE, SAMPLES_FILE, Card
-from ..store import MARKER, begin_folder, is_complete, marked_files, read_record, write_record
+from ..store import MARKER, begin_folder, check_writable, is_complete, marked_files, read_record, write_record
 from .machines import check_shared_folder
 
 
@@ -31,9 +31,10 @@ _WEIGHTS = (
     "pytorch_lora_weights.safetensors",
     "transformer",
 )
-# Arguments that say where a run writes, what it shows and how it is measured. A resumed run may change them freely.
+# Arguments for where a run writes, what it shows and how it is measured. A resumed run may change them freely. The number of steps
+# in evaluation is not among them, as preference training uses their noise levels.
 _FREE = re.compile(
-    r"(hub|push|log|report|run|save|eval|do|dataloader|ddp|fsdp|deepspeed|output|project|trackio|disable_tqdm|resume|debug"
+    r"(hub|push|log|report|run|save|eval(?!_num_inference_steps)|do|dataloader|ddp|fsdp|deepspeed|output|project|trackio|disable_tqdm|resume|debug"
     r"|accelerator|parallelism|local_rank|num_logged|load_best|metric|greater|include|remove_unused|skip_memory|use_cpu"
     r"|torch_empty|length_column|dataset_num_proc|average_tokens)"
 )
@@ -41,34 +42,61 @@ _FREE = re.compile(
 
 def check_arguments(args: TrainingArguments) -> None:
     """
-    Refuses what no trainer of this package can do right, before any model is loaded: an `output_dir` that cannot be written,
-    and `save_on_each_node`. A loss that is not finite ends the training, so `logging_nan_inf_filter` is switched off.
+    Refuses what no trainer of this package supports, before any model is loaded: an `output_dir` that cannot be written to,
+    `save_on_each_node`, empty batches, and a negative number of epochs. Switches `logging_nan_inf_filter` off, because a loss
+    that is not finite ends training.
     """
     if args.save_on_each_node:
         raise ValueError(
             "`save_on_each_node` is True: on a shared disk several processes would write one checkpoint. Leave it False "
             "and use an `output_dir` that all machines see."
         )
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if (value := getattr(args, name)) < 1:
+            raise ValueError(f"`{name}` is {value}. Use at least 1.")
+    if args.max_steps < 0 and args.num_train_epochs < 0:
+        raise ValueError(
+            f"`num_train_epochs` is {args.num_train_epochs}: nothing would be trained. Use a positive number, or set `max_steps`."
+        )
     args.logging_nan_inf_filter = False
-    path = Path(args.output_dir).absolute()
-    existing = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
-    if not existing.is_dir():
-        raise ValueError(f"`output_dir` is {args.output_dir}, but {existing} is not a folder. Name another one.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"`output_dir` is {args.output_dir}, but {existing} cannot be written to. Name another one.")
+    try:
+        check_writable(args.output_dir)
+    except ValueError as error:
+        raise ValueError(f"`output_dir` is {args.output_dir}, but {error}. Name another one.") from error
 
 
 def recorded_arguments(args: TrainingArguments) -> dict[str, Any]:
-    """The arguments that decide what is learnt, as JSON holds them."""
+    """Returns the arguments that affect what is learned, as JSON values."""
     values = {name: value for name, value in args.to_dict().items() if not _FREE.match(name)}
     return json.loads(json.dumps(values, default=str))
+
+
+def recorded_adapters(adapters: dict[str, PeftConfig]) -> dict[str, Any]:
+    """
+    Returns the LoRA settings that decide where its weights are and how they are scaled, as the argument `peft_config`, and
+    `lora_dropout`, which may change. Empty for a model without LoRA.
+    """
+    for config in adapters.values():
+        if isinstance(config, LoraConfig):
+            names = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "bias")
+            values: dict[str, Any] = {name: getattr(config, name) for name in names}
+            for name in ("target_modules", "modules_to_save", "layers_to_transform"):
+                value = getattr(config, name)
+                values[name] = sorted(value) if isinstance(value, (set, list)) else value
+            return {"peft_config": values, "lora_dropout": config.lora_dropout}
+    return {}
+
+
+def recorded_name(name: str | None) -> dict[str, str]:
+    """Returns the name of a loaded model as an argument, without its parent folder, which may move; empty without a name."""
+    return {"model_name_or_path": Path(name).name} if name else {}
 
 
 # Checkpoints
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """Path of the latest checkpoint in `output_dir` that is complete, or `None`. Later ones that are not are named in a warning."""
+    """Path of the latest complete checkpoint in `output_dir`, or `None`. Later, incomplete ones are named in a warning."""
     for _, path in sorted(find_checkpoints(output_dir).items(), reverse=True):
         if is_complete(path):
             return str(path)
@@ -81,7 +109,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
 
 
 def find_checkpoints(output_dir: str | Path) -> dict[int, Path]:
-    """The folders of checkpoints in `output_dir` by their steps, complete or not."""
+    """Returns the checkpoint folders in `output_dir` by step, complete or not."""
     matches = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in Path(output_dir).glob("*")}
     return {int(match[1]): path for path, match in matches.items() if match and path.is_dir()}
 
@@ -106,8 +134,8 @@ def num_updates_of(checkpoint: str | Path) -> int:
 
 def find_start(output_dir: str | Path, resume: str | bool | None) -> str | None:
     """
-    The checkpoint that a run resumes from, or `None` for the beginning. `resume` is a checkpoint; `True` or `"true"` for the
-    last complete one in `output_dir`, or the beginning if nothing was saved there yet; otherwise the beginning.
+    Returns the checkpoint that a run resumes from, or `None` for the beginning. `resume` is a checkpoint; `True` or `"true"`
+    for the last complete one in `output_dir`, or the beginning if nothing was saved there yet; otherwise the beginning.
 
     Raises:
         `ValueError`: If the folder holds another training, or the checkpoint cannot be resumed from.
@@ -116,7 +144,7 @@ def find_start(output_dir: str | Path, resume: str | bool | None) -> str | None:
     if not resume or str(resume).lower() == "false":
         if find_checkpoints(folder) or _weights(folder):
             raise ValueError(
-                f"`output_dir` is {output_dir}, which already holds a training. Name another folder, resume that training "
+                f"`output_dir` is {output_dir}, which already holds a training run. Name another folder, resume that run "
                 "with `resume_from_checkpoint` true, or remove it."
             )
         return None
@@ -128,7 +156,7 @@ def find_start(output_dir: str | Path, resume: str | bool | None) -> str | None:
                     f"`resume_from_checkpoint` is True, but {output_dir} holds finished weights and no checkpoint. Name "
                     "another folder, or remove it."
                 )
-            logger.warning("There is no complete checkpoint in %s: training starts at the beginning.", output_dir)
+            logger.warning("There is no complete checkpoint in %s: training starts from scratch.", output_dir)
             return None
     else:
         checkpoint = str(resume)
@@ -139,10 +167,10 @@ def find_start(output_dir: str | Path, resume: str | bool | None) -> str | None:
 
 def check_start(args: TrainingArguments) -> None:
     """
-    [`find_start`] before a model is loaded: refuses an `output_dir` that is in use or that not all machines see, or an unusable
-    checkpoint.
+    Runs the checks of [`find_start`] before a model is loaded: refuses an `output_dir` that is in use or that not all machines
+    see, or an unusable checkpoint.
     """
-    if str(args.resume_from_checkpoint).lower() != "true":  # the last complete checkpoint is looked for at the start
+    if str(args.resume_from_checkpoint).lower() != "true":  # the last complete one is found when training starts
         find_start(args.output_dir, args.resume_from_checkpoint)
     check_shared_folder(args.output_dir)
 
@@ -150,8 +178,8 @@ def check_start(args: TrainingArguments) -> None:
 def _check_resumable(folder: Path, checkpoint: Path) -> None:
     if not any(path.name.startswith("optimizer") for path in checkpoint.iterdir()):
         raise ValueError(
-            f"{checkpoint} holds no optimizer: it was saved with `save_only_model`. Training cannot continue from it as if "
-            "nothing had happened; load its weights as the model of a new run."
+            f"{checkpoint} has no optimizer state: it was saved with `save_only_model`. Training cannot be resumed "
+            "exactly from it; load its weights as the model of a new run."
         )
     own, saved = read_run(folder), read_run(checkpoint)
     if own and saved and own["id"] != saved["id"]:
@@ -179,7 +207,7 @@ def write_run(folder: str | Path, run: dict[str, Any]) -> None:
 
 
 def new_run(folder: str | Path, kind: str) -> dict[str, Any]:
-    """Gives a run its identity. What an earlier attempt left in its folder is removed."""
+    """Makes the identity of a run, and removes what an earlier attempt left in its folder."""
     folder = Path(folder)
     if read_run(folder):
         card, readme = Card.load(folder), folder / "README.md"
@@ -198,8 +226,8 @@ def new_run(folder: str | Path, kind: str) -> dict[str, Any]:
 
 def move_weights(source: Path, folder: Path) -> list[str]:
     """
-    Moves freshly saved files from `source`, which is gone afterwards, into a folder in place of those that were saved there
-    before, in whichever form, and returns their names. Until it is marked complete, the folder does not pass for a result.
+    Moves newly saved files from `source`, which is then removed, into a folder, in place of those that were saved there before
+    in any form, and returns their names. Until it is marked complete, the folder does not count as a result.
     """
     earlier = marked_files(folder) or {}
     files = [path.relative_to(source).as_posix() for path in sorted(source.rglob("*")) if path.is_file()]
@@ -215,8 +243,8 @@ def move_weights(source: Path, folder: Path) -> list[str]:
 
 def begin_weights(folder: Path) -> Path:
     """
-    Makes the folder in which the weights that replace those of `folder` are written first, unless no trainer of this package
-    wrote those.
+    Makes the folder to which new weights are written before they replace those in `folder`. Refuses to replace weights that
+    no trainer of this package wrote.
     """
     if _weights(folder) and not (folder / MARKER).is_file() and not read_run(folder):
         raise ValueError(f"{folder} holds weights that this trainer did not write. Save to another folder.")

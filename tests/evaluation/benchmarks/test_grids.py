@@ -103,5 +103,5 @@ def test_a_damaged_image_is_named(tmp_path):
 
 def test_a_picture_of_one_pixel_is_no_grid(tmp_path):
     Image.new("RGB", (1, 1)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"is no grid .* 1x1"):
+    with pytest.raises(ValueError, match=r"is not a grid .* 1x1"):
         DPGBench().open(tmp_path, "a.png#0")

@@ -145,7 +145,7 @@ def test_bad_files_are_named(example, tmp_path):
         benchmark.load(tmp_path)
     shutil.copytree(find_data(benchmark, "example"), tmp_path, dirs_exist_ok=True)
     (tmp_path / "object.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"object\.json is no JSON object"):
+    with pytest.raises(ValueError, match=r"object\.json is not a JSON object"):
         benchmark.load(tmp_path)
     table = tmp_path / "OneIG-Bench.csv"
     table.write_text(table.read_text().replace("General_Object,001", "General_Object,009"))

@@ -146,7 +146,7 @@ def test_file_names(example):
         ({"C-MR-001": {"Prompt": " ", "Checklist": [{"question": "?"}]}}, "row 'C-MR-001' has no Prompt"),
         ({"C-MR-001": {"Prompt": "A.", "Checklist": []}}, "row 'C-MR-001' has no Checklist"),
         ({"C-MR-001": {"Prompt": "A.", "Checklist": [{"question": "?"}, {}]}}, "has no question in check 2"),
-        ([], "is no JSON object of prompts"),
+        ([], "is not a JSON object of prompts"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, rows, message):

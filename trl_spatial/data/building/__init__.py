@@ -1,1 +1,1 @@
-"""Building a preference dataset: prompts, their perturbations, images of both, a filter, reviewers, and the export."""
+"""Building a preference dataset: prompts, perturbations, images of both, filtering, human review, and export."""

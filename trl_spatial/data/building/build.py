@@ -1,4 +1,4 @@
-"""Running the stages of a build, one after another."""
+"""Runs the stages of a build."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,21 +19,21 @@ from .stats import write_stats
 from .writers import GrammarWriter, ModelWriter, Writer
 
 
-# Those that `build` runs. People review in between, with `trl_spatial data review`.
+# The stages that `build` runs, in order. Human review, between filter and export, is `trl_spatial data review`.
 STAGES = ("prompts", "perturb", "render", "filter", "export", "stats")
 
 
 def make_writer(store: BuildStore) -> Writer:
-    """Who writes the prompts, as the recipe says."""
+    """Makes the writer that the recipe names."""
     recipe = store.recipe.prompts
     if recipe.writer == {"name": GrammarWriter.name}:
         if unknown := sorted(set(recipe.scenes) - set(SCENES)):
             raise ValueError(
-                f"prompts.scenes names {unknown}. The grammar knows {', '.join(SCENES)}; others take a model."
+                f"prompts.scenes names {unknown}. The grammar has {', '.join(SCENES)}; other scenes need a model."
             )
         if max(recipe.num_relations) > MAX_RELATIONS:
             raise ValueError(
-                f"prompts.num_relations goes to {max(recipe.num_relations)}. The grammar writes at most {MAX_RELATIONS}."
+                f"prompts.num_relations goes up to {max(recipe.num_relations)}. The grammar writes at most {MAX_RELATIONS}."
             )
         return GrammarWriter()
     spend = store.spend("prompts")
@@ -93,7 +93,7 @@ def run_stage(
 
 
 def describe_export(store: BuildStore, output: Path, rows: Mapping[str, int]) -> str:
-    """What was exported, and how many pairs are not decided yet."""
+    """Describes what was exported, and how many pairs are still undecided."""
     num_waiting = sum(decision.outcome == "waiting" for decision in decide_pairs(store).values())
-    waiting = f"; {num_waiting:,} pairs wait for judges or reviewers" if num_waiting else ""
+    waiting = f"; {num_waiting:,} pairs are waiting for judges or reviewers" if num_waiting else ""
     return f"Saved to {output}: {', '.join(f'{number:,} rows in {split}' for split, number in rows.items())}{waiting}"

@@ -1,4 +1,4 @@
-"""The folder in which a dataset is built: the recipe, a log of records for each stage, and the images."""
+"""The folder in which a dataset is built: the recipe, one log of records per stage, and the images."""
 
 import hashlib
 import math
@@ -11,16 +11,25 @@ from typing import Any
 import numpy as np
 
 from ...endpoints import RecordedSpend, Spend
-from ...store import PROCESS, ContentStore, RecordLog, SharedLog, lock_folder, read_record, write_record
+from ...store import (
+    PROCESS,
+    ContentStore,
+    RecordLog,
+    SharedLog,
+    lock_folder,
+    read_record,
+    remove_partial_files,
+    write_record,
+)
 from .recipe import load_recipe, make_recipe
 
 
 RECIPE_FILE = "recipe.json"
-# What each section of the recipe decides, as logs; and what may be changed although it has begun.
+# Section of the recipe → the log that fixes its settings once it exists; and the settings that may change even then.
 _LOGS = {"prompts": "prompts", "render": "images", "filter": "verdicts"}
 _FREE = {("prompts", "num_prompts"), ("prompts", "max_cost"), ("render", "max_cost"), ("filter", "max_cost")}
 
-
+# Settings that affect where a model runs, how fast it is called, or what it costs, but not its results.
 _PRACTICAL = {
     "base_url", "endpoint", "api_key_env", "concurrency", "timeout_s", "max_attempts", "prices", "price_per_image", "license",
     "device",
@@ -33,11 +42,11 @@ class BuildStore:
 
     Args:
         path (`str` or `Path`):
-            A recipe, which names the folder, or the folder, once a recipe has made it.
+            A recipe, which names the folder, or the folder itself, once it exists.
 
     Raises:
-        `ValueError`: If the folder holds something else, or if the recipe differs from the one that it was begun with in
-            what cannot be changed any more.
+        `ValueError`: If the folder holds something else, or if the recipe differs from the original one in settings
+            that can no longer be changed.
     """
 
     def __init__(self, path: str | Path):
@@ -45,16 +54,19 @@ class BuildStore:
         if path.is_dir():
             found = read_record(path / RECIPE_FILE)
             if not found:
-                raise ValueError(f"{path} is not a folder in which a dataset is built: it holds no {RECIPE_FILE}.")
+                raise ValueError(
+                    f"{path} is not the folder of a dataset that is being built: it has no {RECIPE_FILE}."
+                )
             self.recipe, self.folder = make_recipe(found), path
         elif path.is_file():
             self.recipe = load_recipe(path)
             self.folder = Path(self.recipe.store)
         else:
             raise FileNotFoundError(f"There is no recipe or folder {path}.")
-        if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / RECIPE_FILE).is_file():
+        files = [] if not self.folder.is_dir() else [path.name for path in self.folder.iterdir()]
+        if RECIPE_FILE not in files and any(name[0] != "." for name in files):
             raise ValueError(
-                f"{self.folder} is not empty and holds no dataset that is being built. Name another `store`."
+                f"{self.folder} is not empty and does not hold a dataset that is being built. Use another `store`."
             )
         self.prompts = RecordLog(self.folder / "prompts.jsonl")
         self.edits = RecordLog(self.folder / "edits.jsonl")
@@ -85,24 +97,29 @@ class BuildStore:
         )
 
     def open(self, stack: ExitStack) -> None:
-        """Makes the folder, keeps other builds out of it, and records the recipe; the first process does, if there are several."""
+        """
+        Makes the folder, locks it against other builds, records the recipe, and removes what killed writes have left. Only the
+        first process does so.
+        """
         if PROCESS == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock_folder(self.folder))
+            remove_partial_files(self.folder)
             write_record(self.folder / RECIPE_FILE, self.recipe.to_dict())
+            remove_partial_files(self.files.folder)
 
     def spend(self, section: str) -> Spend:
-        """What may still be spent on a section of the recipe. Each payment has reached the disk before its result has."""
+        """Returns the spending limit of a section of the recipe. Each payment is on disk before its result is."""
         limit = getattr(self.recipe, section).max_cost
         return RecordedSpend(math.inf if limit is None else limit, self.payments, section=section)
 
     @property
     def files(self) -> ContentStore:
-        """The images, by their content."""
+        """The images, stored by content."""
         return ContentStore(self.folder / "images")
 
     def image_path(self, name: str) -> Path:
-        """Where an image of a record is."""
+        """Path of an image that a record names."""
         return self.folder / "images" / name
 
     def accepted_prompts(self) -> dict[str, dict[str, Any]]:
@@ -114,22 +131,22 @@ class BuildStore:
         return {record["id"]: record for record in self.edits if "dropped" not in record}
 
     def rng(self, *path: int | str) -> np.random.Generator:
-        """Random numbers that depend on the seed of the recipe and on what they are for, and on nothing else."""
+        """Returns a random generator that depends only on the seed of the recipe and on `path`, its purpose."""
         return np.random.default_rng(self.seed_of(*path))
 
     def seed_of(self, *path: int | str) -> int:
-        """A seed of 63 bits that depends on the seed of the recipe and on what it is for."""
+        """Returns a 63-bit seed that depends only on the seed of the recipe and on `path`, its purpose."""
         key = repr((self.recipe.seed, *path)).encode()
         return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 
 
 def drop_reasons(records: RecordLog) -> Counter[str]:
-    """How often records of a log were dropped for which reason, apart from its details."""
+    """Counts the dropped records of a log by reason, ignoring details."""
     return Counter(record["dropped"].split(":")[0] for record in records if "dropped" in record)
 
 
 def _deciding(value: Any) -> Any:
-    """A setting without what says only where a model is, how fast it is asked, and what it costs."""
+    """Returns a setting without its `_PRACTICAL` entries, at any depth: the part that decides the results."""
     if isinstance(value, Mapping):
         return {key: _deciding(item) for key, item in value.items() if key not in _PRACTICAL}
     return [_deciding(item) for item in value] if isinstance(value, list) else value

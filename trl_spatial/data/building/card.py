@@ -1,4 +1,4 @@
-"""The card of a dataset that was built: how it was made, what was dropped, and the controls."""
+"""The dataset card of a build: how the dataset was made, what was dropped, and the controls."""
 
 from collections import Counter
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Controls of a preference dataset: can the winner be guessed without comparing image and prompt?"""
+"""Controls for shortcuts in a preference dataset: can the winner be guessed without comparing image and prompt?"""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from ...statistics import Interval, share_interval
 
 SIDE = 16  # width and height of the images that the classifier sees
 NUM_WORDS = 2000
-MAX_ROWS = 5000  # of each split that are looked at
+MAX_ROWS = 5000  # per split
 
 
 def guess_without_prompt(rows: Dataset) -> float:
@@ -29,7 +29,7 @@ def guess_without_prompt(rows: Dataset) -> float:
             Preference pairs, with the columns `chosen_image` and `rejected_image` that name the images.
 
     Returns:
-        `float`: 0.5 if every pair of images is there in both directions.
+        `float`: 0.5 if every pair of images occurs in both directions.
     """
     counts = Counter(zip(rows["chosen_image"], rows["rejected_image"], strict=True))
     pairs = {tuple(sorted(pair)) for pair in counts}
@@ -69,7 +69,10 @@ def guess_from_texts(train: Dataset, test: Dataset) -> Interval:
 
 
 def _guess(train: Dataset, test: Dataset, features: Callable[[Dataset], torch.Tensor]) -> Interval:
-    """The classifier is antisymmetric: it takes differences of the right and the wrong one, without a bias."""
+    """
+    Fits a logistic regression on `train` and returns its accuracy on `test`. `features` are differences, right minus
+    wrong, and there is no bias, so swapping the two sides of a pair flips the prediction.
+    """
     train, test = (rows.select(range(min(len(rows), MAX_ROWS))) for rows in (train, test))
     inputs, held_out = features(train), features(test)
     scale = inputs.square().mean(dim=0).sqrt().clamp(min=1e-3)
@@ -84,7 +87,7 @@ def _guess(train: Dataset, test: Dataset, features: Callable[[Dataset], torch.Te
 
     optimizer.step(closure)
     margins = ((held_out / scale) @ weights).detach().numpy()
-    right = np.where(np.abs(margins) < 1e-6, 0.5, margins > 0)  # it does not know
+    right = np.where(np.abs(margins) < 1e-6, 0.5, margins > 0)  # a tie counts half
     keys = np.array(
         ["|".join(sorted(pair)) for pair in zip(test["chosen_image"], test["rejected_image"], strict=True)]
     )

@@ -1,4 +1,4 @@
-"""What becomes of every pair, by its judges and reviewers, and what reviewers have yet to see."""
+"""Decides each pair from the verdicts of judges and reviewers, and selects what reviewers still have to see."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from .render import SIDES
 @dataclass(frozen=True)
 class Decision:
     """
-    What became of a pair.
+    The decision on a pair.
 
     Args:
         outcome (`str`):
@@ -31,8 +31,8 @@ class Decision:
 
 def decide_pairs(store: BuildStore) -> dict[str, Decision]:
     """
-    Decides about each pair of which an image was drawn or refused. A pair is accepted if both of its directions are: each
-    image is then once the right one, for its own prompt, and once the wrong one.
+    Decides each pair whose images were drawn or refused. A pair is accepted if both of its directions are: each image
+    is then once the right one, for its own prompt, and once the wrong one.
 
     Args:
         store ([`BuildStore`]):
@@ -61,17 +61,17 @@ def _decide(verdict: dict[str, Any], votes: dict[str, list[dict[str, Any]]], nee
     found, by = [], "judges"
     directions = verdict["directions"]
     for side in SIDES:
-        # votes on pairs with a known answer say something of the reviewer only
+        # votes on items with a known answer measure the reviewer, not the pair
         is_asked = directions[side] == "disputed" or verdict["is_sampled"]
         voted = decide(votes.get(f"{verdict['id']}:{side}", []), needed) if is_asked else None
-        if voted is not None:  # people have the last word
+        if voted is not None:  # reviewers overrule judges
             by = "people"
             found.append("pass" if voted == side else f"reviewers {'' if voted == 'disagree' else 'say '}{voted}")
         else:
             found.append(directions[side])
     if any(verdict not in ("pass", "disputed") for verdict in found):
         failed = next(verdict for verdict in found if verdict not in ("pass", "disputed"))
-        return Decision("dropped", "a relation does not show" if failed == "fail" else failed, by)
+        return Decision("dropped", "a relation is not visible" if failed == "fail" else failed, by)
     if "disputed" in found:
         return Decision("waiting", "for reviewers", "nobody")
     return Decision("accepted", "", by)
@@ -87,8 +87,8 @@ def _votes_by_item(store: BuildStore) -> dict[str, list[dict[str, Any]]]:
 
 def review_items(store: BuildStore) -> list[ReviewItem]:
     """
-    What reviewers have to see: the directions that judges dispute, a random share of the others, and items with a known
-    answer among them.
+    Selects what reviewers have to see: the directions that judges dispute, a random share of the others, and, to check
+    the reviewers, items with a known answer.
 
     Returns:
         `list[ReviewItem]`: ids are those of pairs, with the side whose prompt is judged after a colon.
@@ -124,11 +124,11 @@ def _review_item(store: BuildStore, pair: DrawnPair, side: str, *, is_gold: bool
 
 
 def count_votes(store: BuildStore) -> dict[str, int]:
-    """Name of a reviewer → number of votes that hold."""
+    """Returns name of a reviewer → number of current votes."""
     return dict(Counter(reviewer for _, reviewer in VoteLog(store.votes_file).current()))
 
 
 def describe_votes(store: BuildStore) -> str:
-    """Number and agreement of the votes, in a sentence; empty if there is none."""
+    """Describes the number and agreement of the votes in a sentence; empty if there are none."""
     votes = list(VoteLog(store.votes_file).current().values())
     return describe_summary(summarize_votes(votes, review_items(store))) if votes else ""

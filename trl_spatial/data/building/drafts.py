@@ -1,4 +1,4 @@
-"""What a writer makes: a prompt with the graph that it states."""
+"""The output of a writer: a prompt with the scene graph that it states."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from ...scenes import Operation, Phrase, Relation, SceneGraph
 @dataclass(frozen=True)
 class Draft:
     """
-    A prompt and what it says.
+    A prompt and the scene graph that it states.
 
     Args:
         scene (`str`):
-            Where it is, such as `"kitchen"`.
+            The scene, such as `"kitchen"`.
         graph ([`~scenes.SceneGraph`]):
             The objects and relations that the prompt states.
         prompt (`str`):
@@ -22,7 +22,7 @@ class Draft:
         spans (`list[tuple[int, int]]`):
             For each relation of the graph, the characters of the prompt that state it.
         writer (`str`):
-            Who wrote it: the grammar, or the model that answered.
+            What wrote it: the grammar, or the model that answered.
         cost (`float`, *optional*, defaults to 0):
             What it cost, in US dollars.
     """
@@ -44,7 +44,7 @@ class Dropped:
         reason (`str`):
             Why: a few words, then details after a colon.
         raw (`str`, *optional*):
-            The answer as it came.
+            The raw answer.
         cost (`float`, *optional*, defaults to 0):
             What it cost, in US dollars.
     """

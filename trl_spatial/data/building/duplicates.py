@@ -1,4 +1,4 @@
-"""Finding prompts that say nearly what another one says."""
+"""Detects near-duplicate prompts."""
 
 import hashlib
 import re
@@ -10,9 +10,9 @@ import numpy as np
 from ...scenes import RELATIONS
 
 
-NUM_BANDS, BAND_SIZE = 16, 4  # two texts that share 70 % of their parts meet in a band with probability .99
+NUM_BANDS, BAND_SIZE = 16, 4  # texts that share 70 % of their n-grams share a band with probability 0.99
 SIMILARITY = 0.8
-PART = 3  # words
+PART = 3  # words per n-gram
 _PRIME = 2**31 - 1
 _FACTORS, _OFFSETS = np.random.default_rng(0).integers(1, _PRIME, size=(2, NUM_BANDS * BAND_SIZE, 1))
 
@@ -70,8 +70,8 @@ def _bands(parts: frozenset[int]) -> list[tuple[int, bytes]]:
 
 def graph_key(record: dict[str, Any]) -> str:
     """
-    A key that two prompts share if one's objects can be put for the other's, noun for noun, such that the same relations
-    hold (Weisfeiler and Leman's colouring, which may also join some rare graphs that differ).
+    Returns a key that two prompts share if exchanging their objects, noun for noun, makes their relations the same
+    (Weisfeiler-Leman coloring, which may also merge some rare graphs that differ).
 
     Args:
         record (`dict`):
@@ -90,7 +90,10 @@ def graph_key(record: dict[str, Any]) -> str:
 
 
 def _normalize(relation: dict[str, Any]) -> tuple[str, list[tuple[str, int]]]:
-    """Label, and arguments with their roles: equal ones may be exchanged. One form for a relation and its inverse."""
+    """
+    Returns the label of a relation and its (argument, role) pairs; arguments with the same role are interchangeable. A
+    relation and its inverse give the same result.
+    """
     name, arguments = relation["relation"], list(relation["arguments"])
     kind = RELATIONS[name]
     if name == "at":

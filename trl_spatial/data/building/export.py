@@ -1,4 +1,4 @@
-"""The sixth stage: the accepted pairs as a dataset for the Hub, or in the forms that other trainers take."""
+"""The export stage: writes the accepted pairs as a dataset for the Hub, or in the formats of other trainers."""
 
 import io
 import json
@@ -31,8 +31,8 @@ from .writers import scene_weights
 
 
 SHARD_BYTES = 500 * 10**6
-ROWS_PER_GROUP = 100  # what the viewer of the Hub reads at once
-EXPORT_FILE = "export.json"  # says that the folder may be replaced
+ROWS_PER_GROUP = 100  # the Hub's dataset viewer reads one row group at a time
+EXPORT_FILE = "export.json"  # marks a folder that a later export may replace
 NUM_PREVIEWED, PREVIEW_SIZE = 100, 256
 
 EXPORTED = Features(
@@ -55,7 +55,7 @@ EXPORTED = Features(
 
 def split_scenes(weights: Mapping[str, float], shares: Mapping[str, float], store: BuildStore) -> dict[str, str]:
     """
-    Deals the scenes out to the splits, so that none is in two of them. More prompts do not change it.
+    Assigns each scene to one split. Adding prompts does not change the assignment.
 
     Args:
         weights (`Mapping[str, float]`):
@@ -63,7 +63,7 @@ def split_scenes(weights: Mapping[str, float], shares: Mapping[str, float], stor
         shares (`Mapping[str, float]`):
             Split → share of the prompts, without the training split, which gets the rest.
         store ([`BuildStore`]):
-            Whose seed decides.
+            Its seed decides.
 
     Returns:
         `dict[str, str]`: scene → split. A split is as large as whole scenes allow, and has one scene at least as long as one
@@ -104,8 +104,11 @@ def accepted_rows(store: BuildStore) -> dict[str, list[tuple[DrawnPair, str]]]:
 
 
 def _benchmark(store: BuildStore, rows: list[tuple[DrawnPair, str]]) -> list[tuple[DrawnPair, str]]:
-    """Half of the pairs at most; about as many with one change as with more, each in one direction, as many in each."""
-    # the first pair of each prompt, and the first prompts, which stay the first when others are added
+    """
+    Selects the benchmark: one row for each of at most half of the prompts, with one changed relation in about half of
+    them and more in the others, and the two directions in alternation.
+    """
+    # first pair of each prompt, first prompts first: prompts added later do not change the order of these
     order = list({rows[2 * i][0].prompt["id"]: i for i in reversed(range(len(rows) // 2))}.values())[::-1]
     wanted = min(store.recipe.export.num_benchmark_pairs, len(order) // 2)
     numbers = {is_one: [i for i in order if (rows[2 * i][0].edit["level"] == 1) == is_one] for is_one in (True, False)}
@@ -205,7 +208,7 @@ def _shrink(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _export_flow_factory(store: BuildStore, rows: dict[str, list[tuple[DrawnPair, str]]], folder: Path) -> None:
-    """Flow-Factory's folder for offline DPO: JSON lines with strict keys beside the images."""
+    """Writes the format of Flow-Factory's offline DPO: JSON lines with exactly the schema's keys, and images."""
     for split, part in rows.items():
         with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
             for row in iterate_rows(store, part):
@@ -227,13 +230,13 @@ def _export_flow_factory(store: BuildStore, rows: dict[str, list[tuple[DrawnPair
 
 
 def _export_diffusion_dpo(store: BuildStore, rows: dict[str, list[tuple[DrawnPair, str]]], folder: Path) -> None:
-    """The columns of the Diffusion-DPO scripts: two JPEG files, which of them is better, and the caption."""
+    """Writes the columns that the Diffusion-DPO scripts read: two JPEG files, which one is better, and the caption."""
     features = Features({"jpg_0": Value("binary"), "jpg_1": Value("binary"), "label_0": Value("int64"),
                          "caption": Value("string")})  # fmt: skip
 
     def generate(part: list[tuple[DrawnPair, str]]) -> Iterator[dict[str, Any]]:
         for row in iterate_rows(store, part):
-            # which one comes first must not say which one is better
+            # random order, so that position does not reveal the preferred image
             is_first = int(store.rng("order", row["pair"], row["direction"]).integers(2))
             images = [_jpeg(row["chosen"]["bytes"]), _jpeg(row["rejected"]["bytes"])]
             yield {
@@ -265,7 +268,7 @@ FORMATS: dict[str, Callable[[BuildStore, dict[str, list[tuple[DrawnPair, str]]],
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars of datasets, of which there would be one per file."""
+    """Hides the progress bars of `datasets`, which shows one per file."""
     was_shown = is_progress_bar_enabled()
     disable_progress_bars()
     try:
@@ -277,7 +280,7 @@ def _quiet() -> Iterator[None]:
 
 def export_dataset(store: BuildStore, output: Path, *, form: str = "hub") -> dict[str, int]:
     """
-    Writes the accepted pairs to a folder. It is there whole or not at all.
+    Writes the accepted pairs to a folder, completely or not at all.
 
     Args:
         store ([`BuildStore`]):
@@ -298,11 +301,11 @@ def export_dataset(store: BuildStore, output: Path, *, form: str = "hub") -> dic
     rows = accepted_rows(store)
     if not rows:
         raise ValueError(
-            f"No pair of {store.folder} was accepted yet. `trl_spatial data status {store.folder}` says where they are."
+            f"No pair of {store.folder} was accepted yet. `trl_spatial data status {store.folder}` says where they stand."
         )
     files = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
     if not (EXPORT_FILE in files and is_complete(output) and files <= {*(marked_files(output) or {}), MARKER}):
-        new_folder(str(output))  # it holds something else
+        new_folder(str(output))  # raises if the folder holds anything else
     partial = output.with_name(f".{output.name}.partial")
     begin_folder(partial)
     with _quiet():

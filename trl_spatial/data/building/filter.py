@@ -1,4 +1,6 @@
-"""The fourth stage: which pairs hold, by judges that see each image by itself; what they dispute goes to people."""
+"""
+The filter stage: judges, who see one image at a time, decide which pairs are valid; people review what they dispute.
+"""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,14 +17,14 @@ from .judges import Judge, Shown, make_judge
 from .render import SIDES
 
 
-CHUNK = 32  # pairs that are recorded together
+CHUNK = 32  # pairs recorded at once
 OTHER = dict(zip(SIDES, reversed(SIDES), strict=True))
 
 
 @dataclass(frozen=True)
 class DrawnPair:
     """
-    A pair whose two images are there.
+    A pair with both images drawn.
 
     Args:
         id (`str`):
@@ -52,7 +54,7 @@ class DrawnPair:
 
 
 def drawn_pairs(store: BuildStore) -> dict[str, DrawnPair | str]:
-    """Id of a pair → the pair, or why it has no two images, in the order of the prompts; without those not drawn yet."""
+    """Returns id of a pair → the pair, or why an image is missing, in order; skips pairs that are not drawn yet."""
     prompts, edits = store.accepted_prompts(), store.accepted_edits()
     images: dict[str, dict[str, Any]] = {}
     for record in store.images:
@@ -112,7 +114,10 @@ def filter_pairs(store: BuildStore, *, progress: bool = True) -> None:
 
 
 def _ask(store: BuildStore, judge: Judge, pairs: Sequence[DrawnPair]) -> dict[str, dict[str, list[JudgedRelation]]]:
-    """Id of a pair → side → an answer for each relation of its prompt, then for each that only the other prompt states."""
+    """
+    Returns id of a pair → side → answers about its image: one per relation of its own prompt, then one per relation
+    that only the other prompt states.
+    """
 
     def ask(item: tuple[DrawnPair, str]) -> list[JudgedRelation]:
         pair, side = item
@@ -155,7 +160,7 @@ def _record(
         "directions": {
             side: _combine([_direction(pair, side, found) for found in answers.values()]) for side in SIDES
         },
-        # a random share is seen by people in any case
+        # people review a random share, whatever the judges say
         "is_sampled": bool(store.rng("review", pair.id).random() < store.recipe.filter.review_share),
     }
     if qualities is not None:
@@ -167,7 +172,10 @@ def _record(
 
 
 def _direction(pair: DrawnPair, side: str, answers: Mapping[str, list[JudgedRelation]]) -> str:
-    """What one judge says of the image of `side` being right for its prompt, and the other one being wrong."""
+    """
+    Combines one judge's answers on whether the image of `side` shows the prompt of `side` and the other image does
+    not: `"pass"`, `"fail"` or `"cannot_tell"`.
+    """
     other = OTHER[side]
     num_own = len(pair.relations(side))
     right = [given.answer for given in answers[side][:num_own]]

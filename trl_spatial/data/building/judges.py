@@ -1,4 +1,4 @@
-"""Who judges the images of a dataset that is being built: exact rules, a model behind a server, or one that is loaded here."""
+"""Judges for the images of a build: exact rules, a model on a server, or a local model."""
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,7 +65,7 @@ class Judge(Protocol):
 
 
 class RulesJudge:
-    """Judges images of the embedded renderers: those of flat shapes from their pixels, others from what was drawn where."""
+    """Judges images of the embedded renderers: flat shapes by their pixels, others by what the renderer drew where."""
 
     name = "rules"
 
@@ -81,14 +81,14 @@ class RulesJudge:
             rendering = generator.render(shown.prompt, image_generator(shown.seed))
             if not np.array_equal(np.asarray(rendering.image), np.asarray(picture)):
                 raise ValueError(
-                    "An image is not what its prompt and seed give: it was drawn by another version, or changed since. Draw "
+                    "An image is not what its prompt and seed produce: it was drawn by another version, or has changed. Draw "
                     "it again in a new store."
                 )
             check = check_tabletop(rendering, _asked(graph, relations))
         else:
             raise ValueError(
-                f"The judge `rules` cannot judge images of {world or shown.generator.get('model')}: it knows those of "
-                "tabletop and flat. Name a model in filter.judges."
+                f"The judge `rules` cannot judge images of {world or shown.generator.get('model')}: it can only judge "
+                "those of tabletop and flat. Name a model in filter.judges."
             )
         return [JudgedRelation(_ANSWERS[found.verdict], found.reason, None) for found in check.relations]
 
@@ -97,7 +97,7 @@ class RulesJudge:
 
 
 def _asked(graph: SceneGraph, relations: Sequence[dict[str, Any]]) -> SceneGraph:
-    """The graph of the same objects with the relations that are asked for."""
+    """Returns the graph of the same objects, with `relations` in place of its own."""
     named = {str(entity): entity for entity in graph.entities}
     asked = []
     for record in relations:

@@ -1,4 +1,4 @@
-"""Prompts by a language model: a scene with many relations, the same scene with some changed, and the reading of both."""
+"""Writes prompts with a language model, rewrites them for changed relations, and reads rewrites back to check them."""
 
 import json
 from collections import Counter
@@ -18,14 +18,14 @@ from .drafts import Draft, Dropped
 Result = TypeVar("Result")
 
 _FEWEST_WORDS, _MOST_WORDS = 40, 90
-_LONGEST_PROMPT = 134  # words, the longest of the paper's
-_WORDS_PER_RELATION = 11  # beyond 7 relations, the paper's mean
-_LEAST_KEPT = 0.5  # of the words, when some relations change
+_LONGEST_PROMPT = 134  # words; the longest prompt of the paper
+_WORDS_PER_RELATION = 11  # added for each relation beyond 7; the paper's mean
+_LEAST_KEPT = 0.5  # share of the words that a rewrite keeps
 _ARTICLES = ("a", "an", "the")
 
 
 class ChatModel(Protocol):
-    """What answers in words: an [`~endpoints.Endpoint`] or a [`~endpoints.local_chat.LocalChat`]."""
+    """A model that answers in words: an [`~endpoints.Endpoint`] or a [`~endpoints.local_chat.LocalChat`]."""
 
     model: str
 
@@ -63,7 +63,7 @@ class Reading:
 
 
 class _Fault(ValueError):
-    """What is wrong with an answer: a reason to count, and the details for the model."""
+    """A fault in an answer: `reason` for the drop statistics, and the details that the model is shown."""
 
     def __init__(self, reason: str, details: str):
         super().__init__(details)
@@ -91,13 +91,14 @@ class LanguageWriter:
 
         Args:
             scene (`str`):
-                Where it is, such as `"kitchen"`.
+                The scene, such as `"kitchen"`.
             num_relations (`int`):
                 How many relations it states.
             dimensions (`Sequence[str]`):
-                Kinds of its relations, see [`~scenes.RelationKind`]: at least as many of each as it is named. May be empty.
+                Kinds of relations that it must contain, see [`~scenes.RelationKind`], each at least as often as it is
+                listed. May be empty.
             seed (`int`):
-                Number of the prompt: with another, the model is asked for another scene.
+                Number of the prompt; with a different one, the model is asked for a different scene.
 
         Returns:
             [`Draft`] or [`Dropped`]: The prompt, or why there is none.
@@ -147,7 +148,7 @@ class LanguageWriter:
             draft ([`Draft`]):
                 The prompt.
             after ([`~scenes.SceneGraph`]):
-                What it shall say; of the same things.
+                The graph that the new prompt states, of the same things.
             operations (`Sequence[Operation]`):
                 The changes from `draft.graph` to `after`.
             seed (`int`):
@@ -227,7 +228,7 @@ class LanguageWriter:
 
 
 def word_limits(num_relations: int) -> tuple[int, int]:
-    """The fewest and the most words of a prompt with so many relations."""
+    """Minimum and maximum number of words of a prompt with this number of relations."""
     most = _MOST_WORDS + _WORDS_PER_RELATION * max(num_relations - 7, 0)
     return _FEWEST_WORDS, min(most, _LONGEST_PROMPT)
 
@@ -239,7 +240,10 @@ def _ask(
     seed: int,
     check: Callable[[Answer], Result],
 ) -> tuple[Result | Dropped, float]:
-    """What `check` makes of the answer, the second if the first has a fault, and the price of both."""
+    """
+    Asks the model and checks its answer; if `check` finds a fault, shows it to the model and asks once more. Returns
+    the result of `check`, or `Dropped`, and the total cost.
+    """
     cost = 0.0
     dropped = Dropped("", "", 0.0)
     for _ in range(2):
@@ -259,7 +263,7 @@ def _ask(
 def _read_graph(
     names: Sequence[str], records: Sequence[Mapping[str, Any]], prompt: str
 ) -> tuple[SceneGraph, list[tuple[int, int]]]:
-    """Graph and spans of an answer."""
+    """Builds the scene graph of an answer and the spans of its relations in the prompt; raises `_Fault` if invalid."""
     things = _things(names)
     if len(things) != len(names):
         raise _Fault("things of one name", "two entities have the same name")
@@ -289,7 +293,7 @@ def _check_prompt(prompt: str, graph: SceneGraph) -> None:
 
 
 def _things(names: Sequence[str]) -> dict[str, Phrase]:
-    """Look → thing; names without articles."""
+    """Returns look → object, with articles removed from the names."""
     things = [Phrase(_without_article(name)) for name in names]
     return {thing.look: thing for thing in things}
 

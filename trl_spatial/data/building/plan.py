@@ -1,4 +1,4 @@
-"""What a build will do and cost, and where it stands."""
+"""The plan of a build, with its estimated cost, and its status."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -12,14 +12,14 @@ from .recipe import endpoint_settings
 from .render import SIDES, generator_of
 
 
-# Tokens of a call, in and out, about: of writing a prompt, of rewriting one, of reading one back, and of judging an image.
+# Approximate (input, output) tokens per call: writing a prompt, rewriting one, reading one back, and judging an image.
 WRITE, REWRITE, READ, JUDGE = (900, 700), (1100, 700), (700, 400), (1800, 250)
 SECONDS_PER_VOTE = 20
 
 
 def plan(store: BuildStore) -> list[dict[str, Any]]:
     """
-    What each stage has yet to do, with what it will cost as far as that is known. Numbers of later stages assume that
+    Returns the remaining work of each stage, and its cost as far as it is known. Numbers of later stages assume that
     nothing more is dropped before them.
 
     Args:
@@ -60,7 +60,7 @@ def _stage(
     unknown: list[str] = []
     for spec, (num_input, num_output) in asked:
         if "model" not in spec:
-            continue  # the grammar, rules, or a model that is loaded here
+            continue  # free: the grammar, the rules, or a local model
         calls += times * todo
         prices = endpoint_settings(spec).get("prices")
         if prices is None:
@@ -103,7 +103,7 @@ def format_plan(stages: list[dict[str, Any]]) -> str:
 
 def status(store: BuildStore) -> dict[str, Any]:
     """
-    Where everything stands.
+    Returns the progress of all stages.
 
     Args:
         store ([`BuildStore`]):

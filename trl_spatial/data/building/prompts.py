@@ -1,4 +1,4 @@
-"""The first two stages: writing prompts, and changing some of their relations."""
+"""The stages prompts and perturb: writing prompts, and changing some of their relations."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +13,9 @@ from .duplicates import DuplicateFinder
 from .writers import Order, Writer, scene_weights
 
 
-CHUNK = 32  # orders that are recorded together
+CHUNK = 32  # orders recorded at once
 ATTEMPTS = 4
-MIN_ACCEPTED = 0.2  # share of the orders, below which something is wrong
+MIN_ACCEPTED = 0.2  # share of the orders; a lower one means that something is wrong
 
 
 def write_prompts(store: BuildStore, writer: Writer, *, progress: bool = True) -> None:
@@ -60,7 +60,7 @@ def write_prompts(store: BuildStore, writer: Writer, *, progress: bool = True) -
 
 
 def iterate_orders(store: BuildStore) -> Iterator[Order]:
-    """What prompts should be, by the quotas of the recipe; the same every time."""
+    """Yields orders for prompts, without end, by the quotas of the recipe; the same every time."""
     recipe = store.recipe.prompts
     quotas = (
         Quota(weights, store.rng("quota", name))
@@ -71,7 +71,7 @@ def iterate_orders(store: BuildStore) -> Iterator[Order]:
             ("levels", recipe.levels),
         )
     )
-    for number, values in enumerate(zip(*quotas, strict=False)):  # they never end
+    for number, values in enumerate(zip(*quotas, strict=False)):  # quotas are infinite
         id = f"{number:06d}"
         scene, num_relations, dimension, level = values
         yield Order(id, scene, num_relations, dimension, level, store.seed_of("wording", id))
@@ -150,7 +150,10 @@ def _attempt(
     ask: Callable[..., Any],
     record_of: Callable[[Any, Order, int], dict[str, Any] | Dropped],
 ) -> list[dict[str, Any]]:
-    """Records of the orders, in their order; those that fail are tried again, and dropped in the end."""
+    """
+    Asks for each order, retries those that fail up to `ATTEMPTS` times in all, and returns one record per order,
+    sorted by id; an order that never succeeds gets the record of its last drop.
+    """
     records: dict[str, dict[str, Any]] = {}
     costs = dict.fromkeys((order.id for order in orders), 0.0)
     pending = list(orders)

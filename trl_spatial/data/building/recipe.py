@@ -1,5 +1,6 @@
-"""The recipe of a preference dataset: what a YAML file says, checked."""
+"""The recipe of a preference dataset: loads and checks the YAML file."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -12,10 +13,11 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from ...endpoints import Prices
 from ...generation.painters import check_spec
 from ...scenes import RELATIONS
+from ...yaml_text import load_yaml
 
 
 DIMENSIONS = tuple(dict.fromkeys(kind.dimension for kind in RELATIONS.values()))
-# How often a prompt of the paper's dataset has so many relations, and from which scenes its prompts are.
+# Prompts in the paper's dataset, by number of relations and by scene.
 NUM_RELATIONS = {
     3: 503, 4: 3348, 5: 10572, 6: 15572, 7: 19054, 8: 13829, 9: 11056, 10: 3430, 11: 1428, 12: 357,
 }  # fmt: skip
@@ -30,7 +32,7 @@ SCENES = {
 @dataclass
 class PromptsRecipe:
     """
-    Who writes how many prompts about what.
+    The section `prompts`: how many prompts are written, by which writer, and about what.
 
     Args:
         num_prompts (`int`):
@@ -84,7 +86,7 @@ class PromptsRecipe:
 @dataclass
 class RenderRecipe:
     """
-    Who draws the images.
+    The section `render`: the generators that draw the images.
 
     Args:
         generators (`list[dict]`, *optional*):
@@ -117,7 +119,7 @@ class RenderRecipe:
 @dataclass
 class FilterRecipe:
     """
-    Who judges the images.
+    The section `filter`: the judges of the images.
 
     Args:
         judges (`list[dict]`, *optional*):
@@ -149,18 +151,18 @@ class FilterRecipe:
             if not isinstance(name, str) or ("name" in judge and judge != {"name": "rules"}):
                 raise ValueError(f"filter.judges names {judge}. Give `name: rules`, a `model` or a `local` model.")
         if len(set(names)) < len(names):
-            raise ValueError(f"filter.judges names a model twice: {', '.join(names)}. Two judges are two models.")
+            raise ValueError(f"filter.judges names a model twice: {', '.join(names)}. Two judges must be two models.")
         if not 0 <= self.review_share <= 1:
             raise ValueError(f"filter.review_share is {self.review_share}. It should be between 0 and 1.")
         if (self.quality is None) != (self.max_quality_gap is None):
-            raise ValueError("filter.quality and filter.max_quality_gap belong together: give both or neither.")
+            raise ValueError("filter.quality and filter.max_quality_gap belong together: set both or neither.")
 
 
 @strict
 @dataclass
 class ReviewRecipe:
     """
-    How people review.
+    The section `review`: how people review pairs.
 
     Args:
         votes_per_item (`int`, *optional*, defaults to `2`):
@@ -189,7 +191,7 @@ class ReviewRecipe:
 @dataclass
 class ExportRecipe:
     """
-    How the dataset is written.
+    The section `export`: the splits of the dataset.
 
     Args:
         validation (`float`, *optional*, defaults to `0.05`), test (`float`, *optional*, defaults to `0.1`):
@@ -208,7 +210,7 @@ class ExportRecipe:
             raise ValueError(f"export.num_benchmark_pairs is {self.num_benchmark_pairs}. It should not be negative.")
         if min(self.validation, self.test) < 0 or self.validation + self.test >= 1:
             raise ValueError(
-                f"export.validation is {self.validation} and export.test {self.test}. They should leave some for training."
+                f"export.validation is {self.validation} and export.test {self.test}. They should leave some pairs for training."
             )
 
 
@@ -260,7 +262,7 @@ def load_recipe(path: str | Path) -> Recipe:
         `ValueError`: If it is not YAML, has unknown keys, or a value is not possible. The message names the key.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = load_yaml(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}.") from error
     try:
@@ -270,7 +272,7 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def make_recipe(content: Any) -> Recipe:
-    """[`load_recipe`] of what was read already."""
+    """Makes a recipe from parsed content, as [`load_recipe`] does from a file."""
     if not isinstance(content, Mapping):
         raise ValueError(f"A recipe is a mapping of {', '.join(['store', 'seed', *_SECTIONS])}.")
     _check_keys("", content, ("store", "seed", *_SECTIONS))
@@ -279,7 +281,11 @@ def make_recipe(content: Any) -> Recipe:
         raise ValueError("`store` is missing: name the folder in which the dataset is built.")
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise ValueError(f"`seed` is {seed!r}. It should be a whole number that is not negative.")
-    return Recipe(store, seed, **{name: _read(name, kind, content.get(name)) for name, kind in _SECTIONS.items()})
+    return Recipe(
+        os.path.expanduser(store),
+        seed,
+        **{name: _read(name, kind, content.get(name)) for name, kind in _SECTIONS.items()},
+    )
 
 
 def endpoint_settings(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -301,7 +307,7 @@ def _read(name: str, kind: type, content: Any) -> Any:
     if not isinstance(content, Mapping):
         raise ValueError(f"`{name}` is {content!r}. It should be a mapping.")
     _check_keys(f"{name}.", content, [field.name for field in fields(kind)])
-    # JSON has no numbers as keys, and YAML's whole numbers are not floats
+    # JSON keys are strings, and YAML reads `1` as an int
     values = {key: _with_numbers(value) if isinstance(value, Mapping) else value for key, value in content.items()}
     floats = {field.name for field in fields(kind) if "float" in str(field.type)}
     values = {key: float(v) if key in floats and type(v) is int else v for key, v in values.items()}

@@ -1,4 +1,4 @@
-"""The third stage: drawing both images of every pair."""
+"""The render stage: draws both images of every pair."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from .build_store import BuildStore, Quota
 
 
 SIDES = ("original", "edited")
-FLUSH = 16  # images that are recorded together
+FLUSH = 16  # images recorded at once
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,17 @@ class Pair:
 
 
 def iterate_pairs(store: BuildStore) -> Iterator[Pair]:
-    """The pairs that are to be drawn, in the order of their prompts; generators have their shares."""
+    """Yields the pairs to be drawn, in the order of their prompts, and assigns generators by their shares."""
     recipe = store.recipe.render
     shares = {number: generator.get("share", 1) for number, generator in enumerate(recipe.generators)}
     generators = iter(Quota(shares, store.rng("quota", "generators")))
     prompts = store.accepted_prompts()
     for id, edit in store.accepted_edits().items():
         if id not in prompts:
-            continue  # its record was removed; it is written again
+            continue  # the prompt's record was removed; `write_prompts` writes it again
         for draw in range(recipe.draws):
             pair = f"{id}-{draw}"
-            seed = store.seed_of("image", pair) >> 32  # 31 bits: servers take no more
+            seed = store.seed_of("image", pair) >> 32  # 31 bits, the most that servers accept
             other = seed if recipe.same_seed else store.seed_of("image", pair, "edited") >> 32
             yield Pair(
                 pair,
@@ -64,11 +64,11 @@ def iterate_pairs(store: BuildStore) -> Iterator[Pair]:
 
 
 def missing_jobs(store: BuildStore) -> dict[int, list[ImageJob]]:
-    """Number of a generator → what it has yet to draw. What was refused is not asked for again."""
+    """Returns number of a generator → images it has yet to draw. Refused images are not requested again."""
     done = {
         record["id"]
         for record in store.images
-        if record["image"] is None or store.image_path(record["image"]).is_file()  # or it is drawn again
+        if record["image"] is None or store.image_path(record["image"]).is_file()  # redraw if the file is gone
     }
     jobs = defaultdict(list)
     for pair in iterate_pairs(store):
@@ -102,27 +102,31 @@ def render_images(
     spend = store.spend("render")
     missing = sorted(missing_jobs(store).items())
     if engine == "local":
-        process_state().wait_for_everyone()  # before any draws: all processes share the same jobs
+        process_state().wait_for_everyone()  # no process may draw before all have listed the same jobs
     for number, jobs in missing:
         drawn: list[DrawnImage] = []
+        num_drawn = 0
         images = draw_jobs(
             generator_of(store, number),
             jobs,
             engine=engine,
             num_workers=num_workers,
             address=address,
+            spend=spend,
             progress=progress,
         )
         try:
             for image in images:
                 drawn.append(image)
+                num_drawn += 1
                 spend.add(image.cost)
                 if len(drawn) == FLUSH:
                     _record(store, number, jobs, drawn)
                     drawn = []
-                spend.check()
-        finally:  # what was drawn stays, whatever ended the rest
+        finally:  # keep what was drawn before an error or an interruption
             _record(store, number, jobs, drawn)
+        if num_drawn < len(jobs):
+            spend.check()
 
 
 def generator_of(store: BuildStore, number: int) -> dict[str, Any]:
@@ -132,7 +136,7 @@ def generator_of(store: BuildStore, number: int) -> dict[str, Any]:
 
 
 def license_of(store: BuildStore, number: int) -> str | None:
-    """The terms of a generator's images: what the recipe says, or what is known of the model; `None` if nothing is."""
+    """Returns the license of a generator's images: the recipe's, or else the known one of the model, or `None`."""
     spec = store.recipe.render.generators[number]
     family = published_family(spec.get("name", ""))
     if "license" in spec or family is None:

@@ -1,4 +1,4 @@
-"""The page that says what is in a dataset that is being built, beside what the paper publishes of its own."""
+"""The statistics page of a build, with the paper's published numbers alongside."""
 
 import base64
 from collections import Counter
@@ -17,7 +17,7 @@ from .plan import status
 from .recipe import NUM_RELATIONS, SCENES
 
 
-NUM_PAIRS = 6  # that are shown
+NUM_PAIRS = 6  # shown on the page
 WORD_BIN = 10
 
 
@@ -43,7 +43,7 @@ def write_stats(store: BuildStore) -> Path:
 
 def collect_stats(store: BuildStore) -> dict[str, Any]:
     """
-    What the page shows.
+    Collects the data of the page.
 
     Args:
         store ([`BuildStore`]):
@@ -87,7 +87,10 @@ def collect_stats(store: BuildStore) -> dict[str, Any]:
 def _compare(
     values: Iterable[Any], published: Mapping[Any, float] | None = None, *, by_size: bool = False
 ) -> list[tuple[str, list[float | None]]]:
-    """A row for each value: its share here and, if there is one, that of the paper."""
+    """
+    Returns (value, shares) rows: its share in `values` and, if `published` is given, in the paper (`None` if it has
+    none there). Rows are sorted by count with `by_size`, else by value.
+    """
     counts = Counter(values)
     names = set(counts) | set(published or ())
     if by_size:

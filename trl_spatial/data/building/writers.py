@@ -1,4 +1,4 @@
-"""Who writes prompts and rewrites them after a change: a grammar, or a language model."""
+"""Writers of prompts and of their perturbations: a grammar, or a language model."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,13 +27,13 @@ def scene_weights(recipe: PromptsRecipe) -> Mapping[str, float]:
 @dataclass(frozen=True)
 class Order:
     """
-    What a prompt should be.
+    The specification of a prompt to write.
 
     Args:
         id (`str`):
             Id of the prompt.
         scene (`str`):
-            Where it is.
+            The scene.
         num_relations (`int`):
             Number of relations.
         dimension (`str`):
@@ -92,7 +92,7 @@ class GrammarWriter:
             return Dropped(f"no valid change: {error}")
         edited = self._describe(changed, order)
         if parse_tabletop(edited.prompt) != changed:
-            return Dropped("read back otherwise", edited.prompt)
+            return Dropped("read back differently", edited.prompt)
         return edited, operations
 
     def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
@@ -109,7 +109,7 @@ class ModelWriter:
 
     Args:
         writer ([`~data.building.language.LanguageWriter`]):
-            What asks the model.
+            Asks the model.
         endpoint ([`~endpoints.Endpoint`] or [`~endpoints.local_chat.LocalChat`]):
             The model; a server answers several requests at once.
     """

@@ -1,4 +1,4 @@
-"""People judge pairs: the page, the log of votes, agreement, and the exchange with Label Studio."""
+"""Human review of pairs: the page, the log of votes, agreement, and the exchange with Label Studio."""
 
 from .agreement import decide, describe_summary, summarize_votes
 from .label_studio import LABELING_CONFIG, from_label_studio, to_label_studio

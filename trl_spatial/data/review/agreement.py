@@ -1,4 +1,4 @@
-"""How far reviewers agree, and what follows for a pair."""
+"""Agreement between reviewers, and the decision on an item from its votes."""
 
 import math
 from collections import Counter, defaultdict
@@ -18,7 +18,7 @@ NUM_RESAMPLES = 1000
 
 def decide(votes: Sequence[Mapping[str, Any]], needed: int = 2) -> str | None:
     """
-    What reviewers say of an item.
+    Decides an item by the votes of its reviewers.
 
     Args:
         votes (`Sequence[Mapping[str, Any]]`):
@@ -41,14 +41,15 @@ def summarize_votes(votes: Iterable[Mapping[str, Any]], items: Iterable[ReviewIt
 
     Args:
         votes (`Iterable[Mapping[str, Any]]`):
-            The votes that hold.
+            The current votes.
         items (`Iterable[ReviewItem]`):
-            What they are about.
+            The items that they are about.
 
     Returns:
-        `dict`: `num_votes`; `alpha`, Krippendorff's for nominal answers, an interval over items as `estimate`, `low` and
-        `high`, NaN if no item has two votes; `raw_agreement` of two votes on the same item; `gold_accuracy` on items with a
-        known answer; and `reviewers`, name → `num_votes`, `median_seconds` and `gold_accuracy`. What cannot be said is NaN.
+        `dict`: `num_votes`; `alpha`, Krippendorff's for nominal answers, an interval over items as `estimate`, `low`
+            and `high`, NaN if no item has two votes; `raw_agreement` of two votes on the same item; `gold_accuracy` on
+            items with a known answer; and `reviewers`, name → `num_votes`, `median_seconds` and `gold_accuracy`.
+            Undefined values are NaN.
 
     Raises:
         `ImportError`: If the package `krippendorff` is missing.
@@ -80,8 +81,8 @@ def summarize_votes(votes: Iterable[Mapping[str, Any]], items: Iterable[ReviewIt
 
 
 def describe_summary(summary: Mapping[str, Any]) -> str:
-    """The summary of votes in a sentence, without what cannot be said."""
-    alpha, parts = summary["alpha"], [f"{summary['num_votes']:,} votes of people"]
+    """Describes the summary of votes in a sentence, leaving out undefined values."""
+    alpha, parts = summary["alpha"], [f"{summary['num_votes']:,} votes by people"]
     if not math.isnan(alpha["estimate"]):
         interval = f"[{alpha['low']:.2f}, {alpha['high']:.2f}]"
         parts.append(f"Krippendorff's alpha {alpha['estimate']:.2f} {interval}")
@@ -100,13 +101,15 @@ def _mean(values: Sequence[bool]) -> float:
 
 
 def _alpha(items: Sequence[Sequence[str]]) -> Interval:
-    """Krippendorff's alpha with a percentile interval that resamples whole items."""
+    """
+    Krippendorff's alpha of the answers per item, with a percentile bootstrap interval that resamples whole items.
+    """
     try:
         import krippendorff
     except ImportError as error:
         raise ImportError('Agreement needs krippendorff: pip install "trl-spatial[data]"') from error
     values = sorted({answer for said in items for answer in said})
-    if len(values) < 2:  # alpha compares with chance, and there is none
+    if len(values) < 2:  # with one answer, chance agreement is 1 and alpha is 0/0
         estimate = 1.0 if items else float("nan")
         return Interval(estimate, estimate, estimate)
     counts = np.array([[Counter(said)[value] for value in values] for said in items])  # (num_items, num_values)

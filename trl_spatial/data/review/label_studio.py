@@ -1,4 +1,4 @@
-"""Exchange with Label Studio: pairs as tasks, and its annotations as votes."""
+"""Exchange with Label Studio: exports pairs as tasks and imports its annotations as votes."""
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 from .votes import ANSWERS, VERSION, ReviewItem
 
 
-# To be pasted into the labeling interface of a project.
+# For users to paste into the labeling interface of their project.
 LABELING_CONFIG = """<View>
   <Text name="prompt" value="$prompt"/>
   <View style="display: flex; gap: 1em">
@@ -34,7 +34,7 @@ def to_label_studio(items: Sequence[ReviewItem], votes: Iterable[Mapping[str, An
         items (`Sequence[ReviewItem]`):
             The pairs. Every second one has the edited image at the left.
         votes (`Iterable[Mapping[str, Any]]`):
-            Votes that hold; they become annotations.
+            The current votes, which become annotations.
 
     Returns:
         `list[dict]`: as JSON, to be imported.
@@ -66,7 +66,7 @@ def _result(answer: str) -> dict[str, Any]:
 
 
 def _seen_in(vote: Mapping[str, Any], order: Sequence[str]) -> str:
-    """The answer of a vote, had the images been shown in another order."""
+    """Returns the answer of a vote as it reads with the images in the given order."""
     if vote["answer"] not in ("left", "right") or list(vote["order"]) == list(order):
         return vote["answer"]
     return "right" if vote["answer"] == "left" else "left"
@@ -74,7 +74,7 @@ def _seen_in(vote: Mapping[str, Any], order: Sequence[str]) -> str:
 
 def from_label_studio(export: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
-    Makes votes of an export of Label Studio (JSON).
+    Makes votes from an export of Label Studio (JSON).
 
     Args:
         export (`Sequence[Mapping[str, Any]]`):
@@ -88,7 +88,7 @@ def from_label_studio(export: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     """
     votes = []
     if not isinstance(export, Sequence) or not all(isinstance(task, Mapping) for task in export):
-        raise ValueError("An export of Label Studio is a list of tasks: choose its JSON format.")
+        raise ValueError("An export of Label Studio is a list of tasks: export in JSON format.")
     for task in export:
         name = f"Task {task.get('id', '?')}"
         data = task.get("data") or {}
@@ -105,7 +105,7 @@ def from_label_studio(export: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
             reviewer = by.get("email") or by.get("id") if isinstance(by, Mapping) else by
             votes.append(
                 {
-                    # an annotation that was a vote already keeps its id
+                    # an annotation made from a vote keeps that vote's id
                     "id": results[0].get("id") or f"label-studio-{data['item']}-{annotation.get('id', reviewer)}",
                     "item": data["item"],
                     "reviewer": str(reviewer),

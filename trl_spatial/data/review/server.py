@@ -1,4 +1,4 @@
-"""The server of the review page: it hands out pairs, takes votes, and shows nothing else."""
+"""The server of the review page: hands out pairs, takes votes, and exposes nothing else."""
 
 import hashlib
 import hmac
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-MAX_BODY = 64 * 1024  # bytes of a vote
-MAX_ITEMS = 8  # handed out at once
+MAX_BODY = 64 * 1024  # bytes per vote
+MAX_ITEMS = 8  # items per request
 _COOKIE = "review_token"
 _SIDES = ("left", "right")
 _INSTALL = 'Reviewing needs a server: pip install "trl-spatial[serve]"'
@@ -28,12 +28,12 @@ _INSTALL = 'Reviewing needs a server: pip install "trl-spatial[serve]"'
 
 class ReviewDesk:
     """
-    What each reviewer sees next. Every reviewer gets the items in an order, and with sides, of their own, which depend on the
-    seed alone.
+    Decides what each reviewer sees next. The order of the items, and of the sides of each, differs between reviewers
+    and depends only on the seed.
 
     Args:
         items (`Sequence[ReviewItem]`):
-            What is to be judged.
+            The items to be judged.
         votes ([`VoteLog`]):
             Where votes are kept.
         votes_per_item (`int`):
@@ -84,7 +84,7 @@ class ReviewDesk:
 
 def make_vote(content: Any, desk: ReviewDesk, reviewer: str) -> dict[str, Any]:
     """
-    Makes a vote of what a page has sent.
+    Makes a vote from what the page sent.
 
     Args:
         content (`Any`):
@@ -138,7 +138,7 @@ def create_review_app(
 
     Args:
         items (`Sequence[ReviewItem]`):
-            What is to be judged. Images are read when they are shown.
+            The items to be judged. Images are read when they are shown.
         votes ([`VoteLog`]):
             Where votes are kept.
         reviewers (`Mapping[str, str]`):
@@ -185,7 +185,7 @@ def create_review_app(
 
     def reviewer_of(request: Request, by: str | None = None) -> str:
         name = name_of(request.cookies.get(_COOKIE))
-        # of two reviewers in one browser the cookie knows the last one only
+        # two reviewers in one browser share the cookie, which names the one who came last
         if unquote(by or request.headers.get("X-Reviewer", quote(name))) != name:
             raise HTTPException(409, f"{name} has opened the page in this browser since. Open your own address again.")
         return name
@@ -205,7 +205,7 @@ def _add_page(app: "FastAPI", name_of: Callable[[str | None], str]) -> None:
 
     @app.get("/")
     async def show_page(request: Request, token: str | None = None) -> Response:
-        if token is not None:  # into a cookie, and out of the address bar and the history
+        if token is not None:  # move it to a cookie, so that it does not stay in the address bar and the history
             name_of(token)
             response = RedirectResponse("/", 303)
             response.set_cookie(_COOKIE, token, max_age=30 * 86400, httponly=True, samesite="lax")
@@ -264,7 +264,7 @@ def _add_votes(app: "FastAPI", reviewer_of: Callable[..., str], desk: ReviewDesk
             vote = make_vote(json.loads(body), desk, name)
         except (ValueError, RecursionError) as error:
             raise HTTPException(422, str(error)) from None
-        desk.votes.append(vote)  # on the disk before the answer
+        desk.votes.append(vote)  # on disk before the response is sent
         return {"progress": desk.progress(name)}
 
 

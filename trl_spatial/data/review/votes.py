@@ -1,4 +1,4 @@
-"""What reviewers see and what they say, kept in a file that only grows."""
+"""The items that reviewers see, and the append-only log of their votes."""
 
 import threading
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from ...store import RecordLog
 
 
 ANSWERS = ("left", "right", "both", "neither", "cannot_tell")
-VERSION = 1  # of the form of a vote
+VERSION = 1  # version of the vote format
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class ReviewItem:
 
 class VoteLog:
     """
-    All votes, one JSON line each. A vote has reached the disk when [`~VoteLog.append`] returns; what is taken back stays in the
-    file.
+    All votes, one JSON line each. A vote is on disk when [`~VoteLog.append`] returns; votes that are taken back stay
+    in the file.
 
     Args:
         path (`Path`):
@@ -84,8 +84,8 @@ class VoteLog:
 
     def add_changed(self, vote: Mapping[str, Any]) -> bool:
         """
-        Adds a vote that comes back from elsewhere: if it is one of this log, only if it says something else, and for the
-        reviewer who gave it.
+        Adds a vote that was imported. One that is already in this log is only added if its answer has changed, and
+        then for the reviewer who gave it originally.
 
         Returns:
             `bool`: whether it was added.
@@ -98,7 +98,7 @@ class VoteLog:
         return self.append({**vote, "id": f"{vote['id']}:{vote['answer']}", "reviewer": known["reviewer"]})
 
     def current(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """Item and reviewer → the vote that holds."""
+        """Returns (item, reviewer) → the current vote."""
         with self._lock:
             return dict(self._current)
 
@@ -115,7 +115,7 @@ class VoteLog:
 
 
 def preferred_side(vote: Mapping[str, Any]) -> str:
-    """What a vote says, whatever was shown where: `"original"`, `"edited"`, `"both"`, `"neither"` or `"cannot_tell"`."""
+    """The answer of a vote by image: `"original"`, `"edited"`, `"both"`, `"neither"` or `"cannot_tell"`."""
     if vote["answer"] in ("left", "right"):
         return vote["order"][("left", "right").index(vote["answer"])]
     return vote["answer"]

@@ -39,7 +39,7 @@ def diffusion_dpo_loss(
     (\lVert v^l - u^l \rVert^2 - \lVert v_\mathrm{ref}^l - u^l \rVert^2)]) \\), with the velocities \\( v \\) predicted at
     the same noise level, and the true ones \\( u \\) of the chosen image \\( w \\) and the rejected image \\( l \\).
 
-    Squares are averaged over the latent elements, so that `beta` means the same at every size of the images.
+    Squares are averaged over the latent elements, so that `beta` means the same at every image size.
 
     Args:
         chosen_velocity, rejected_velocity (`torch.Tensor` of shape `(batch_size, image_seq_len, num_channels)`):
@@ -87,7 +87,7 @@ def diffusion_dpo_loss(
 
 
 def _gain(velocity: torch.Tensor, reference: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """How much smaller the policy's mean squared error is than the reference's, `(batch_size,)`."""
+    """The reference's mean squared error minus the policy's, `(batch_size,)`."""
     velocity, reference, target = velocity.float(), reference.float(), target.float()
-    # The difference of the squares as a product: both are of size 1, and `beta` is in the thousands.
+    # The difference of squares as a product, which rounds less: both are about 1, and `beta` is in the thousands.
     return ((reference - velocity) * (velocity + reference - 2 * target)).flatten(1).mean(1)

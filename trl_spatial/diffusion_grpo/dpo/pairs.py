@@ -1,4 +1,4 @@
-"""Pairs of images to train on, from a preference dataset: checked before training, decoded where batches are made."""
+"""Image pairs of a preference dataset for training: checked in advance, decoded when batches are made."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,29 +15,32 @@ from ...preferences.rows import ImageFacts, as_stored, find_faults, look_at_imag
 from ..policies import SamplingOptions
 
 
-# What data building writes beside an image: how it was drawn, as JSON
+# Keys of an entry
+ENTRIES = ("row", "prompt", *IMAGE_COLUMNS, "noise_seeds")
+# Columns in which data building records, as JSON, how an image was drawn
 RECIPE_COLUMNS = {column: f"{column}_recipe" for column in IMAGE_COLUMNS}
-# Images are scaled to the size of training, and may be of another shape by as much
+# Images are resized for training; their aspect ratio may differ by this much
 MAX_DISTORTION = 0.02
+# Seeds that PyTorch's generators accept
+_SEEDS = range(-(2**63), 2**64)
 
 
 class PreferencePairs(torch.utils.data.Dataset):
     """
-    A preference dataset, whose prompts have been checked, as pairs. An entry has the number of its `row`, its `prompt`, the images
-    `chosen` and `rejected` at the size of training, and `noise_seeds`: the seed from which each was drawn, `None` where that is
-    not known.
+    The pairs of a preference dataset, whose prompts have already been checked. An entry has its `row` number, its `prompt`, the
+    images `chosen` and `rejected` at the training size, and `noise_seeds`: the seeds they were drawn from, `None` if unknown.
 
     Args:
         rows ([`~datasets.Dataset`] or list of `dict`):
             Rows of a preference dataset, as [`~preferences.columns.COLUMNS`] describes it. The columns `chosen_recipe` and
-            `rejected_recipe`, if there are any, say what drew the images, as JSON.
+            `rejected_recipe`, if present, record how the images were drawn, as JSON.
         pipeline_class (`str`):
-            Name of the class of the pipeline that is trained.
+            Class name of the trained pipeline.
         options ([`SamplingOptions`]):
             Size of the images in training.
 
     Raises:
-        `ValueError`: If a column is missing or a row cannot be used. The message names row, column, value and the way out.
+        `ValueError`: If a column is missing or a row cannot be used. The message names row, column, value and the fix.
     """
 
     def __init__(self, rows: Dataset | Sequence[Mapping[str, Any]], pipeline_class: str, options: SamplingOptions):
@@ -65,13 +68,13 @@ class PreferencePairs(torch.utils.data.Dataset):
             return fault
         for column, image in images.items():
             assert isinstance(image, ImageFacts)
-            sizes = (image.width, image.height), (image.height, image.width)  # as it may be stored, and upright
+            sizes = (image.width, image.height), (image.height, image.width)  # as stored, or turned upright by EXIF
             if all(reasons := [self._find_distortion(size) for size in sizes]):
                 return Finding("bad_image", Place(place.split, number, column), shorten(row[column]), str(reasons[0]))
         return None
 
     def _find_distortion(self, size: tuple[int, int]) -> str | None:
-        """Why an image of a size cannot be scaled to that of training."""
+        """Explains why an image of this size cannot be resized for training; `None` if it can."""
         width, height = self._size
         if abs(size[0] * height / (size[1] * width) - 1) <= MAX_DISTORTION:
             return None
@@ -99,8 +102,8 @@ class PreferencePairs(torch.utils.data.Dataset):
 
     def _noise_seeds(self, row: Mapping[str, Any], number: int) -> tuple[int | None, int | None]:
         """
-        The seeds of the noise that became the two images, if a pipeline of this class drew both at this size: they are seen
-        either in their own noise or in the same one.
+        Seeds of the noise that the two images were drawn from, if a pipeline of this class drew both at this size. Else both are
+        `None`: a pair is trained on either with each image's own noise or with one noise for both.
         """
         seeds = []
         for column in self._recipes:
@@ -114,23 +117,24 @@ class PreferencePairs(torch.utils.data.Dataset):
 def _read_recipe(recipe: Any, place: Place) -> dict[str, Any]:
     try:
         facts = json.loads(recipe)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         facts = None
-    if not isinstance(facts, dict) or not isinstance(facts.get("torch_seed"), int | None):
+    seed = facts.get("torch_seed") if isinstance(facts, dict) else None
+    if not isinstance(facts, dict) or not (seed is None or (type(seed) is int and seed in _SEEDS)):
         raise ValueError(
-            f"{place}: {shorten(recipe)} is not what drew the image, a JSON object as `trl_spatial data build` writes it, with a "
-            "whole number as its `torch_seed`. Repair the row, or leave out the column."
+            f"{place}: {shorten(recipe)} does not say what drew the image. It should be a JSON object as `trl_spatial data "
+            "build` writes it, with a whole number of 64 bits as its `torch_seed`. Repair the row, or leave out the column."
         )
     return facts
 
 
 def collate_pairs(pairs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A batch as the trainer takes it: the pairs, as they are."""
+    """Makes a batch for the trainer: the pairs, unchanged."""
     return list(pairs)
 
 
 def _iterate(rows: Dataset | Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """The rows, those of a dataset without reading the files of their images."""
+    """Yields the rows; those of a dataset without reading their image files."""
     if not isinstance(rows, Dataset):
         yield from rows
         return

@@ -1,4 +1,4 @@
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,13 +12,13 @@ from ..reward_functions import RewardFunction, RewardFunctions
 from ..runtime.base_trainer import DiffusionTrainer, Rows
 from .config import DiffusionDPOConfig
 from .losses import diffusion_dpo_loss
-from .pairs import PreferencePairs, collate_pairs
+from .pairs import ENTRIES, PreferencePairs, collate_pairs
 
 
 @dataclass
 class NoisyPairs:
     """
-    A batch of `n` pairs in noise, the chosen images first and then the rejected ones. On the device of training.
+    A batch of `n` noisy pairs on the training device, first the chosen images and then the rejected ones.
 
     Args:
         embeds (`dict[str, torch.Tensor]`):
@@ -39,15 +39,15 @@ class NoisyPairs:
 
 class DiffusionDPOTrainer(DiffusionTrainer):
     """
-    Trainer for the offline alignment of text-to-image models with preferences, by
+    Trainer for offline alignment of text-to-image models with preferences, using
     [Diffusion-DPO](https://huggingface.co/papers/2311.12908) for flow matching.
 
-    Nothing is sampled: a pair takes a pass of the policy and one of the reference for each of its images, at a noise level that is
-    drawn anew every time from those that the sampler visits. The noise itself stays that of the image, as in
-    [PNAPO](https://huggingface.co/papers/2605.09433): the noise that the image was drawn from, if the dataset says so for both
-    images of the pair, and else a noise of the row, the same for both. Velocities are without classifier-free guidance.
+    No images are sampled: a pair takes one policy pass and one reference pass for each of its images, at a noise level that is
+    drawn each time from those that the sampler visits. The noise itself stays the same for an image, as in
+    [PNAPO](https://huggingface.co/papers/2605.09433): the noise that the image was drawn from, if the dataset records it for both
+    images of the pair, and otherwise one noise per row, the same for both. Velocities are without classifier-free guidance.
 
-    This class is a [`~transformers.Trainer`] and inherits all of its attributes and methods. Its logs have the names of
+    This class is a [`~transformers.Trainer`] and inherits all of its attributes and methods. Its logs use the names of
     [`~trl.DPOTrainer`].
 
     Example:
@@ -75,9 +75,9 @@ class DiffusionDPOTrainer(DiffusionTrainer):
             Preference dataset to train on: the columns `prompt`, `chosen` and `rejected`, and, to keep the noise of each
             image, `chosen_recipe` and `rejected_recipe`, as `trl_spatial data build` writes them.
         eval_dataset ([`~datasets.Dataset`], `list[dict]` or a `dict` of them, *optional*):
-            Prompts to draw images for in evaluation, with the columns that `eval_reward_funcs` need.
+            Prompts to draw images for in evaluation, with the columns that `eval_reward_funcs` needs.
         eval_reward_funcs (`Callable` or `list[Callable]`, *optional*):
-            Reward functions that score the images of evaluation. None is trained on.
+            Reward functions that score the evaluation images. None of them is trained on.
         callbacks, optimizers, peft_config:
             See [`DiffusionGRPOTrainer`]. Adapters are needed: the reference is the transformer without them.
     """
@@ -126,16 +126,16 @@ class DiffusionDPOTrainer(DiffusionTrainer):
         if train_dataset is not None:
             self.train_dataset = self._pairs
         self.data_collator = collate_pairs
+        self._signature_columns = list(ENTRIES)  # kept by `remove_unused_columns`
         self._sigmas = self.policy.prepare_sigmas(self._options)[:-1]  # (eval_num_inference_steps,), without 0
-        if self.policy.has_classifier_free_guidance:
-            self._options = replace(self._options, guidance_scale=self.policy.unguided_scale, negative_prompt=None)
 
     def _check_train_dataset(self, dataset: Rows) -> None:
         super()._check_train_dataset(dataset)
         self._pairs = PreferencePairs(dataset, self.policy.pipeline_class, self._options)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
-        """Number of pairs of an update, over all processes."""
+        """Counts the pairs of an update over all processes, and announces its prompts, to be encoded together."""
+        self.prompt_cache.expect([pair["prompt"] for batch in batch_samples for pair in batch])
         num_pairs = sum(len(batch) for batch in batch_samples)
         return self.accelerator.gather(torch.tensor(num_pairs, device=device)).sum()
 
@@ -158,7 +158,7 @@ class DiffusionDPOTrainer(DiffusionTrainer):
         return image_generator(self.args.seed, pair["row"]) if seed is None else torch.Generator().manual_seed(seed)
 
     def _draw_step(self, row: int) -> int:
-        """The denoising step at whose noise level a pair is seen in this update, whatever it is batched with."""
+        """Draws the denoising step whose noise level a pair gets in this update, independent of its batch."""
         generator = image_generator(self.args.seed, row, self.state.global_step)
         return int(torch.randint(len(self._sigmas), (), generator=generator))
 
@@ -172,10 +172,10 @@ class DiffusionDPOTrainer(DiffusionTrainer):
             velocity = self._predict(model, inputs)
         self._metrics.totals["num_trained_images"] += num_images
         self._count_passes("reference", num_images)
-        # forward, again with checkpointing, backward
+        # forward, a second time with checkpointing, and backward
         self._count_passes("policy", (3 if self.args.gradient_checkpointing else 2) * num_images)
 
-        chosen_velocity, rejected_velocity = velocity.chunk(2)  # (n, image_seq_len, num_channels), as all that follow
+        chosen_velocity, rejected_velocity = velocity.chunk(2)  # (n, image_seq_len, num_channels), like those below
         chosen_reference, rejected_reference = reference.chunk(2)
         chosen_target, rejected_target = inputs.targets.chunk(2)
         output = diffusion_dpo_loss(
@@ -198,7 +198,7 @@ class DiffusionDPOTrainer(DiffusionTrainer):
         )
         if num_items_in_batch is None:
             loss = output.loss.mean()
-        else:  # batches differ in size, and every pair counts alike; gradients are averaged over the processes
+        else:  # batches differ in size, but every pair counts the same; gradients are averaged over the processes
             loss = output.loss.sum() * self.accelerator.num_processes / num_items_in_batch
         return (loss, output) if return_outputs else loss
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 
-# Below this mean error of an image, the loss is not divided by it any further
+# Smallest mean error of an image that its loss is divided by
 _SMALLEST_ERROR = 1e-5
 
 
@@ -43,8 +43,9 @@ def nft_loss(
     \\( r = \frac12 + \frac{A}{2c} \\) of the advantage \\( A \\), clipped to \\( \pm c \\).
 
     As in the paper's code, the squares are those of the predicted image, \\( \sigma (v - v^*) \\), divided by its mean absolute
-    error, which has no gradient. Where the policy is the old one, the gradient is that of
-    \\( A \sigma \lVert v - v^* \rVert^2 / \lVert v - v^* \rVert_1 \\), without regard to \\( b \\) and \\( c \\).
+    error, which has no gradient. If the policy equals the old one, the gradient is that of
+    \\( A \sigma \lVert v - v^* \rVert^2 / \lVert v - v^* \rVert_1 \\), independent of \\( b \\) and \\( c \\). Once it has moved, an
+    image with advantage 0 (including one without a reward) counts as half good, half bad: it pulls the policy back to the old one.
 
     Args:
         velocity, old_velocity (`torch.Tensor` of shape `(batch_size, image_seq_len, num_channels)`):

@@ -31,14 +31,14 @@ class OldPolicy(EMA):
 
 class DiffusionNFTTrainer(OnlineTrainer):
     """
-    Trainer for the online reinforcement learning of text-to-image models by
+    Trainer for online reinforcement learning of text-to-image models with
     [DiffusionNFT](https://huggingface.co/papers/2509.16117), with the filter for the best and worst images of [Enhancing Spatial
     Understanding in Image Generation via Reward Modeling](https://huggingface.co/papers/2602.24233).
 
     Images are drawn without noise, as in evaluation, and only their final latents are kept. Training mixes them with noise
-    again and moves the policy towards good images and away from bad ones. It needs no probabilities, so any number of noise
-    levels can be trained on, and no step has to be stochastic. The old policy, which draws the images, is an average of the
-    trained weights beside them: it is saved in checkpoints and not exported.
+    again and moves the policy towards good images and away from bad ones. It needs no probabilities, so it can train on any number
+    of noise levels, and no step has to be stochastic. The old policy, which draws the images, is an average of the
+    trained weights, kept in addition to them: it is saved in checkpoints but not exported.
 
     This class is a [`~transformers.Trainer`] and inherits all of its attributes and methods. Its arguments are those of
     [`DiffusionGRPOTrainer`], with a [`DiffusionNFTConfig`].
@@ -76,6 +76,7 @@ class DiffusionNFTTrainer(OnlineTrainer):
     _config_class = DiffusionNFTConfig
     _buffer_class = FinalLatentsBuffer
     _run_suffix = "NFT"
+    _rollout_arguments = (*OnlineTrainer._rollout_arguments, "num_noise_levels")
     _counted = (*OnlineTrainer._counted, "num_old_policy_passes")
 
     def _set_up(self) -> None:
@@ -123,7 +124,7 @@ class DiffusionNFTTrainer(OnlineTrainer):
             old_velocity = self._predict(self.model, inputs)
         self._count_passes("old_policy", num_images)
         velocity = self._predict(model, inputs)
-        # forward, again with checkpointing, backward
+        # forward, a second time with checkpointing, and backward
         self._count_passes("policy", (3 if args.gradient_checkpointing else 2) * num_images)
 
         output = nft_loss(velocity, old_velocity, inputs.targets, inputs.sigmas, inputs.advantages, args.mixing)

@@ -33,7 +33,7 @@ def make_policy(pipeline: Any, *, max_sequence_length: int = 512) -> DiffusionPo
     name = type(pipeline).__name__
     if name not in POLICIES:
         raise ValueError(
-            f"No policy is known for the pipeline class {name!r}; known: {', '.join(map(repr, sorted(POLICIES)))}. Pass "
+            f"There is no policy for the pipeline class {name!r}; available: {', '.join(map(repr, sorted(POLICIES)))}. Pass "
             "such a pipeline, or add a family to `trl_spatial.diffusion_grpo.policies.POLICIES`."
         )
     module, class_name = POLICIES[name].split(":")

@@ -1,4 +1,4 @@
-"""What a family of text-to-image models must give: six methods around its diffusers pipeline."""
+"""The interface of a family of text-to-image models: six methods around its diffusers pipeline."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift  # every family's pipeline has the same
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift  # the same in every family's pipeline
 from PIL import Image
 from torch import nn
 
 
-# What names of embeddings of the negative prompt begin with, as diffusers' do
+# Prefix of the names of the negative prompt's embeddings, as in diffusers
 NEGATIVE_PREFIX = "negative_"
 
 
@@ -45,8 +45,8 @@ class DiffusionPolicy(ABC):
     """
     A text-to-image model as a policy: the parts of a diffusers pipeline, each callable by itself.
 
-    A policy keeps no state but where its VAE works. What a method returns depends on its arguments and the weights alone, so rollout,
-    training and evaluation see the same model. Only `predict_velocity` takes part in the caller's autocast.
+    A policy keeps no state except where its VAE runs. What a method returns depends on its arguments and the weights alone, so
+    rollout, training and evaluation see the same model. Only `predict_velocity` runs under the caller's autocast.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
@@ -58,34 +58,34 @@ class DiffusionPolicy(ABC):
         `ValueError`: If the scheduler is not flow matching's Euler scheduler, or `max_sequence_length` is out of range.
     """
 
-    # Given by a family:
+    # Set by each family:
     pipeline_class: ClassVar[str]  # name of the diffusers class
     prompt_tokenizer: ClassVar[str]  # name of the component that counts a prompt's tokens
     max_prompt_tokens: ClassVar[int]  # the most the pipeline itself accepts as `max_sequence_length`
     has_classifier_free_guidance: ClassVar[bool]  # or else the guidance scale is an input of the transformer
-    guidance_argument: ClassVar[str] = "guidance_scale"  # what the pipeline's own call calls the scale
-    unguided_scale: ClassVar[float] = 1.0  # the scale at which classifier-free guidance is none
+    guidance_argument: ClassVar[str] = "guidance_scale"  # the scale's name in the pipeline's own call
+    unguided_scale: ClassVar[float] = 1.0  # the scale that means no classifier-free guidance
     default_negative_prompt: ClassVar[str] = ""  # what classifier-free guidance leads away from
-    # Linear layers at the end of a block, by their names in it. A gate multiplies their output, which goes nowhere but into
-    # that of the block: unless the gate is trained, no backward pass reads it.
+    # Names of linear layers at the end of a block. A gate multiplies their output, which only goes into the block's: unless the
+    # gate is trained, no backward pass reads it.
     unread_outputs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, pipeline: Any, *, max_sequence_length: int = 512):
         scheduler = type(pipeline.scheduler).__name__
         if scheduler != "FlowMatchEulerDiscreteScheduler":
             raise ValueError(
-                f"The pipeline's scheduler is {scheduler}, but its steps are trained as those of the "
+                f"The pipeline's scheduler is {scheduler}, but training assumes the steps of the "
                 "FlowMatchEulerDiscreteScheduler. Set `pipeline.scheduler = "
                 "FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)`."
             )
         if not 1 <= max_sequence_length <= self.max_prompt_tokens:
             raise ValueError(
-                f"`max_sequence_length` must be from 1 to {self.max_prompt_tokens}, the most {self.pipeline_class} "
-                f"takes, got {max_sequence_length}."
+                f"`max_sequence_length` must be from 1 to {self.max_prompt_tokens}, the maximum of {self.pipeline_class}, "
+                f"got {max_sequence_length}."
             )
         self.pipeline = pipeline
         self.max_sequence_length = max_sequence_length
-        self._vae_device: torch.device | None = None  # where the VAE goes to work; `None`: it stays
+        self._vae_device: torch.device | None = None  # where the VAE moves to run; `None` means that it stays in place
 
     @property
     def transformer(self) -> Any:
@@ -99,7 +99,7 @@ class DiffusionPolicy(ABC):
 
     def offload_vae(self, device: torch.device) -> None:
         """
-        Keeps the VAE on the CPU but while it works on `device`, as the text encoders always are but while they encode.
+        Keeps the VAE on the CPU except while it runs on `device`, just as the text encoders are there except while they encode.
         """
         self.vae.to("cpu")
         self._vae_device = device
@@ -118,15 +118,15 @@ class DiffusionPolicy(ABC):
     @property
     def idle_modules(self) -> list[str]:
         """
-        Names of modules in the transformer whose output goes nowhere. Their weights never get a gradient, which
-        distributed training would wait for.
+        Names of modules in the transformer whose output is unused. Their weights never get a gradient, which distributed
+        training would wait for.
         """
         return []
 
     def negative_prompt(self, options: SamplingOptions) -> str | None:
         """
-        The prompt whose embeddings [`~DiffusionPolicy.predict_velocity`] needs besides the prompts' own; `None` if the
-        options ask for no classifier-free guidance.
+        The prompt whose embeddings [`~DiffusionPolicy.predict_velocity`] needs in addition to the prompts' own; `None` if
+        the options ask for no classifier-free guidance.
         """
         if not self.has_classifier_free_guidance or options.guidance_scale <= self.unguided_scale:
             return None
@@ -222,7 +222,7 @@ class DiffusionPolicy(ABC):
             `torch.Tensor` of shape `(n, image_seq_len, num_channels)`: float32.
 
         Raises:
-            `ValueError`: If classifier-free guidance is asked for and there is no embedding of the negative prompt.
+            `ValueError`: If the options ask for classifier-free guidance and there are no embeddings of the negative prompt.
         """
 
     @abstractmethod
@@ -252,7 +252,7 @@ class DiffusionPolicy(ABC):
         """
 
     def _draw_latents(self, generators: list[torch.Generator], options: SamplingOptions, num_channels: int) -> Any:
-        """What the pipeline's own `prepare_latents` gives."""
+        """Calls the pipeline's own `prepare_latents`."""
         return self.pipeline.prepare_latents(
             len(generators),
             num_channels,
@@ -264,12 +264,12 @@ class DiffusionPolicy(ABC):
         )
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """What the VAE makes of its latents."""
+        """Decodes the VAE's latents, on the device where it runs."""
         with self._working_vae() as device:
             return self.vae.decode(latents.to(device, self.vae.dtype), return_dict=False)[0]
 
     def _encode(self, images: list[Image.Image], *, frames_axis: int | None = None) -> torch.Tensor:
-        """The VAE's latents of images, float32; `frames_axis` is where a VAE of videos wants the one frame."""
+        """Encodes images to the VAE's latents, float32; `frames_axis` is where a video VAE expects its one frame."""
         pixels = self.pipeline.image_processor.preprocess(images)  # (n, 3, height, width)
         if frames_axis is not None:
             pixels = pixels.unsqueeze(frames_axis)
@@ -278,23 +278,26 @@ class DiffusionPolicy(ABC):
 
     @contextmanager
     def _working_vae(self) -> Iterator[torch.device]:
-        """The VAE on the device where it works, without a caller's autocast: that is for the transformer."""
+        """Context with the VAE on the device where it runs, without the caller's autocast, which is for the transformer."""
         home = self.vae.device
         device = home if self._vae_device is None else self._vae_device
-        # the meta device, on which memory is estimated, has no autocast
+        # the meta device, used to estimate memory, has no autocast
         autocast = nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
-        self.vae.to(device)
+        is_away = device != home  # `to` walks through all modules also where there is nothing to move
+        if is_away:
+            self.vae.to(device)
         try:
             with autocast:
                 yield device
         finally:
-            self.vae.to(home)
+            if is_away:
+                self.vae.to(home)
 
     def check_prompts(self, prompts: Iterable[str]) -> None:
         """Raises an error, with its index, for a prompt that is empty or that the text encoder would cut off."""
         for index, prompt in enumerate(prompts):
             if not isinstance(prompt, str) or not prompt.strip():
-                raise ValueError(f"Prompt {index} is {prompt!r}, which says nothing. Drop it, or give it a text.")
+                raise ValueError(f"Prompt {index} is {prompt!r}, which has no words. Drop it, or replace it.")
             self._check_length(f"Prompt {index}", prompt)
 
     def count_tokens(self, prompt: str) -> int:
@@ -312,18 +315,18 @@ class DiffusionPolicy(ABC):
             below = size // multiple * multiple
             nearest = f"{multiple}" if below <= 0 else f"{below} and {below + multiple}"
             raise ValueError(
-                f"`{field}={size}` is not a size that {self.pipeline_class} can make: sides are multiples of {multiple} "
+                f"`{field}={size}` is not a size that {self.pipeline_class} can draw: sides must be multiples of {multiple} "
                 f"pixels. Nearest: {nearest}."
             )
 
     def check_num_inference_steps(self, num_inference_steps: int) -> None:
-        """Raises an error for a number of denoising steps of which the scheduler makes sigmas that are not numbers."""
+        """Raises an error for a number of denoising steps with which the scheduler's sigmas would be NaN."""
         shift_terminal = self.pipeline.scheduler.config.shift_terminal
         if shift_terminal and num_inference_steps < 2:
             raise ValueError(
                 f"`num_inference_steps={num_inference_steps}` is too few for this scheduler. It stretches the sigmas so "
-                f"that the last one is `shift_terminal={shift_terminal}`; the only sigma of one step is 1, which stays 1 "
-                "however it is stretched. Use at least 2 steps."
+                f"that the last one is `shift_terminal={shift_terminal}`; with one step, the only sigma is 1, which "
+                "stretching cannot change. Use at least 2 steps."
             )
 
     def check_guidance(self, options: SamplingOptions) -> None:
@@ -340,7 +343,7 @@ class DiffusionPolicy(ABC):
         if not self.has_classifier_free_guidance:
             raise ValueError(
                 f"`negative_prompt` is {negative_prompt!r}, but the guidance of {self.pipeline_class} is an input of its "
-                "transformer, which knows no negative prompt. Leave it `None`."
+                "transformer, which takes no negative prompt. Leave it `None`."
             )
         if self.negative_prompt(options) is None:
             raise ValueError(
@@ -360,7 +363,7 @@ class DiffusionPolicy(ABC):
             )
 
     def _set_timesteps(self, options: SamplingOptions, **kwargs: Any) -> torch.Tensor:
-        """The scheduler's sigmas. `kwargs` say how the pipeline asks for them: a number of steps, or sigmas to shift."""
+        """Returns the scheduler's sigmas. `kwargs` are the pipeline's arguments: a number of steps, or sigmas to shift."""
         self.check_num_inference_steps(options.num_inference_steps)
         scheduler = self.pipeline.scheduler
         shift = calculate_shift(
@@ -369,31 +372,31 @@ class DiffusionPolicy(ABC):
             scheduler.config.max_image_seq_len,
             scheduler.config.base_shift,
             scheduler.config.max_shift,
-        )  # without dynamic shifting the scheduler takes its own
+        )  # without dynamic shifting, the scheduler uses its own
         scheduler.set_timesteps(mu=shift, **kwargs)
         return scheduler.sigmas  # (num_inference_steps + 1,)
 
 
 def to_sequence(image: torch.Tensor) -> torch.Tensor:
     """
-    Makes a sequence of latents that are an image, as the VAE has them, `(n, num_channels, rows, columns)`, for
-    families whose transformer makes its tokens itself: `(n, rows * columns, num_channels)`.
+    Flattens the VAE's latents, `(n, num_channels, rows, columns)`, to a sequence, `(n, rows * columns, num_channels)`,
+    for families whose transformer makes its own tokens.
     """
     return image.flatten(2).transpose(1, 2).contiguous()
 
 
 def to_image(latents: torch.Tensor, options: SamplingOptions, vae_scale_factor: int) -> torch.Tensor:
-    """The inverse of [`to_sequence`]. `vae_scale_factor` is the pixels on a side for one position."""
+    """The inverse of [`to_sequence`]. `vae_scale_factor` is the number of pixels per position along a side."""
     rows, columns = options.height // vae_scale_factor, options.width // vae_scale_factor
-    # Contiguous: in another order of memory, convolutions round differently from the pipeline's.
+    # Contiguous: with another memory layout, convolutions round differently from the pipeline's.
     return latents.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
 
 
 @contextmanager
 def no_warnings_about_clip(pipeline: Any) -> Iterator[None]:
     """
-    Leaves out the warnings of diffusers and transformers that CLIP sees only the first 77 tokens of a prompt. It is meant
-    to see no more: T5 reads the rest.
+    Suppresses the warnings of diffusers and transformers that CLIP sees only the first 77 tokens of a prompt. It is not
+    meant to see more: T5 reads the whole prompt.
     """
     loggers = [logging.getLogger(name) for name in (type(pipeline).__module__, "transformers.tokenization_utils_base")]
 
@@ -411,7 +414,7 @@ def no_warnings_about_clip(pipeline: Any) -> Iterator[None]:
 
 
 def move_embeds(embeds: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Moves embeddings of prompts to a device; masks stay where they are read without waiting for it, on the CPU."""
+    """Moves prompt embeddings to a device; masks stay on the CPU, where reading them does not wait for the device."""
     return {name: tensor if name.endswith("mask") else tensor.to(device) for name, tensor in embeds.items()}
 
 

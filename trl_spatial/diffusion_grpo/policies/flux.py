@@ -48,14 +48,14 @@ class FluxPolicy(DiffusionPolicy):
         options: SamplingOptions,
     ) -> torch.Tensor:
         num_images, device, dtype = len(latents), latents.device, self.transformer.dtype
-        # Rounded as a timestep, as in the pipeline: in bfloat16 the rounded sigma is up to 4 of 1000 timesteps elsewhere.
+        # Rounded as a timestep, as in the pipeline: in bfloat16, a rounded sigma is off by up to 4 of 1000 timesteps.
         timestep = (sigma.to(device) * 1000).to(dtype) / 1000
         guidance = None
         if self.transformer.config.guidance_embeds:
             guidance = torch.full((num_images,), options.guidance_scale, device=device)
         prompt_embeds = embeds["prompt_embeds"].to(dtype)
         rows, columns = options.height // self.size_multiple, options.width // self.size_multiple
-        with device:  # the pipeline makes positions where tensors are made, and would move them at every step
+        with device:  # the pipeline makes positions on the default device, and would move them at every step
             img_ids = self.pipeline._prepare_latent_image_ids(num_images, rows, columns, device, torch.float32)
         (velocity,) = transformer(
             hidden_states=latents.to(dtype),

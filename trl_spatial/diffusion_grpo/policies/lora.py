@@ -27,9 +27,9 @@ def attention_lora_config(rank: int = 32, alpha: int = 64) -> LoraConfig:
         lora_alpha=alpha,
         init_lora_weights="gaussian",
         target_modules=[
-            *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),  # of image tokens, and of all in single blocks
-            *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),  # of text tokens
+            *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),  # for image tokens; in single blocks, for all
+            *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),  # for text tokens
             *("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),  # Z-Image's name for `attn`
-            *("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),  # of image tokens alone, in some blocks
+            *("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),  # for image tokens alone, in some blocks
         ],
     )

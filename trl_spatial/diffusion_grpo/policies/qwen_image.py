@@ -12,8 +12,8 @@ class QwenImagePolicy(DiffusionPolicy):
     """
     Qwen-Image: `QwenImagePipeline` ([Qwen-Image Technical Report](https://huggingface.co/papers/2508.02324)).
 
-    Its guidance is classifier-free: our `guidance_scale` is what the pipeline calls `true_cfg_scale`. Prompts are as long
-    as they are, and a mask sets them apart from padding.
+    Its guidance is classifier-free: our `guidance_scale` is what the pipeline calls `true_cfg_scale`. Prompts are not padded
+    to a fixed length; a mask separates them from padding.
     """
 
     pipeline_class = "QwenImagePipeline"
@@ -22,15 +22,15 @@ class QwenImagePolicy(DiffusionPolicy):
     has_classifier_free_guidance = True
     unread_outputs = ("img_mlp.net.2", "txt_mlp.net.2")
     default_negative_prompt = " "  # as its authors do
-    guidance_argument = "true_cfg_scale"  # its `guidance_scale` is for distilled models, of which none was released
+    guidance_argument = "true_cfg_scale"  # its `guidance_scale` is for distilled models, none of which was released
 
     @property
     def idle_modules(self) -> list[str]:
-        last = len(self.transformer.transformer_blocks) - 1  # what it makes of the text tokens is not used
+        last = len(self.transformer.transformer_blocks) - 1  # its output for the text tokens is not used
         return [f"transformer_blocks.{last}.attn.to_add_out", f"transformer_blocks.{last}.txt_mlp"]
 
     def count_tokens(self, prompt: str) -> int:
-        # The pipeline counts what is left of its template behind the prompt, too.
+        # The pipeline also counts the part of its template after the prompt.
         template, start = self.pipeline.prompt_template_encode, self.pipeline.prompt_template_encode_start_idx
         return super().count_tokens(template.format(prompt)) - start
 
@@ -83,13 +83,13 @@ class QwenImagePolicy(DiffusionPolicy):
         embeds: dict[str, torch.Tensor],
         options: SamplingOptions,
     ) -> torch.Tensor:
-        """Velocity for the prompts, without guidance, in the type of the weights."""
+        """Predicts the velocity for the prompts, without guidance, in the weights' dtype."""
         dtype = self.transformer.dtype
-        # Padding that a longer prompt elsewhere has left: without it, and without a mask where no row needs one, images
-        # of one prompt are computed alike whatever they are batched with.
-        mask = embeds["prompt_embeds_mask"]  # on the CPU, where it can be asked without waiting for the device
+        # Drop padding left by a longer prompt elsewhere, and the mask if no row needs one, so that images of one prompt
+        # are computed the same way whatever they are batched with.
+        mask = embeds["prompt_embeds_mask"]  # on the CPU, where reading it does not wait for the device
         mask = mask[:, : int(mask.sum(dim=1).max())]  # (n, text_seq_len)
-        # Rounded as a timestep, as in the pipeline: in bfloat16 the rounded sigma is up to 4 of 1000 timesteps elsewhere.
+        # Rounded as a timestep, as in the pipeline: in bfloat16, a rounded sigma is off by up to 4 of 1000 timesteps.
         timestep = (sigma.to(latents.device) * 1000).to(dtype) / 1000
         size = (1, options.height // self.size_multiple, options.width // self.size_multiple)
         (velocity,) = transformer(

@@ -14,17 +14,17 @@ class ZImagePolicy(DiffusionPolicy):
     Z-Image and Z-Image-Turbo: `ZImagePipeline` ([Z-Image: An Efficient Image Generation Foundation Model with Single-Stream
     Diffusion Transformer](https://huggingface.co/papers/2511.22699)).
 
-    Its guidance is classifier-free, and its scale is what is added: the velocity is that of the prompt, and `guidance_scale`
-    times its difference from that of the negative prompt. `0.0` means no guidance, as Turbo is used. It is the pipeline's call
-    with its defaults: guidance at every step, without renormalization. Prompts are as long as they are, and a mask separates them
+    Its guidance is classifier-free, with a scale that is 1 lower than elsewhere: the velocity is the prompt's plus `guidance_scale`
+    times its difference from the negative prompt's. `0.0` means no guidance, as Turbo is used. It matches the pipeline's call with
+    its defaults: guidance at every step, without renormalization. Prompts are not padded to a fixed length; a mask separates them
     from padding. Latents are a sequence of the positions of the VAE's latents: `image_seq_len` is
     `height * width / vae_scale_factor**2`.
     """
 
     pipeline_class = "ZImagePipeline"
     prompt_tokenizer = "tokenizer"
-    # The pipeline names no limit. The image stands behind the prompt on an axis of 1536 positions of the released models, where
-    # the prompt is filled up to a multiple of 32.
+    # The pipeline sets no limit. In the released models, the image follows the prompt on an axis of 1536 positions, and the
+    # prompt is padded to a multiple of 32.
     max_prompt_tokens = 1504
     has_classifier_free_guidance = True
     unguided_scale = 0.0
@@ -46,7 +46,7 @@ class ZImagePolicy(DiffusionPolicy):
                 device=device,
                 do_classifier_free_guidance=False,
                 max_sequence_length=self.max_sequence_length,
-            )  # of each prompt (num_tokens, cap_feat_dim)
+            )  # per prompt (num_tokens, cap_feat_dim)
         ones = [torch.ones(len(row), dtype=torch.long, device=device) for row in rows]
         return {
             "prompt_embeds": pad_sequence(rows, batch_first=True),  # (n, text_seq_len, cap_feat_dim)

@@ -1,1 +1,1 @@
-"""What GRPO runs on: processes, checkpoints, buffers, memory, logs. The algorithm is in the folder above."""
+"""The machinery of the trainers: processes, checkpoints, buffers, memory, logs. The algorithms are in the folder above."""

@@ -1,4 +1,4 @@
-"""Pipelines without weights: which models they consist of, read from their small JSON files and built on the meta device."""
+"""Pipelines without weights: their components, read from small JSON files and built on the meta device."""
 
 import json
 from contextlib import nullcontext
@@ -20,10 +20,10 @@ Architecture: TypeAlias = dict[str, Any]
 
 def load_architecture(name: str, *, revision: str | None = None) -> Architecture:
     """
-    Reads of which models a pipeline consists: its `"_class_name"`, and for each component `[library, class,
-    configuration]`. `name` is a folder, or a pipeline on the Hub, of which only the small JSON files are downloaded;
+    Reads which models a pipeline consists of: its `"_class_name"`, and for each component `[library, class,
+    configuration]`. `name` is a folder, or a pipeline on the Hub, from which only the small JSON files are downloaded;
     `black-forest-labs/FLUX.1-dev`, `Qwen/Qwen-Image`, `stabilityai/stable-diffusion-3.5-medium` and
-    `Tongyi-MAI/Z-Image` come with the package. A `ValueError` says that there is no such folder or repository.
+    `Tongyi-MAI/Z-Image` ship with the package. Raises `ValueError` if there is no such folder or repository.
     """
     shipped = json.loads((resources.files(__package__) / "architectures.json").read_text(encoding="utf-8"))
     if name in shipped:
@@ -55,25 +55,19 @@ def build_policy(architecture: Architecture, *, max_sequence_length: int) -> Dif
     """Builds a policy whose models have no weights: all are on PyTorch's meta device."""
     components = {name: build_component(*value) for name, value in architecture.items() if name != "_class_name"}
     pipeline = getattr(import_module("diffusers"), architecture["_class_name"])(**components)
-    pipeline.image_processor = _NoImages()
+    pipeline.image_processor.postprocess = lambda images, **kwargs: []  # tensors on the meta device have no pixels
     return make_policy(pipeline, max_sequence_length=max_sequence_length)
 
 
 def build_component(library: str, class_name: str, config: dict[str, Any]) -> Any:
+    """Builds a component of a pipeline from its class and configuration: a model on PyTorch's meta device, without weights."""
     component_class = getattr(import_module(library), class_name)
     with torch.device("meta"):
         if issubclass(component_class, ConfigMixin):
             config = {key: value for key, value in config.items() if key != "quantization_config"}
-            # a scheduler computes with its numbers
+            # a scheduler computes with real numbers
             with nullcontext() if issubclass(component_class, nn.Module) else torch.device("cpu"):
                 return component_class.from_config(config)
         if issubclass(component_class, nn.Module):
             return component_class(component_class.config_class.from_dict(config))
-        return component_class()  # a tokenizer, which is asked for nothing
-
-
-class _NoImages:
-    """Stands where a pipeline makes images of tensors: on the meta device there is nothing to see."""
-
-    def postprocess(self, images: torch.Tensor, **kwargs: Any) -> list:
-        return []
+        return component_class()  # a tokenizer, which is never used

@@ -23,11 +23,13 @@ from ...generation.drawing import draw_rows
 from ...hub.cards import SAMPLES_FILE, Card
 from ...training.base import BaseTrainer
 from ...training.hub import dataset_split
+from ...training.processes import fail_together
 from ..advantages import combine_rewards
 from ..kinds import LORA, TRANSFORMER
 from ..policies import make_policy
 from ..reward_functions import RewardFunctions, reward_intervals, reward_metrics
 from . import checkpointing
+from .adapters import without_adapters
 from .base_config import DiffusionConfig
 from .callbacks import RolloutProgressCallback, Samples, UpdateCallback, adapt_callbacks, log_samples
 from .checks import check_data, check_evaluation
@@ -39,18 +41,19 @@ from .model_setup import (
     freeze_idle_modules,
     load_pipeline,
     loading_device,
+    model_settings,
     prepare_transformer,
     sampling_options,
     shard_transformer,
 )
 from .monitoring import HackingMonitor, StepTimer
-from .processes import check_launch, fail_together
+from .processes import check_launch
 from .prompt_cache import PromptCache
 
 
 logger = get_logger(__name__)
 
-# Images of a grid
+# Number of images in a grid
 NUM_LOGGED_IMAGES = 8
 
 Rows: TypeAlias = Dataset | list[dict[str, Any]]
@@ -58,15 +61,15 @@ Rows: TypeAlias = Dataset | list[dict[str, Any]]
 
 class DiffusionTrainer(BaseTrainer):
     """
-    A [`~transformers.Trainer`] of the transformer of a diffusion pipeline: everything but the algorithm.
+    A [`~transformers.Trainer`] for the transformer of a diffusion pipeline: everything but the algorithm.
 
     - Evaluation generates images with the averaged weights and rewards them.
     - Logs hold metrics of all processes, counts, and the time of each phase. Grids of images are saved.
     - The exported weights are uploaded to the Hub with their card (`push_to_hub`), see [`~training.hub.HubTrainer`].
     - Checkpoints hold exactly what training changes, see [`~training.base.BaseTrainer`]. The best one is always kept.
 
-    A subclass gives the data and the loss of training, `_method` and `_citation` for the card, and, if it remembers more than what it has
-    counted, `_training_state`, `_load_training_state` and `_merge_training_states`.
+    A subclass provides the training data and the loss, `_method` and `_citation` for the card, and, if its state is more than its
+    counts, `_training_state`, `_load_training_state` and `_merge_training_states`.
 
     Args:
         pipeline (`str` or [`~diffusers.DiffusionPipeline`]):
@@ -78,10 +81,9 @@ class DiffusionTrainer(BaseTrainer):
         eval_dataset ([`~datasets.Dataset`], `list[dict]` or a `dict` of them, *optional*):
             Dataset to use for evaluation, with a column `"prompt"` and those that the reward functions need.
         eval_reward_functions ([`~reward_functions.RewardFunctions`], *optional*):
-            What judges the images of evaluation: the functions that are trained on come first. `eval_reward` is their weighted
-            sum.
+            Functions that judge the evaluation images, those that are trained on first. `eval_reward` is their weighted sum.
         num_trained_rewards (`int`, *optional*, defaults to `0`):
-            How many of them are trained on.
+            Number of these functions that are trained on.
         callbacks, optimizers, peft_config:
             See [`DiffusionGRPOTrainer`].
     """
@@ -89,7 +91,7 @@ class DiffusionTrainer(BaseTrainer):
     _tag_names = ["spatial-rl", "trl"]
     _kinds = (LORA, TRANSFORMER)
     _method: ClassVar[str]  # a sentence on the model's card
-    _citation: ClassVar[str]  # of the method's paper, for the card
+    _citation: ClassVar[str]  # BibTeX of the method's paper, for the card
     _counted: ClassVar[tuple[str, ...]] = ("num_images", "num_policy_passes", "num_reference_passes")  # in every log
 
     def __init__(
@@ -116,17 +118,17 @@ class DiffusionTrainer(BaseTrainer):
             )
         self.policy = make_policy(pipeline, max_sequence_length=args.max_sequence_length)
         self.eval_reward_functions, self._num_trained_rewards = eval_reward_functions, num_trained_rewards
-        self._options, self._eval_options = sampling_options(args)
+        self._options, self._eval_options = sampling_options(self.policy, args)
         self.policy.check_size(self._options.height, self._options.width)
         self.policy.check_num_inference_steps(self._options.num_inference_steps)
-        self.policy.check_guidance(self._options)  # the same in evaluation
+        self.policy.check_guidance(self._eval_options)  # in training the same or none
         if train_dataset is not None:
             self._check_train_dataset(train_dataset)
         if eval_dataset is not None:
             check_evaluation(
                 self.policy, eval_dataset, eval_reward_functions, self._eval_options, args.metric_for_best_model
             )
-        set_seed(args.seed)  # for the first weights of the adapters
+        set_seed(args.seed)  # for the initial weights of the adapters
         self._timer = StepTimer()
 
         super().__init__(
@@ -142,13 +144,13 @@ class DiffusionTrainer(BaseTrainer):
         adapt_callbacks(self)
 
         if checkpointing.has_adapter(self.model) and self.model.dtype != torch.float32:
-            # Adapters compute in the dtype of what is frozen, see `adapt_to_inputs`: `accelerator.autocast` is for the others.
+            # Adapters compute in the dtype of the frozen weights, see `adapt_to_inputs`, and need no `accelerator.autocast`.
             self.accelerator.native_amp = False
         self.policy.vae.to(args.device)
         if self.is_fsdp_enabled:
             shard_transformer(self.model, self.accelerator)
-        # The same guidance in training and in evaluation, hence the same negative prompt
-        negative_prompt = self.policy.negative_prompt(self._options)
+        # Training has the same guidance or none, so there is only one negative prompt
+        negative_prompt = self.policy.negative_prompt(self._eval_options)
         self.prompt_cache = PromptCache(self.policy, args.device, negative_prompt=negative_prompt)
         self.ema = EMA(self.model, args.ema_decay, every=args.ema_steps) if args.ema_decay > 0 else None
         self._metrics = TrainingMetrics(self._counted)
@@ -156,6 +158,9 @@ class DiffusionTrainer(BaseTrainer):
 
     def _check_train_dataset(self, dataset: Rows) -> None:
         check_data(dataset, "train_dataset", self.policy)
+
+    def _resolved_settings(self) -> dict[str, Any]:
+        return model_settings(self.policy.pipeline)
 
     # `torch_compile` is for the transformer's blocks, see `prepare_transformer`; the parent would compile all of it.
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
@@ -176,20 +181,18 @@ class DiffusionTrainer(BaseTrainer):
     @contextmanager
     def _reference_policy(self) -> Iterator[None]:
         """Context in which the transformer is the reference policy, without gradient: its adapters are switched off."""
-        self.model.disable_adapters()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), without_adapters(self.model):
                 yield
         finally:
-            self.model.enable_adapters()
             freeze_idle_modules(self.policy)
 
     def _count_passes(self, kind: str, num_velocities: int) -> None:
-        """Counts passes of one image through the transformer, of which guidance may take two for a velocity."""
+        """Counts passes of one image through the transformer; classifier-free guidance takes two per velocity."""
         self._metrics.totals[f"num_{kind}_passes"] += num_velocities * self.policy.num_passes(self._options)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:  # of updates, and not of an evaluation or the end
+        if "loss" in logs:  # a log of updates, not of an evaluation or the end of training
             logs = {**logs, **self._metrics.collect(self.accelerator, self._timer.collect())}
         super().log(logs, start_time)
 
@@ -200,9 +203,9 @@ class DiffusionTrainer(BaseTrainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """
-        Evaluates the averaged weights: the same noise every time, no noise in the steps, the rewards of training and
-        those that were not trained on. `ignore_keys` is not used. Gives metrics such as `eval_reward` and `eval_rewards/<name>/mean`,
-        and the ends of their 95 % intervals, for which whole prompts are drawn: `eval_reward_low`, `eval_rewards/<name>/high`.
+        Evaluates the averaged weights, with the same noise every time, no noise in the steps, and both trained and held-out
+        rewards. `ignore_keys` is not used. Returns metrics such as `eval_reward` and `eval_rewards/<name>/mean`, and the bounds of
+        their 95 % intervals, for which whole prompts are resampled: `eval_reward_low`, `eval_rewards/<name>/high`.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
@@ -227,7 +230,7 @@ class DiffusionTrainer(BaseTrainer):
         self, test_dataset: Rows, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
         """
-        Evaluates as [`~DiffusionTrainer.evaluate`] does, with the same arguments, and gives the rewards of every image.
+        Evaluates like [`~DiffusionTrainer.evaluate`], with the same arguments, and returns the rewards of every image.
 
         Returns:
             [`~transformers.trainer_utils.PredictionOutput`]: `predictions` of shape `(n, num_funcs)` are the rewards of
@@ -238,13 +241,20 @@ class DiffusionTrainer(BaseTrainer):
             metrics = self._evaluation_metrics(output, metric_key_prefix)
         return PredictionOutput(output.rewards.numpy(), None, metrics)
 
+    @property
+    def _average(self) -> EMA | None:
+        """The average of the weights; `None` before its first update, while it still equals the initial weights."""
+        return self.ema if self.ema is not None and self.ema.num_updates >= self.args.ema_steps else None
+
     def _evaluate_policy(self, dataset: Rows) -> EvaluationOutput:
-        """Evaluation of all processes."""
+        """Draws and rewards the evaluation images on all processes."""
         args = self.args
         if self.eval_reward_functions is None:
-            raise ValueError("Evaluation rewards images, and there is no reward function. Pass `eval_reward_funcs`.")
-        averaged = nullcontext() if self.ema is None else self.ema.applied()
-        with fail_together(self.accelerator, "Evaluating", is_collective=self.is_fsdp_enabled), averaged:
+            raise ValueError(
+                "Evaluation scores images, but there is no reward function. Pass `eval_reward_funcs` (`--eval_rewards`)."
+            )
+        averaged = nullcontext() if self._average is None else self._average.applied()
+        with fail_together("Evaluating", is_collective=self.is_fsdp_enabled), averaged:
             generator = PolicyGenerator(
                 self.policy, self.model, self.prompt_cache, self._eval_options, self.accelerator.autocast
             )
@@ -266,12 +276,12 @@ class DiffusionTrainer(BaseTrainer):
     def _evaluation_metrics(self, output: EvaluationOutput, prefix: str) -> dict[str, float]:
         functions, num_trained = self.eval_reward_functions, self._num_trained_rewards
         assert functions is not None
-        # An image is a group of its own; held-out rewards have no weight
+        # Each image is its own group; held-out rewards have weight 0
         combined = combine_rewards(output.rewards, 1, functions.weights)
         metrics = reward_metrics(output.rewards, combined, functions.names)
         metrics |= reward_intervals(output.rewards, combined, functions.names, output.prompts)
         held_out = dict(zip(functions.names[num_trained:], output.rewards[:, num_trained:].unbind(1), strict=True))
-        if num_trained == 0:  # nothing that could be hacked
+        if num_trained == 0:  # there is no trained reward to exploit
             held_out = {}
         for warning in self._hacking_monitors[prefix].update(
             self.state.global_step, combined, held_out, output.prompts
@@ -280,33 +290,43 @@ class DiffusionTrainer(BaseTrainer):
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
     def _log_images(
-        self, name: str, number: int, images: list[Image], prompts: list[str], rewards: torch.Tensor
+        self,
+        name: str,
+        number: int,
+        images: list[Image],
+        prompts: list[str],
+        rewards: torch.Tensor,
+        advantages: torch.Tensor | None = None,
     ) -> None:
-        """Saves a grid of the first images and shows it to the trackers."""
-        if self.args.logging_strategy == "no" or not self.is_world_process_zero():
-            return
-        assert self.eval_reward_functions is not None
-        images, prompts, rewards = images[:NUM_LOGGED_IMAGES], prompts[:NUM_LOGGED_IMAGES], rewards[:NUM_LOGGED_IMAGES]
-        names = self.eval_reward_functions.names[: rewards.shape[1]]  # those of the trained ones come first
-        captions = [_caption(names, row) for row in rewards.tolist()]
-        path = Path(self.args.output_dir) / "images" / f"{name}_{number:06d}.png"
-        grid = save_image_grid(path, images, prompts, captions)
-        columns = dict(zip(names, rewards.T.tolist(), strict=True))
-        samples = Samples(name, grid, prompts, images, columns)
-        log_samples(self.callback_handler.callbacks, samples, self.state.global_step)
+        """Saves a grid of the first images and sends it to the trackers. All processes call it."""
+        folder = Path(self.args.output_dir) / "images"
+        with fail_together("Saving a grid of images"), self._saving(folder):
+            if self.args.logging_strategy == "no" or not self.is_world_process_zero():
+                return
+            assert self.eval_reward_functions is not None
+            shown = slice(NUM_LOGGED_IMAGES)
+            images, prompts, rewards = images[shown], prompts[shown], rewards[shown]
+            names = self.eval_reward_functions.names[: rewards.shape[1]]  # the trained ones come first
+            captions = [_caption(names, row) for row in rewards.tolist()]
+            grid = save_image_grid(folder / f"{name}_{number:06d}.png", images, prompts, captions)
+            columns = dict(zip(names, rewards.T.tolist(), strict=True))
+            if advantages is not None:
+                columns["advantage"] = advantages[shown].tolist()
+            samples = Samples(name, grid, prompts, images, columns)
+            log_samples(self.callback_handler.callbacks, samples, self.state.global_step)
 
     def _training_state(self) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
-        """What this process has to remember: tensors, and anything that JSON holds."""
+        """Returns this process's state: tensors, and anything that JSON can hold."""
         return {}, {"totals": self._metrics.totals}
 
     def _load_training_state(self, tensors: Mapping[str, torch.Tensor], extra: dict[str, Any]) -> None:
-        """Undoes `_training_state`."""
+        """Restores the state from `_training_state`."""
         self._metrics.load_totals(extra["totals"])
 
     def _merge_training_states(self, states: list[tuple[dict[str, torch.Tensor], dict[str, Any]]]) -> dict[str, Any]:
         """
-        What this process continues from if another number of processes saved `states`: the second part of a state
-        without tensors. An error if their work cannot be shared out anew.
+        Merges `states` saved by another number of processes into what this process continues from: the JSON part of a
+        state, without tensors. Raises an error if their work cannot be redistributed.
         """
         # The counts of all processes are added up in the logs.
         totals: Counter[str] = Counter()
@@ -330,7 +350,7 @@ class DiffusionTrainer(BaseTrainer):
             checkpointing.save_trained_state(self.model, folder, ema=self.ema, is_writer=is_writer)
         checkpointing.save_buffer(*self._training_state(), folder, self.args.process_index)
 
-    # Of a sharded transformer, the parent would collect and write the frozen weights too.
+    # For a sharded transformer, the parent would also gather and write the frozen weights.
     def _export(self, folder: Path) -> None:
         if self.is_fsdp_enabled:
             self._save(str(folder))
@@ -346,15 +366,17 @@ class DiffusionTrainer(BaseTrainer):
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
-    # The averaged weights, as they were evaluated; no pickle of the training arguments
+    # Saves the averaged weights, as they were evaluated, and no pickle of the training arguments
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         is_writer = self.args.should_save
         folder = self.args.output_dir if output_dir is None else output_dir
         if is_writer or self.is_fsdp_enabled:
-            checkpointing.export_weights(self.policy.pipeline, self.model, folder, ema=self.ema, is_writer=is_writer)
+            checkpointing.export_weights(
+                self.policy.pipeline, self.model, folder, ema=self._average, is_writer=is_writer
+            )
 
     def _save_samples(self, folder: Path) -> None:
-        """The newest grid as the picture of the card."""
+        """Copies the newest grid, the card's picture."""
         for name, last in self._last_grids().items():
             found = (Path(self.args.output_dir) / "images").glob(f"{name}*.png")
             grids = [path for path in found if _grid_number(path) <= last]
@@ -363,7 +385,7 @@ class DiffusionTrainer(BaseTrainer):
                 return
 
     def _last_grids(self) -> dict[str, int]:
-        """Names of the grids, the best first, and the last number of each; later ones are of an attempt that was interrupted."""
+        """Names of the grids, preferred ones first, and the last number of each; later ones are from an interrupted attempt."""
         return {"eval": self.state.global_step}
 
     def _build_card(self) -> Card:
@@ -389,7 +411,7 @@ class DiffusionTrainer(BaseTrainer):
         )
 
     def _card_settings(self) -> dict[str, Any]:
-        """What a reader of the card wants to know about the training, under the names of the card."""
+        """Training settings for the card, by their names there."""
         args = self.args
         lora = next(iter(self.model.peft_config.values())) if checkpointing.has_adapter(self.model) else None
         return {
@@ -397,7 +419,7 @@ class DiffusionTrainer(BaseTrainer):
             "updates": self.state.global_step,
             "learning rate": args.learning_rate,
             "KL coefficient": args.beta,
-            "moving average of the weights": args.ema_decay or None,
+            "moving average of the weights": None if self._average is None else args.ema_decay,
             "precision": "fp32" if args.mixed_precision == "no" else args.mixed_precision,
             "image size in training": f"{args.width} × {args.height}",
             "seed": args.seed,
@@ -407,7 +429,7 @@ class DiffusionTrainer(BaseTrainer):
         checkpointing.check_sharding(resume_from_checkpoint, is_sharded=self.is_fsdp_enabled)
         checkpointing.load_trained_state(self.model, resume_from_checkpoint, ema=self.ema)
         num_saved = checkpointing.num_buffers(resume_from_checkpoint)
-        if num_saved in (0, self.args.world_size):  # none is an error
+        if num_saved in (0, self.args.world_size):  # with 0, loading raises an error
             self._load_training_state(*checkpointing.load_buffer(resume_from_checkpoint, self.args.process_index))
         else:
             states = [checkpointing.load_buffer(resume_from_checkpoint, rank) for rank in range(num_saved)]

@@ -1,6 +1,6 @@
 """
-What happens between the steps of the training loop of `transformers.Trainer`, and what its logging integrations, none of
-which has to be installed, need to work with diffusion models.
+Callbacks for the training loop of `transformers.Trainer`, and what its logging integrations, none of which has to be installed,
+need to work with diffusion models.
 """
 
 import math
@@ -14,7 +14,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 
-# name in the logs: how it is called in the progress bar
+# name in the logs: name in the progress bar
 _SHOWN = {
     "reward": "reward",
     "ratio/mean": "ratio",
@@ -49,7 +49,7 @@ class RolloutProgressCallback(ProgressCallback):
         if logs is None or "loss" not in logs:
             super().on_log(args, state, control, logs=logs, **kwargs)
         elif self.training_bar is not None:
-            # An update without a rollout has no reward of its own: the last one stays.
+            # An update without a rollout has no reward of its own: keep showing the last one.
             self.shown |= {short: f"{logs[name]:.6g}" for name, short in _SHOWN.items() if name in logs}
             self.training_bar.set_postfix(self.shown)
 
@@ -63,8 +63,8 @@ class DiffusionTensorBoardCallback(TensorBoardCallback):
 
 
 def adapt_callbacks(trainer: Trainer) -> None:
-    """Replaces the callbacks of an initialised trainer that fail with a diffusers model."""
-    # By exact type: subclasses, such as the one above, are their owners' choice.
+    """Replaces the callbacks of an initialized trainer that fail with a diffusers model."""
+    # By exact type: subclasses, such as the one above, are the caller's choice.
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback) is TensorBoardCallback:
             trainer.remove_callback(callback)
@@ -74,33 +74,33 @@ def adapt_callbacks(trainer: Trainer) -> None:
 @dataclass
 class Samples:
     """
-    Images to show to the trackers.
+    Images to send to the trackers.
 
     Args:
         name (`str`):
-            What they were drawn in: `"rollout"`, or the prefix of an evaluation's metrics.
+            Where they were drawn: `"rollout"`, or the prefix of an evaluation's metrics.
         grid (`PIL.Image.Image`):
             One picture of all of them.
         prompts (`list[str]`):
             Prompt of each image.
         images (`list[PIL.Image.Image]`):
             The images.
-        rewards (`dict[str, list[float]]`):
-            Rewards of each image, by the name of the function; NaN where it gave none.
+        columns (`dict[str, list[float]]`):
+            Values per image: its rewards, by function name, and in a rollout its `advantage`; NaN where there is none.
     """
 
     name: str
     grid: Image.Image
     prompts: list[str]
     images: list[Image.Image]
-    rewards: dict[str, list[float]]
+    columns: dict[str, list[float]]
 
 
 def log_samples(callbacks: Iterable[TrainerCallback], samples: Samples, step: int) -> None:
     """
-    Shows images to TensorBoard, Trackio and Weights & Biases, as far as a trainer with these callbacks reports to them: the
-    grid as `"images/<name>"`, and, but for TensorBoard, TRL's table `"completions"` with a row per image, for an evaluation
-    `"<name>/completions"`. To be called by the main process.
+    Sends images to whichever of TensorBoard, Trackio and Weights & Biases a trainer with these callbacks reports to: the grid as
+    `"images/<name>"` and, except in TensorBoard, TRL's table `"completions"` with a row per image, or `"<name>/completions"` for
+    an evaluation. Call it on the main process only.
     """
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
@@ -112,15 +112,15 @@ def log_samples(callbacks: Iterable[TrainerCallback], samples: Samples, step: in
 
 
 def _pictures_and_table(tracker: Any, samples: Samples, step: int) -> dict[str, Any]:
-    """The entry of a log, in the classes that Trackio has in common with Weights & Biases."""
-    rewards = [[None if math.isnan(value) else value for value in values] for values in samples.rewards.values()]
+    """Makes a log entry from the classes that Trackio and Weights & Biases have in common."""
+    columns = [[None if math.isnan(value) else value for value in values] for values in samples.columns.values()]
     pictures = [tracker.Image(image) for image in samples.images]
-    rows = zip([step] * len(pictures), samples.prompts, *rewards, pictures, strict=True)
+    rows = zip([step] * len(pictures), samples.prompts, *columns, pictures, strict=True)
     return {
         f"images/{samples.name}": tracker.Image(samples.grid),
         "completions" if samples.name == "rollout" else f"{samples.name}/completions": tracker.Table(
-            columns=["step", "prompt", *samples.rewards, "image"], data=[list(row) for row in rows]
+            columns=["step", "prompt", *samples.columns, "image"], data=[list(row) for row in rows]
         ),
-        # The callback shows everything over this, not over the logger's own counter.
+        # The callback plots everything against this, not against the logger's own counter.
         "train/global_step": step,
     }

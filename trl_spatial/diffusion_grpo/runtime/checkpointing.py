@@ -1,4 +1,4 @@
-"""What GRPO leaves on disk: weights for users, and state to resume from."""
+"""What training saves: weights for users, and state to resume from."""
 
 import json
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ TRANSFORMER_FOLDER = "transformer"
 TRAINED_WEIGHTS = "trained_weights.safetensors"
 EMA_WEIGHTS = "ema.safetensors"
 SHARDED_OPTIMIZER = "optimizer.bin"  # accelerate's name
-# Fields of a `LoraConfig` and the values with which an adapter is nothing but matrices beside unchanged weights. Other ways
-# to start, such as PiSSA's, change the frozen weights, which also are the reference policy.
+# Fields of a `LoraConfig`, and the values with which an adapter only adds matrices to unchanged weights. Other initializations,
+# such as PiSSA's, change the frozen weights, which are also the reference policy.
 _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
     "use_dora": (False,),
     "bias": ("none",),
@@ -38,8 +38,8 @@ _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
 
 def check_exportable(peft_config: LoraConfig) -> None:
     """
-    Finds out before training whether diffusers can load what an adapter will have learnt. It is a `ValueError` if the
-    adapter trains something that `load_lora_weights` drops or refuses.
+    Checks before training that diffusers will be able to load the trained adapter. Raises `ValueError` if the adapter
+    trains something that `load_lora_weights` drops or refuses.
     """
     if not isinstance(peft_config, LoraConfig):
         raise ValueError(
@@ -69,11 +69,11 @@ def export_weights(
     `pipeline.load_lora_weights(folder)` for an adapter, or `from_pretrained(folder, subfolder="transformer")` of the
     transformer's class, such as `FluxTransformer2DModel`, for a fully trained model.
 
-    The scale of an adapter, `alpha / r` or what else its configuration says, is multiplied into its second matrices:
-    diffusers loads the file with scale 1, also as a state dict, which carries no metadata.
+    The scale of an adapter, `alpha / r` or whatever its configuration says, is multiplied into its second matrices, so
+    diffusers loads the file with scale 1, even as a state dict, which carries no metadata.
 
-    Only `is_writer` writes. Other processes have to call this only if the transformer is sharded; it comes without the
-    wrappers of distributed training.
+    Only `is_writer` writes. Other processes have to call this only if the transformer is sharded. Pass the transformer
+    without the wrappers of distributed training.
     """
     with nullcontext() if ema is None else ema.applied():
         if not has_adapter(transformer):
@@ -97,7 +97,7 @@ def _export_transformer(transformer: Any, folder: Path, is_writer: bool) -> None
         return
     weights = gather_tensors(transformer.state_dict(), is_writer=is_writer)
     if is_writer:
-        # The class as it was: `fully_shard` puts one of its own before it.
+        # The original class: `fully_shard` puts its own in front of it.
         whole_class: Any = next(base for base in type(transformer).__mro__ if not issubclass(base, FSDPModule))
         with torch.device("meta"):
             whole = whole_class.from_config(transformer.config)
@@ -106,7 +106,7 @@ def _export_transformer(transformer: Any, folder: Path, is_writer: bool) -> None
 
 
 def has_adapter(transformer: torch.nn.Module) -> bool:
-    """Whether a diffusers transformer has adapters."""
+    """Returns whether a diffusers transformer has adapters."""
     return bool(getattr(transformer, "peft_config", None))
 
 
@@ -128,7 +128,7 @@ def save_trained_state(
 
 def load_trained_state(transformer: torch.nn.Module, folder: str | Path, *, ema: EMA | None = None) -> None:
     """
-    Undoes [`save_trained_state`] for a transformer that is set up as it was then. It is a `ValueError` if the saved
+    Loads what [`save_trained_state`] saved into a transformer with the same setup. Raises `ValueError` if the saved
     parameters are not its trainable ones, or a file is missing.
     """
     saved, _ = _load_tensors(Path(folder) / TRAINED_WEIGHTS)
@@ -146,7 +146,7 @@ def save_average(average: EMA, path: Path, *, is_writer: bool = True) -> None:
 
 
 def load_average(average: EMA, path: Path) -> None:
-    """Undoes [`save_average`]. It is a `ValueError` if the saved weights are of other parameters."""
+    """Loads what [`save_average`] saved. Raises `ValueError` if the saved weights are of other parameters."""
     saved, extra = _load_tensors(path)
     _check_same_tensors(saved, average.weights, path)
     average.load_state_dict({"weights": saved, "num_updates": extra["num_updates"]})
@@ -154,8 +154,8 @@ def load_average(average: EMA, path: Path) -> None:
 
 def save_buffer(buffer: Mapping[str, torch.Tensor], extra: Mapping[str, Any], folder: str | Path, rank: int) -> None:
     """
-    Saves the part of a rollout that a process has not trained on yet: tensors of any shape and dtype, exactly, and
-    whatever else belongs to it and JSON holds. Each process has a buffer of its own.
+    Saves what one process has to remember, such as the part of a rollout that it has not trained on yet: tensors of any
+    shape and dtype, exactly, and `extra`, anything that JSON can hold. Each process saves its own file.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     _save_tensors(buffer, Path(folder) / f"buffer_{rank}.safetensors", extra)
@@ -163,14 +163,14 @@ def save_buffer(buffer: Mapping[str, torch.Tensor], extra: Mapping[str, Any], fo
 
 def load_buffer(folder: str | Path, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """
-    Undoes [`save_buffer`]: the tensors, on the CPU, and the rest. It is a `ValueError` if there is no buffer of that
-    process.
+    Loads what [`save_buffer`] saved: the tensors, on the CPU, and the rest. Raises `ValueError` if that process saved
+    none.
     """
     return _load_tensors(Path(folder) / f"buffer_{rank}.safetensors")
 
 
 def num_buffers(folder: str | Path) -> int:
-    """How many processes saved the checkpoint in a folder."""
+    """Number of processes that saved the checkpoint in a folder."""
     return len(list(Path(folder).glob("buffer_*.safetensors")))
 
 
@@ -191,7 +191,7 @@ def _load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if not path.is_file():
         raise ValueError(
             f"{path} is missing: it was saved by another setup (number of processes, `ema_decay`, or the trainer's "
-            "version). Resume with the setup of that run, or start anew without `resume_from_checkpoint`."
+            "version). Resume with the setup of that run, or start again without `resume_from_checkpoint`."
         )
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
@@ -214,8 +214,8 @@ def _check_same_tensors(saved: Mapping[str, torch.Tensor], own: Mapping[str, tor
 
 def check_sharding(folder: str | Path, *, is_sharded: bool) -> None:
     """
-    Refuses a checkpoint whose optimizer state is in the form of the other way to hold the weights. transformers and
-    accelerate look for a file of their own name, and continue without one.
+    Refuses a checkpoint whose optimizer state is sharded when training is not, or the other way round. transformers and
+    accelerate each look for a file under their own name, and silently continue without one.
     """
     own, other = (SHARDED_OPTIMIZER, OPTIMIZER_NAME) if is_sharded else (OPTIMIZER_NAME, SHARDED_OPTIMIZER)
     if (Path(folder) / other).exists() and not (Path(folder) / own).exists():

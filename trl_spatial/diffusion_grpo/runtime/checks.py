@@ -1,4 +1,4 @@
-"""Bad input that can be known before training."""
+"""Checks for bad input before training."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from ..reward_functions import RewardFunction, RewardFunctions
 
 
 def with_held_out(trained: RewardFunctions, held_out: RewardFunction | list[RewardFunction] | None) -> RewardFunctions:
-    """Reward functions of evaluation: the trained ones, then those that have no weight."""
+    """Returns the reward functions for evaluation: the trained ones, then the held-out ones with weight 0."""
     if held_out is None:
         return trained
     others = list(held_out) if isinstance(held_out, list) else [held_out]
@@ -25,23 +25,16 @@ def check_evaluation(
     metric: str | None,
 ) -> None:
     """
-    Checks what a trainer is to be evaluated by: rewards, sizes and steps of the images, datasets, and the metric by which the
-    best checkpoint is chosen. It is a `TypeError` if a dataset cannot be indexed; the `ValueError` of anything else names
-    it.
+    Checks a trainer's evaluation: reward functions, sizes and steps of the images, datasets, and the metric that decides which
+    checkpoint is best. Raises `TypeError` if a dataset cannot be indexed, and a `ValueError` that names the problem for anything
+    else.
     """
     if reward_functions is None:
         raise ValueError(
-            "`eval_dataset` is set, but no reward function that could judge its images. Pass `eval_reward_funcs`, or leave "
-            "`eval_dataset` `None`."
+            "Evaluation draws images for the prompts of `eval_dataset`, but there is no reward function to score them. Pass "
+            "`eval_reward_funcs` (`--eval_rewards`), or leave `eval_dataset` `None` (`--eval_strategy no`)."
         )
-    try:
-        policy.check_size(options.height, options.width)
-    except ValueError as error:
-        raise ValueError(f"`eval_height` and `eval_width`: {error}") from None
-    try:
-        policy.check_num_inference_steps(options.num_inference_steps)
-    except ValueError as error:
-        raise ValueError(f"`eval_num_inference_steps`: {error}") from None
+    check_images(policy, options)
     if isinstance(eval_dataset, dict):
         for name, dataset in eval_dataset.items():
             check_data(dataset, f"eval_dataset[{name!r}]", policy, reward_functions)
@@ -52,6 +45,18 @@ def check_evaluation(
     check_metric(metric, datasets, reward_functions)
 
 
+def check_images(policy: DiffusionPolicy, options: SamplingOptions) -> None:
+    """Checks the size and the number of steps of evaluation images."""
+    try:
+        policy.check_size(options.height, options.width)
+    except ValueError as error:
+        raise ValueError(f"`eval_height` and `eval_width`: {error}") from None
+    try:
+        policy.check_num_inference_steps(options.num_inference_steps)
+    except ValueError as error:
+        raise ValueError(f"`eval_num_inference_steps`: {error}") from None
+
+
 def check_data(
     dataset: Dataset | Sequence[dict[str, Any]],
     name: str,
@@ -59,20 +64,20 @@ def check_data(
     reward_functions: RewardFunctions | None = None,
 ) -> None:
     """
-    Checks that a dataset can be trained or evaluated on: it can be indexed, has rows, and the model takes its prompts
-    and the reward functions, if there are any, its other columns. `name` is what errors call it.
+    Checks that a dataset can be trained or evaluated on: it can be indexed, has rows, the model accepts its prompts, and
+    the reward functions, if any, accept its other columns. `name` is its name in errors.
     """
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(
             f"`{name}` is a `{type(dataset).__name__}`, which cannot be indexed. Use a `datasets.Dataset` or a list of "
-            "rows; `Dataset.from_list(list(stream))` makes one of a stream."
+            "rows; `Dataset.from_list(list(stream))` makes one from a stream."
         )
     if len(dataset) == 0:
         raise ValueError(f"`{name}` is empty. It needs at least one row with a `prompt`.")
     columns = dataset.column_names if isinstance(dataset, Dataset) else list(dataset[0])
     if "prompt" not in columns:
         raise ValueError(
-            f"`{name}` has the columns {sorted(columns)} but no `prompt`. Rename the column with the text."
+            f"`{name}` has the columns {sorted(columns)} but no `prompt`. Rename the column that holds the text."
         )
     if isinstance(dataset, Dataset):
         # read in batches: there may be millions
@@ -92,13 +97,13 @@ def check_data(
 
 def check_metric(metric: str | None, dataset_names: list[str | None], reward_functions: RewardFunctions) -> None:
     """
-    Checks that there will be the metric by which the best checkpoint is chosen, named with or without `eval_`. An
-    evaluation's only dataset has the name `None`.
+    Checks that evaluation will report the metric that decides which checkpoint is best, named with or without `eval_`. A
+    single dataset has the name `None`.
     """
     names = ["reward", *(f"rewards/{name}/mean" for name in reward_functions.names)]
     metrics = [name if dataset is None else f"{dataset}_{name}" for dataset in dataset_names for name in names]
     if metric is not None and metric.removeprefix("eval_") not in metrics:
         raise ValueError(
-            f"`metric_for_best_model` is {metric!r}, but the evaluation will have {', '.join(metrics)}. Use one of them, "
+            f"`metric_for_best_model` is {metric!r}, but the evaluation will report {', '.join(metrics)}. Use one of them, "
             "or `None`."
         )

@@ -15,10 +15,10 @@ class EMA:
     devices.
 
     The decay warms up as in Flow-GRPO: after `n` optimizer steps it is `min(decay, (1 + n) / (10 + n))`, so that the
-    random start is forgotten soon. diffusers' `EMAModel` warms up by the number of its own updates, which is `every`
+    random start is soon forgotten. diffusers' `EMAModel` warms up by the number of its own updates, which is `every`
     times slower, and keeps the average in the parameters' dtype, where bfloat16 would lose small changes.
 
-    The module, sharded or not, is without the wrappers of distributed training. The average changes at every
+    Pass the module, sharded or not, without the wrappers of distributed training. The average changes at every
     `every`-th of the `num_updates` optimizer steps and keeps a share `decay` of itself, at least 0 and less than 1.
     """
 
@@ -37,7 +37,7 @@ class EMA:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Takes note of an optimizer step; every `every`-th one updates the average. Call it after each."""
+        """Counts an optimizer step; every `every`-th one updates the average. Call it after each."""
         self.num_updates += 1
         if self.num_updates % self.every:
             return
@@ -51,10 +51,10 @@ class EMA:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """
-        Context in which the module computes with the average. The trained values are back, bit for bit, when it ends.
+        Context in which the module computes with the average. The trained values are restored, bit for bit, when it ends.
         Do not train inside.
         """
-        # In place: other names of the same memory, such as that of a sharded weight's part, have to change with it.
+        # In place: other references to the same memory, such as a sharded weight's part, have to change with it.
         trained = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         try:
             self._set_parameters(self.weights)
@@ -68,7 +68,7 @@ class EMA:
             parameter.copy_(values[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs: `weights` and `num_updates`. Decay and interval come from the configuration."""
+        """Returns what resuming needs: `weights` and `num_updates`. Decay and interval come from the configuration."""
         return {"weights": self.weights, "num_updates": self.num_updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

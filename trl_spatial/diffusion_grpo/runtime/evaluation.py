@@ -1,4 +1,4 @@
-"""Evaluation: images of the same prompts and noise every time, and what reward functions say of them."""
+"""Evaluation: images of the same prompts and noise every time, and their rewards."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -30,7 +30,7 @@ class PolicyGenerator:
     """
     Draws with a policy by the deterministic sampler: an [`~generation.generators.ImageGenerator`]. The transformer may
     be wrapped for training; `autocast` makes the context of its forward passes, such as `accelerator.autocast`. It runs
-    without its compiled graphs: images of another size would leave graphs for any size, which are slower in training.
+    uncompiled: images of another size would leave behind graphs for any size, which are slower in training.
     """
 
     def __init__(
@@ -80,12 +80,12 @@ def reward_images(
         rewards.append(reward_functions(batch_prompts, batch.images, **columns))
         indices += batch.indices
         prompts += batch_prompts
-        images += batch.images[: sum(index < num_kept_images for index in batch.indices)]  # they ascend
+        images += batch.images[: sum(index < num_kept_images for index in batch.indices)]  # indices ascend
     return EvaluationOutput(torch.cat(rewards), torch.tensor(indices, dtype=torch.long), prompts, images)
 
 
 def gather_evaluation(output: EvaluationOutput) -> EvaluationOutput:
-    """Puts the evaluations of all processes together, in the order of the images. To be called by all processes."""
+    """Combines the evaluations of all processes, in the order of the images. All processes have to call this."""
     outputs = gather_object([output])
     indices = torch.cat([output.indices for output in outputs])
     order = indices.argsort()

@@ -1,4 +1,4 @@
-"""What a training run counts and averages between two logs."""
+"""Counts and averages of a training run, between two logs."""
 
 import math
 from collections import Counter, defaultdict
@@ -14,7 +14,7 @@ from ..advantages import combine_rewards, group_advantages
 from ..reward_functions import RewardFunctions, reward_metrics
 
 
-# Phases that are no part of a step
+# Phases that do not count as part of a step
 _OUTSIDE = ("time/evaluate", "time/save")
 # Longest side of the images whose pixels are compared
 _COMPARED_SIZE = 32
@@ -22,9 +22,9 @@ _COMPARED_SIZE = 32
 
 class TrainingMetrics:
     """
-    Collects the metrics of training on one process and merges them over all when they are logged. `totals` are counts
-    of this process since the start of training, those that are `counted`, `"num_images"` among them; every log holds them.
-    `num_updates` are the updates since the last log.
+    Collects the training metrics of one process and merges those of all processes when they are logged. `totals` holds this
+    process's counts since the start of training, under the names in `counted`, which include `"num_images"`; every log has
+    them. `num_updates` is the number of updates since the last log.
     """
 
     def __init__(self, counted: Iterable[str]) -> None:
@@ -49,10 +49,10 @@ class TrainingMetrics:
         self, rewards: torch.Tensor, combined: torch.Tensor, functions: RewardFunctions, num_generations: int
     ) -> None:
         """
-        Adds the rewards of a rollout, of all processes: `(n, num_funcs)`, NaN where a function gave none, and `(n,)`,
-        combined as they are trained on; `n` is `num_prompts * num_generations`.
+        Adds the rewards of a rollout from all processes: `(n, num_funcs)`, NaN where a function gave none, and `(n,)`,
+        combined for training; `n` is `num_prompts * num_generations`.
         """
-        # In the functions' own units, and of the images that are trained on, whatever is normalised before training
+        # In the functions' own units, for images that can be trained on, whatever is normalized for training
         summed = combine_rewards(rewards, num_generations, functions.weights)
         metrics = reward_metrics(rewards, summed, functions.names)
         # Groups whose rewards are equal or unknown
@@ -63,8 +63,8 @@ class TrainingMetrics:
 
     def add_scouts(self, scout_rewards: torch.Tensor, combined: torch.Tensor, num_drawn: int) -> None:
         """
-        Adds the combined rewards of a rollout's images and of their scouts, both `(num_prompts * num_drawn,)`, of all
-        processes: how well the order of a group was foretold. Groups in which either has no order say nothing.
+        Adds the combined rewards of a rollout's images and of their scouts, both `(num_prompts * num_drawn,)`, from all
+        processes, to log how well scouts predict the order of a group. Groups in which either has no order are left out.
         """
         correlations = [
             rank_correlation(scouts[known], finals[known])
@@ -79,9 +79,9 @@ class TrainingMetrics:
 
     def collect(self, accelerator: Accelerator, times: Mapping[str, float]) -> dict[str, float]:
         """
-        Averages; totals; `images_per_second`, `passes_per_update` and the seconds per update of each phase, of all processes
-        since the last call; and the passes since the start per image that was trained on. `times` are the seconds of this
-        process, from [`StepTimer`]. To be called by all processes.
+        Returns averages, totals, `images_per_second` and `passes_per_update` of all processes since the last call, the passes per
+        trained image since the start, and the seconds per update of each phase. `times` are the seconds of this process, from
+        [`StepTimer`]. All processes have to call this.
         """
         metrics = {name: sum(values) / len(values) for name, values in self._per_rollout.items()}
         for name, values in sorted(self._per_image.items()):
@@ -122,8 +122,8 @@ def _num_passes(counts: Mapping[str, int]) -> int:
 
 def group_diversity(images: list[Image.Image], num_generations: int) -> torch.Tensor:
     """
-    How much the images of a prompt differ: the root mean square difference of the pixels, from 0 to 1, of all pairs of a group,
-    whose images follow each other. Of images that are made smaller, which is quick and leaves fine grain out.
+    Measures how much the images of a prompt differ: the root mean square pixel difference, from 0 to 1, over all pairs of a group,
+    whose images follow each other. Images are compared at a small size, which is fast and ignores fine grain.
 
     Returns:
         `torch.Tensor` of shape `(num_prompts,)`: float32.

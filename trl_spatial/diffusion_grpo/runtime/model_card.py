@@ -22,12 +22,12 @@ def build_card(
     base_model: str | None,
 ) -> Card:
     """
-    Makes the card of trained weights from what was set and measured; the first and the last evaluation of
-    `log_history` go into it. `method` is a sentence on how they were trained, `citation` its paper in BibTeX, and
-    `settings` what a reader wants to know about it, under the names of the card. `is_lora` says whether adapters were trained or all weights. `guidance` is in the names of the
-    pipeline's own call, from [`~policies.DiffusionPolicy.pipeline_guidance`]. `trained_rewards` are weights by name,
-    and `eval_datasets` leads from the prefix of the logged metrics, such as `"eval"`, to number of prompts, Hub id and
-    split. `base_model` is a Hub id or a folder.
+    Makes the card of trained weights from a run's settings and measurements, including the first and the last evaluation
+    in `log_history`. `method` is a sentence on how they were trained, `citation` the method's paper in BibTeX, and `settings`
+    the training settings by their names on the card. `is_lora` says whether adapters were trained or all weights. `guidance`
+    uses the argument names of the pipeline's own call, from [`~policies.DiffusionPolicy.pipeline_guidance`].
+    `trained_rewards` are weights by name, and `eval_datasets` maps the prefix of the logged metrics, such as `"eval"`, to the
+    number of prompts, Hub id and split. `base_model` is a Hub id or a folder.
     """
     evaluations = [log for log in log_history if any(f"{prefix}_reward" in log for prefix in eval_datasets)]
     step = evaluations[-1]["step"] if evaluations else None
@@ -51,7 +51,7 @@ def build_card(
             "method": method,
             "citation": citation,
             "pipeline_name": pipeline_name,
-            "sampling": {  # of the evaluation: keyword arguments of the pipeline
+            "sampling": {  # as in evaluation: keyword arguments of the pipeline
                 "height": args.eval_height or args.height,
                 "width": args.eval_width or args.width,
                 "num_inference_steps": args.eval_num_inference_steps,
@@ -76,7 +76,7 @@ def _reward_results(
     split: str | None,
     trained_rewards: dict[str, float],
 ) -> list[Result]:
-    """Mean of every reward of an evaluation, with the interval of a mean of so many images, one per prompt."""
+    """Mean of every reward in an evaluation, with the 95 % interval of a mean of that many images, one per prompt."""
     results = []
     start, end = f"{prefix}_rewards/", "/mean"
     for name in (key[len(start) : -len(end)] for key in metrics if key.startswith(start) and key.endswith(end)):

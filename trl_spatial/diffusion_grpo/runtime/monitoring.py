@@ -1,4 +1,4 @@
-"""Warnings where runs go wrong, each naming the fix, and the clock of an update."""
+"""Warnings about runs that go wrong, each with its fix, and a timer of a step's phases."""
 
 import math
 import time
@@ -11,7 +11,7 @@ import torch
 from ...statistics import paired_change
 
 
-# Fewer groups than this give an update of mostly noise: a policy that collapses is the usual complaint.
+# With fewer groups than this, an update is mostly noise, and the policy often collapses.
 MIN_GROUPS_PER_UPDATE = 8
 # Evaluations over which the trained and the held-out rewards are compared.
 NUM_COMPARED_EVALUATIONS = 3
@@ -31,16 +31,16 @@ def setup_warnings(
     num_groups_per_update: float,
 ) -> list[str]:
     """
-    Warns about settings that are allowed but known to hurt, each with its value and the way out. `trains_first_step`
-    says whether the first denoising step is ever stochastic, and `is_ratio_corrected` whether the ratio is normalised
-    or a KL mask replaces the clip. With one update per rollout the ratio is 1 and nothing is clipped.
+    Warns about settings that are allowed but known to hurt, each with its value and the fix. `trains_first_step`
+    says whether the first denoising step is ever stochastic, and `is_ratio_corrected` whether the ratio is normalized
+    or a KL mask replaces the clip. With one update per rollout, the ratio is 1 and nothing is clipped.
     """
     warnings = []
     if dynamics == "flow_sde" and trains_first_step and noise_level >= math.sqrt(2):
         warnings.append(
-            f"`noise_level` is {noise_level}: from the square root of 2 on, the first step of Flow-SDE erases or flips the "
-            "latents. Lower it (FLUX uses 0.9), or keep the first step out with `sde_window_size` and "
-            "`sde_window_range`, from 1 on."
+            f"`noise_level` is {noise_level}: from the square root of 2 up, the first step of Flow-SDE erases or flips the "
+            "latents. Lower it (FLUX uses 0.9), or exclude the first step with `sde_window_size` and "
+            "`sde_window_range`, starting at 1."
         )
     # Above 2 / D the mean of log r, -delta²/2, is larger than its spread, delta / sqrt(D).
     limit = 2 / num_latent_elements
@@ -48,13 +48,13 @@ def setup_warnings(
         warnings.append(
             f"`epsilon` is {epsilon:g}, more than 2 / {num_latent_elements} (latent elements) = {limit:.2g}: with "
             f"{num_updates_per_rollout} updates per rollout, ratios fall below 1 on average and the upper clip almost never "
-            "acts. Set `ratio_norm=True`, use `kl_mask`, or make one update per rollout."
+            "triggers. Set `ratio_norm=True`, use `kl_mask`, or make one update per rollout."
         )
     return warnings + few_groups_warnings(num_groups_per_update)
 
 
 def few_groups_warnings(num_groups_per_update: float) -> list[str]:
-    """Warns about an update of few groups, whatever the loss."""
+    """Warns about updates with few groups, whatever the loss."""
     if num_groups_per_update >= MIN_GROUPS_PER_UPDATE:
         return []
     return [
@@ -66,8 +66,8 @@ def few_groups_warnings(num_groups_per_update: float) -> list[str]:
 
 class RewardsMonitor:
     """
-    Warns about a rollout from which nothing can be learnt, and once a reward function begins to leave out images: when
-    the share of a rollout's images without its reward passes a tenth, and again only after it has been below.
+    Warns about a rollout from which nothing can be learned, and when a reward function starts to leave out images: when
+    more than a tenth of a rollout's images lack its reward, and again only after the share has been below that.
     """
 
     def __init__(self) -> None:
@@ -75,8 +75,8 @@ class RewardsMonitor:
 
     def update(self, names: list[str], rewards: torch.Tensor, combined: torch.Tensor) -> list[str]:
         """
-        Warnings about a rollout: the rewards of each function, `(n, num_funcs)`, of all processes, NaN where there is
-        none, and their weighted sums, `(n,)`, from [`~advantages.combine_rewards`].
+        Returns warnings about a rollout, given the rewards of each function over all processes, `(n, num_funcs)`, NaN where
+        there is none, and their weighted sums, `(n,)`, from [`~advantages.combine_rewards`].
         """
         warnings = []
         for name, column in zip(names, rewards.unbind(dim=1), strict=True):
@@ -87,19 +87,19 @@ class RewardsMonitor:
                 self._missing.add(name)
                 warnings.append(
                     f"The reward function `{name}` gave no reward to {num_none} of the {len(column)} images of this rollout, "
-                    f"more than {MAX_FRAC_NONE:.0%}. Images without a reward that others of their group have are not learnt "
-                    f"from. Look for errors of the function above; `rewards/{name}/frac_none` shows whether it persists."
+                    f"more than {MAX_FRAC_NONE:.0%}. Images without a reward that others in their group have are not trained "
+                    f"on. Look for errors from the function above; `rewards/{name}/frac_none` shows whether this persists."
                 )
         known = combined[~combined.isnan()]
         if len(known) == 0:
             warnings.append(
-                f"None of the {len(combined)} images of this rollout has all the rewards that others of its group have: there "
-                "is nothing to learn. Check that the prompts are of the kind that the reward functions can score."
+                f"None of the {len(combined)} images of this rollout has all the rewards that others in its group have: there "
+                "is nothing to learn. Check that the reward functions can score this kind of prompt."
             )
         elif known.min() == known.max() and len(known) > 1:
             warnings.append(
                 f"All {len(known)} images of this rollout have the reward {known[0].item():g}: there is nothing to learn. If "
-                "it persists, use a finer reward, easier or harder prompts, or a higher `noise_level` for more different "
+                "this persists, use a finer reward, easier or harder prompts, or a higher `noise_level` for more diverse "
                 "images."
             )
         return warnings
@@ -111,8 +111,8 @@ class HackingMonitor:
     falls.
 
     The same prompts and seeds are evaluated each time, so images are compared in pairs: over the last three
-    evaluations, 0 must be outside the 95 % intervals of both changes, for which whole prompts are drawn. Evaluations before a
-    resume are not known, and an evaluation of another number of images starts anew.
+    evaluations, 0 must be outside the 95 % intervals of both changes, which resample whole prompts. Evaluations before a
+    resume are not known, and an evaluation with another number of images starts over.
     """
 
     def __init__(self) -> None:
@@ -122,9 +122,9 @@ class HackingMonitor:
         self, step: int, trained: torch.Tensor, held_out: Mapping[str, torch.Tensor], prompts: Sequence[str]
     ) -> list[str]:
         """
-        Adds an evaluation after `step` updates: the reward that is trained on, `(n,)`, and others by name, of the same
-        images, with the `prompts`, in the order of all evaluations; NaN where there is none. A warning for each that falls
-        while the trained one rises.
+        Adds an evaluation after `step` updates: the trained reward, `(n,)`, held-out rewards of the same images by name, NaN
+        where there is none, and the images' `prompts`, in the same order in every evaluation. Returns a warning for each
+        held-out reward that falls while the trained one rises.
         """
         # A step that is evaluated twice counts once.
         history = [entry for entry in self._history if entry[0] != step and len(entry[1]) == len(trained)]
@@ -150,11 +150,11 @@ class HackingMonitor:
 
 class StepTimer:
     """
-    Splits the time of a step into phases. A phase within another one is not counted twice: the outer one stands still
+    Splits the time of a step into phases. A phase within another one is not counted twice: the outer one is paused
     meanwhile.
 
-    `synchronize` waits for the accelerator, at the start and the end of every phase, so that work is counted where it
-    was asked for. If `None`, it is [`torch.accelerator.synchronize`] if there is an accelerator.
+    `synchronize` waits for the accelerator at the start and the end of every phase, so that work is counted in the phase
+    that launched it. If `None`, it is [`torch.accelerator.synchronize`] if there is an accelerator.
     """
 
     def __init__(self, synchronize: Callable[[], None] | None = None):
@@ -191,7 +191,7 @@ class StepTimer:
 
     def collect(self) -> dict[str, float]:
         """
-        Ends the step and starts the next. Gives the seconds of each phase as `time/<name>`, of the whole step as
+        Ends the step and starts the next. Returns the seconds of each phase as `time/<name>`, of the whole step as
         `time/step`, and of what belongs to no phase as `time/rest`.
         """
         self._switch()

@@ -11,22 +11,22 @@ from ..policies import DiffusionPolicy
 from ..policies.base import NEGATIVE_PREFIX, move_embeds
 
 
-# Of embeddings on the CPU, in each process
+# Limit for the embeddings on the CPU, in each process
 DEFAULT_MAX_BYTES = 8 * 2**30
 
 
 class PromptCache:
     """
     Encodes each distinct prompt once, on `device`, and keeps its embeddings on the CPU. The text encoders are on the
-    device only while they encode. `num_encoded` prompts were encoded so far, the negative one among them.
+    device only while they encode. `num_encoded` counts the prompts encoded so far, including the negative one.
 
-    Moving them takes longer than encoding: of the prompts that [`~PromptCache.expect`] announces, as many as there is room
-    for are encoded together with the first one that is missing.
+    Moving them takes longer than encoding. So when a prompt is missing, as many of those announced with
+    [`~PromptCache.expect`] as there is room for are encoded, too.
 
-    Prompts are encoded one by one: in a batch the last bits of an embedding, and for some families its length, would
-    depend on the prompts beside it, and a resumed run would not continue as the first one.
+    Prompts are encoded one by one: in a batch, the last bits of an embedding, and for some families its length, would
+    depend on the other prompts, and a resumed run would differ from an uninterrupted one.
 
-    Beyond `max_bytes` on the CPU the prompts that were not used for longest are dropped, with one warning. A prompt of
+    Beyond `max_bytes` on the CPU, the least recently used prompts are dropped, with one warning. A prompt of
     FLUX.1 takes 4 MiB at 512 tokens.
     """
 
@@ -51,17 +51,17 @@ class PromptCache:
 
     def expect(self, prompts: Iterable[str]) -> None:
         """
-        Announces which prompts [`~PromptCache.get`] will be asked for, in their order; they replace what was announced
-        before. They are read only when a prompt has to be encoded, and no further than `max_bytes` hold.
+        Announces the prompts that [`~PromptCache.get`] will be asked for, in order, replacing those announced before. They
+        are read only when a prompt has to be encoded, and only as many as fit in `max_bytes`.
         """
         self._expected = iter(prompts)
 
     def get(self, prompts: list[str], *, device: torch.device | None = None) -> dict[str, torch.Tensor]:
         """
-        Embeddings of prompts, which may repeat: tensors of shape `(len(prompts), ...)` on `device`, by default the one
-        on which they are encoded, rows in the order of `prompts`; masks stay on the CPU, where they are read. Rows of
-        different lengths are padded with zeros on the right. Embeddings of the negative prompt, if there is one, have the same names, with `negative_` before them;
-        their rows are one and the same memory.
+        Returns embeddings of prompts, which may repeat: tensors of shape `(len(prompts), ...)` on `device`, by default the
+        one they are encoded on, with rows in the order of `prompts`; masks stay on the CPU, where they are read. Rows of
+        different lengths are padded with zeros on the right. Embeddings of the negative prompt, if there is one, have the same
+        names with the prefix `negative_`, and all their rows share the same memory.
         """
         negative = [] if self.negative_prompt is None else [self.negative_prompt]
         needed = list(dict.fromkeys([*negative, *prompts]))
@@ -77,7 +77,7 @@ class PromptCache:
         return embeds
 
     def _gather(self, prompts: list[str], device: torch.device) -> dict[str, torch.Tensor]:
-        """Embeddings of encoded prompts, a row for each; of no prompts there are none."""
+        """Gathers the embeddings of encoded prompts, a row for each; without prompts, the dictionary is empty."""
         positions = {prompt: position for position, prompt in enumerate(dict.fromkeys(prompts))}  # of distinct prompts
         rows = [self._rows[prompt] for prompt in positions]
         index = torch.tensor([positions[prompt] for prompt in prompts])
@@ -87,7 +87,7 @@ class PromptCache:
         return {name: tensor[index.to(tensor.device)] for name, tensor in move_embeds(embeds, device).items()}
 
     def _encode(self, needed: list[str]) -> None:
-        """Encodes the prompts that are needed now, and those that are expected as far as they fit beside them."""
+        """Encodes the prompts that are needed now, and as many expected ones as fit along with them."""
         self._move_encoders(self.device)
         try:
             sizes = [self._encode_prompt(prompt) for prompt in needed]
@@ -96,14 +96,14 @@ class PromptCache:
                 if prompt not in needed:
                     room -= self._encode_prompt(prompt)
                 if room >= 0:
-                    self._evict()  # what is neither needed nor expected
+                    self._evict()  # drops prompts that are neither needed nor expected
         finally:
             self._move_encoders(torch.device("cpu"))
             if self.device.type != "cpu":
-                torch.accelerator.empty_cache()  # the encoders' memory, in pieces that training could not use
+                torch.accelerator.empty_cache()  # the encoders' memory is in pieces that training could not use
 
     def _encode_prompt(self, prompt: str) -> int:
-        """Encodes a prompt if it was not, and returns the size of its embeddings in bytes."""
+        """Encodes a prompt unless it is cached, and returns the size of its embeddings in bytes."""
         if prompt not in self._rows:
             embeds = self.policy.encode_prompt([prompt])
             self._rows[prompt] = {name: tensor[0].cpu() for name, tensor in embeds.items()}
@@ -120,8 +120,8 @@ class PromptCache:
         while self._num_bytes > self.max_bytes:
             if not self._has_warned:
                 warnings.warn(
-                    f"Embeddings of {len(self._rows)} prompts take more than `max_bytes={self.max_bytes}`: the ones that "
-                    "were not used for longest are dropped, and encoded again when their prompts come back. Raise "
+                    f"Embeddings of {len(self._rows)} prompts take more than `max_bytes={self.max_bytes}`: the least "
+                    "recently used ones are dropped, and encoded again when their prompts come back. Raise "
                     "`max_bytes`, or lower `max_sequence_length`."
                 )
                 self._has_warned = True

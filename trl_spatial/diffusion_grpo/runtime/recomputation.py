@@ -1,4 +1,4 @@
-"""Gradient checkpointing that computes less again than a whole forward pass."""
+"""Gradient checkpointing that recomputes less than a whole forward pass."""
 
 import math
 import threading
@@ -12,16 +12,17 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ..policies import DiffusionPolicy
+from .activations import reuse_outputs, transformer_blocks
 
 
-# The backward pass of a CUDA device, in which blocks are computed again, has a thread of its own.
+# On CUDA, the backward pass, which recomputes blocks, runs in its own thread.
 _state = threading.local()
 
 
 class UnreadLinear(nn.Linear):
     """
-    A frozen layer whose output no backward pass reads. Where a block is computed again for its backward pass, the output is NaN
-    in place of the product, so that whatever reads it after all cannot go unnoticed.
+    A frozen layer whose output no backward pass reads. When a block is recomputed for its backward pass, the output is NaN instead
+    of the product, so that nothing can read it unnoticed.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -44,15 +45,15 @@ class _UnreadProduct(torch.autograd.Function):
 
 def enable_checkpointing(policy: DiffusionPolicy, *, is_compiled: bool = False) -> None:
     """
-    Has each block of the transformer computed again in the backward pass, with gradients that are the same bit for bit.
+    Makes the backward pass recompute each block of the transformer, with gradients that are the same bit for bit.
 
-    Two parts of it are left out. The last block is not computed again: its backward pass is the first one, when what it
-    has stored is all there is. And the products at the end of a block, a third or more of it, which only go into its
-    output (see [`UnreadLinear`]), where the weights that are trained are those of the attention: other weights could
-    make the gates trainable that these products are multiplied with. Compiled blocks are computed again as they are.
+    Two parts are not recomputed. One is the last block: its backward pass comes first, when its stored activations are all
+    there is. The other is the products at the end of a block, a third or more of it, which only go into its output (see
+    [`UnreadLinear`]). They are left out if only attention weights are trained: other weights could change the gates that
+    multiply these products, and the gradient of a gate reads its product. Compiled blocks are recomputed in full.
     """
     transformer = policy.transformer
-    blocks = [block for child in transformer.children() if isinstance(child, nn.ModuleList) for block in child]
+    blocks = transformer_blocks(transformer)
     trained = [name for name, weight in transformer.named_parameters() if weight.requires_grad]
     if not is_compiled and all("attn" in name or "attention" in name for name in trained):
         for block in blocks:
@@ -63,6 +64,8 @@ def enable_checkpointing(policy: DiffusionPolicy, *, is_compiled: bool = False) 
     def compute_block(block: Callable[..., Any], *args: Any) -> Any:
         if block is blocks[-1]:
             return block(*args)
+        if (outputs := reuse_outputs(block, args, _recomputing)) is not None:
+            return outputs
         return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _recomputing()))
 
     transformer.enable_gradient_checkpointing(compute_block)

@@ -1,6 +1,6 @@
 """
-Tensors of a transformer whose weights are shared out among processes (FSDP2): `DTensor`s, of which each process holds a part.
-They are put together, layer by layer, for each forward and backward pass.
+Tensors of a transformer whose weights are sharded across processes (FSDP2): `DTensor`s, of which each process holds a part.
+They are gathered, layer by layer, for each forward and backward pass.
 """
 
 from collections.abc import Mapping
@@ -11,9 +11,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 def gather_tensors(tensors: Mapping[str, torch.Tensor], *, is_writer: bool = True) -> dict[str, torch.Tensor]:
     """
-    Copies tensors to the CPU, whole, contiguous and without shared memory. If they are sharded all processes have to
-    call this. Only `is_writer` gets the copies: they may not fit beside each other on a GPU, nor several times on the
-    CPU.
+    Copies tensors to the CPU, whole, contiguous and without shared memory. If they are sharded, all processes have to
+    call this. Only `is_writer` gets the copies: they may not fit on a GPU together, nor several times on the CPU.
     """
     copies = {}
     for name, tensor in tensors.items():
@@ -26,8 +25,7 @@ def gather_tensors(tensors: Mapping[str, torch.Tensor], *, is_writer: bool = Tru
 @torch.no_grad()
 def fill_tensor(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """
-    Copies a whole tensor, the same in every process, into one that may be sharded, of which each process takes its
-    part.
+    Copies a whole tensor, the same in every process, into one that may be sharded; each process takes its part.
     """
     if isinstance(tensor, DTensor):
         value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)

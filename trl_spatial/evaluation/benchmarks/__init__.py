@@ -1,11 +1,11 @@
-"""Public benchmarks of spatial understanding: a file and a line each."""
+"""Public benchmarks of spatial understanding; each is a file and an entry in `BENCHMARKS`."""
 
 from importlib import import_module
 
 from .base import Benchmark
 
 
-# name on the command line → class, in the module before the colon
+# name on the command line → MODULE:CLASS
 BENCHMARKS = {
     "dpg-bench": "dpg_bench:DPGBench",
     "geneval": "geneval:GenEval",
@@ -31,6 +31,6 @@ def make_benchmark(name: str) -> Benchmark:
         `ValueError`: If there is none of that name.
     """
     if name not in BENCHMARKS:
-        raise ValueError(f"There is no benchmark {name!r}. Known are {', '.join(BENCHMARKS)}.")
+        raise ValueError(f"There is no benchmark {name!r}. Available: {', '.join(BENCHMARKS)}.")
     module, _, class_name = BENCHMARKS[name].partition(":")
     return getattr(import_module(f".{module}", __name__), class_name)()

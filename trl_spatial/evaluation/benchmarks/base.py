@@ -1,4 +1,4 @@
-"""What a benchmark is: prompts, where its images lie, what judges are asked about them, and what follows from their answers."""
+"""The interface of a benchmark: its prompts, the layout of its images, the questions to judges, and the metrics."""
 
 import json
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ from ...preferences.images import load_image
 
 Protocol = Literal["official", "fixed"]
 PROTOCOLS: tuple[Protocol, ...] = ("official", "fixed")
-# item id, number of the image
+# (id of the item, number of the image)
 ImageKey = tuple[str, int]
 
 
@@ -50,9 +50,9 @@ class Item:
 
     Args:
         id (`str`):
-            Names it among all items.
+            Identifies it among all items.
         prompt (`str`):
-            What generators are given.
+            The text that generators are given.
         data (`Mapping[str, Any]`):
             The row of the benchmark's file, as JSON.
         is_spatial (`bool`):
@@ -68,16 +68,17 @@ class Item:
 @dataclass(frozen=True)
 class Question:
     """
-    What a judge is asked about an image.
+    A question to a judge about an image.
 
     Args:
         key (`str`):
-            Names it among the questions about an image. Questions of one key are the same question.
+            Identifies it among the questions about an image. Questions with the same key are the same question.
         kind (`str`):
-            `"text"`: words are asked for, and the reply is a string. `"probabilities"`: the reply is `{"probabilities": {token:
-            its probability of being the first of the answer}, "tokens": {spelling: [token, ...]}}`, tokens as text, and every
-            spelling of `options` cut into tokens. `"boxes"`: the reply is `{"size": [width, height], "boxes": [{"label",
-            "score", "box": [left, top, right, bottom]}, ...]}`, most confident first, with `"color"` and `"depth"` where `options` asks.
+            `"text"`: words are asked for, and the reply is a string. `"probabilities"`: the reply is
+            `{"probabilities": {token: its probability of being the first of the answer}, "tokens": {spelling: [token,
+            ...]}}`, tokens as text, and every spelling of `options` split into tokens. `"boxes"`: the reply is
+            `{"size": [width, height], "boxes": [{"label", "score", "box": [left, top, right, bottom]}, ...]}`, most
+            confident first, with `"color"` and `"depth"` where `options` asks.
         text (`str`, *optional*):
             The words of the question.
         options (`Mapping[str, Any]`, *optional*):
@@ -88,7 +89,7 @@ class Question:
         num_replies (`int`, *optional*, defaults to `1`):
             How many usable replies are wanted.
         max_tries (`int`, *optional*, defaults to `1`):
-            How often it is asked at most.
+            The most times it is asked.
         is_usable (`Callable[[Any], bool]`, *optional*):
             Whether a reply can be read. By default every reply can.
     """
@@ -105,7 +106,7 @@ class Question:
 @dataclass(frozen=True)
 class Evidence:
     """
-    The images of a benchmark, and what judges said about them.
+    The images of a benchmark, and the replies of judges about them.
 
     Args:
         images (`Mapping[tuple[str, int], str]`):
@@ -118,7 +119,7 @@ class Evidence:
     replies: Mapping[tuple[str, int, str], Sequence[Any]]
 
     def numbers(self, item: Item) -> list[int]:
-        """Numbers of the images of an item that are there, in their order."""
+        """Returns the numbers of the existing images of an item, sorted."""
         return self._numbers.get(item.id, [])
 
     @cached_property
@@ -137,19 +138,19 @@ class Evidence:
 @dataclass(frozen=True)
 class Metric:
     """
-    A number of a table, with what it is made of: the mean of values, or the mean over groups of their means.
+    A number of a table, with the values it is computed from: their mean, or the mean of the means of their groups.
 
     Args:
         name (`str`):
-            What is measured, in the benchmark's words.
+            Name of the metric, in the benchmark's words.
         values (`np.ndarray` of shape `(num_values,)`):
-            Such as 1 for each image that is right and 0 for each other.
+            For example, 1 for each image that is right and 0 for each other.
         items (`Sequence[str]` of length `num_values`):
             Id of the item that each value is about. Values of one item succeed and fail together.
         groups (`Sequence[str]` of length `num_values`, *optional*):
-            Group of each value. If not set, all are one.
+            Group of each value. If not set, all are in one group.
         is_headline (`bool`, *optional*, defaults to `False`):
-            Whether it is what people quote.
+            Whether it is the number that people quote.
     """
 
     name: str
@@ -176,22 +177,23 @@ def mean_of_groups(values: np.ndarray, groups: np.ndarray) -> float:
 
 class Benchmark(ABC):
     """
-    A benchmark of text-to-image models. It draws nothing and asks nobody: it says what to draw, where the images lie, and what
-    to ask, and makes tables of the answers.
+    A benchmark of text-to-image models. It draws no images and asks no judges itself: it specifies what to draw, where
+    images are stored and what to ask, and computes metrics from the answers.
 
     Attributes:
         name (`str`), title (`str`):
             Its name on the command line and in tables.
         source (`str`), license (`str`), paper (`str`):
-            Where it is published, at a commit; the licence of its data; its paper.
+            Where it is published, at a commit; the license of its data; its paper.
         files (`tuple[DataFile, ...]`):
             Its data. None is part of this package.
         num_images (`int`):
             Images for each prompt.
         judges (`frozenset[str]`):
-            Who is asked: some of `"vision"`, `"detector"`, `"second_detector"`, `"colors"`, `"depth"`.
+            Roles of the judges that are asked: some of `"vision"`, `"detector"`, `"second_detector"`, `"colors"`,
+            `"depth"`.
         detector_threshold (`float`), counting_threshold (`float`, *optional*):
-            Score above which its rules look at boxes, and the same in prompts about numbers, where that is another.
+            Score above which boxes count, and the same in prompts about numbers, if that is different.
     """
 
     name: ClassVar[str]
@@ -220,11 +222,11 @@ class Benchmark(ABC):
 
     @abstractmethod
     def image_path(self, item: Item, number: int) -> str:
-        """Where an image is written, relative to the folder of images: its official layout."""
+        """Returns where an image is written in the official layout, relative to the folder of images."""
 
     def assign(self, items: Sequence[Item], files: Sequence[str], protocol: Protocol) -> dict[ImageKey, str]:
         """
-        Says which file is which image.
+        Assigns files to images.
 
         Args:
             items (`Sequence[Item]`):
@@ -235,7 +237,7 @@ class Benchmark(ABC):
                 `"official"`: as the official program does, `"fixed"`: as it means to.
 
         Returns:
-            `dict`: Id of an item and number of the image → its file. What is missing is left out.
+            `dict`: Id of an item and number of the image → its file. Missing images are left out.
         """
         known = set(files)
         paths = {
@@ -245,14 +247,14 @@ class Benchmark(ABC):
 
     def check_folder(self, folder: Path, items: Sequence[Item]) -> None:  # noqa: B027 - most have only images there
         """
-        Compares what lies beside the images with the prompts that they are assigned to.
+        Compares metadata stored beside the images with the prompts that the images are assigned to.
 
         Raises:
-            `ValueError`: If they do not agree; the message names the file.
+            `ValueError`: If they disagree; the message names the file.
         """
 
     def finish(self, folder: Path, items: Sequence[Item]) -> None:  # noqa: B027 - most have nothing to complete
-        """Completes the official layout after images were drawn, where it is more than a file for each."""
+        """Completes the official layout after images were drawn, if it has more than one file per image."""
 
     def open(self, folder: Path, file: str) -> Image.Image:
         """
@@ -265,12 +267,12 @@ class Benchmark(ABC):
 
     @abstractmethod
     def questions(self, item: Item, protocol: Protocol) -> list[Question]:
-        """What a judge is asked about each image of an item."""
+        """Returns the questions to judges about each image of an item."""
 
     @abstractmethod
     def official(self, items: Sequence[Item], evidence: Evidence) -> dict[str, float | None]:
         """
-        The numbers that the official program prints, with its bugs: name → number; `None` for what it leaves undefined.
+        Computes the numbers that the official program prints, with its bugs: name → number; `None` for undefined ones.
 
         Raises:
             [`OfficialError`]: If it would stop.
@@ -278,15 +280,15 @@ class Benchmark(ABC):
 
     @abstractmethod
     def fixed(self, items: Sequence[Item], evidence: Evidence) -> list[Metric]:
-        """The numbers without its bugs: every expected image and question counts, what is missing or unusable as wrong."""
+        """Computes the metrics without its bugs. Every expected image and question counts, as wrong if missing."""
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """
-    Reads a file of JSON objects, one a line.
+    Reads a file of JSON objects, one per line.
 
     Raises:
-        `ValueError`: If the file is missing, or a line is no object.
+        `ValueError`: If the file is missing, or a line is not an object.
     """
     rows = []
     for number, line in enumerate(_read(path).splitlines(), start=1):

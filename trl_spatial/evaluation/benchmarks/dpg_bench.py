@@ -1,4 +1,4 @@
-"""DPG-Bench: long prompts, taken apart into yes/no questions, some of which depend on others."""
+"""DPG-Bench: long prompts, broken down into yes/no questions, some of which depend on others."""
 
 import csv
 from collections import defaultdict
@@ -23,10 +23,10 @@ _SPATIAL = "relation - spatial"
 
 class DPGBench(Benchmark):
     """
-    DPG-Bench ([ELLA](https://huggingface.co/papers/2403.05135)). Of the four images of a prompt, which lie in one grid, each is
-    asked all questions; a yes counts unless a question that it rests on is answered no.
+    DPG-Bench ([ELLA](https://huggingface.co/papers/2403.05135)). All questions are asked about each of the four images
+    of a prompt, which are stored in one grid; a yes counts unless a question that it depends on is answered no.
 
-    Its official judge is mPLUG-large, which answers in a word. Others are told to.
+    Its official judge is mPLUG-large, which answers in one word. Other judges are told to.
     """
 
     name = "dpg-bench"
@@ -35,7 +35,7 @@ class DPGBench(Benchmark):
     license = "Apache-2.0"
     paper = "https://huggingface.co/papers/2403.05135"
     files = (
-        # larger than what source archives keep: its hash is not known here
+        # no hash: the file was too large for the source archive from which hashes were taken
         DataFile(_FILE, f"https://raw.githubusercontent.com/TencentQQGYLab/ELLA/{_COMMIT}/dpg_bench/{_FILE}", ""),
     )
     num_images = 4
@@ -60,7 +60,7 @@ class DPGBench(Benchmark):
 
     def assign(self, items: Sequence[Item], files: Sequence[str], protocol: Protocol) -> dict[ImageKey, str]:
         if protocol == "official":
-            # the name ends at the first dot; two files of one name count twice
+            # names end at the first dot; two files with the same name both count
             by_name: dict[str, list[str]] = defaultdict(list)
             for file in files:
                 if "/" not in file and PurePosixPath(file).suffix.lower() in SUFFIXES:
@@ -113,7 +113,7 @@ class DPGBench(Benchmark):
             for numbers in _files_of(item, evidence, self.num_images):
                 tiles = [_official_tile(item, evidence, number) for number in numbers]
                 if any(tile is None for tile in tiles):
-                    continue  # the program reports the file as failed, and drops it
+                    continue  # the program reports the file as failed and drops it
                 scores.append(fmean(tile[0] for tile in tiles if tile))
                 for category, score in tiles[-1][1] if tiles[-1] else ():
                     categories[category].append(score)
@@ -159,8 +159,8 @@ def broad_category(category: str) -> str:
 
 def official_rows(item: Item) -> dict[int, Mapping[str, Any]]:
     """
-    The questions of an item that the official program knows, by their numbers: without the first row of the table, and, if its rows do
-    not follow each other, only those after the last gap.
+    Returns the questions of an item that the official program uses, by their numbers: without the first row of the
+    table, and only those after the last gap if the item's rows are not consecutive.
     """
     rows = [row for row in item.data["rows"] if row["row"] > 0]
     starts = [0, *(i + 1 for i, (one, other) in enumerate(pairwise(rows)) if other["row"] != one["row"] + 1)]
@@ -168,7 +168,10 @@ def official_rows(item: Item) -> dict[int, Mapping[str, Any]]:
 
 
 def _official_tile(item: Item, evidence: Evidence, number: int) -> tuple[float, list[tuple[str, float]]] | None:
-    """Score of an image, and category and answer of each question; `None` if the program fails here."""
+    """
+    Returns the score of an image, and (category, answer) of each question, as the official program computes them;
+    `None` if it fails on this image.
+    """
     key_of = {id(row): str(i) for i, row in enumerate(item.data["rows"])}
     rows = official_rows(item)
     replies = {qid: evidence.reply(item, number, key_of[id(row)]) for qid, row in rows.items()}
@@ -176,7 +179,7 @@ def _official_tile(item: Item, evidence: Evidence, number: int) -> tuple[float, 
         return None
     scores = {qid: float(reply == "yes") for qid, reply in replies.items()}
     categories = [(category_of(row), scores[qid]) for qid, row in rows.items()]
-    for qid, row in rows.items():  # in the order of the file, on scores that may be taken back already
+    for qid, row in rows.items():  # in file order, in place: a parent may already have been set to 0
         for parent in row["dependency"]:
             if parent == 0:
                 continue
@@ -189,7 +192,7 @@ def _official_tile(item: Item, evidence: Evidence, number: int) -> tuple[float, 
 
 
 def _files_of(item: Item, evidence: Evidence, num_images: int) -> list[list[int]]:
-    """Numbers of the images in each file of an item."""
+    """Returns the numbers of the images of an item, grouped by file."""
     files: dict[str, list[int]] = defaultdict(list)
     for number in evidence.numbers(item):
         files[grid_of(evidence.images[item.id, number], num_images)].append(number)
@@ -197,7 +200,7 @@ def _files_of(item: Item, evidence: Evidence, num_images: int) -> list[list[int]
 
 
 def _parents(rows: Sequence[Mapping[str, Any]]) -> dict[int, list[int]]:
-    """Position of a question → positions of those it rests on."""
+    """Returns position of a question → positions of the questions that it depends on."""
     positions: dict[int, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
         positions[row["id"]].append(i)

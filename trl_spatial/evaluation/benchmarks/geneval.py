@@ -1,4 +1,4 @@
-"""GenEval: objects, numbers, colors and positions, from an object detector's boxes."""
+"""GenEval: objects, counts, colors and positions, from an object detector's boxes."""
 
 import json
 import re
@@ -43,7 +43,7 @@ _SPATIAL_TAG = "position"
 
 class GenEval(Benchmark):
     """
-    GenEval: 553 prompts with what an image should show of them. A position is that of the most confident boxes, by
+    GenEval: 553 prompts, each with what an image should show. A position is that of the most confident boxes, by
     [`~judges.geneval.relative_positions`].
 
     The folder of images has a folder for each prompt, named by its row. As the official programs write it, each also holds its row in
@@ -75,7 +75,7 @@ class GenEval(Benchmark):
 
     def assign(self, items: Sequence[Item], files: Sequence[str], protocol: Protocol) -> dict[ImageKey, str]:
         """
-        Says which file is which image.
+        Assigns files to images.
 
         The official program takes every file whose name begins with digits and `.png`, however many there are.
         """
@@ -119,7 +119,7 @@ class GenEval(Benchmark):
                     raise OfficialError(f"The detector failed at {evidence.images[item.id, number]}.")
                 is_right = judge_reply(specification, reply).correct
                 by_tag[item.data["tag"]].append(is_right)
-                by_row[json.dumps(item.data)].append(is_right)  # equal rows are one prompt to it
+                by_row[json.dumps(item.data)].append(is_right)  # the program groups equal rows as one prompt
         if not by_tag:
             raise OfficialError("There are no images, of which it cannot make a summary.")
         tags = {tag: float(np.mean(values)) for tag, values in by_tag.items()}
@@ -160,7 +160,7 @@ def _read_row(row: Mapping[str, Any], index: int, path: Path) -> Item:
 
 
 def _check_metadata(path: Path, item: Item) -> None:
-    """An error unless the file beside the images of an item holds its row: folders may be numbered in another order."""
+    """Raises an error unless the file beside an item's images holds its row: folders may be numbered differently."""
     rows = read_json_lines(path) if path.is_file() else []
     if len(rows) != 1:
         raise ValueError(
@@ -177,7 +177,7 @@ def _check_metadata(path: Path, item: Item) -> None:
 
 def official_specification(row: Mapping[str, Any]) -> Specification:
     """
-    A row as the official program takes it: unchecked, so that a position of no known name never holds.
+    Reads a row as the official program does: unchecked, so that a position with an unknown name never holds.
 
     Raises:
         [`OfficialError`]: If an object has no class or no number.
@@ -208,7 +208,7 @@ def judge_reply(specification: Specification, reply: Mapping[str, Any]) -> GenEv
     Raises:
         [`OfficialError`]: If a position refers to what is named later, which no checked row does.
     """
-    # of two that are as confident, the official program takes the later one first
+    # of two equally confident boxes, the official program takes the later one first
     rows = reply["boxes"][::-1]
     detections = [Detection(row["label"], row["score"], tuple(row["box"])) for row in rows]
     colors = {found: row.get("color", "") for found, row in zip(detections, rows, strict=True)}
@@ -231,6 +231,6 @@ def _relations(item: Item) -> set[str]:
 def _part(
     name: str, values: np.ndarray, ids: Sequence[str], is_chosen: Sequence[bool], is_headline: bool = False
 ) -> Metric:
-    """The metric of some of the images."""
+    """Makes a metric of the chosen images."""
     chosen = [i for i, is_one in enumerate(is_chosen) if is_one]
     return Metric(name, values[chosen], [ids[i] for i in chosen], is_headline=is_headline)

@@ -1,4 +1,4 @@
-"""GenEval 2: how likely the right answer is to a question about each atom of a prompt."""
+"""GenEval 2: the probability of the correct answer to a question about each atom of a prompt."""
 
 import json
 import re
@@ -28,12 +28,12 @@ from .matching import match_files
 
 COMMIT = "a6e82d2289e8d418f27f0adee77908b07060eea3"
 SKILLS = ("object", "attribute", "count", "position", "verb")
-ATOMICITIES = range(3, 11)  # numbers of atoms that the official analysis knows
+ATOMICITIES = range(3, 11)  # numbers of atoms in the official analysis
 IMAGE_MAP = "image_paths.json"
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {number: str(digits) for digits, number in enumerate(_NUMBERS, start=1)}
 _YES = ("Yes", "yes", " yes", " Yes")
-_OTHER = "other"  # what the official program accepts as digits of every other number
+_OTHER = "other"  # the official program's "digits" of any number not in `_NUMBERS`
 _WHOLE_PROMPT = "whole prompt"
 _OPPOSITES = {"to the left of": "to the right of", "in front of": "behind", "on top of": "under"}
 _OPPOSITES |= {opposite: relation for relation, opposite in _OPPOSITES.items()}
@@ -41,9 +41,7 @@ _RELATION = re.compile(f" ({'|'.join(_OPPOSITES)}) ")
 
 
 def accepted_spellings(question: str, answer: str) -> list[str]:
-    """
-    The answers that the official program accepts, some of them twice. Only the key of a question "How many" is read.
-    """
+    """Returns the answers that the official program accepts, some twice. The key matters only for "How many"."""
     if not question.startswith("How many"):
         return list(_YES)
     digits = _DIGITS.get(answer, _OTHER)
@@ -52,19 +50,21 @@ def accepted_spellings(question: str, answer: str) -> list[str]:
 
 
 def soft_score(reply: Mapping[str, Any], spellings: Sequence[str]) -> float:
-    """Probability that the answer begins as one of the spellings does, as the official program adds it up: by first tokens."""
+    """Probability that the answer begins like one of the spellings: summed over first tokens, as officially."""
     return float(sum(reply["probabilities"].get(reply["tokens"][spelling][0], 0.0) for spelling in spellings))
 
 
 def hard_score(reply: Mapping[str, Any], spellings: Sequence[str]) -> bool:
-    """Whether the most likely token, in small letters, is one of the spellings. A tie is not."""
+    """Whether the most likely token, in lower case, is one of the spellings; false for a tie."""
     most = max(reply["probabilities"].values())
     best = [token for token, chance in reply["probabilities"].items() if chance == most]
     return all(token.lower() in spellings for token in best)
 
 
 def fixed_score(reply: Mapping[str, Any], spellings: Sequence[str]) -> float:
-    """Probability of the spellings that are one token each, so that none counts that only begins alike."""
+    """
+    Probability of the spellings that are a single token, so that answers with only the same beginning do not count.
+    """
     cut = [reply["tokens"][spelling] for spelling in spellings if spelling.strip() != _OTHER]
     whole = {tokens[0] for tokens in cut if len(tokens) == 1}
     return float(sum(reply["probabilities"].get(token, 0.0) for token in whole))
@@ -72,7 +72,8 @@ def fixed_score(reply: Mapping[str, Any], spellings: Sequence[str]) -> float:
 
 def vqascore_text(prompt: str) -> str:
     """
-    The question about a whole prompt. It is formatted twice, as by the official program: a prompt with braces changes.
+    Returns the question about a whole prompt. It is formatted twice, as in the official program, which changes prompts
+    with braces.
 
     Raises:
         [`OfficialError`]: If it cannot be formatted.
@@ -84,7 +85,7 @@ def vqascore_text(prompt: str) -> str:
 
 
 def opposite_question(question: str) -> str | None:
-    """The question with the opposite relation, to which the right answer is no; `None` if the relation has none."""
+    """Returns the question with the opposite relation, to be answered no; `None` if the relation has no opposite."""
     found = _RELATION.search(question)
     return None if found is None else question.replace(found[1], _OPPOSITES[found[1]], 1)
 
@@ -127,7 +128,7 @@ class GenEval2(Benchmark):
         found = match_files(paths, files)
         if protocol == "fixed":
             return found
-        # in the map from prompts to images, equal prompts have one image
+        # the official map from prompts to images has one image for equal prompts
         of_prompt = {item.prompt: found[item.id, 0] for item in items if (item.id, 0) in found}
         return {(item.id, 0): of_prompt[item.prompt] for item in items if item.prompt in of_prompt}
 
@@ -147,7 +148,7 @@ class GenEval2(Benchmark):
             if protocol == "fixed" and item.data["skills"][i] == "position" and opposite is not None:
                 asked.append(_question(f"atom {i}, opposite", _in_one_word(opposite), _YES))
         if protocol == "official":
-            with suppress(OfficialError):  # the table has nothing then
+            with suppress(OfficialError):  # then the table has no VQAScore
                 asked.append(_question(_WHOLE_PROMPT, vqascore_text(item.prompt), _YES))
         return asked
 
@@ -224,13 +225,13 @@ def _official_reply(item: Item, evidence: Evidence, key: str, spellings: Sequenc
 
 
 def _official_atoms(item: Item, evidence: Evidence) -> list[tuple[Mapping[str, Any], list[str]]]:
-    """Replies and accepted spellings of each atom."""
+    """Returns the reply and the accepted spellings of each atom."""
     spellings = [accepted_spellings(question, answer) for question, answer in item.data["vqa_list"]]
     return [(_official_reply(item, evidence, f"atom {i}", accepted), accepted) for i, accepted in enumerate(spellings)]
 
 
 def _vqascores(items: Sequence[Item], evidence: Evidence) -> list[float] | None:
-    """Scores of the whole prompts; `None` if one of them stops the official program."""
+    """Returns the scores of the whole prompts, or `None` if a prompt stops the official program."""
     try:
         for item in items:
             vqascore_text(item.prompt)
@@ -240,7 +241,7 @@ def _vqascores(items: Sequence[Item], evidence: Evidence) -> list[float] | None:
 
 
 def _skill_table(items: Sequence[Item], scores: Sequence[Sequence[float]]) -> dict[str, float | None]:
-    """Means over the atoms of each skill; all undefined if there is none of one skill."""
+    """Returns the mean over the atoms of each skill; all are `None` if a skill has no atoms."""
     by_skill: dict[str, list[float]] = {skill: [] for skill in SKILLS}
     for item, row in zip(items, scores, strict=True):
         for skill, score in zip(item.data["skills"], row, strict=True):
@@ -250,7 +251,7 @@ def _skill_table(items: Sequence[Item], scores: Sequence[Sequence[float]]) -> di
 
 
 def _atomicity_table(items: Sequence[Item], scores: Sequence[Sequence[float]]) -> dict[str, float | None]:
-    """Means over the prompts of each number of atoms; all undefined if there is none of a number that is known, or one of another."""
+    """Returns the means of prompts by number of atoms; all `None` unless these are exactly `ATOMICITIES`."""
     by_number: dict[int, list[float]] = {number: [] for number in ATOMICITIES}
     for item, row in zip(items, scores, strict=True):
         by_number.setdefault(item.data["atom_count"], []).append(_geometric_mean(row))
@@ -259,7 +260,7 @@ def _atomicity_table(items: Sequence[Item], scores: Sequence[Sequence[float]]) -
 
 
 def _fixed_atoms(item: Item, number: int, evidence: Evidence) -> list[float]:
-    """The score of each atom; 0 without a usable reply."""
+    """Returns the score of each atom; 0 without a usable reply."""
     scores = []
     for i, (question, answer) in enumerate(item.data["vqa_list"]):
         spellings = accepted_spellings(question, answer)
@@ -270,7 +271,8 @@ def _fixed_atoms(item: Item, number: int, evidence: Evidence) -> list[float]:
 
 def _opposed_metrics(images: Sequence[tuple[Item, int]], evidence: Evidence) -> list[Metric]:
     """
-    Relations, less the probability of a yes to the opposite relation: 0 for a judge that always says yes, 1 for one that is always right.
+    Makes metrics of the score of each relation minus the probability of a yes to its opposite: 0 for a judge that
+    always says yes, 1 for one that is always right.
     """
     differences: dict[str, list[tuple[float, str]]] = {}
     for item, number in images:
@@ -300,7 +302,7 @@ def _geometric_mean(scores: Sequence[float]) -> float:
 
 
 def _read_row(row: Mapping[str, Any], id: str, place: str) -> Item:
-    """Reads a row of the file. `place` names it in errors."""
+    """Reads and checks a row of the file; `place` identifies it in errors."""
     prompt, count, atoms, skills = (row.get(key) for key in ("prompt", "atom_count", "vqa_list", "skills"))
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"{place}: 'prompt' is {prompt!r}, not a text.")

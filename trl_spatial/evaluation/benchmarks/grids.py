@@ -1,4 +1,4 @@
-"""The images of a prompt in one file, a grid of two rows and two columns, as some benchmarks keep them."""
+"""Grids: files that hold up to four images of a prompt in two rows and two columns, as some benchmarks require."""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -13,13 +13,13 @@ from .base import Item
 
 MOST_TILES = 4
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".avif"})
-_SINGLES = "single"  # folder of the images by themselves
+_SINGLES = "single"  # folder of the separate images
 
 
 def single_path(grid: str, number: int, num_images: int) -> str:
     """
-    Where an image is drawn that belongs into a grid: beside it, in a folder that the official programs do not look into. The only
-    image of a prompt is its own grid.
+    Returns the path at which an image of a grid is drawn: beside the grid, in a folder that the official programs
+    ignore. A prompt's only image is its own grid.
 
     Args:
         grid (`str`):
@@ -39,7 +39,7 @@ def single_path(grid: str, number: int, num_images: int) -> str:
 
 
 def tile_names(grid: str, num_images: int) -> list[str]:
-    """What the images in the file of a grid are called: `FILE#0` to `FILE#3`, from left to right, then down."""
+    """Returns the names of the images in a grid: `FILE#0` to `FILE#3`, from left to right, then down."""
     return [grid] if num_images == 1 else [f"{grid}#{number}" for number in range(num_images)]
 
 
@@ -61,14 +61,14 @@ def open_tile(folder: Path, tile: str, num_images: int) -> Image.Image:
     row, column = divmod(int(tile.rpartition("#")[2]), 2)
     width, height = image.width // 2, image.height // 2
     if not width or not height:
-        raise ValueError(f"is no grid of two rows and two columns: it has {image.width}x{image.height} pixels")
+        raise ValueError(f"is not a grid of two rows and two columns: it has {image.width}x{image.height} pixels")
     return image.crop((column * width, row * height, (column + 1) * width, (row + 1) * height))
 
 
 def write_grid(folder: Path, item: Item, grid: str, num_images: int) -> None:
     """
-    Writes the grid of an item from its images, unless it is there and newer than they are. What is missing is black. Without any
-    image there is no grid.
+    Writes the grid of an item from its images, unless it exists and is newer than they are. Missing images are black.
+    Without any images, no grid is written.
 
     Args:
         folder (`Path`):
@@ -99,8 +99,8 @@ def write_grid(folder: Path, item: Item, grid: str, num_images: int) -> None:
     sizes = {image.size for image in images.values()}
     if len(sizes) > 1:
         raise ValueError(
-            f"The images of item {item.id!r} in {paths[min(paths)].parent} have the sizes {sorted(sizes)}, and a grid needs one size. "
-            "Draw them at one size."
+            f"The images of item {item.id!r} in {paths[min(paths)].parent} have the sizes {sorted(sizes)}, but a grid needs one size. "
+            "Draw them all at one size."
         )
     (width, height) = sizes.pop()
     canvas = Image.new("RGB", (2 * width, 2 * height))
@@ -112,7 +112,7 @@ def write_grid(folder: Path, item: Item, grid: str, num_images: int) -> None:
 
 
 def drawn_tiles(grid: str, num_images: int, files: Sequence[str]) -> list[tuple[int, str]]:
-    """Number and name of each image in a grid, without those that are black because they were never drawn."""
+    """Returns number and name of each image in a grid, except those that are black because they were never drawn."""
     tiles = list(enumerate(tile_names(grid, num_images)))
     known = set(files)
     are_drawn = [single_path(grid, number, num_images) in known for number, _ in tiles]
@@ -121,7 +121,7 @@ def drawn_tiles(grid: str, num_images: int, files: Sequence[str]) -> list[tuple[
 
 def choose_grid(item: Item, path: str, candidates: Sequence[str]) -> str | None:
     """
-    Which file is the grid of an item.
+    Chooses the file that is the grid of an item.
 
     Args:
         item ([`~evaluation.benchmarks.base.Item`]), path (`str`):

@@ -1,4 +1,4 @@
-"""Finding images whose names differ a little from the official ones."""
+"""Matches images whose names differ slightly from the official ones."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,14 @@ _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 
 def match_files(paths: Mapping[ImageKey, str], files: Sequence[str]) -> dict[ImageKey, str]:
     """
-    Finds images by their official paths. Where a path is missing, another format and other zeros in front of its numbers do as
-    well: `7_0.jpg` or `007_0.png` for `7_0.png`.
+    Finds images by their official paths. If a path is missing, a file with another format or other leading zeros is
+    accepted: `7_0.jpg` or `007_0.png` for `7_0.png`.
 
     Args:
         paths (`Mapping[tuple[str, int], str]`):
             Id of an item and number of the image → its official path.
         files (`Sequence[str]`):
-            The files that are there.
+            The existing files.
 
     Returns:
         `dict`: Id of an item and number of the image → its file. What is missing is left out.

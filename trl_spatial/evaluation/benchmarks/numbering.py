@@ -1,4 +1,4 @@
-"""Numbers of images that lie under the names of another program."""
+"""Numbers images that were named by another program."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -8,8 +8,8 @@ from .base import ImageKey
 
 def number_images(named: Iterable[tuple[str, int, str]], num_images: int) -> dict[ImageKey, str]:
     """
-    Says which image is which from the numbers in file names. Where one is too large, as when a program counts over all prompts, or
-    takes the seed for the number, the images of that prompt are numbered in their order.
+    Identifies images by the numbers in file names. If one is too large, because a program counts over all prompts or
+    uses the seed as number, the images of that prompt are renumbered in order.
 
     Args:
         named (`Iterable[tuple[str, int, str]]`):
@@ -18,7 +18,7 @@ def number_images(named: Iterable[tuple[str, int, str]], num_images: int) -> dic
             How many images of an item are wanted.
 
     Raises:
-        `ValueError`: If two files of an item have one number.
+        `ValueError`: If two files of an item have the same number.
     """
     found: dict[str, dict[int, str]] = defaultdict(dict)
     for id, number, file in named:

@@ -1,4 +1,4 @@
-"""OneIG-Bench, its part on alignment: yes/no questions, some of which depend on others, about grids of images."""
+"""OneIG-Bench, alignment part: yes/no questions about grids of images, some of which depend on others."""
 
 import csv
 import json
@@ -20,14 +20,14 @@ _COMMIT = "2240296c34014d2d775bef294a3bed876bf38b39"
 _PAGE = f"https://raw.githubusercontent.com/OneIG-Bench/OneIG-Benchmark/{_COMMIT}"
 _PROMPTS = "OneIG-Bench.csv"
 _COLUMNS = ("category", "id", "prompt_en")
-# folder → category in the file of prompts
+# folder → category in the prompt file
 CLASSES = {"anime": "Anime_Stylization", "human": "Portrait", "object": "General_Object"}
 
 
 class OneIGAlignment(Benchmark):
     """
     [OneIG-Bench](https://huggingface.co/papers/2506.07977), alignment, in English. As in DPG-Bench, a yes counts unless a question that
-    it rests on is answered no; the official program looks at the nearest of these questions only. Its judge is Qwen2.5-VL-7B.
+    it depends on is answered no; the official program considers only direct dependencies. Its judge is Qwen2.5-VL-7B.
     """
 
     name = "oneig-alignment"
@@ -68,7 +68,7 @@ class OneIGAlignment(Benchmark):
 
     def assign(self, items: Sequence[Item], files: Sequence[str], protocol: Protocol) -> dict[ImageKey, str]:
         model = find_model(files, CLASSES)
-        entries: dict[str, set[str]] = defaultdict(set)  # what is in the folder of each class
+        entries: dict[str, set[str]] = defaultdict(set)  # class → entries of its folder
         for file in files:
             parts = PurePosixPath(file).parts
             if len(parts) > 2 and parts[1] == model:
@@ -169,7 +169,7 @@ def read_questions(row: Any, where: str) -> list[dict[str, Any]]:
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts.values()):
         raise ValueError(f"{where} has no questions, or an empty one.")
     if strange := sorted(parents.keys() - texts.keys()):
-        raise ValueError(f"{where} has dependencies of the questions {strange}, which it does not have.")
+        raise ValueError(f"{where} has dependencies of the questions {strange}, which do not exist.")
     for id, own in parents.items():
         if not isinstance(own, list) or not all(isinstance(parent, int) for parent in own):
             raise ValueError(f"{where} has the dependency {own!r} of question {id}, which must be a list of numbers.")
@@ -177,7 +177,7 @@ def read_questions(row: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _official_image(item: Item, number: int, evidence: Evidence) -> float:
-    """Score of an image: only what the parents themselves were answered matters, not what they rest on."""
+    """Scores an image; a yes counts if its direct parents were answered yes, whatever those depend on."""
     questions = item.data["questions"]
     answers = {question["id"]: evidence.reply(item, number, str(question["id"])) == "Yes" for question in questions}
     return fmean(
@@ -192,13 +192,13 @@ def _grid_path(item: Item, model: str) -> str:
 
 
 def _may_be(file: str, beginning: str) -> bool:
-    """Whether a file is an image whose name continues after the id with anything but a digit."""
+    """Whether a file is an image whose name does not continue with another digit of the id."""
     rest = file.removeprefix(beginning)
     return PurePosixPath(file).suffix.lower() in SUFFIXES and not rest[:1].isdigit()
 
 
 def _read_prompts(path: Path) -> dict[tuple[str, str], str]:
-    """Category and id → prompt."""
+    """Reads (category, id) → prompt."""
     prompts: dict[tuple[str, str], str] = {}
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -221,5 +221,5 @@ def _read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}.") from None
     if not isinstance(rows, dict) or not rows:
-        raise ValueError(f"{path} is no JSON object of questions.")
+        raise ValueError(f"{path} is not a JSON object of questions.")
     return rows

@@ -1,4 +1,4 @@
-"""SpatialBench-UC: two objects in a relation, and its twin from the other side; a checker that may say that it cannot tell."""
+"""SpatialBench-UC: prompts of two objects in a relation, with counterfactual twins, and a checker that may abstain."""
 
 import json
 import re
@@ -30,7 +30,7 @@ from .spatialbench_uc_tables import Sample, Twin, evaluate_table, report_table
 
 _COMMIT = "c038188f0ff9ce835adb7bccbe8241b4ee7a1a4a"
 _REPOSITORY = "amineross/SpatialBench-UC"
-_RUN = "trl_spatial"  # the official names of images begin with one of the run
+_RUN = "trl_spatial"  # official image names begin with the name of the run
 _FIRST, _SECOND = "boxes", "boxes of the second detector"
 _MISSING_IMAGE = Checked("UNDECIDABLE", "missing image")
 _RATES = (
@@ -91,9 +91,9 @@ class SpatialBenchUC(Benchmark):
 
     def assign(self, items: Sequence[Item], files: Sequence[str], protocol: Protocol) -> dict[ImageKey, str]:
         """
-        Says which file is which image, by the names that the official generator gives, `images/RUN_PROMPT_seedNUMBER.png`: the
-        official manifest says the same. The fixed protocol also takes other types of images, and images beside the folder, and
-        numbers seeds that are too large in their order.
+        Assigns files to images by the names that the official generator gives, `images/RUN_PROMPT_seedNUMBER.png`,
+        which agree with the official manifest. The fixed protocol also accepts other file types and images outside
+        that folder, and renumbers seeds that are too large in order.
 
         Raises:
             `ValueError`: If two files are the same image.
@@ -106,12 +106,12 @@ class SpatialBenchUC(Benchmark):
             parts = re.fullmatch(rf"(.+)_seed(\d+)\.(?:{types})", name)
             if folder in folders and parts is not None and (id := _known_ending(parts[1], ids)) is not None:
                 named.append((id, int(parts[2]), file))
-        # the official program takes every seed as it is
+        # the official program accepts any seed
         most = self.num_images if protocol == "fixed" else max((number for _, number, _ in named), default=0) + 1
         return number_images(named, most)
 
     def finish(self, folder: Path, items: Sequence[Item]) -> None:
-        """Writes the manifest of the images that are there, from which the official program starts."""
+        """Writes the manifest of the existing images, which the official program reads."""
         rows = [
             {
                 "sample_id": Path(path).stem,
@@ -137,7 +137,7 @@ class SpatialBenchUC(Benchmark):
         ]
 
     def check(self, item: Item, number: int, evidence: Evidence) -> Checked | None:
-        """The verdict about an image, or `None` if it is absent or the first detector failed."""
+        """Returns the verdict on an image, or `None` if it is missing or the first detector failed."""
         reply = evidence.reply(item, number, _FIRST)
         if (item.id, number) not in evidence.images or reply is None:
             return None
@@ -193,7 +193,7 @@ class SpatialBenchUC(Benchmark):
         ]
 
     def _prompt_metrics(self, items: Sequence[Item], verdicts: np.ndarray) -> list[Metric]:
-        """What is counted by the prompt, from verdicts `(num_items, num_images)`, and by the pair of prompts."""
+        """Makes the metrics over prompts, and over pairs of twins, from verdicts `(num_items, num_images)`."""
         ids = [item.id for item in items]
         passes = verdicts == "PASS"
         has_pass = dict(zip(ids, passes.any(axis=1).tolist(), strict=True))
@@ -211,7 +211,7 @@ class SpatialBenchUC(Benchmark):
 
 
 def _find_fault(row: Mapping[str, Any]) -> str | None:
-    """What is wrong with a row of the benchmark's file, or `None`."""
+    """Returns what is wrong with a row of the benchmark's file, or `None`."""
     for name in ("prompt_id", "pair_id", "prompt"):
         if not isinstance(row.get(name), str) or not row[name].strip():
             return f"{name} is {row.get(name)!r}, not a text"
@@ -235,7 +235,7 @@ def _view_key(view: str) -> str:
 
 
 def _known_ending(name: str, ids: set[str]) -> str | None:
-    """The longest of the ids that a name ends with, after the name of a run."""
+    """Returns the longest id that `name` ends with, after the name of a run, or `None`."""
     words = name.split("_")
     endings = ("_".join(words[start:]) for start in range(len(words)))
     return next((ending for ending in endings if ending in ids), None)

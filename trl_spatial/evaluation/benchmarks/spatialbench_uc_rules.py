@@ -1,4 +1,4 @@
-"""Rules of SpatialBench-UC: a verdict about two objects in an image, which may be that there is none, and how sure it is."""
+"""Rules of SpatialBench-UC: a verdict on two objects in an image, which may be undecidable, and its confidence."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,30 +13,30 @@ Box = Sequence[float]
 Boxes = Sequence[Mapping[str, Any]]
 Pair = tuple[Mapping[str, Any], Mapping[str, Any]]
 
-# relation → the axis of the image, and whether the first object has the smaller coordinate (-1) or the larger
+# relation → (axis of the image, -1 if the first object has the smaller coordinate or 1 if it has the larger)
 RELATIONS = {"left_of": (0, -1), "right_of": (0, 1), "above": (1, -1), "below": (1, 1)}
 COMPONENTS = ("detection", "geometry", "stability", "agreement")
 _WEIGHTS = (0.4, 0.3, 0.2, 0.1)  # exponents of the components
-_GEOMETRY_SLOPE = 0.15  # beyond the margin, up to where the geometry is sure
+_GEOMETRY_SLOPE = 0.15  # distance beyond the margin at which the geometry component reaches 1
 _EPSILON = 1e-10
 
 
 @dataclass(frozen=True)
 class Limits:
     """
-    Where the rules draw lines.
+    Thresholds of the rules.
 
     Args:
         min_score (`float`), min_area (`float`):
-            Boxes of a lower score, or of a lower share of the image, are none.
+            Boxes with a lower score, or a smaller share of the image, are ignored.
         min_score_gap (`float`):
-            If the two best boxes of a name are closer in score, it is open which is meant.
+            If the scores of the two best boxes with the same name are closer, the choice is ambiguous.
         max_overlap (`float`):
             Intersection over union beyond which left and right are undecidable.
         margin (`float`):
             Distance of the centers, as a share of the image, up to which a relation is undecidable.
         min_stability (`float`):
-            Below it a verdict is undecidable.
+            Stability below which a verdict is undecidable.
     """
 
     min_score: float = 0.2
@@ -52,7 +52,7 @@ LIMITS = Limits()
 
 class Checked(NamedTuple):
     """
-    What was found out about an image.
+    The result of checking an image.
 
     Args:
         verdict (`str`):
@@ -60,7 +60,7 @@ class Checked(NamedTuple):
         reason (`str`, *optional*):
             Why it is undecidable.
         confidence (`float`), components (`Mapping[str, float]`):
-            How sure the verdict is, from 0 to 1, and the four numbers that this is made of.
+            Confidence of the verdict, from 0 to 1, and its four components.
         delta (`float`, *optional*):
             From the second center to the first along the relation's axis, as a share of the image.
         overlap (`float`, *optional*):
@@ -101,7 +101,7 @@ def check_image(
         second_opinions (`Sequence[Sequence[Mapping]]`, *optional*):
             What other detectors found in the image. Without one they agree.
         limits ([`Limits`], *optional*):
-            Where lines are drawn.
+            Thresholds.
     """
     best = [best_box(boxes, name, size, limits) for name in names]
     missing = [name for name, box in zip(names, best, strict=True) if box is None]
@@ -135,27 +135,27 @@ def check_image(
 
 
 def best_box(boxes: Boxes, name: str, size: Sequence[int], limits: Limits = LIMITS) -> Mapping[str, Any] | None:
-    """The box of a name with the highest score, the first of equals, if one is sure and large enough."""
+    """Returns the first box with this name and the highest score; `None` if none is certain and large enough."""
     min_area = limits.min_area * (size[0] * size[1])
     candidates = [box for box in _named(boxes, name, limits) if _area(box["box"]) >= min_area]
     return max(candidates, key=lambda box: box["score"], default=None)
 
 
 def is_ambiguous(boxes: Boxes, name: str, limits: Limits = LIMITS) -> bool:
-    """Whether the two best boxes of a name are so close in score that it is open which is meant. Tiny boxes count."""
+    """Whether the scores of the two best boxes with this name are too close to choose one. Tiny boxes count."""
     scores = sorted((box["score"] for box in _named(boxes, name, limits)), reverse=True)
     return len(scores) > 1 and scores[0] - scores[1] < limits.min_score_gap
 
 
 def center_distance(relation: str, first: Box, second: Box, size: Sequence[int]) -> float:
-    """From the second center to the first along the relation's axis, as a share of the image."""
+    """Distance from the second center to the first along the relation's axis, as a share of the image."""
     axis, _ = RELATIONS.get(relation, (1, 0))
     centers = [(box[axis] + box[axis + 2]) / 2 for box in (first, second)]
     return (centers[0] - centers[1]) / size[axis]
 
 
 def judge_distance(relation: str, delta: float, margin: float = LIMITS.margin) -> tuple[Verdict, str | None]:
-    """The verdict about a distance of centers, and the reason if it is undecidable."""
+    """Returns the verdict on a distance of centers, and the reason if it is undecidable."""
     if abs(delta) <= margin:
         return "UNDECIDABLE", f"near_boundary (|delta|={abs(delta):.3f} <= margin={margin})"
     if relation not in RELATIONS:
@@ -168,8 +168,9 @@ def measure_stability(
     relation: str, verdict: Verdict, pair: Pair, views: Sequence[Pair | None], size: Sequence[int], limits: Limits
 ) -> float:
     """
-    How little changed views change: half of it is the share of views with the same verdict, half the mean overlap of the boxes with
-    those in the unchanged image, in the views that have both. 0 if none has.
+    Measures how stable a verdict is under changed views: half of it is the share of views with the same verdict, half
+    the mean overlap of the boxes with those in the unchanged image, over the views that have both objects. 0 if none
+    has.
     """
     complete = [view for view in views if view is not None]
     if not complete:
@@ -189,8 +190,8 @@ def measure_agreement(
     relation: str, verdict: Verdict, delta: float, pair: Pair, other: Pair | None, size: Sequence[int], limits: Limits
 ) -> float:
     """
-    How far a second detector agrees: a quarter of it each is the same verdict, the same side, and the overlap of each object's boxes.
-    A half if that detector has not found both.
+    Measures how far a second detector agrees: a quarter each for the same verdict, the same side, and the overlap of
+    the boxes of each of the two objects. 0.5 if that detector has not found both.
     """
     if other is None:
         return 0.5
@@ -203,7 +204,7 @@ def measure_agreement(
 def rate_components(
     scores: tuple[float, float], delta: float, stability: float, agreement: float, margin: float = LIMITS.margin
 ) -> dict[str, float]:
-    """The four numbers, each from 0 to 1, that the confidence is made of."""
+    """Returns the four components of the confidence, each from 0 to 1."""
     parts = (math.sqrt(scores[0] * scores[1]), (abs(delta) - margin) / _GEOMETRY_SLOPE, stability, agreement)
     return {name: min(1.0, max(0.0, part)) for name, part in zip(COMPONENTS, parts, strict=True)}
 

@@ -1,4 +1,4 @@
-"""Official tables of SpatialBench-UC: of verdicts about images, and of a checker against people."""
+"""Official tables of SpatialBench-UC: verdicts on images, and a checker compared with people."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from .spatialbench_uc_rules import RELATIONS, Verdict
 
 
 class Sample(NamedTuple):
-    """The verdict about an image of a prompt."""
+    """The verdict on an image of a prompt."""
 
     prompt: str
     relation: str
@@ -76,7 +76,7 @@ def evaluate_table(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def reason_category(reason: str) -> str:
-    """The kind of a reason: what stands before its details."""
+    """Returns the kind of a reason: the part before its details."""
     for mark in (":", "(", " "):
         if mark in reason:
             return reason.strip().split(mark)[0].strip()
@@ -119,7 +119,7 @@ def report_table(samples: Sequence[Sample], twins: Sequence[Twin], num_images: i
 
 
 def best_verdict(verdicts: Sequence[Verdict]) -> Verdict:
-    """The verdict about a prompt by the best of its images."""
+    """Returns the verdict on a prompt, the best one on its images."""
     if "PASS" in verdicts:
         return "PASS"
     return "FAIL" if set(verdicts) == {"FAIL"} else "UNDECIDABLE"
@@ -136,7 +136,7 @@ def _report_row(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def _count_twins(best: Mapping[str, Verdict], twins: Sequence[Twin]) -> dict[str, float]:
-    """How often both prompts of a pair have the same verdict, of the pairs whose prompts both have one."""
+    """Counts the combinations of verdicts on the two prompts of a pair, over the pairs whose prompts both have one."""
     pairs = {
         frozenset((twin.prompt, twin.counterfactual))
         for twin in twins
@@ -178,7 +178,8 @@ def risk_coverage_curve(
     thresholds: Sequence[float],
 ) -> list[dict[str, float]]:
     """
-    How many images a checker judges, and how often people contradict it, where it has to be sure.
+    Returns the share of images that a checker judges, and how often people contradict it, at each confidence
+    threshold.
 
     Args:
         results (`Mapping[str, tuple[str, float]]`):

@@ -1,4 +1,4 @@
-"""SpatialGenEval: ten multiple-choice questions about each image, five votes on each."""
+"""SpatialGenEval: ten multiple-choice questions about each image, each with five votes."""
 
 import re
 from collections import Counter
@@ -30,10 +30,10 @@ DIMENSIONS = (
     *("Object", "Attribute"),
     *("Position", "Orientation", "Layout", "Comparison", "Proximity", "Occlusion", "Motion", "Causal"),
 )
-NUM_BASIC = 2  # the first dimensions are not spatial
+NUM_BASIC = 2  # the first two dimensions are not spatial
 NUM_VOTES, MIN_VOTES = 5, 4
 _TRIES_PER_VOTE = 5
-_NONE = "E"  # the option for what the image does not show: never right, and always last
+_NONE = "E"  # the option that the image shows none of the others: never correct, always last
 _OPTION = re.compile(r"(?:[,;.]?\s+|,)([A-E]):\s")
 _ANSWER = re.compile(
     r"[\W_]*(?:(?:question|q)?\s*\d{1,2}\s*[.):-][\W_]*)?(?:(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?[\W_]*)?"
@@ -44,7 +44,7 @@ _ANSWER = re.compile(
 
 def split_question(text: str) -> tuple[str, dict[str, str]]:
     """
-    Takes a question of the benchmark apart.
+    Splits a question of the benchmark into its text and its options.
 
     Returns:
         `tuple[str, dict]`: The question, and letter → option.
@@ -61,15 +61,17 @@ def split_question(text: str) -> tuple[str, dict[str, str]]:
 
 
 def official_letters(text: str | None, num_questions: int) -> list[str] | None:
-    """The first character of each line that is not empty; `None` if there are not as many lines as questions."""
+    """
+    Returns the first character of each non-empty line; `None` if the number of lines is not the number of questions.
+    """
     lines = [line.strip() for line in (text or "").split("\n") if line.strip()]
     return [line[0] for line in lines] if lines and len(lines) == num_questions else None
 
 
 def read_letters(text: str | None, num_questions: int) -> list[str] | None:
     """
-    The letter that each line of an answer begins with, after a number, signs of Markdown or "Answer:". Lines without one are
-    remarks; `None` if there are not as many letters as questions.
+    Returns the letter that each line of an answer begins with, after a number, Markdown or "Answer:". Lines without
+    one are ignored; `None` if the number of letters is not the number of questions.
     """
     found = [match[1].upper() for line in (text or "").splitlines() if (match := _ANSWER.match(line))]
     return found if len(found) == num_questions else None
@@ -92,7 +94,7 @@ def check_votes(
     answers: Sequence[str | None], votes: Sequence[Sequence[str]], min_votes: int = MIN_VOTES
 ) -> list[bool]:
     """
-    Says which questions are answered correctly.
+    Returns which questions are answered correctly.
 
     Args:
         answers (`Sequence[str]`):
@@ -111,8 +113,8 @@ def check_votes(
 
 def shown_options(item: Item, vote: int) -> list[dict[str, str]]:
     """
-    The options of each question as one vote sees them, letter → option, "" for that nothing fits. They are shuffled, and move on by a
-    place from vote to vote: no letter is right in four votes of five.
+    Returns the options of each question as one vote sees them, letter → option, "" for none of them. They are
+    shuffled, and shifted by one place from vote to vote, so that no letter is correct in four votes of five.
     """
     shown = []
     for i, text in enumerate(item.data["questions"]):
@@ -126,8 +128,9 @@ def shown_options(item: Item, vote: int) -> list[dict[str, str]]:
 
 class SpatialGenEval(Benchmark):
     """
-    Five votes on ten questions with four options and "None". The questions are the benchmark's, the instructions around them ours.
-    Two questions have a key that is none of their options. `fixed` leaves them out, and the data of their items name them as `faults`.
+    Five votes on ten questions with four options and "None". The questions are the benchmark's, the instructions
+    around them ours. Two questions have a key that is none of their options. `fixed` leaves them out, and the data of
+    their items list them as `faults`.
     """
 
     name = "spatialgeneval"
@@ -164,7 +167,7 @@ class SpatialGenEval(Benchmark):
             return match_files({(item.id, number): self.image_path(item, number) for item, number in expected}, files)
         if self.num_images > 1:
             return {}
-        # the official program takes whatever lies in the folder, in the order of its name
+        # the official program takes all entries of the folder, sorted by name
         entries = sorted({file.partition("/")[0] for file in files})
         known = set(files)
         return {(item.id, 0): entry for item, entry in zip(items, entries, strict=False) if entry in known}
@@ -195,7 +198,7 @@ class SpatialGenEval(Benchmark):
     def official(self, items: Sequence[Item], evidence: Evidence) -> dict[str, float | None]:
         if self.num_images > 1:
             raise OfficialError("The official program takes one image for each prompt.")
-        # the script goes through the folder once for each scene, and reaches beyond its end
+        # the script goes through the folder once for each scene, past its end if images are missing
         if len({item.data["scene"] for item in items}) > 1 and (items[-1].id, 0) not in evidence.images:
             raise OfficialError("The official script stops if there are fewer images than prompts.")
         table = [hits for item in items if (hits := _official_hits(item, evidence)) is not None]
@@ -225,7 +228,7 @@ class SpatialGenEval(Benchmark):
             ids += [item.id] * len(answerable)
             dimensions += [DIMENSIONS[i] for i in answerable]
         hit, chance = np.array(values, float), np.array(chances)
-        # who picks one of the options at random, always the same, has 0, and who is always right has 1
+        # 0 for a judge that picks an option at random, 1 for one that is always right
         corrected = (hit - chance) / (1 - chance)
 
         def metric(name: str, values: np.ndarray, chosen: Sequence[str], is_headline: bool = False) -> Metric:
@@ -271,12 +274,12 @@ def _shuffled_questions(item: Item, vote: int) -> list[str]:
 
 
 def _is_complete(item: Item) -> bool:
-    """Whether the official program asks about it."""
+    """Whether the official program asks about the item."""
     return bool(item.prompt and item.data["questions"] and item.data["answers"])
 
 
 def _official_hits(item: Item, evidence: Evidence) -> list[bool] | None:
-    """Which questions are answered correctly; `None` if the official program leaves the item out."""
+    """Returns which questions are answered correctly, or `None` if the official program skips the item."""
     replies = evidence.replies.get((item.id, 0, "five votes"), ()) if _is_complete(item) else ()
     read = [official_letters(reply, len(item.data["questions"])) for reply in replies]
     votes = [letters for letters in read if letters is not None]
@@ -284,7 +287,10 @@ def _official_hits(item: Item, evidence: Evidence) -> list[bool] | None:
 
 
 def _right_options(item: Item) -> list[str | None]:
-    """The words of the right options, since in some questions two options are the same; `None` where there is no such option."""
+    """
+    Returns the text of the correct options, because in some questions two options are equal; `None` if the keyed
+    option does not exist.
+    """
     return [
         split_question(text)[1].get(answer)
         for text, answer in zip(item.data["questions"], item.data["answers"], strict=True)
@@ -302,7 +308,7 @@ def _fixed_votes(item: Item, number: int, evidence: Evidence) -> list[list[str]]
 
 
 def _read_row(row: Mapping[str, Any], place: str) -> Item:
-    """Reads a row of the file. `place` names it in errors."""
+    """Reads and checks a row of the file; `place` identifies it in errors."""
     for key in ("id", "scene", "prompt"):
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise ValueError(f"{place}: {key!r} is {row.get(key)!r}, not a text.")

@@ -1,4 +1,4 @@
-"""T2I-CompBench++: two objects in a relation, in the plane of the image and in depth, from an object detector's boxes."""
+"""T2I-CompBench++: two objects in a relation, in the image plane or in depth, from an object detector's boxes."""
 
 import re
 from abc import abstractmethod
@@ -42,13 +42,13 @@ from .t2i_compbench_rules import (
 _COMMIT = "1b7094991a57f3c22abdd4f6e8ba6c1a15517073"
 _DATA = f"https://raw.githubusercontent.com/Karine-Huang/T2I-CompBench/{_COMMIT}/examples/dataset/"
 _PEOPLE = ("girl", "boy", "man", "woman")
-# nouns of the prompts that no label of the official detectors is, in 2D, and contains, in 3D: they are never found
+# nouns that no label of the official detectors equals (2D) or contains (3D), so that they are never found
 _UNLABELED_2D = frozenset({"bag", "computer", "cow", "mouse", "painting", "phone", "sofa", "table", "wallet"})
 _UNLABELED_3D = frozenset({"painting", "wallet"})
 
 
 def _check_official_name(name: str) -> None:
-    """The official program reads a number in the name of each file."""
+    """Raises an error if the official program cannot read a number from the file name."""
     try:
         int(name.split("_")[1].split(".")[0])
     except (IndexError, ValueError):
@@ -58,7 +58,7 @@ def _check_official_name(name: str) -> None:
 
 
 def _official_names(item: Item) -> list[str]:
-    """The nouns of a prompt, as the official detector's labels have them: one label for all people."""
+    """Returns the nouns of a prompt as labels of the official detector, which has one label for all people."""
     return ["person" if noun in _PEOPLE else noun for noun in item.data["nouns"]]
 
 
@@ -72,13 +72,13 @@ class ImageResult(NamedTuple):
 
 class T2ICompBench(Benchmark):
     """
-    What the two spatial parts share.
+    Base class of the two spatial parts.
 
     Attributes:
         phrases (`Mapping[str, str]`), official_phrases (`Mapping[str, str | None]`):
-            Words of prompts → relation; those of the official program, in the order in which it looks for them.
+            Words of prompts → relation; and those of the official program, in the order in which it searches for them.
         unlabeled (`Set[str]`):
-            Nouns that the official detector has no label for.
+            Nouns for which the official detector has no label.
         min_score (`float`):
             Lower scores of images become 0.
     """
@@ -97,7 +97,7 @@ class T2ICompBench(Benchmark):
     @staticmethod
     @abstractmethod
     def find_official(labels: Sequence[str], nouns: Sequence[str]) -> list[int | None]:
-        """Which box, by its place among the labels, is each noun's in the official program."""
+        """Finds the box of each noun as the official program does: its index in `labels`, or `None`."""
 
     def load(self, folder: Path) -> list[Item]:
         path = folder / self.files[0].name
@@ -124,7 +124,7 @@ class T2ICompBench(Benchmark):
 
     def assign(self, items: Sequence[Item], files: Sequence[str], protocol: Protocol) -> dict[ImageKey, str]:
         """
-        Says which file is which image.
+        Assigns files to images.
 
         The official program scores every file in `samples`, and reads the prompt before the first `_` in its name. In the fixed
         protocol the number after the last `_` is the image's; where one is too large, because the official generator counts over
@@ -172,7 +172,7 @@ class T2ICompBench(Benchmark):
 
     def official_image_score(self, item: Item, number: int, evidence: Evidence) -> float:
         """
-        Score of an image in the official program.
+        Returns the score of an image in the official program.
 
         Raises:
             [`OfficialError`]: If it would stop at this image.
@@ -182,7 +182,7 @@ class T2ICompBench(Benchmark):
         if not item.data["nouns"]:
             raise OfficialError(f"There is no noun in the prompt {item.prompt!r}.")
         asked = self.questions(item, "official")
-        if not asked:  # no label of the official detector is one of the nouns
+        if not asked:  # none of the nouns is a label of the official detector
             return 0.0
         reply = evidence.reply(item, number, asked[0].key)
         if reply is None:
@@ -201,7 +201,7 @@ class T2ICompBench(Benchmark):
         return self._image_score(found, relation_score)
 
     def _image_score(self, found: Sequence[Mapping[str, Any]], relation_score: float) -> float:
-        """A quarter of the confidence of each object that was found, and half the score of their relation."""
+        """Adds up a quarter of the confidence of each object found and half the score of their relation."""
         score = sum(0.25 * box["score"] for box in found) + relation_score / 2
         return 0.0 if score < self.min_score else score
 
@@ -223,7 +223,7 @@ class T2ICompBench(Benchmark):
         ]
 
     def fixed_image_result(self, item: Item, number: int, evidence: Evidence) -> ImageResult:
-        """What is right in an image; nothing in one that is absent or could not be judged."""
+        """Judges an image; in one that is missing or could not be judged, nothing is right."""
         reply = evidence.reply(item, number, self.questions(item, "fixed")[0].key)
         if (item.id, number) not in evidence.images or reply is None:
             return ImageResult(False, False, 0.0)
@@ -232,7 +232,7 @@ class T2ICompBench(Benchmark):
         found = [boxes[place] for place in places if place is not None]
         relation = RelationResult(False, 0.0)
         if len(found) == 2:
-            # of two things of one name, either may be the first
+            # if both have the same name, either may be the first
             orders = [found, found[::-1]] if len(set(item.data["nouns"])) == 1 else [found]
             relation = max(
                 fixed_relation(

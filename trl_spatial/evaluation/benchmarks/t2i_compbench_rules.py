@@ -1,4 +1,4 @@
-"""Rules of T2I-CompBench++'s spatial parts: which boxes are the two objects, and whether they are in the relation."""
+"""Rules of T2I-CompBench++'s spatial parts: which boxes are the two objects, and whether their relation holds."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from .base import OfficialError
 
 
-# phrase → relation, in the order in which the official program looks for them anywhere in the text; it has no rule for the last
+# phrase → relation, in the order in which the official program searches the text for them; it has no rule for the last
 OFFICIAL_PHRASES_2D = {
     "on side of": "near",
     "next to": "near",
@@ -20,7 +20,7 @@ OFFICIAL_PHRASES_2D = {
     "on top of": None,
 }
 OFFICIAL_PHRASES_3D = {"in front of": "front", "behind": "behind", "hidden": "behind"}
-# What prompts say → what it means. The benchmark's own prompts have the phrases above; the others mean the same.
+# phrase → relation. The benchmark's prompts use the phrases above; the others are synonyms.
 PHRASES_2D = {
     "on the left of": "left",
     "to the left of": "left",
@@ -37,13 +37,13 @@ PHRASES_2D = {
 }
 PHRASES_3D = {"in front of": "front", "behind": "behind", "hidden by": "behind"}
 
-# relation → the axis of the image, and whether the first object has the smaller coordinate (+1) or the larger
+# relation → (axis of the image, 1 if the first object has the smaller coordinate or -1 if it has the larger)
 _DIRECTIONS = {"left": (0, 1), "right": (0, -1), "above": (1, 1), "below": (1, -1)}
-# relation → whether the first object is the brighter (+1) in the depth map, in which near is bright
+# relation → 1 if the first object is brighter in the depth map, in which near is bright, or -1 if it is darker
 _DEPTH_ORDERS = {"front": 1, "behind": -1}
 
-_SHORT_SIDE, _MAX_LONG_SIDE = 479, 480  # of the images that the official detector sees, in pixels
-_NEAR = 150  # in those pixels
+_SHORT_SIDE, _MAX_LONG_SIDE = 479, 480  # pixels of the images that the official detector sees
+_NEAR = 150  # in the same pixels
 _PLANE_OVERLAP, _DEPTH_OVERLAP = 0.1, 0.5
 
 Box = Sequence[float]
@@ -63,7 +63,7 @@ def read_prompt(text: str, phrases: Mapping[str, str]) -> Prompt:
     Reads the two objects and their relation.
 
     Raises:
-        `ValueError`: If the text is no pair of objects around one of the phrases.
+        `ValueError`: If the text is not a pair of objects around one of the phrases.
     """
     article = r"(?:an? |the )?"
     found = re.fullmatch(
@@ -86,11 +86,11 @@ def official_size(width: int, height: int) -> tuple[int, int]:
 
 def official_relation_score(phrase: str | None, first: Box, second: Box, depths: Depths = (None, None)) -> float:
     """
-    How well two boxes are in a relation, by the official rules.
+    Scores the relation of two boxes by the official rules.
 
     Args:
         phrase (`str`, *optional*):
-            The words of the relation. It is 0 for words without a rule.
+            The words of the relation. The score is 0 for words without a rule.
         first, second (`Sequence[float]` of length 4):
             Boxes of the objects: left, top, right, bottom, in pixels of an image of [`official_size`].
         depths (`tuple[float, float]`, *optional*):
@@ -125,8 +125,8 @@ def fixed_relation(
     relation: str, first: Box, second: Box, size: Sequence[int], depths: Depths = (None, None)
 ) -> RelationResult:
     """
-    Says whether two boxes are in a relation: distances are parts of the longer side of the image, "near" is about both axes, and
-    the order in depth needs no overlap.
+    Judges whether two boxes are in a relation: distances are shares of the longer side of the image, "near" considers
+    both axes, and the order in depth needs no overlap.
 
     Args:
         relation (`str`):
@@ -151,7 +151,7 @@ def fixed_relation(
 
 
 def is_depth_order_right(relation: str, depths: Depths) -> bool:
-    """Whether the first of two objects is in front of, or behind, the second. An unknown depth is not right."""
+    """Whether the first of two objects is in front of, or behind, the second; false if a depth is unknown."""
     first, second = (math.nan if depth is None else depth for depth in depths)
     return _DEPTH_ORDERS[relation] * (first - second) > 0
 
@@ -163,7 +163,7 @@ def intersection_over_union(first: Box, second: Box) -> float:
 
 
 def _overlap(first: Box, second: Box) -> tuple[float, float]:
-    """Areas of the intersection and of the union."""
+    """Returns the areas of the intersection and of the union."""
     width = max(0, min(first[2], second[2]) - max(first[0], second[0]))
     height = max(0, min(first[3], second[3]) - max(first[1], second[1]))
     areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (first, second))
@@ -171,7 +171,7 @@ def _overlap(first: Box, second: Box) -> tuple[float, float]:
 
 
 def _offset(first: Box, second: Box) -> tuple[float, float]:
-    """From the center of the first to that of the second."""
+    """Returns the offset from the center of the first box to that of the second."""
     return (
         (second[0] + second[2]) / 2 - (first[0] + first[2]) / 2,
         (second[1] + second[3]) / 2 - (first[1] + first[3]) / 2,
@@ -187,14 +187,14 @@ def _direction_score(relation: str, first: Box, second: Box, overlap: float) -> 
 
 
 def find_official_2d(labels: Sequence[str], nouns: Sequence[str]) -> list[int | None]:
-    """Which box is each noun's in the official 2D program: the first whose label is the noun."""
+    """Finds the box of each noun as the official 2D program does: the first whose label is the noun."""
     return [labels.index(noun) if noun in labels else None for noun in nouns]
 
 
 def find_official_3d(labels: Sequence[str], nouns: Sequence[str]) -> list[int | None]:
     """
-    Which box is each noun's in the official 3D program: one whose label contains the noun. If both nouns are there, the search
-    continues until it has a box for each, and of the boxes of one noun keeps the last.
+    Finds the box of each noun as the official 3D program does: one whose label contains the noun. If both nouns occur,
+    the search continues until it has a box for each, and keeps the last box of a noun.
 
     Raises:
         [`OfficialError`]: If a noun is found only across two labels: the program joins them before it looks.
@@ -215,7 +215,7 @@ def find_official_3d(labels: Sequence[str], nouns: Sequence[str]) -> list[int | 
 
 
 def find_fixed(labels: Sequence[str], nouns: Sequence[str]) -> list[int | None]:
-    """Which box is each noun's, of boxes in order of confidence: the first of its label; of two equal nouns, the first two."""
+    """Finds the box of each noun, of boxes sorted by confidence: the first with its label that is not taken yet."""
     places: list[int | None] = []
     for noun in nouns:
         matching = (

@@ -1,4 +1,4 @@
-"""T2I-CoReBench, its part on many relations in one scene (C-MR): a checklist for each image, one question a call."""
+"""T2I-CoReBench, the part with many relations per scene (C-MR): a checklist for each image, one question per call."""
 
 import json
 import re
@@ -34,7 +34,7 @@ class T2ICoReBench(Benchmark):
     [T2I-CoReBench](https://huggingface.co/papers/2509.03516), C-MR: 90 prompts with 1,545 checks of relations. Its official judge is
     Gemini 2.5 Flash; Qwen2.5-VL-72B and Qwen3-VL are its open ones, whose reading of answers `official` follows.
 
-    The right answer to every question is yes, so `fixed` also asks their twins, to which it is no.
+    The correct answer to every question is yes, so `fixed` also asks their twins, whose correct answer is no.
     """
 
     name = "t2i-corebench"
@@ -59,7 +59,7 @@ class T2ICoReBench(Benchmark):
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read: {error}.") from None
         if not isinstance(rows, dict) or not rows:
-            raise ValueError(f"{path} is no JSON object of prompts.")
+            raise ValueError(f"{path} is not a JSON object of prompts.")
         return [_make_item(f"{path}, row {id!r}", id, row) for id, row in rows.items()]
 
     def image_path(self, item: Item, number: int) -> str:
@@ -73,7 +73,7 @@ class T2ICoReBench(Benchmark):
         for file in files:
             path = PurePosixPath(file)
             if str(path.parent) == _TASK and path.suffix.lower() == ".png":
-                # of two images with one name up to the first dot, the later one's answers remain
+                # of images with the same name up to the first dot, the last one's answers are kept
                 of_item["-".join(path.name.split("-")[:3])][path.name.split(".")[0]] = file
         return {(item.id, number): file for item in items for number, file in enumerate(of_item[item.id].values())}
 
@@ -118,7 +118,7 @@ class T2ICoReBench(Benchmark):
                     for part, words in SPATIAL_PARTS.items():
                         if words.search(question):
                             values[f"checks: {part}"].append((item.id, reply is True))
-            # a prompt counts once, however many checks it has
+            # each image counts once, however many checks it has
             values[_TASK].append((item.id, fmean(are_right)))
             values[f"{_TASK}, right with twins"].append((item.id, fmean(are_opposite)))
         return [
@@ -128,12 +128,14 @@ class T2ICoReBench(Benchmark):
 
 
 def official_answers(item: Item, number: int, evidence: Evidence) -> list[int | None]:
-    """Answer to each check of an image as the official program reads it: 1, 0, or `None` where it finds neither "yes" nor "no"."""
+    """Returns the answer to each check as the official program reads it: 1, 0, or `None` if neither yes nor no."""
     return [parse_reply(evidence.reply(item, number, str(i))) for i in range(len(item.data["questions"]))]
 
 
 def parse_reply(reply: Any) -> int | None:
-    """1 if "yes" is anywhere after what was thought, as a word in lower case, else 0 if "no" is, else `None`."""
+    """
+    Returns 1 if "yes" occurs anywhere after the thoughts, as a word in lower case, else 0 if "no" does, else `None`.
+    """
     words = reply.split("</think>\n\n")[-1] if isinstance(reply, str) else ""
     return 1 if re.search(r"\byes\b", words) else 0 if re.search(r"\bno\b", words) else None
 

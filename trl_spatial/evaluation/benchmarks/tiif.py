@@ -21,9 +21,9 @@ _COMMIT = "3aae7504d2546516eaec2fea82fde9ae445dfea3"
 _SETS = ("testmini", "test")
 _LENGTHS = {"short": "short_description", "long": "long_description"}
 _SUFFIXES = (".png", ".jpg", ".jpeg", "webp")
-_MOST_TRIES = 10  # of the official program, which has no limit
+_MOST_TRIES = 10  # the official program retries without limit
 _REASONING = ("numeracy", "comparison", "differentiation", "negation")
-# group → types, as the official tables have them
+# group → types, as in the official tables
 BASIC = {
     "Attribute": ("shape+color", "color+texture", "texture+color", "shape+texture"),
     "Relation": ("2d_spatial_relation", "3d_spatial_relation", "action+2d", "action+3d"),
@@ -42,7 +42,7 @@ ADVANCED = {
 REAL = {"Complex": ("real_world",)}
 GROUPS = BASIC | ADVANCED | REAL
 _HEADLINE = "Relation"
-# the official program takes one of three messages that mean the same
+# the official program draws one of three messages with the same meaning
 TEMPLATES = (
     """Look closely at the image, and answer these yes/no questions about what it shows:
 
@@ -70,7 +70,7 @@ class TIIF(Benchmark):
     [TIIF-Bench](https://huggingface.co/papers/2506.02161), by default its part testmini. All questions about an image are asked in one
     message. Its official judges are GPT-4o and Qwen2.5-VL-72B.
 
-    Where the type is about space, `fixed` also asks the twins of the questions about relations, to which the answer is the opposite.
+    For spatial types, `fixed` also asks the twins of the questions about relations, which have the opposite answer.
     """
 
     name = "tiif"
@@ -194,19 +194,19 @@ class TIIF(Benchmark):
 
 
 def choose_template(generator: random.Random) -> str:
-    """One of the messages, as the official program draws it."""
+    """Draws one of the messages, as the official program does."""
     return generator.choice(TEMPLATES)
 
 
 def fill_template(template: str, questions: Sequence[str]) -> str:
-    """A message with its questions, a line each."""
+    """Fills a message with its questions, one per line."""
     return template.replace("##QUESTIONS##", "\n".join(question.strip() for question in questions))
 
 
 def parse_reply(reply: Any, num_questions: int) -> list[str] | None:
     """
-    The answers in a reply, as the official program finds them: lines that begin with "yes" or "no". `None` if there are not as many as
-    questions.
+    Returns the answers in a reply, as the official program finds them: lines that begin with "yes" or "no". `None` if
+    their number is not that of the questions.
     """
     if not isinstance(reply, str):
         return None
@@ -226,8 +226,8 @@ def read_lines(reply: Any, num_questions: int) -> list[bool] | None:
 
 def count_correct(items: Sequence[Item], evidence: Evidence) -> dict[str, tuple[int, int]]:
     """
-    The counts of the official tables: `"TYPE|LENGTH"` → right answers and questions. Images that are missing and replies that cannot be
-    read do not count; answers are paired with the key until the shorter of the two ends.
+    Returns the counts of the official tables: `"TYPE|LENGTH"` → (correct answers, questions). Missing images and
+    unreadable replies do not count; answers are paired with the key up to the length of the shorter one.
     """
     counts: dict[str, tuple[int, int]] = {}
     for item in items:
@@ -240,7 +240,7 @@ def count_correct(items: Sequence[Item], evidence: Evidence) -> dict[str, tuple[
 
 
 def relation_questions(item: Item) -> list[int]:
-    """Which questions of an item of the spatial part are about where things are. Most others ask whether something is there."""
+    """Finds the questions of a spatial item that are about positions. Most others ask whether something exists."""
     if not item.is_spatial:
         return []
     return [i for i, question in enumerate(item.data["questions"]) if SPATIAL_PARTS["spatial"].search(question)]
@@ -253,7 +253,7 @@ def _add_relations(
     evidence: Evidence,
     values: dict[str, list[tuple[str, float]]],
 ) -> None:
-    """Adds what is known of the questions about relations, and of their twins."""
+    """Adds the results of the questions about relations, and of their twins, to `values`."""
     chosen = relation_questions(item)
     twins = _read_all(item, evidence, "negated", len(chosen))
     for i, twin in zip(chosen, twins, strict=True):
@@ -277,7 +277,7 @@ def _can_read(num_questions: int) -> Callable[[Any], bool]:
 
 
 def _mean(values: Any) -> float:
-    """Mean of the numbers that are defined; NaN if none is."""
+    """Returns the mean of the values that are not NaN; NaN if there are none."""
     known = [value for value in values if not np.isnan(value)]
     return float(np.mean(known)) if known else float("nan")
 
@@ -287,16 +287,16 @@ def _path(item: Item, model: str) -> str:
 
 
 def _list_files(folder: Path, ending: str) -> dict[str, Path]:
-    """Files of a folder by what their names begin with."""
+    """Returns the files of a folder by their names without `ending`."""
     return {path.name.removesuffix(ending): path for path in folder.glob(f"*{ending}")}
 
 
 def _load_type(prompts: Path, questions: Path) -> list[Item]:
-    """Items of the files of one type."""
+    """Loads the items of one type."""
     prompt_rows, question_rows = read_json_lines(prompts), read_json_lines(questions)
     if not prompt_rows or len(prompt_rows) != len(question_rows):
         raise ValueError(
-            f"{prompts} has {len(prompt_rows)} rows and {questions} has {len(question_rows)}. They must have as many, and at least one."
+            f"{prompts} has {len(prompt_rows)} rows and {questions} has {len(question_rows)}. They must have the same number, and at least one."
         )
     type = prompt_rows[0].get("type")
     for path, rows in ((prompts, prompt_rows), (questions, question_rows)):

@@ -1,6 +1,6 @@
 """The files of TIIF-Bench testmini, with their hashes."""
 
-# name in the folder `data` of the repository → SHA-256
+# path in the repository's folder `data` → SHA-256
 FILES = {
     "testmini_eval_prompts/2d_spatial_relation_eval_prompts.jsonl": "e0c6404819b5494ca46ec88489a03aaedc0c711246ddf18deff6d497e49c999a",
     "testmini_eval_prompts/3d_spatial_relation_eval_prompts.jsonl": "33622e15b67613e7f970f2ca2db62f27d5d6c4954dc2d2e55e591204b059bc0c",

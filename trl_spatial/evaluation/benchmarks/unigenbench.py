@@ -1,4 +1,4 @@
-"""UniGenBench++: the test points of a prompt, judged by one call for each image."""
+"""UniGenBench++: the test points of a prompt, judged in one call per image."""
 
 import ast
 import csv
@@ -28,7 +28,7 @@ from .matching import match_files
 COMMIT = "49d0bcebb0b9418d975d3957c2fee10f34811d14"
 LAYOUT = "Entity Layout"
 CONFIRMED = f"{LAYOUT}, also when asked what is not met"
-# The official program stops at any other, also at other capitals.
+# The official program stops at any other test point, even at different capitalization.
 TEST_POINTS = frozenset(
     {
         *(f"Relationship - {kind}" for kind in ("Comparison", "Composition", "Inclusion", "Similarity")),
@@ -41,14 +41,14 @@ TEST_POINTS = frozenset(
         *("World Knowledge", "Style", "Text Generation", "Logical Reasoning"),
     }
 )
-# hits and number of judgements
+# (hits, number of judgments)
 Tally = tuple[int, int]
 
 
 def parse_reply(text: str | None, num_points: int) -> tuple[Any, Any] | None:
     """
     Reads a reply as the official program does: Python literals in the first `<analysis>` and the first `<score>`, both as long
-    as there are test points. The scores may still be no list.
+    as there are test points. The scores may still not be a list.
 
     Args:
         text (`str`, *optional*):
@@ -77,11 +77,11 @@ def parse_reply(text: str | None, num_points: int) -> tuple[Any, Any] | None:
 
 def official_scores(replies: Iterable[str | None], num_points: int) -> list[Any] | None:
     """
-    The scores of an image in the official table. The first reply that parses counts. It is stored as JSON, but read as Python, so
-    that one with `True`, `False` or `None` in it is lost.
+    Returns the scores of an image in the official table, from the first reply that parses. It is stored as JSON but
+    read as Python, so a reply with `True`, `False` or `None` in it is lost.
 
     Returns:
-        `list` of length `num_points`; or `None` if the image leaves the table.
+        `list` of length `num_points`; or `None` if the image is left out of the table.
 
     Raises:
         [`OfficialError`]: If the official program would stop.
@@ -120,7 +120,7 @@ def tally(judged: Iterable[tuple[Sequence[str], Sequence[Any]]]) -> tuple[dict[s
             Test points and scores of each image.
 
     Returns:
-        `tuple[dict, dict]`: Hits and number of judgements of the primary dimensions, whose names keep the space before the dash, and
+        `tuple[dict, dict]`: Hits and number of judgments of the primary dimensions, whose names keep the space before the dash, and
         of the test points.
     """
     primary: dict[str, Tally] = {}
@@ -134,14 +134,14 @@ def tally(judged: Iterable[tuple[Sequence[str], Sequence[Any]]]) -> tuple[dict[s
 
 
 def primary_dimension(point: str) -> str:
-    """`"Entity Layout"` for `"Entity Layout - Two-Dimensional Space"`, and a name without a dash for itself."""
+    """Returns `"Entity Layout"` for `"Entity Layout - Two-Dimensional Space"`, and a name without a dash unchanged."""
     return point.split("-", 1)[0].strip()
 
 
 class _UniGenBench(Benchmark):
     """
-    One judge call for each image answers all its test points with 0 or 1. The question is in our words, not in the official ones.
-    `fixed` asks about the layout twice, what is met and what is not: the key is always "met".
+    One call per image judges all test points with 0 or 1. The question is in our words, not the official ones. `fixed`
+    asks about the layout twice, what is met and what is not, because the correct answer is always "met".
     """
 
     source = f"https://github.com/CodeGoat24/UniGenBench/tree/{COMMIT}"
@@ -199,7 +199,7 @@ class _UniGenBench(Benchmark):
         primary, points = (
             {name: round(hits / total, 4) for name, (hits, total) in table.items()} for table in tally(judged)
         )
-        # the program prints none; the leaderboard has the mean of the primary dimensions
+        # not printed by the program; the leaderboard shows the mean of the primary dimensions
         overall = float(np.mean(list(primary.values()))) if primary else None
         return {"overall": overall, **primary, **points}
 
@@ -241,7 +241,7 @@ class _UniGenBench(Benchmark):
             chosen_ids = [ids[i] for i in chosen]
             metrics.append(Metric(name, values[chosen], chosen_ids, is_headline=name == LAYOUT))
             if name == LAYOUT:
-                # who always says 1, or always 0, has nothing here
+                # a judge that always says 1, or always 0, scores 0 here
                 metrics.append(Metric(CONFIRMED, np.array(confirmed, float), chosen_ids, is_headline=True))
         return metrics
 
@@ -302,7 +302,7 @@ Reply with two lists of exactly {len(points)} entries each, in the order of the 
 
 
 def _read_row(row: Mapping[str, Any], place: str) -> Item:
-    """Reads a row of the table. `place` names it in errors."""
+    """Reads and checks a row of the table; `place` identifies it in errors."""
     if not all(isinstance(value, str) for value in row.values()) or not row["prompt_en"].strip():
         raise ValueError(f"{place} needs exactly an index, a prompt and its test points.")
     if not row["index"].isdecimal():
@@ -313,12 +313,12 @@ def _read_row(row: Mapping[str, Any], place: str) -> Item:
 
 
 def _read_test_points(text: str, place: str) -> dict[str, Any]:
-    """Reads the JSON of a row, and repairs a missing comma: `"fault"` then says so."""
+    """Reads the JSON of a row, repairing one missing comma; if it did, the entry `"fault"` says so."""
     fault = {}
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
-        # where two values stand side by side, only a comma can be missing
+        # between two adjacent values, only a comma can be missing
         try:
             data = json.loads(f"{text[: error.pos]},{text[error.pos :]}")
         except json.JSONDecodeError:

@@ -1,4 +1,6 @@
-"""VISOR: two objects, one to the left, to the right, above or below the other, from an object detector's boxes."""
+"""
+VISOR: two objects, one to the left of, to the right of, above or below the other, from an object detector's boxes.
+"""
 
 import json
 import re
@@ -25,8 +27,8 @@ from .base import (
 from .matching import match_files
 
 
-THRESHOLD = 0.1  # scores above it count
-# relation → axis of the center that is compared, and sign of the first one's minus the second one's
+THRESHOLD = 0.1  # boxes with a higher score count
+# relation → (axis on which centers are compared, sign of the first coordinate minus the second)
 RELATIONS = {"to the left of": (0, -1), "to the right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 _COMMIT = "b9e368b73422aad655cc7121648beaca5c94563b"
 _BOXES = "boxes"
@@ -41,8 +43,8 @@ class ImageResult(NamedTuple):
 
 class VISOR(Benchmark):
     """
-    VISOR on its prompts SR2D: 25,280 with a relation of two things. Their file also has 6,400 without a relation, which the official
-    program passes over, and which are not taken here.
+    VISOR on its prompts SR2D: 25,280 with a relation of two things. Their file also has 6,400 without a relation,
+    which are skipped, as in the official program.
     """
 
     name = "visor"
@@ -77,7 +79,7 @@ class VISOR(Benchmark):
 
     def assign(self, items: Sequence[Item], files: Sequence[str], protocol: Protocol) -> dict[ImageKey, str]:
         """
-        Says which file is which image.
+        Assigns files to images.
 
         The official program takes every image of a prompt, however many there are.
         """
@@ -92,7 +94,7 @@ class VISOR(Benchmark):
         return [Question(_BOXES, "boxes", options={"classes": _objects(item.data)})]
 
     def official(self, items: Sequence[Item], evidence: Evidence) -> dict[str, float | None]:
-        num_right: list[int] = []  # of each prompt with an image
+        num_right: list[int] = []  # number of correct images of each prompt that has any
         results: list[ImageResult] = []
         for item in items:
             of_item = [_official_result(item, number, evidence) for number in evidence.numbers(item)]
@@ -134,10 +136,10 @@ class VISOR(Benchmark):
 
 
 def _read_row(row: Any, index: int, where: str) -> Item | None:
-    """Reads and checks a row; `None` for one without a relation of two things."""
+    """Reads and checks a row; returns `None` if it has no relation of two things."""
     if not isinstance(row, dict):
         raise ValueError(f"{where} is {row!r}, which should be a JSON object.")
-    if row.get("unique_id") != index:  # by which images are named, while the official program counts rows
+    if row.get("unique_id") != index:  # images are named by it, but the official program counts rows
         raise ValueError(f"{where} has the `unique_id` {row.get('unique_id')!r}, which should be {index}.")
     relation, num_objects = row.get("rel_type"), row.get("num_objects")
     if num_objects == 1 or (num_objects == 2 and relation == "and"):
@@ -169,20 +171,20 @@ def judge_boxes(boxes: Sequence[Mapping[str, Any]], objects: Sequence[str], rela
         objects (`Sequence[str]` of length 2):
             Names of the two.
         relation (`str`):
-            A key of `RELATIONS`. No other holds.
+            A key of `RELATIONS`. Any other never holds.
 
     Returns:
-        `ImageResult`: The relation of objects that were not both found is not right.
+        `ImageResult`: The relation is not right unless both objects were found.
     """
     axis, sign = RELATIONS.get(relation, (0, 0))
-    # with the sign of the relation, so that the first one's largest is compared with the second one's smallest
+    # multiplied by the relation's sign, so that the relation holds if some first coordinate exceeds some second one
     first, second = ([sign * center[axis] for center in find_centers(boxes, name)] for name in objects)
     has_both = bool(first and second)
     return ImageResult(has_both, has_both and max(first) > min(second))
 
 
 def find_centers(boxes: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
-    """Centers of the boxes of an object that count, in pixels."""
+    """Returns the centers, in pixels, of the boxes of an object whose score counts."""
     return [
         ((row["box"][0] + row["box"][2]) / 2, (row["box"][1] + row["box"][3]) / 2)
         for row in boxes

@@ -1,4 +1,4 @@
-"""Answers of yes or no: reading them, what follows when a premise fails, and which questions are about space."""
+"""Yes/no answers: reading them, dropping those whose premise fails, and recognizing questions about space."""
 
 import re
 from collections.abc import Hashable, Mapping, Sequence
@@ -21,7 +21,7 @@ _ELSEWHERE = (
     r"left|right|above|below|beneath|under|underneath|over|top|bottom|on|near|next to|beside|between|inside|outside|around"
     r"|surround\w*|adjacent|opposite|front|foreground|background|cent(?:er|re)|middle|corner|edge|side"
 )
-# name of a part of the spatial questions → the words they have
+# kind of spatial question → words that such questions contain
 SPATIAL_PARTS = {
     "spatial": re.compile(rf"\b(?:{_IN_FRONT}|{_FACING}|{_ELSEWHERE})\b", re.IGNORECASE),
     "front and behind": re.compile(rf"\b(?:{_IN_FRONT})\b", re.IGNORECASE),
@@ -31,8 +31,8 @@ SPATIAL_PARTS = {
 
 def read_answer(reply: Any) -> bool | None:
     """
-    Whether a reply says yes: its first word, in capital letters or not, without quotes, emphasis or what was thought before.
-    `None` if it says neither yes nor no, or there is no reply.
+    Whether a reply says yes: its first word, in any case, ignoring quotes, emphasis and thoughts before it. `None` if
+    it says neither yes nor no, or there is no reply.
     """
     found = _ANSWER.match(reply.rpartition("</think>")[2]) if isinstance(reply, str) else None
     return found[1].lower() == "yes" if found else None
@@ -45,16 +45,16 @@ def is_answer(reply: Any) -> bool:
 
 def drop_unfounded(answers: Mapping[Key, bool], parents: Mapping[Key, Sequence[Key]]) -> dict[Key, bool]:
     """
-    Takes back every yes that rests on a no: if there is no chair, it cannot be red.
+    Revokes every yes that depends on a no: if there is no chair, it cannot be red.
 
     Args:
         answers (`Mapping[Key, bool]`):
             Question → whether the answer is yes.
         parents (`Mapping[Key, Sequence[Key]]`):
-            Question → the questions it rests on. What is no question does not matter.
+            Question → the questions it depends on. Unknown ones are ignored.
 
     Returns:
-        `dict`: Question → whether its answer, and those of all it rests on, directly or not, are yes.
+        `dict`: Question → whether its answer, and those of all it depends on, directly or not, are yes.
     """
     kept = dict(answers)
     while True:
@@ -67,12 +67,14 @@ def drop_unfounded(answers: Mapping[Key, bool], parents: Mapping[Key, Sequence[K
 
 
 def negate(question: str) -> str:
-    """The twin of a question, to which the answer is no where the question's is yes. It shows who says yes to everything."""
+    """
+    Returns the twin of a question, whose answer is no if the question's is yes. It exposes judges that always say yes.
+    """
     return f'Consider the question "{question.strip()}" Is "no" the right answer to it?'
 
 
 def make_metric(name: str, values: Sequence[tuple[str, float]], *, is_headline: bool = False) -> Metric:
-    """A metric from pairs of the id of an item and a value."""
+    """Makes a metric from pairs (id of an item, value)."""
     return Metric(
         name, np.array([value for _, value in values], float), [id for id, _ in values], is_headline=is_headline
     )

@@ -1,4 +1,4 @@
-"""Scorers of images for their prompts, published ones and our own: a file and a line each."""
+"""Scorers of images for prompts, published ones and our own; each is a file and an entry in `SCORERS`."""
 
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SCORERS", "Comparison", "PairScorer", "PairwiseScorer", "Score", "find_scorer", "make_scorer"]
 
-# name on the command line → class, in the module before the colon
+# name on the command line → MODULE:CLASS
 SCORERS = {
     "clipscore": "clip:CLIPScore",
     "geneval": "rules:GenEvalRule",
@@ -60,7 +60,7 @@ def make_scorer(
 
 def find_scorer(spec: str) -> tuple[type[PairScorer], str]:
     """
-    Finds what a name on the command line stands for, without loading a model.
+    Finds the scorer that a name on the command line stands for, without loading a model.
 
     Args:
         spec (`str`):
@@ -80,7 +80,7 @@ def find_scorer(spec: str) -> tuple[type[PairScorer], str]:
         if colon and name and reference.isidentifier():
             return _load("function:FunctionScorer"), spec
         raise ValueError(
-            f"There is no scorer {spec!r}. Known are {', '.join(SCORERS)}, with a model after a colon, such as "
+            f"There is no scorer {spec!r}. Available: {', '.join(SCORERS)}, with a model after a colon, such as "
             "pickscore:FOLDER; or name a function, module:function."
         )
     scorer = _load(SCORERS[name])

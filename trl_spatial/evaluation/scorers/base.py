@@ -1,4 +1,4 @@
-"""What a scorer is: how well an image shows its prompt, or which of two shows it better."""
+"""The interface of a scorer: rates how well an image shows its prompt, or picks the better of two images."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ Preference = Literal["first", "second", "tie"]
 @dataclass(frozen=True)
 class Score:
     """
-    What a scorer says of an image.
+    A scorer's rating of an image.
 
     Args:
         mean (`float`, *optional*):
@@ -41,7 +41,7 @@ class Score:
 @dataclass(frozen=True)
 class Comparison:
     """
-    What a scorer says of two images.
+    A scorer's comparison of two images.
 
     Args:
         preferred (`str`, *optional*):
@@ -68,7 +68,7 @@ class PairScorer(ABC):
         name (`str`):
             Its name on the command line, before the colon.
         trained_on (`str`):
-            On what data and for which benchmark it was trained, in a line.
+            The data and benchmark it was trained on, in one line.
         default (`str`, *optional*):
             The model, if none is named. `""` if it has none; `None` if one must be named.
         hint (`str`):
@@ -90,11 +90,11 @@ class PairScorer(ABC):
 
         Args:
             reference (`str`):
-                What stands after the colon, or `default`.
+                The part of the name after the colon, or `default`.
             settings ([`~judges.loading.ModelSettings`]):
-                How its model is run.
+                Settings of its model.
         """
-        if cls.default == "":  # it takes no model
+        if cls.default == "":  # the scorer needs no model
             return cls()
         return cls(reference, device=settings.device)  # type: ignore[call-arg]
 
@@ -114,7 +114,7 @@ class PairwiseScorer(PairScorer):
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Score]:
         """Raises a `TypeError`: it has no score of one image."""
-        raise TypeError(f"{self.name} compares two images and scores none alone: call `compare`.")
+        raise TypeError(f"{self.name} compares two images and cannot score a single one: call `compare`.")
 
 
 def in_batches(

@@ -1,4 +1,4 @@
-"""Scorers that compare CLIP's embeddings of an image and of its prompt."""
+"""Scorers that compare CLIP's embeddings of an image and its prompt."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +19,9 @@ _BATCH_SIZE = 16
 
 class CLIPScorer(PairScorer):
     """
-    Cosine of CLIP's embeddings of image and prompt; what each scorer makes of it is in its `finish`.
+    Cosine of CLIP's embeddings of image and prompt, which each scorer turns into a score in its `finish`.
 
-    A prompt is cut where CLIP's text ends, after 77 tokens.
+    Prompts are truncated to CLIP's 77 tokens.
 
     Args:
         reference (`str`):
@@ -30,10 +30,11 @@ class CLIPScorer(PairScorer):
             Where it runs. If `None`, the accelerator if there is one.
 
     Raises:
-        `ValueError`: If there is no such model, it is no CLIP, weights are missing, or the repository holds pickles or code.
+        `ValueError`: If there is no such model, it is not a CLIP, weights are missing, or the repository holds pickles
+            or code.
     """
 
-    # where tokenizer and image processor come from, if not from the model's own folder
+    # source of tokenizer and image processor, if the model's own folder has none
     processor: ClassVar[str | None] = None
 
     def __init__(self, reference: str, *, device: Any = None):
@@ -87,12 +88,12 @@ class CLIPScorer(PairScorer):
 
 class CLIPScore(CLIPScorer):
     """
-    CLIPScore, `2.5 · max(cosine, 0)` ([papers/2104.08718](https://huggingface.co/papers/2104.08718)), of the prompt as it is:
-    the paper puts "A photo depicts" before it. See [`CLIPScorer`] for the arguments.
+    CLIPScore, `2.5 · max(cosine, 0)` ([papers/2104.08718](https://huggingface.co/papers/2104.08718)), of the unchanged
+    prompt: the paper puts "A photo depicts" before it. See [`CLIPScorer`] for the arguments.
     """
 
     name = "clipscore"
-    trained_on = "images of the web and their captions, as the model's card says; no preferences"
+    trained_on = "images from the web and their captions, as the model's card says; no preferences"
 
     def finish(self, cosines: torch.Tensor) -> torch.Tensor:
         """See [`CLIPScorer`]."""

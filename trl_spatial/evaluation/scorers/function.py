@@ -1,10 +1,11 @@
-"""A function of the user as a scorer."""
+"""A user's function as a scorer."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
+from ...hub.functions import errors_of
 from ...rewards.loading import load_reward
 from .base import PairScorer, Score
 
@@ -22,11 +23,11 @@ class FunctionScorer(PairScorer):
     """
 
     name = "function"
-    trained_on = "unknown: a function of yours"
+    trained_on = "unknown: your own function"
 
     def __init__(self, reference: str, *, device: Any = None):
         self.reference = reference
-        self._function = load_reward(reference, device=device)
+        self._function = errors_of(f"The scorer {reference} raised this error.")(load_reward(reference, device=device))
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Score]:
         """

@@ -1,4 +1,4 @@
-"""HPSv2.1, a CLIP ViT-H-14 trained on preferences, and how its published weights become a model of transformers."""
+"""HPSv2.1, a CLIP ViT-H-14 trained on preferences, and the conversion of its published weights to transformers."""
 
 import re
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from .clip import CLIPScorer
 from .preparing import prepare_by_torch
 
 
-# ViT-H-14 in open_clip
+# open_clip's ViT-H-14
 VIT_H_14 = {
     "projection_dim": 1024,
     "text_config": {
@@ -72,7 +72,7 @@ class HPSv2(CLIPScorer):
 
     and add the tokenizer: `hf download laion/CLIP-ViT-H-14-laion2B-s32B-b79K --include "tokenizer*" "vocab.json" "merges.txt"
     --local-dir hpsv2`. Images are resized in floating point with antialiasing, as the official program does with torchvision
-    0.17 or later; prompts are not repaired by ftfy, as there, which matters for broken Unicode only.
+    0.17 or later. Unlike there, prompts are not repaired by ftfy, which only matters for broken Unicode.
 
     Args:
         reference (`str`):
@@ -124,14 +124,14 @@ def save_hpsv2(state_dict: Mapping[str, torch.Tensor], folder: str | Path, confi
         raise ValueError(
             f"These are not the weights of such a CLIP: {len(wrong)} names are missing or unknown, {wrong[:5]}."
         )
-    model.load_state_dict(converted, strict=False)  # buffers are computed
+    model.load_state_dict(converted, strict=False)  # not strict: buffers are computed
     model.save_pretrained(folder)
 
 
 def convert_open_clip(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    Renames the weights of a CLIP of open_clip as transformers calls them: queries, keys and values become three matrices, and
-    projections are transposed.
+    Renames the weights of a CLIP of open_clip to transformers' names; splits queries, keys and values into three
+    matrices, and transposes projections.
 
     Raises:
         `ValueError`: If a name is unknown.

@@ -1,4 +1,4 @@
-"""HPSv3: Qwen2-VL with a head that gives the mean and the deviation of a preference, and its published weights."""
+"""HPSv3: Qwen2-VL with a head for the mean and standard deviation of a preference, and its published weights."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,8 +20,8 @@ from .base import PairScorer, Score, in_batches
 from .weights import fill, find_file, pick_device, read_weights
 
 
-# Word for word what the model was trained on, from the package hpsv3 1.0.0 (MIT), spaces at the ends of lines included. Other
-# words would be another scorer.
+# The exact text that the model was trained on, including trailing spaces, from the package hpsv3 1.0.0 (MIT). A
+# different text would be a different scorer.
 _INSTRUCTION = (Path(__file__).parent / "hpsv3_instruction.txt").read_text(encoding="utf-8")
 _REWARD_TOKEN = "<|Reward|>"
 _START_NAMES = {"visual.": "backbone.visual.", "model.": "backbone.language_model.", "rm_head.": "head."}
@@ -30,7 +30,7 @@ _BATCH_SIZE = 4
 
 
 def make_head(hidden_size: int) -> nn.Sequential:
-    """From the state at the reward token to the mean and the logarithm of the deviation."""
+    """Makes the head: from the state at the reward token to the mean and the logarithm of the standard deviation."""
     return nn.Sequential(
         nn.Linear(hidden_size, 1024), nn.ReLU(), nn.Identity(), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
     )
@@ -38,14 +38,15 @@ def make_head(hidden_size: int) -> nn.Sequential:
 
 class HPSv3Model(nn.Module):
     """
-    The network. Image tokens are numbered along one line with the words, as where it was trained; Qwen2-VL itself has three axes.
+    The network. The positions of image tokens continue those of the words on one axis, as in training; Qwen2-VL itself
+    has three axes.
 
     Args:
         config ([`~transformers.Qwen2VLConfig`]):
             Sizes of the backbone.
     """
 
-    precise = ("head",)  # parts in float32
+    precise = ("head",)  # parts kept in float32
 
     def __init__(self, config: Qwen2VLConfig):
         super().__init__()
@@ -57,15 +58,15 @@ class HPSv3Model(nn.Module):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, places: torch.Tensor, **pixels: Any
     ) -> torch.Tensor:
         """
-        Mean and logarithm of the deviation, `(batch_size, 2)`, in float32.
+        Returns the mean and the logarithm of the standard deviation, `(batch_size, 2)`, in float32.
 
         Args:
             input_ids (`torch.Tensor` of shape `(batch_size, num_tokens)`), attention_mask (of the same shape):
                 Tokens, padded on the right.
             places (`torch.Tensor` of shape `(batch_size,)`):
-                Where the reward token stands.
+                Position of the reward token.
             pixels (`pixel_values`, `image_grid_thw`):
-                Patches of all images, and how many there are.
+                Patches of all images, and their grid sizes.
         """
         embedded = self.backbone.get_input_embeddings()(input_ids)
         features = self.backbone.get_image_features(**pixels).pooler_output
@@ -81,14 +82,15 @@ class HPSv3Model(nn.Module):
 
 class HPSv3(PairScorer):
     """
-    HPSv3 ([papers/2508.03789](https://huggingface.co/papers/2508.03789)): the mean of the preference, and its deviation.
+    HPSv3 ([papers/2508.03789](https://huggingface.co/papers/2508.03789)): mean and standard deviation of the
+    preference.
 
-    Weights are kept in the type in which they are saved; the published ones are of a Qwen2-VL-7B.
+    Weights keep the type in which they were saved; the published ones are of a Qwen2-VL-7B.
 
     Args:
         reference (`str`):
             A folder or a repository on the Hub with `HPSv3.safetensors`. Configuration, tokenizer and image processor are those
-            of Qwen2-VL-7B unless they lie beside it.
+            of Qwen2-VL-7B unless they are beside it.
         device (`str` or `torch.device`, *optional*):
             Where it runs. If `None`, the accelerator if there is one.
 
@@ -115,7 +117,7 @@ class HPSv3(PairScorer):
         base = place if beside else find_reference(self.backbone, kind="model")
         self.processor, config = self._load_parts(base)
         weights = rename_weights(read_weights(find_file(place, self.file)), self.start_names)
-        # the published weights have a row for each token of the tokenizer, and no spare ones
+        # the published weights have a row for each token of the tokenizer, without padding rows
         config.get_text_config().vocab_size = len(self.processor.tokenizer)
         with init_empty_weights(include_buffers=False):
             model = self.network(config)
@@ -126,7 +128,7 @@ class HPSv3(PairScorer):
         self.model = model.eval().to(self.device)
 
     def _load_parts(self, place: Reference) -> tuple[Any, Any]:
-        """Processor, which knows the reward token, and configuration."""
+        """Loads the processor, with the reward token added, and the configuration."""
         check_repository(place, kind="model")
         with explain_errors(f"Loading {place}"):
             config = AutoConfig.from_pretrained(place.name, revision=place.revision, trust_remote_code=False)
@@ -147,7 +149,7 @@ class HPSv3(PairScorer):
         for texts, pictures in in_batches(prompts, images, _BATCH_SIZE):
             inputs = self._prepare(texts, pictures)
             found = inputs["input_ids"] == reward_token
-            # the last one: a prompt may name the token, too
+            # the last one, because a prompt may also contain the token
             places = found.shape[1] - 1 - found.flip(1).int().argmax(1)
             inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
             values = self.model(places=places.to(self.device), **inputs)
@@ -169,14 +171,15 @@ class HPSv3(PairScorer):
 
 
 def _resize(image: Image.Image) -> Image.Image:
-    """The image with sides that are multiples of 28, in about its proportions, of about 448 × 448 pixels."""
+    """Resizes an image to about 448² pixels, with sides that are multiples of 28 and about the same proportions."""
     height, width = smart_resize(image.height, image.width, min_pixels=_NUM_PIXELS, max_pixels=_NUM_PIXELS)
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def rename_weights(state_dict: Mapping[str, torch.Tensor], start_names: Mapping[str, str]) -> dict[str, torch.Tensor]:
     """
-    Renames published weights by how their names start. The head over words is left out: nothing reads it.
+    Renames published weights by the prefixes of their names. The language modeling head is left out, because it is not
+    used.
 
     Raises:
         `ValueError`: If a name is unknown.

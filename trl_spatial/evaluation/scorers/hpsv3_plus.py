@@ -1,4 +1,6 @@
-"""HPSv3++: Qwen3-VL with HPSv3's head, for which the state is scaled and moved by how able the generator seems to be."""
+"""
+HPSv3++: Qwen3-VL with HPSv3's head, whose input is scaled and shifted by the estimated capability of the generator.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,16 +21,18 @@ _START_NAMES = {
     "rm_head.": "head.",
     **{name: name for name in ("cond_encoder.", "film_gen.", "cap_encoder.")},
 }
-_ITERATION = 0.0  # of the training with reinforcement that images come from: none, as its authors recommend
+_ITERATION = 0.0  # step of the reinforcement learning that images come from; the authors recommend 0
 
 
 class CapabilityEncoder(nn.Module):
-    """How able the generator of an image seems to be, 0 to 1, from the state `(batch_size, hidden_size)`: `(batch_size,)`."""
+    """
+    Estimates the capability of an image's generator, 0 to 1, `(batch_size,)`, from states `(batch_size, hidden_size)`.
+    """
 
     def __init__(self, hidden_size: int):
         super().__init__()
         self.proj = nn.Linear(hidden_size, _CONDITION_SIZE)
-        self.pool_attn = nn.Linear(_CONDITION_SIZE, 1)  # weighs the images of a group, which here are one
+        self.pool_attn = nn.Linear(_CONDITION_SIZE, 1)  # weighs the images of a group; unused here
         self.out_proj = nn.Linear(_CONDITION_SIZE, 1)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -44,7 +48,7 @@ class HPSv3PlusModel(nn.Module):
             Sizes of the backbone.
     """
 
-    precise = ("head", "cond_encoder", "film_gen")  # parts in float32
+    precise = ("head", "cond_encoder", "film_gen")  # parts kept in float32
 
     def __init__(self, config: Qwen3VLConfig):
         super().__init__()
@@ -61,13 +65,13 @@ class HPSv3PlusModel(nn.Module):
 
     def forward(self, places: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """
-        Mean and logarithm of the deviation, `(batch_size, 2)`, in float32.
+        Returns the mean and the logarithm of the standard deviation, `(batch_size, 2)`, in float32.
 
         Args:
             places (`torch.Tensor` of shape `(batch_size,)`):
-                Where the reward token stands.
+                Position of the reward token.
             inputs (`input_ids`, `attention_mask`, `mm_token_type_ids`, `pixel_values`, `image_grid_thw`):
-                Of the backbone; padded on the right.
+                Inputs of the backbone, padded on the right.
         """
         states = self.backbone(**inputs, use_cache=False).last_hidden_state
         hidden = states[torch.arange(len(places), device=places.device), places]
@@ -79,10 +83,11 @@ class HPSv3PlusModel(nn.Module):
 
 class HPSv3Plus(HPSv3):
     """
-    HPSv3++ ([papers/2606.14657](https://huggingface.co/papers/2606.14657)): the mean of the preference, and its deviation.
+    HPSv3++ ([papers/2606.14657](https://huggingface.co/papers/2606.14657)): mean and standard deviation of the
+    preference.
 
-    Each image is scored by itself. The published program guesses one capability for all images that it is given at once, so that
-    its scores depend on their batch; these are the ones of an image alone.
+    Each image is scored separately. The published program estimates one capability for all images of a batch, so that
+    its scores depend on the batch; these are its scores for batches of one image.
 
     The weights are published as a pickle, which is not loaded. Convert them once, where you trust the file:
 

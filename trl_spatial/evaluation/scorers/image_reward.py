@@ -1,4 +1,4 @@
-"""ImageReward: BLIP's text encoder looks at the image, and a linear head reads its first token."""
+"""ImageReward: BLIP's text encoder attends to the image, and a linear head reads its first token."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -43,8 +43,8 @@ BLIP_LARGE = {
     },
 }
 _HEAD_SIZES = (1024, 128, 64, 16, 1)
-_HEAD_LAYERS = {"0": 0, "2": 1, "4": 2, "6": 3, "7": 4}  # dropout has numbers of its own in the published weights
-# mean and deviation of the raw reward on its training data
+_HEAD_LAYERS = {"0": 0, "2": 1, "4": 2, "6": 3, "7": 4}  # the published weights also number dropout layers
+# mean and standard deviation of the raw reward on the training data
 _SHIFT, _SCALE = 0.16717362830052426, 1.0333394966054072
 _NUM_TOKENS = 35
 _BATCH_SIZE = 16
@@ -67,7 +67,8 @@ _IN_BLOCK = {
 
 class ImageRewardModel(nn.Module):
     """
-    The network: vision transformer, text encoder with cross-attention, and five linear layers with nothing between.
+    The network: vision transformer, text encoder with cross-attention, and five linear layers without activations in
+    between.
 
     Args:
         config ([`~transformers.BlipConfig`]):
@@ -92,7 +93,7 @@ class ImageRewardModel(nn.Module):
 
 class ImageReward(PairScorer):
     """
-    ImageReward ([papers/2304.05977](https://huggingface.co/papers/2304.05977)). A prompt is cut after 35 tokens.
+    ImageReward ([papers/2304.05977](https://huggingface.co/papers/2304.05977)). Prompts are truncated to 35 tokens.
 
     It is published as a pickle, which is not loaded. Save its weights as safetensors once:
 
@@ -184,8 +185,8 @@ def save_image_reward(
 
 def convert_image_reward(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    Renames ImageReward's weights for [`ImageRewardModel`]. The two projections of BLIP's contrastive loss are left out: nothing
-    reads them.
+    Renames ImageReward's weights for [`ImageRewardModel`]. The two projections of BLIP's contrastive loss are left
+    out, because they are not used.
 
     Raises:
         `ValueError`: If a name is unknown.

@@ -1,4 +1,4 @@
-"""Images as older scorers were shown them."""
+"""Preprocesses images the way older scorers were trained."""
 
 import numpy as np
 import torch
@@ -10,16 +10,16 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 def shorter_side(width: int, height: int, side: int) -> tuple[int, int]:
-    """Width and height after the shorter one was made `side`; the longer one is rounded down."""
+    """Returns width and height scaled so that the shorter one is `side`; the longer one is rounded down."""
     short, long = min(width, height), max(width, height)
     other = int(side * long / short)
     return (side, other) if width <= height else (other, side)
 
 
 def crop_center(pixels: torch.Tensor, side: int) -> torch.Tensor:
-    """The square of a side in the middle of images `(..., height, width)`."""
+    """Returns the central square of size `side` of images `(..., height, width)`."""
     height, width = pixels.shape[-2:]
-    # torchvision rounds halves to even, as Python does
+    # like torchvision, Python rounds halves to even
     top, left = round((height - side) / 2), round((width - side) / 2)
     return pixels[..., top : top + side, left : left + side]
 
@@ -41,7 +41,7 @@ def prepare_by_pillow(image: Image.Image, side: int) -> torch.Tensor:
 
 
 def prepare_by_torch(image: Image.Image, side: int) -> torch.Tensor:
-    """The same in floating point, which leaves the range from 0 to 1 at edges: `(3, side, side)`."""
+    """Does the same in floating point, which overshoots the range from 0 to 1 at edges: `(3, side, side)`."""
     width, height = shorter_side(*image.size, side)
     pixels = to_tensor(image)
     if (width, height) != image.size:

@@ -1,4 +1,4 @@
-"""Scorers without a model of preferences: rules on pixels or on detected boxes, and a control that knows nothing."""
+"""Scorers without a preference model: rules on pixels or on detected boxes, and a control that knows nothing."""
 
 import re
 from collections.abc import Sequence
@@ -52,9 +52,9 @@ class Pixels(PairScorer):
 
 class GenEvalRule(PairScorer):
     """
-    GenEval's rule on detected boxes: 1 if both things are there and the one lies to the other as the prompt says, else the
-    share of this that is so. It abstains where the prompt is not of the form "a A left of a B" (right of, above, below), or
-    names a class that the detector does not know.
+    GenEval's rule on detected boxes: 1 if both things are found and in the relation of the prompt, else the share of
+    this that is met. It abstains if the prompt is not of the form "a A left of a B" (right of, above, below), or names
+    a class that the detector does not know.
 
     Args:
         reference (`str`):
@@ -79,7 +79,7 @@ class GenEvalRule(PairScorer):
         scores = []
         for row, specification in enumerate(specifications):
             if specification is None:
-                scores.append(Score(None, raw="the prompt names no two things and how they lie"))
+                scores.append(Score(None, raw="the prompt does not name two objects and their relation"))
             elif labels is not None and (unknown := sorted(set(specification.class_names) - set(labels))):
                 scores.append(Score(None, raw=f"the detector does not know {', '.join(unknown)}"))
             else:
@@ -90,8 +90,8 @@ class GenEvalRule(PairScorer):
 
 def read_relation(prompt: str) -> Specification | None:
     """
-    GenEval's specification of a prompt that says how one thing lies to another, such as "a photo of a dog left of a cat"; `None`
-    of any other.
+    Reads GenEval's specification from a prompt about two things in a relation, such as "a photo of a dog left of a
+    cat"; `None` for any other prompt.
     """
     match = _RELATION.fullmatch(prompt.strip())
     if match is None:

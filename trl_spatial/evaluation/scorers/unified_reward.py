@@ -1,4 +1,4 @@
-"""UnifiedReward-2.0: a vision-language model that was trained to rate images in words."""
+"""UnifiedReward-2.0: a vision-language model trained to rate images in words."""
 
 import math
 import re
@@ -9,8 +9,8 @@ from .base import Preference, Score
 from .vision import PairwiseVisionScorer, VisionScorer, ask_for_score
 
 
-# Word for word what the model was trained on, from CodeGoat24/UnifiedReward, inference_qwen/UnifiedReward-2.0-inference (models:
-# MIT). Other words would be another scorer.
+# The exact text that the model was trained on, from CodeGoat24/UnifiedReward,
+# inference_qwen/UnifiedReward-2.0-inference (models: MIT). A different text would be a different scorer.
 _PAIRWISE = """\
 You are presented with two generated images (Image 1 and Image 2) along with a shared text caption. Your task is to comparatively \
 evaluate the two images across three specific dimensions:
@@ -107,7 +107,9 @@ class UnifiedRewardPointwise(VisionScorer):
 
 
 def read_shares(reply: str) -> dict[str, tuple[float, float]] | None:
-    """Axis → what image 1 and image 2 have of the point; `None` unless all six numbers are there, from 0 to 1."""
+    """
+    Returns axis → shares of the point of image 1 and image 2; `None` unless all six numbers are present, from 0 to 1.
+    """
     shares = {}
     for axis in _AXES:
         found = re.search(rf"{axis} Score:\s*Image 1:\s*{_NUMBER}\s*Image 2:\s*{_NUMBER}", reply)
@@ -118,7 +120,7 @@ def read_shares(reply: str) -> dict[str, tuple[float, float]] | None:
 
 
 def read_ratings(reply: str) -> dict[str, float] | None:
-    """Axis → rating; `None` unless all three are there, from 1 to 5."""
+    """Returns axis → rating; `None` unless all three are present, from 1 to 5."""
     ratings = {}
     for axis in _AXES:
         found = re.search(rf"{axis} Score \(1-5\):\s*{_NUMBER}", reply)

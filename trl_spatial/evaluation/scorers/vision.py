@@ -1,4 +1,4 @@
-"""Scorers that ask a vision-language model, on this machine or behind a server."""
+"""Scorers that ask a vision-language model, local or on a server."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from ...judges.vision import VisionModel, load_vision
 from .base import Comparison, PairScorer, PairwiseScorer, Score, in_batches
 
 
-# a tiny Qwen2.5-VL that knows the flat world alone
+# a tiny Qwen2.5-VL, trained only on the flat world
 BUNDLED_MODEL = Path(__file__).parents[2] / "tiny_models" / "qwen2_5_vl"
 _MAX_TOKENS = 1024
 
@@ -76,11 +76,11 @@ class PairwiseVisionScorer(PairwiseScorer):
         return cls(load_vision(reference, settings))
 
     def question(self, prompt: str) -> str:
-        """What is asked about both images."""
+        """Returns the question about both images."""
         raise NotImplementedError
 
     def read(self, reply: str) -> Any:
-        """Which image a reply prefers: `"first"`, `"second"`, `"tie"`, or `None` if it cannot be read."""
+        """Reads which image a reply prefers: `"first"`, `"second"`, `"tie"`, or `None` if it cannot be read."""
         raise NotImplementedError
 
     def compare(self, prompt: str, first: Image.Image, second: Image.Image) -> Comparison:

@@ -1,4 +1,4 @@
-"""Vision-language models as judges of pairs: asked about both images at once, or about each by itself."""
+"""Vision-language models as judges of pairs, asked about both images at once or about each separately."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""VQAScore: how likely a vision-language model says Yes when it is asked whether an image shows its prompt."""
+"""VQAScore: the probability that a vision-language model says Yes when asked whether an image shows its prompt."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +13,13 @@ from .vision import BUNDLED_MODEL, VisionScorer
 
 
 class Template(NamedTuple):
-    """What is asked, with the prompt in the place of `{}`, and the answer whose probability is the score."""
+    """A question, with `{}` in place of the prompt, and the answer whose probability is the score."""
 
     question: str
     answer: str
 
 
-# of t2v_metrics, for models that chat
+# from t2v_metrics, for chat models
 TEMPLATE = Template('Does this figure show "{}"? Please answer Yes or No.', "Yes")
 # the bundled model was trained on captions, each followed by " yes" or " no"
 BUNDLED_TEMPLATE = Template("{}", " yes")
@@ -71,8 +71,8 @@ class VQAScore(VisionScorer):
         if len(tokens := data["tokens"][answer]) != 1:
             raise ValueError(
                 f"{self.vision.name} writes {answer!r} as {len(tokens)} tokens, {tokens}: its tokenizer does not have the word. "
-                "Take a model that was trained to answer questions."
+                "Use a model that was trained to answer questions."
             )
-        # a server names the most likely tokens only: what is not among them is next to impossible
+        # a server returns only the most likely tokens; others have a probability close to 0
         chance = data["probabilities"].get(tokens[0], 0.0)
         return Score(chance, raw=reply.text, cost=reply.cost, served_model=reply.served_model)

@@ -1,4 +1,4 @@
-"""Weights of scorers that are no class of transformers."""
+"""Loads weights of scorers that have no class in transformers."""
 
 from pathlib import Path
 
@@ -59,11 +59,11 @@ def fill(model: nn.Module, weights: dict[str, torch.Tensor], source: object) -> 
             f"The weights of {source} are not those of such a model: {shown} are missing, unknown or of another shape."
         )
     check_finite(str(source), weights.items())
-    model.load_state_dict(weights, strict=False, assign=True)  # buffers are computed
+    model.load_state_dict(weights, strict=False, assign=True)  # not strict: buffers are computed
 
 
 def pick_device(device: object) -> torch.device:
-    """The device that is asked for, or the accelerator if there is one."""
+    """Returns the given device or, if it is `None`, the accelerator if there is one."""
     if device is not None:
         return torch.device(device)  # type: ignore[call-overload]
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -1,4 +1,6 @@
-"""A world of household things on a table: scenes, their words, their pictures, and a checker of the pictures."""
+"""
+A world of household things on a table: scenes, their descriptions, their pictures, and a checker of the pictures.
+"""
 
 from .checking import check_tabletop
 from .placing import PlacedItem, is_possible, place_tabletop, sample_sizes

@@ -1,4 +1,4 @@
-"""Comparing a picture of a table with a graph, from where its rays end."""
+"""Compares a picture of a table with a graph, from the points that its rays hit."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,13 +15,13 @@ from .raycasting import Rendering
 from .things import Item
 
 
-MIN_PIXELS = 12  # of a thing that counts as there
+MIN_PIXELS = 12  # visible pixels from which a thing counts as present
 
 
 @dataclass(frozen=True)
 class SeenItem:
     """
-    A thing as far as it can be seen.
+    The visible part of a thing.
 
     Args:
         item ([`Item`]):
@@ -47,8 +47,8 @@ class SeenItem:
 
 def see_items(rendering: Rendering) -> dict[Item, SeenItem]:
     """
-    Measures the things in a picture. Hidden parts are not guessed at, but what is nearest to the viewer is half a width before
-    the middle.
+    Measures the things in a picture. Hidden parts are not guessed, except that the middle of a thing is half a width
+    behind its point nearest to the viewer.
 
     Args:
         rendering ([`Rendering`]):
@@ -104,7 +104,7 @@ def _on(things, region):
     text = f"its foot is {gap:+.2f} over the other's top"
     if not _is_over(a, b) or b.item.solid.is_container or gap <= -0.04 or gap >= 0.1:
         return Verdict.VIOLATED, text
-    # a wide thing hides the upper end of what carries it
+    # a wide thing hides the top of its support, so the gap looks larger
     is_close = -0.02 <= gap <= 0.07
     return (Verdict.SATISFIED, text) if is_close else (Verdict.UNDECIDABLE, f"{text}: too close to call")
 
@@ -197,7 +197,8 @@ RULES: dict[str, _Rule] = {
 
 def check_tabletop(rendering: Rendering, graph: SceneGraph) -> SceneCheck:
     """
-    Compare a picture with a graph, from where its rays end; not from the graph that it was drawn from.
+    Compare a picture with a graph, from the points that its rays hit rather than from the graph that it was drawn
+    from.
 
     Args:
         rendering ([`Rendering`]):

@@ -1,6 +1,6 @@
-"""Placing things on the table: the relations as bounds on differences of positions.
+"""Places things on the table: relations as bounds on differences of positions.
 
-Positions are in units of the table: x to the right, z towards the viewer, both from 0 to 1; heights in the same units.
+Positions are in units of the table: x to the right, z toward the viewer, both from 0 to 1; heights in the same units.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ X, Z = 0, 1
 CLEARANCE = 0.03
 BORDER = 0.01
 MAX_BRANCHES = 1500
-# Share of a thing's height that it may hide of one behind it, seen from the camera.
+# Distance along z, as a share of the height of the thing in front, that keeps it from hiding much of one behind it.
 SHADE = 0.75
 
 
@@ -87,7 +87,7 @@ def _on(slots, region):
     if not (a.item.solid.is_flat and b.item.solid.is_flat):
         return []
     slack = 0.25 * min(a.radius, b.radius)
-    # what carries a wider thing must still be seen under its edge
+    # the support of a wider thing must remain visible below its edge
     if 0.77 * b.radius * b.item.solid.height - 0.63 * (a.radius - b.radius + slack) < 0.012:
         return []
     return [[bound for axis in (X, Z) for bound in _within(axis, a.number, b.number, -slack, slack)]]
@@ -97,7 +97,7 @@ def _inside(slots, region):
     inner, outer = slots
     if not outer.item.solid.is_container or inner.item.solid.is_container:
         return []
-    # the corner of a box must fit into a round bowl
+    # the corners of a box must fit into a round bowl
     width = inner.radius * (1.42 if outer.item.solid.form == "bowl" and inner.item.solid.form == "box" else 1.0)
     slack = min(outer.radius - 0.012 - width, 0.03)
     if slack < 0:
@@ -111,7 +111,7 @@ def _next_to(slots, region):
     ways = []
     for axis in (X, Z):
         for first, second in ((a, b), (b, a)):
-            # the second one is nearer to the viewer along z
+            # along z, `second` is nearer to the viewer and hides part of `first`
             hidden = SHADE * second.radius * second.item.solid.height if axis == Z else 0.0
             if hidden < 0.08:
                 ways.append(
@@ -186,7 +186,7 @@ PLACEMENTS: dict[str, Placement] = {
 
 def sample_sizes(items: Sequence[Item], rng: np.random.Generator) -> dict[Item, float]:
     """Draws half the width of every thing. It depends on the things alone, not on their order or their relations."""
-    crowding = min(1.0, (6.5 / len(items)) ** 0.25)  # many things have to be smaller
+    crowding = min(1.0, (6.5 / len(items)) ** 0.25)  # more things have to be smaller
     sizes = {}
     for item, share in zip(sorted(items), rng.random(len(items)), strict=True):
         low, high = item.solid.radius
@@ -214,20 +214,16 @@ def place_tabletop(graph: SceneGraph, sizes: dict[Item, float], rng: np.random.G
     """
     slots = {item: Slot(i, item, sizes[item]) for i, item in enumerate(graph.entities)}
     below, heights = _stacks(graph, sizes)
-    system = DifferenceSystem.empty(len(slots))
     for slot in slots.values():
-        for axis in (X, Z):
-            if not (
-                system.add(Bound(axis, CANVAS, slot.number, slot.radius + BORDER))
-                and system.add(Bound(axis, slot.number, CANVAS, slot.radius + BORDER - 1.0))
-            ):
-                raise LayoutError(f"The {slot.item} is larger than the table.")
+        if slot.radius + BORDER > 0.5:
+            raise LayoutError(f"The {slot.item} is larger than the table.")
+    system = DifferenceSystem.within_borders([slot.radius + BORDER for slot in slots.values()])
     choices = []
     for relation in graph.relations:
         if relation.name not in PLACEMENTS:
             raise LayoutError(f"{relation} is not a relation of things on a table.")
         choices.append(PLACEMENTS[relation.name]([slots[item] for item in relation.arguments], relation.region))
-    choices.sort(key=len)  # what has no alternative comes first and narrows the rest
+    choices.sort(key=len)  # choices without an alternative come first and narrow the rest
     order = list(slots.values())
     for i, a in enumerate(order):
         for b in order[:i]:
@@ -246,7 +242,7 @@ def place_tabletop(graph: SceneGraph, sizes: dict[Item, float], rng: np.random.G
 
 
 def _stacks(graph: SceneGraph, sizes: dict[Item, float]) -> tuple[dict[Item, Item], dict[Item, float]]:
-    """What each thing stands on or lies in, and how high each thing is with all that is on it."""
+    """Returns thing → what it stands on or lies in, and thing → height above the table of the top of its stack."""
     below: dict[Item, Item] = {}
     for relation in graph.relations:
         if relation.name in ("on", "inside", "under", "contains"):
@@ -272,7 +268,7 @@ def _partners(below: dict[Item, Item], item: Item) -> list[Item]:
 
 
 def _apart(a: Slot, b: Slot, heights: dict[Item, float]) -> list[list[Bound]]:
-    """Neither touches the other, nor hides much of it."""
+    """Returns the alternatives in which neither thing touches the other or hides much of it."""
     reach = a.radius + b.radius + CLEARANCE
     return [
         [Bound(X, a.number, b.number, reach)],

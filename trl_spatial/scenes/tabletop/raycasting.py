@@ -1,4 +1,4 @@
-"""Drawing the things on a table: one ray per part of a pixel, exact surfaces, a light with shadows."""
+"""Draws the things on a table by ray casting: several rays per pixel, exact surfaces, one light with shadows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from .things import SCENES, Item
 
 MIN_IMAGE_SIZE = 48
 SAMPLES = 2  # rays per pixel along each axis
-WALL = -0.12  # where the wall behind the table is, as z
-_ATTEMPTS = 20  # to find room for all things
+WALL = -0.12  # z of the wall behind the table
+_ATTEMPTS = 20  # attempts to find room for all things
 _FAR = np.float32(1e9)
 _Array = np.ndarray
-# Base color of the table, color of the wall, and pattern of each scene.
+# Scene → base color of the table, color of the wall, and pattern.
 _LOOKS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int], str]] = {
     "kitchen": ((196, 164, 124), (226, 224, 214), "planks"),
     "living room": ((128, 92, 66), (214, 206, 196), "planks"),
@@ -36,7 +36,7 @@ _LOOKS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int], str]] = {
 @dataclass(frozen=True)
 class Rendering:
     """
-    A picture of a table, and what it shows where.
+    A picture of a table, and what each of its pixels shows.
 
     Args:
         image (`PIL.Image.Image`):
@@ -46,7 +46,7 @@ class Rendering:
         labels (`np.ndarray` of shape `(height, width)` and type `int8`):
             Number of the thing that a ray through each pixel meets, -1 for none.
         points (`np.ndarray` of shape `(height, width, 3)`, float32):
-            Where that ray ends, in units of the table: x to the right, height, z towards the viewer.
+            Where that ray ends, in units of the table: x to the right, height, z toward the viewer.
         depth (`np.ndarray` of shape `(height, width)`, float32):
             Length of the ray.
     """
@@ -60,7 +60,7 @@ class Rendering:
 
 @dataclass(frozen=True)
 class _Hit:
-    """Nearest surface along each ray: distance, and its direction (normal), each of the shape of the rays."""
+    """Nearest surface along each ray: its distance and its normal, both of the shape of the rays."""
 
     distance: _Array
     normal: tuple[_Array, _Array, _Array]
@@ -72,7 +72,7 @@ class _Rays:
     direction: tuple[_Array, _Array, _Array]
 
     def part(self, window: tuple[slice, slice]) -> "_Rays":
-        """Those of a part of the image."""
+        """The rays of a window of the image."""
         origin, direction = (
             tuple(p[window] if np.ndim(p) else p for p in parts) for parts in (self.origin, self.direction)
         )
@@ -110,7 +110,7 @@ def _sphere(rays: _Rays, middle: Sequence[float], radius: float) -> _Hit:
 
 
 def _round(rays: _Rays, x: float, z: float, base: float, top: float, low_radius: float, top_radius: float) -> _Hit:
-    """A cylinder or a cone that stands upright, with its upper cap."""
+    """Intersects rays with an upright cylinder or cone, including its upper cap."""
     (ox, oy, oz), (dx, dy, dz) = rays.origin, rays.direction
     ox, oz = ox - np.float32(x), oz - np.float32(z)
     slope = np.float32((top_radius - low_radius) / (top - base))
@@ -134,7 +134,7 @@ def _round(rays: _Rays, x: float, z: float, base: float, top: float, low_radius:
 
 
 def _bowl(rays: _Rays, placed: PlacedItem) -> _Hit:
-    """A low ring with a floor: the outer side, the inner side beyond the opening, and the rim."""
+    """Intersects rays with a low ring with a floor: its outside, its rim and, through the opening, its inside."""
     thickness, top = 0.012, placed.base + placed.height
     outer = _round(rays, placed.x, placed.z, placed.base, top, placed.radius, placed.radius)
     (ox, oy, oz), (dx, dy, dz) = rays.origin, rays.direction
@@ -160,7 +160,7 @@ def _bowl(rays: _Rays, placed: PlacedItem) -> _Hit:
 
 
 def _tray(rays: _Rays, placed: PlacedItem) -> _Hit:
-    """A floor and four walls."""
+    """Intersects rays with a floor and four walls."""
     x, z, r, wall = placed.x, placed.z, placed.radius, 0.014
     base, top = placed.base, placed.base + placed.height
     parts = [
@@ -201,11 +201,11 @@ class _Camera:
     rays: _Rays
     axes: _Array  # right, up and back, (3, 3)
     eye: _Array
-    distance: float  # of the eye from the middle of the image
-    width: float  # of the image there
+    distance: float  # from the eye to the middle of the image
+    width: float  # width of the image at that distance
 
     def window(self, places: _Array, radius: float) -> tuple[slice, slice]:
-        """The part of the image that spheres of one radius around places `(n, 3)` may cover."""
+        """Returns the window of the image that spheres of equal radius around `places` `(n, 3)` can cover."""
         number = self.rays.direction[0].shape[0]
         across, up, back = (self.axes @ (places - self.eye).T).astype(float)
         scale = self.distance / (-back - radius) / self.width
@@ -239,7 +239,7 @@ def _camera(rng: np.random.Generator, image_size: int) -> _Camera:
 
 
 def _surroundings(rays: _Rays) -> tuple[_Hit, _Array]:
-    """The table's plane and the wall; and where the wall is."""
+    """Intersects rays with the table's plane and the wall; also returns a mask of the wall."""
     (_, oy, oz), (_, dy, dz) = rays.origin, rays.direction
     floor, wall = -oy / dy, (np.float32(WALL) - oz) / dz
     is_wall = (wall > 0) & ((wall < floor) | (dy >= 0))
@@ -252,7 +252,7 @@ def _surroundings(rays: _Rays) -> tuple[_Hit, _Array]:
 
 
 def _pattern(scene: str, x: _Array, z: _Array, rng: np.random.Generator) -> _Array:
-    """Brightness of the table at each point, about 1."""
+    """Returns the brightness of the table at each point, about 1."""
     kind = _LOOKS[scene][2]
     if kind == "planks":
         width = rng.uniform(0.1, 0.18)
@@ -279,7 +279,7 @@ def _middle(item: PlacedItem) -> _Array:
 
 
 def _reach(item: PlacedItem) -> float:
-    """Radius of a sphere around the middle of a thing that holds all of it."""
+    """Returns the radius of a sphere around the middle of a thing that contains all of it."""
     return float(np.sqrt(2 * item.radius**2 + item.height**2 / 4)) + 0.01
 
 
@@ -313,7 +313,7 @@ def render_tabletop(graph: SceneGraph, *, seed: int, scene: str, image_size: int
 
 
 def _place(graph: SceneGraph, seed: int) -> list[PlacedItem]:
-    for attempt in range(_ATTEMPTS):  # some sizes leave no room, or do not fit on or into each other
+    for attempt in range(_ATTEMPTS):  # some sizes leave no room, or do not fit onto or into each other
         sizes = sample_sizes(graph.entities, np.random.default_rng([seed, 0, attempt // 2]))
         try:
             return place_tabletop(graph, sizes, np.random.default_rng([seed, 1, attempt]))
@@ -345,10 +345,10 @@ def _draw(placed: Sequence[PlacedItem], scene: str, rng: np.random.Generator, im
     light /= np.sqrt((light * light).sum())
     is_shaded = _shadows(placed, camera, hit, points, light)
     facing = np.maximum(sum(n * np.float32(part) for n, part in zip(hit.normal, light, strict=True)), 0)
-    # light from the sky: a little more from above
+    # ambient light, slightly brighter from above
     shade = np.float32(0.5) + np.float32(0.1) * hit.normal[1]
     shade += np.float32(0.5) * np.where(is_shaded, np.float32(0), facing)
-    # only things shine
+    # only things have highlights
     shining = np.flatnonzero((found >= 0) & ~is_shaded)
     glint = _glint(rays, hit, light, shining)
     pixels = np.empty((image_size, image_size, 3), np.uint8)
@@ -371,7 +371,7 @@ def _draw(placed: Sequence[PlacedItem], scene: str, rng: np.random.Generator, im
 def _colors(
     placed: Sequence[PlacedItem], scene: str, found: _Array, is_wall: _Array, rng: np.random.Generator
 ) -> tuple[_Array, _Array]:
-    """Colors `(num_items + 2, 3)` of the wall, the table and the things, and which of them each ray meets."""
+    """Draws the colors `(num_items + 2, 3)` of wall, table and things; also returns the index of each ray's color."""
     table, wall, _ = _LOOKS[scene]
     shift = rng.uniform(0.93, 1.05, size=(2, 1))
     table_color, wall_color = (np.array([table, wall]) * shift + rng.uniform(-8, 8, size=(2, 3))).astype(np.float32)
@@ -385,11 +385,11 @@ def _colors(
 def _shadows(
     placed: Sequence[PlacedItem], camera: _Camera, hit: _Hit, points: tuple[_Array, _Array, _Array], light: _Array
 ) -> _Array:
-    """Where a thing stands between a surface and the light."""
+    """Returns a mask of the rays that hit a surface in the shadow of a thing."""
     is_shaded = np.zeros(hit.distance.shape, bool)
     direction = tuple(np.float32(part) for part in light)
     for item in placed:
-        # between the thing and where its top throws a shadow
+        # the window from the thing to the end of its shadow
         middle = _middle(item)
         window = camera.window(np.stack([middle, middle - light * (middle[1] / light[1])]), _reach(item))
         start = tuple(p[window] + np.float32(2e-3) * n[window] for p, n in zip(points, hit.normal, strict=True))
@@ -399,7 +399,7 @@ def _shadows(
 
 
 def _glint(rays: _Rays, hit: _Hit, light: _Array, where: _Array) -> _Array:
-    """What some rays, given by number, see of the light's reflection."""
+    """Returns the brightness of the light's reflection for the rays with the flat indices `where`."""
     half = [part - d.ravel()[where] for part, d in zip(light, rays.direction, strict=True)]
     length = np.sqrt(sum(h * h for h in half))
     facing = sum(n.ravel()[where] * h for n, h in zip(hit.normal, half, strict=True))

@@ -1,4 +1,4 @@
-"""Drawing scenes: things are put down at random, and what can be said of them is read off."""
+"""Samples scenes: scatters things at random, then picks relations that hold between them."""
 
 from collections.abc import Sequence
 from itertools import combinations, permutations
@@ -75,7 +75,7 @@ def sample_tabletop_graph(
 
 def _sample_items(rng: np.random.Generator, num_relations: int, wanted: Sequence[str]) -> list[Item]:
     least = max(3, -(-num_relations * 5 // 8))
-    if num_relations == 1:  # each thing is in it
+    if num_relations == 1:  # every thing must be in this relation
         number = {"region": 1, "between": 3, "order": 3}.get(wanted[0] if wanted else "", 2)
     else:
         number = int(rng.integers(least, min(least + 2, MAX_ITEMS) + 1)) if least < MAX_ITEMS else MAX_ITEMS
@@ -95,7 +95,7 @@ def _add_items(items: dict[str, Item], nouns: list[str], number: int, rng: np.ra
     end = len(items) + number
     while len(items) < end:
         item = Item(list(COLORS)[rng.integers(len(COLORS))], nouns[rng.integers(len(nouns))])
-        # a color is there twice at most, so that it helps to find a thing
+        # at most two things per color, so that the color helps to identify a thing
         if item.look not in items and sum(other.color == item.color for other in items.values()) < 2:
             items[item.look] = item
 
@@ -103,7 +103,9 @@ def _add_items(items: dict[str, Item], nouns: list[str], number: int, rng: np.ra
 def _scatter(
     items: list[Item], sizes: dict[Item, float], wanted: Sequence[str], rng: np.random.Generator
 ) -> tuple[np.ndarray, list[Relation]] | None:
-    """Positions `(num_items, 2)` at random, and the stacks that were made first."""
+    """
+    Draws positions `(num_items, 2)`, and before them the stacks, returned as relations; `None` if there is no room.
+    """
     stacks = []
     flat = [i for i, item in enumerate(items) if item.solid.is_flat]
     if len(flat) > 1 and ("vertical" in wanted or rng.random() < 0.4):
@@ -128,7 +130,7 @@ def _scatter(
             place = rng.uniform(margin, 1 - margin, size=2)
             if (
                 attempt < 10 and len(neighbors) and rng.random() < 0.4
-            ):  # beside another one: chance seldom puts it there
+            ):  # next to another one, which chance alone rarely gives
                 j = neighbors[rng.integers(len(neighbors))]
                 reach = sizes[items[i]] + sizes[items[j]] + rng.uniform(0.035, 0.06)
                 place = positions[j] + np.array([reach * (1 if rng.random() < 0.5 else -1), rng.uniform(-0.02, 0.02)])
@@ -163,7 +165,10 @@ def _read_off(
     items: list[Item], sizes: dict[Item, float], positions: np.ndarray, stacked: list[Relation],
     num_relations: int, wanted: Sequence[str], rng: np.random.Generator,
 ) -> list[Relation] | None:  # fmt: skip
-    """Relations that hold where the things are: at least one of each wanted dimension, and each thing in one."""
+    """
+    Draws `num_relations` relations that hold at these positions, the stacks among them: at least one of each wanted
+    dimension, and at least one of each thing. Returns `None` if the draw fails.
+    """
     slots = {item: Slot(i, item, sizes[item]) for i, item in enumerate(items)}
     lifted = {relation.arguments[0 if relation.name in ("on", "inside") else 1] for relation in stacked}
     candidates: dict[str, list[Relation]] = {}
@@ -188,7 +193,7 @@ def _read_off(
         ]
         if not pool:
             return None
-        # first what names a thing that was not named yet; all dimensions equally often, and in them all relations
+        # prefer relations of a thing without one; draw the dimension first, then the relation, then the things
         pool = [relation for relation in pool if open_items & set(relation.arguments)] or pool
         for key in (lambda relation: RELATIONS[relation.name].dimension, lambda relation: relation.name):
             values = sorted({key(relation) for relation in pool})
@@ -205,7 +210,9 @@ def _read_off(
 
 
 def _statements(items: list[Item], rng: np.random.Generator) -> list[Relation]:
-    """Everything that could be said of things on the table, each pair and triple in random order."""
+    """
+    Returns all relations that things on the table can have; the order of arguments is random where it does not matter.
+    """
     found = [Relation("at", (item,), region) for item in items for region in REGIONS]
     for a, b in permutations(items, 2):
         found += [Relation(name, (a, b)) for name in ("left_of", "right_of", "front_of", "behind")]
@@ -214,7 +221,7 @@ def _statements(items: list[Item], rng: np.random.Generator) -> list[Relation]:
         found += [Relation(name, pair) for name in ("near", "next_to", "far_from")]
     for trio in permutations(items, 3):
         found.append(Relation("row_order", trio))
-        if trio[1] < trio[2]:  # the ends of "between" may be exchanged
+        if trio[1] < trio[2]:  # the ends of "between" are interchangeable
             ends = trio[1:] if rng.random() < 0.5 else trio[:0:-1]
             found.append(Relation("between", (trio[0], *ends)))
     return found

@@ -1,4 +1,4 @@
-"""What stands on the table: nouns, the solids that they are drawn as, and the scenes."""
+"""Things on the table: nouns, the solids that they are drawn as, and the scenes."""
 
 from dataclasses import dataclass
 
@@ -45,13 +45,13 @@ SOLIDS = {
     "tray": Solid("tray", (0.144, 0.161), 0.45),
     "bowl": Solid("bowl", (0.138, 0.155), 0.6),
 }
-# Noun → solid. Two things of a scene differ in color or solid, so that each can be told from its picture.
+# Noun → solid. Any two things of a scene differ in color or solid, so that each can be identified in the picture.
 NOUNS = {
     "box": "cube", "toy block": "cube", "book": "slab", "can": "can", "jar": "can", "candle": "rod", "bottle": "rod",
     "plate": "disc", "coaster": "disc", "ball": "sphere", "globe": "sphere", "party hat": "cone", "funnel": "cone",
     "tray": "tray", "basket": "tray", "bowl": "bowl",
 }  # fmt: skip
-# Scene → what the things stand on.
+# Scene → the surface that the things stand on.
 SCENES = {
     "kitchen": "kitchen table",
     "living room": "low table in a living room",

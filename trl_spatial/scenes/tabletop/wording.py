@@ -1,4 +1,4 @@
-"""Putting the things on a table into words, and reading the words back."""
+"""Describes the things on a table in words, and parses the words."""
 
 import re
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ PHRASES = {
     "at": ("{0} is at the {region}", "{0} stands at the {region}", "at the {region} there is {0}"),
     "row_order": ("{all} stand in a row from left to right", "from left to right there are {all} in a row"),
 }
-# Seen from above, the back of the table is at the top.
+# Regions are named as seen from above, with the back of the table at the top.
 REGION_WORDS = {name: name.replace("top", "back").replace("bottom", "front") for name in REGIONS}
 _OPENINGS = (
     "A photo of a {place} with {number} things on it.",
@@ -50,7 +50,7 @@ _OPENINGS = (
     "There are {number} things on a {place}; left, right and front are the viewer's.",
 )
 _LINKS = ("", "", "also, ", "in this picture, ")
-MAX_LINKED = 6  # a text with more relations is long enough
+MAX_LINKED = 6  # with more relations, the text is long enough without links
 _CLOSINGS = ("Nothing else is there.", "There are no other things.", "")
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
