@@ -421,6 +421,29 @@ class TestSlowConnection:
         assert number_done(page) == done + 9 and not page.is_visible("#wait")
         until(page, "localStorage.length === 0")
 
+    def test_pairs_that_were_answered_before_they_came_are_not_the_last(self, served, page):
+        """The page asks for others at once, though the answers are still on their way."""
+        asked, held, votes = [], [], []
+
+        def hold_the_second(route):
+            asked.append(route)
+            held.append((route, route.fetch())) if len(asked) == 2 else route.continue_()
+
+        page.route("**/api/next*", hold_the_second)
+        page.route("**/api/votes", lambda route: votes.append(route))
+        open_page(page, served[0])
+        until(page, lambda: held)
+        while page.evaluate("!!current"):
+            page.keyboard.press("ArrowLeft")
+        assert page.is_visible("#wait")
+        route, response = held[0]
+        route.fulfill(response=response)
+        page.wait_for_selector("#work:not([hidden])")
+        until(page, lambda: votes)
+        page.unroute("**/api/votes")
+        votes[0].continue_()
+        until(page, "localStorage.length === 0")
+
     def test_an_old_answer_of_the_server_takes_no_vote_from_the_count(self, served, page):
         """The page asks a second time once its first pair is shown, and again when it has read an old answer."""
         asked, held = [], []
