@@ -13,6 +13,9 @@ os.environ.update(
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     HF_HUB_DISABLE_XET="1",
     HF_UPDATE_DOWNLOAD_COUNTS="0",
+    # the clients would ask again after 10 seconds, in which a busy machine may not get to answer
+    HF_HUB_ETAG_TIMEOUT="600",
+    HF_HUB_DOWNLOAD_TIMEOUT="600",
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",
 )

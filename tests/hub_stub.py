@@ -202,8 +202,6 @@ class HubStub:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.environment = dict(HF_ENDPOINT=self.url, HF_TOKEN="hf_stub", HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")
         self.environment |= dict(HF_HUB_DISABLE_TELEMETRY="1", NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
-        # the clients ask again after 10 seconds, in which a busy machine may not get to answer
-        self.environment |= dict(HF_HUB_ETAG_TIMEOUT="600", HF_HUB_DOWNLOAD_TIMEOUT="600")
 
     def __enter__(self) -> "HubStub":
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()

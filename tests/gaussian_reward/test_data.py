@@ -1,5 +1,6 @@
 import json
 import pickle
+import traceback
 from io import BytesIO
 
 import numpy as np
@@ -193,6 +194,20 @@ def test_a_bad_row_is_named_or_left_out_and_listed(processor, tmp_path, fault, k
     assert (record["dataset"], record["row"], record["column"]) == ("train", 2, column)
 
 
+def batches_of(loader):
+    """
+    All batches. After an error, the workers end at once: with an iterator that its traceback keeps, each one is waited for 5
+    seconds when that is collected.
+    """
+    batches = iter(loader)
+    try:
+        return list(batches)
+    except ValueError as error:
+        traceback.clear_frames(error.__traceback__)
+        del batches
+        raise
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("kind", ["map", "stream"])
 def test_damage_behind_the_header_is_found_where_batches_are_made_and_names_the_row(processor, kind, num_workers):
@@ -203,7 +218,7 @@ def test_damage_behind_the_header_is_found_where_batches_are_made_and_names_the_
         pairs, batch_size=1, collate_fn=DataCollatorForSpatialPreference(processor), num_workers=num_workers
     )
     with pytest.raises(ValueError, match=r"row 3, `rejected`: .* bytes>.* cannot be decoded.*skip_bad_rows") as error:
-        list(loader)
+        batches_of(loader)
     assert ("worker process" in str(error.value)) == (num_workers > 0)
     # with `skip_bad_rows` it is found before
     assert len(list(prepare_pairs(as_dataset(rows, kind), processor, skip_bad_rows=True))) == 6
@@ -227,10 +242,10 @@ def test_rows_of_a_stream_that_workers_share_are_numbered_by_worker(processor, t
     rows[5]["chosen"] = {"bytes": truncated(picture(1)), "path": None}
     pairs = prepare_pairs(Dataset.from_list(rows[4:6]).to_iterable_dataset(num_shards=2), processor)
     with pytest.raises(ValueError, match=r"row 0 as worker 1 of 2 reads it, `chosen`: .* cannot be decoded"):
-        list(DataLoader(pairs, batch_size=1, collate_fn=collator, num_workers=2))
+        batches_of(DataLoader(pairs, batch_size=1, collate_fn=collator, num_workers=2))
     pairs = prepare_pairs(Dataset.from_list(rows[4:6]).to_iterable_dataset(), processor)
     with pytest.raises(ValueError, match=r"row 1, `chosen`"):  # of a single shard, which one worker reads
-        list(DataLoader(pairs, batch_size=1, collate_fn=collator, num_workers=2))
+        batches_of(DataLoader(pairs, batch_size=1, collate_fn=collator, num_workers=2))
 
 
 @pytest.mark.parametrize("kind", ["map", "stream"])
