@@ -414,6 +414,7 @@ class TestSlowConnection:
         page.route("**/api/votes", lambda route: route.continue_() if held else held.append(route))
         answer(page, *["ArrowLeft"] * 8)
         until(page, "!isFetching")
+        until(page, lambda: held)
         assert page.is_visible("#wait") and not page.is_visible("#end")
         assert page.inner_text("main").splitlines()[-1].strip() == "left. Next pair."
         held[0].continue_()
@@ -482,6 +483,8 @@ def test_a_lost_connection_loses_no_vote(served, page):
     address, path, _ = served
     open_page(page, address)
     until(page, "queue.length > 1")
+    picture = "performance.getEntriesByName(location.origin + source(item, side)).length"
+    until(page, f"[current, ...queue].every((item) => ['left', 'right'].every((side) => {picture}))")
     page.context.set_offline(True)
     known = {record["id"] for record in VoteLog(path)} if path.exists() else set()
     page.keyboard.press("ArrowLeft")
