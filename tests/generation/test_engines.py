@@ -2,9 +2,11 @@
 
 import atexit
 import json
+import re
 import signal
+import threading
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from itertools import pairwise
 
@@ -13,7 +15,9 @@ import pyarrow
 import pytest
 import torch
 
+from tests import openai_stub as stubs
 from tests.launching import Launched
+from trl_spatial.endpoints import Spend
 from trl_spatial.generation import engines
 from trl_spatial.generation.engines import draw_jobs
 from trl_spatial.generation.jobs import DrawingError, ImageJob
@@ -140,22 +144,55 @@ def test_an_error_ends_the_engine_after_what_is_finished(request, engine):
     finished, running = [next(images).id], [worker for worker in workers() if worker not in others]
     with pytest.raises(DrawingError, match="SceneGenerator could not draw the image dog: ValueError"):
         finished.extend(image.id for image in images)
-    assert finished == [job.id for job in jobs[:40]]
-    assert engine == "local" or running
+    if engine == "local":
+        assert finished == [job.id for job in jobs[:40]]
+    else:  # where a worker may begin with any of the prompts
+        assert running and len(finished) == len(set(finished)) < len(jobs)
     deadline = time.monotonic() + 120
     while any(not has_ended(worker) for worker in running):
         assert time.monotonic() < deadline, running
         time.sleep(0.1)
 
 
+@pytest.mark.parametrize("end", ["error", "cap"])
+def test_what_was_paid_for_is_not_lost(cluster, end):
+    """Workers end with the prompts that they have begun, in any order. A server draws no more than 30 images before the end is near."""
+    is_near = threading.Event()
+
+    def behaviour(request, usual):
+        if request.number >= 30:
+            assert is_near.wait(120)
+        return stubs.error(403, "It is forbidden.") if (end, request.number) == ("error", 29) else usual(request)
+
+    drawn, spend = [], Spend(10.0 if end == "cap" else 1e9)
+    with stubs.OpenAIStub(behaviour) as stub:
+        spec = {"endpoint": stub.url, "model": "m", "size": "64x64", "price_per_image": 1.0, "concurrency": 1}
+        images = draw_jobs(spec, make_jobs(400), engine="ray", num_workers=2, spend=spend, progress=False)
+        with pytest.raises(DrawingError, match="forbidden") if end == "error" else nullcontext():
+            for image in images:
+                drawn.append(image.id)
+                spend.add(image.cost)
+                if len(drawn) == 10:
+                    is_near.set()
+        num_drawn = stub.num_calls - (end == "error")  # the request that fails draws nothing
+        assert 10 <= len(set(drawn)) == len(drawn) == num_drawn < 400
+
+
 def test_images_that_kill_their_workers_are_given_up_and_named(cluster):
     attempts = ray.remote(num_cpus=0)(engines._Attempts).remote()
     worker = engines._Worker(json.dumps(FLAT), attempts)
     table = pyarrow.table({"jobs": [json.dumps([asdict(job) for job in make_jobs(2)])]})
+
+    def results():
+        found = [pair for part in worker(table) for pair in engines._read_table(part)]
+        assert {unit for unit, _ in found} == {"0000"}
+        return [result for _, result in found]
+
     for _ in range(4):  # as often as workers began with it, and none came back
-        assert [image.id for part in worker(table) for image in engines._read_table(part)] == ["0000", "0001"]
-    with pytest.raises(DrawingError, match=r"SceneGenerator could not draw the image 0000, 0001: .* died, 4 times"):
-        _ = [image for part in worker(table) for image in engines._read_table(part)]
+        assert [image.id for image in results()] == ["0000", "0001"]
+    (error,) = results()
+    assert isinstance(error, DrawingError)
+    assert re.search(r"SceneGenerator could not draw the image 0000, 0001: .* died, 4 times", str(error))
 
 
 def test_launched_processes_share_the_jobs_and_keep_prompts_together(tmp_path):

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequenc
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from importlib.util import find_spec
-from itertools import chain, groupby
-from typing import Any, TypeVar
+from itertools import chain, groupby, takewhile
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -25,8 +25,6 @@ from .jobs import DrawingError, DrawnImage, ImageJob, Painter
 from .painters import check_spec, make_painter
 from .settings import published_family
 
-
-Item = TypeVar("Item")
 
 ENGINES = ("local", "ray")
 _MAX_ATTEMPTS = 4  # at a unit whose worker dies: its image may be the cause
@@ -67,7 +65,7 @@ def draw_jobs(
             that listens on loopback and ends with the iteration.
         spend ([`~endpoints.Spend`], *optional*):
             To which the caller adds the cost of each image. Once its limit is reached, no further image is begun, and the iteration
-            ends; with the engine `"local"`, after those that a server is drawing and that have to be paid.
+            ends after those that are on their way and have to be paid; with the engine `"ray"`, after the prompts that were begun.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
 
@@ -86,12 +84,12 @@ def draw_jobs(
     if engine == "ray":
         if find_spec("ray") is None:
             raise ImportError('The engine "ray" needs Ray: `pip install "trl-spatial[ray]"`.')
-        images, total = _while_affordable(_draw_with_ray(spec, painter, jobs, num_workers, address), spend), len(jobs)
+        images, total = _draw_with_ray(spec, painter, jobs, num_workers, address, spend), len(jobs)
     else:
         state = process_state()
         units = _split(jobs, painter.batch_size)[state.process_index :: state.num_processes]
         share = chain.from_iterable(units)
-        images, total = painter.stream(_while_affordable(share, spend)), sum(map(len, units))
+        images, total = painter.stream(takewhile(lambda _: _is_affordable(spend), share)), sum(map(len, units))
         progress = progress and state.is_local_main_process
     return _show_progress(images, total, painter.name) if progress else images
 
@@ -141,10 +139,8 @@ def estimate(spec: Mapping[str, Any], num_images: int) -> dict[str, Any]:
     return numbers
 
 
-def _while_affordable(items: Iterable[Item], spend: Spend | None) -> Iterator[Item]:
-    iterator = iter(items)
-    while (spend is None or not spend.is_reached) and (item := next(iterator, None)) is not None:
-        yield item
+def _is_affordable(spend: Spend | None) -> bool:
+    return spend is None or not spend.is_reached
 
 
 def _show_progress(images: Iterator[DrawnImage], total: int, name: str) -> Iterator[DrawnImage]:
@@ -171,19 +167,21 @@ def _draw_with_ray(
     jobs: Sequence[ImageJob],
     num_workers: int | None,
     address: str | None,
+    spend: Spend | None,
 ) -> Iterator[DrawnImage]:
-    if not jobs:
+    if not jobs or not _is_affordable(spend):
         return
-    units = _split(jobs, painter.batch_size)
+    units = {unit[0].id: unit for unit in _split(jobs, painter.batch_size)}
     with _cluster(address, num_workers) as ray:
         resources = ray.cluster_resources()
         num_gpus = 1 if painter.uses_gpu and resources.get("GPU", 0) >= 1 else 0
         most = int(resources["GPU"] if num_gpus else resources.get("CPU", 1))
         # A block per unit: a block is what a worker is given, and what is redone if the worker dies.
-        rows = [{"jobs": json.dumps([asdict(job) for job in unit])} for unit in units]
+        rows = [{"jobs": json.dumps([asdict(job) for job in unit])} for unit in units.values()]
+        attempts = ray.remote(num_cpus=0)(_Attempts).remote()
         data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Worker,
-            fn_constructor_args=(json.dumps(dict(spec)), ray.remote(num_cpus=0)(_Attempts).remote()),
+            fn_constructor_args=(json.dumps(dict(spec)), attempts),
             batch_size=1,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=min(num_workers or most, len(units))),
@@ -192,11 +190,24 @@ def _draw_with_ray(
         )
         data.context.enable_progress_bars = False
         data.context.print_on_execution_start = False
+        missing, errors, begun = {id: {job.id for job in unit} for id, unit in units.items()}, [], None
         try:
             for table in data.iter_batches(batch_size=None, batch_format="pyarrow"):
-                yield from _read_table(table)
+                for unit, result in _read_table(table):
+                    if isinstance(result, DrawingError):
+                        errors.append(result)
+                        missing[unit].clear()  # of which nothing more comes
+                    else:
+                        missing[unit].discard(result.id)
+                        yield result
+                if begun is None and (errors or not _is_affordable(spend)):
+                    begun = ray.get(attempts.close.remote())
+                if begun is not None and not any(missing[unit] for unit in begun):
+                    break
         except ray.exceptions.RayError as error:
             raise DrawingError(f"The workers that draw with {painter.name} failed: {error}") from error
+        if errors:
+            raise errors[0]
 
 
 class _Attempts:
@@ -207,11 +218,19 @@ class _Attempts:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
+        self.is_closed = False
 
-    def begin(self, job_id: str) -> int:
-        """Counts an attempt at the unit that begins with a job. Returns the number of attempts."""
-        self.counts[job_id] += 1
-        return self.counts[job_id]
+    def begin(self, unit: str) -> int:
+        """Counts an attempt at the unit whose first job has this id. Returns the number of attempts, or 0 after `close`."""
+        if self.is_closed:
+            return 0
+        self.counts[unit] += 1
+        return self.counts[unit]
+
+    def close(self) -> list[str]:
+        """Lets no further unit begin. Returns those that were begun."""
+        self.is_closed = True
+        return list(self.counts)
 
 
 class _Worker:
@@ -223,34 +242,36 @@ class _Worker:
         self.attempts = attempts
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        for unit in table["jobs"].to_pylist():
+        for row in table["jobs"].to_pylist():
+            jobs = [ImageJob(**job) for job in json.loads(row)]
             try:
-                for image in self._draw([ImageJob(**job) for job in json.loads(unit)]):
+                for image in self._draw(jobs):
                     record = asdict(image)
-                    yield _make_table(record.pop("png"), record)
+                    yield _make_table(jobs[0].id, record.pop("png"), record)
             except Exception as error:  # sent instead of raised: Ray would wrap it, and drop finished images
                 message = str(error) if isinstance(error, DrawingError) else f"{type(error).__name__}: {error}"
-                yield _make_table(None, {"error": message})
+                yield _make_table(jobs[0].id, None, {"error": message})
 
     def _draw(self, jobs: list[ImageJob]) -> Iterator[DrawnImage]:
         import ray
 
-        if ray.get(self.attempts.begin.remote(jobs[0].id)) > _MAX_ATTEMPTS:
+        attempt = ray.get(self.attempts.begin.remote(jobs[0].id))
+        if attempt > _MAX_ATTEMPTS:
             died = RuntimeError(f"the worker died, {_MAX_ATTEMPTS} times")
             raise self.painter.error(jobs, died)
-        yield from self.painter.stream(jobs)
+        if attempt:
+            yield from self.painter.stream(jobs)
 
 
-def _make_table(png: bytes | None, record: Mapping[str, Any]) -> pa.Table:
-    return pa.table({"png": pa.array([png], pa.binary()), "record": [json.dumps(record)]})
+def _make_table(unit: str, png: bytes | None, record: Mapping[str, Any]) -> pa.Table:
+    return pa.table({"unit": [unit], "png": pa.array([png], pa.binary()), "record": [json.dumps(record)]})
 
 
-def _read_table(table: pa.Table) -> Iterator[DrawnImage]:
+def _read_table(table: pa.Table) -> Iterator[tuple[str, DrawnImage | DrawingError]]:
+    """Yields images and errors, each with the unit that it belongs to."""
     for row in table.to_pylist():
         record = json.loads(row["record"])
-        if "error" in record:
-            raise DrawingError(record["error"])
-        yield DrawnImage(png=row["png"], **record)
+        yield row["unit"], DrawingError(record["error"]) if "error" in record else DrawnImage(png=row["png"], **record)
 
 
 @contextmanager
