@@ -14,18 +14,18 @@ FIRST_NOTICE = 5.0  # seconds; the next ones come after twice as long each
 
 class WaitNotices:
     """
-    Warns when a server has not answered for some seconds, and again each time the wait has doubled. Concurrent requests share
-    their notices, and every answer resets the time.
+    Warns when something that is waited for, such as a server's answer, has not come for some seconds, and again each time the
+    wait has doubled. Concurrent requests share their notices, and every answer resets the time.
 
     Args:
-        server (`str`):
-            Name of what does not answer, with its address.
+        awaited (`str`):
+            What is waited for; of a server, its name and address.
         limit (`str`):
             A sentence on how long the wait can last, and which options set that.
     """
 
-    def __init__(self, server: str, limit: str):
-        self._server, self._limit = server, limit
+    def __init__(self, awaited: str, limit: str):
+        self._awaited, self._limit = awaited, limit
         self._lock = threading.Lock()
         self._num_open = 0  # requests
         self._heard, self._due = 0.0, FIRST_NOTICE
@@ -68,4 +68,4 @@ class WaitNotices:
                 self._due *= 2
             self._watch(self._due - waited)
         if is_due:
-            logger.warning(f"Waiting for {self._server}, for {waited:.0f} s so far. {self._limit}")
+            logger.warning(f"Waiting for {self._awaited}, for {waited:.0f} s so far. {self._limit}")

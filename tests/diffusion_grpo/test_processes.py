@@ -265,7 +265,7 @@ def test_a_repository_that_is_refused_is_told_by_all(two):
 
 def test_a_reward_that_ends_the_program_is_named_by_all(two):
     folder = two[0] / "exits"
-    reason = "RuntimeError: Code of yours raised SystemExit()"
+    reason = "RuntimeError: Your code raised SystemExit()"
     assert record(folder, 1)["error"].startswith(reason)
     told = record(folder, 0)["error"]
     assert told.startswith(f"RuntimeError: Rewarding images failed on process 1 ({reason}")
@@ -315,7 +315,7 @@ def test_a_killed_process_ends_the_run_which_is_resumed(two, one, tmp_path):
 
 
 class TestSharded:
-    """Weights that are shared out (FSDP2) learn what whole ones do, up to the rounding of sums."""
+    """Sharded weights (FSDP2) learn what whole ones do, up to the rounding of sums."""
 
     @pytest.mark.parametrize(
         ("name", "step"), [("whole", 1), ("whole", 4), ("nft", 4), ("full", 2)], ids=lambda value: str(value)

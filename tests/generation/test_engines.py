@@ -195,6 +195,13 @@ def test_images_that_kill_their_workers_are_given_up_and_named(cluster):
     assert re.search(r"SceneGenerator could not draw the image 0000, 0001: .* died, 4 times", str(error))
 
 
+def test_after_the_end_only_what_was_begun_is_repeated():
+    attempts = engines._Attempts()
+    assert attempts.begin("0000") == 1
+    assert attempts.close() == ["0000"]
+    assert (attempts.begin("0002"), attempts.begin("0000")) == (0, 2)  # the second one after its worker has died
+
+
 def test_launched_processes_share_the_jobs_and_keep_prompts_together(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     with Launched([tmp_path / "script.py"], tmp_path / "log") as launched:

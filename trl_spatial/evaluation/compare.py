@@ -38,7 +38,7 @@ def compare_runs(runs: Sequence[ImageRun]) -> dict[str, Any]:
                 raise ValueError(f"{first.folder} and {run.folder} are not comparable: {name} is {one} and {other}.")
     for run in runs:
         if not run.protocols():
-            raise ValueError(f"{run.folder} has no answers of judges yet. Run the command that began it once more.")
+            raise ValueError(f"{run.folder} has no answers from judges yet. Run the command that began it once more.")
         if "fixed" not in run.protocols():
             raise ValueError(
                 f"{run.folder} was not judged with the fixed protocol. Run it once more with --protocol both."

@@ -50,7 +50,7 @@ def _fetch(file: DataFile, folder: Path, benchmark: Benchmark) -> None:
             f"The hash of {file.name} of {benchmark.title} is not known to this version, so it is not downloaded. {way_out}"
         )
     try:
-        notices = WaitNotices(file.url, f"It is given up when nothing comes for {_TIMEOUT:g} s.")
+        notices = WaitNotices(file.url, f"The download is given up if nothing arrives for {_TIMEOUT:g} s.")
         with notices.request(), requests.get(file.url, timeout=_TIMEOUT) as response:
             response.raise_for_status()
             content = response.content

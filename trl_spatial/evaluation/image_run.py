@@ -111,7 +111,9 @@ class ImageRun:
         found = read_record(folder / PLAN_FILE)
         if plan is None:
             if found.get("kind") != "images":
-                raise ValueError(f"{folder} is not the folder of an image evaluation: it has no {PLAN_FILE} of one.")
+                raise ValueError(
+                    f"{folder} is not the folder of an image evaluation: it has no {PLAN_FILE} of `evaluate images`."
+                )
             plan = ImagePlan(**{key: value for key, value in found.items() if key != "kind"})
         elif (
             not found

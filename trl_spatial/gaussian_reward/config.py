@@ -215,7 +215,7 @@ class GaussianRewardConfig(RewardConfig):
         if self.accelerator_config.dispatch_batches:
             raise ValueError(
                 "`accelerator_config` has `dispatch_batches` True: the patches of all images, which have no row each, cannot be "
-                "shared out among processes. Leave it out."
+                "split among processes. Leave it out."
             )
         if self.pad_to_multiple_of is not None:
             raise ValueError(f"`pad_to_multiple_of` is {self.pad_to_multiple_of}; it is not supported. Use `None`.")

@@ -196,7 +196,7 @@ def _draw_with_ray(
                 for unit, result in _read_table(table):
                     if isinstance(result, DrawingError):
                         errors.append(result)
-                        missing[unit].clear()  # of which nothing more comes
+                        missing[unit].clear()  # nothing more will come of it
                     else:
                         missing[unit].discard(result.id)
                         yield result
@@ -221,8 +221,11 @@ class _Attempts:
         self.is_closed = False
 
     def begin(self, unit: str) -> int:
-        """Counts an attempt at the unit whose first job has this id. Returns the number of attempts, or 0 after `close`."""
-        if self.is_closed:
+        """
+        Counts an attempt at the unit whose first job has this id. Returns the number of attempts, or 0 if the unit may not
+        begin: after `close`, only one that a worker left unfinished may.
+        """
+        if self.is_closed and unit not in self.counts:
             return 0
         self.counts[unit] += 1
         return self.counts[unit]

@@ -33,7 +33,7 @@ def errors_of(note: str) -> Iterator[None]:
         raise
     except BaseException as end:
         failure = RuntimeError(
-            f"Code of yours raised {end!r}, which would end the program. Let it return, or raise an `Exception`."
+            f"Your code raised {end!r}, which would end the program. Let it return, or raise an `Exception`."
         )
         failure.add_note(note)
         raise failure from end

@@ -283,8 +283,8 @@ class BaseTrainer(HubTrainer):
         Context in which all processes save, see [`~training.processes.fail_together`]. `exchanges_weights` says that weights are
         written, for which processes with sharded weights wait for each other.
         """
-        is_shared_out = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        return fail_together(doing, is_collective=exchanges_weights and is_shared_out)
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return fail_together(doing, is_collective=exchanges_weights and is_sharded)
 
     def _save_checkpoint(self, model, trial) -> None:
         args = self.args

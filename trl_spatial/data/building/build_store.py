@@ -62,7 +62,9 @@ class BuildStore:
             self.recipe = load_recipe(path)
             self.folder = Path(self.recipe.store)
         else:
-            raise FileNotFoundError(f"There is no recipe or folder {path}.")
+            raise FileNotFoundError(
+                f"There is no recipe or folder {path}. Name a YAML file, or the folder of a dataset that is being built."
+            )
         files = [] if not self.folder.is_dir() else [path.name for path in self.folder.iterdir()]
         if RECIPE_FILE not in files and any(name[0] != "." for name in files):
             raise ValueError(

@@ -174,7 +174,7 @@ class DiffusionConfig(TrainingArguments):
         if self.deepspeed is not None:
             raise ValueError(
                 f"`deepspeed` is {self.deepspeed!r}, but diffusion models are not trained with DeepSpeed here. Leave it out, and "
-                "share out the weights with `--accelerate_config recipes/accelerate/fsdp2.yaml`."
+                "shard the weights with `--accelerate_config recipes/accelerate/fsdp2.yaml`."
             )
         # The parent would have Accelerate compile the whole model; `prepare_transformer` compiles its blocks.
         backend, mode = self.torch_compile_backend, self.torch_compile_mode
