@@ -164,7 +164,7 @@ def test_where_nothing_can_be_reused_it_is_refused(make_trainer, name, kwargs, m
         make_trainer(pipeline=FAMILIES[name].build(), gradient_checkpointing_kwargs=REUSED, **(SETTINGS | kwargs))
 
 
-def test_weights_that_are_shared_out_are_refused(make_trainer, monkeypatch):
+def test_sharded_weights_are_refused(make_trainer, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(ValueError, match="asks for FSDP2"):
